@@ -1,0 +1,117 @@
+"""Reading and writing: JSON, JSON lines, YAML and safetensors; whole files or none, bounded sizes, clear errors."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from gradmm.errors import UserError, require
+
+MAX_TEXT_BYTES = 1 << 30
+MAX_SETTINGS_BYTES = 1 << 20
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the new one.
+
+    Raises:
+        UserError: when the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with open(temporary, "rb") as whole:
+            os.fsync(whole.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written ({error.strerror or error}): free space or choose another output folder; "
+            "what was finished before is kept"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write UTF-8 text as a whole file."""
+    return replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write a value as indented JSON; numbers that JSON cannot hold (NaN, infinity) are refused."""
+    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, rows: Iterable[dict]) -> Path:
+    """Write one JSON object a line."""
+    return write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict[str, str]) -> Path:
+    """Write tensors and string metadata as one safetensors file."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return replace_file(path, lambda temporary: save_file(held, str(temporary), metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
+    """Read a safetensors file: (tensors, metadata)."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no whole safetensors file ({error}): remove it and run again") from error
+
+
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """Read a UTF-8 text file of at most `limit` bytes."""
+    path = Path(path)
+    require(path.is_file(), f"{path} does not exist: give the path of a readable file")
+    size = path.stat().st_size
+    require(size <= limit, f"{path} has {size} bytes, more than the {limit} allowed: split it or take fewer rows")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+
+
+def read_json(path: Path, limit: int = MAX_SETTINGS_BYTES) -> Any:
+    """Read one JSON value; a syntax error names file and line."""
+    return _parse_json(read_text(path, limit), path, 1)
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Read one JSON value a line (blank lines are skipped); a syntax error names file and line."""
+    lines = read_text(path).split("\n")
+    return [_parse_json(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def read_yaml(path: Path) -> Any:
+    """Read one YAML value with the safe loader; a syntax error names file and line."""
+    try:
+        return yaml.safe_load(read_text(path, MAX_SETTINGS_BYTES))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise UserError(f"{path}, line {line} is not YAML ({getattr(error, 'problem', error)}): mend that line") from error
+
+
+def _parse_json(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = first_line + getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}, line {line} is not JSON ({getattr(error, 'msg', error)}): mend that line") from error

@@ -1,0 +1,287 @@
+"""Causal language models: loading at a pinned revision, and the few views of them that the method needs.
+
+Knows no task. Letters: N sequences, T positions, D hidden width, V vocabulary. Files are safetensors and JSON only;
+code from a model's folder is never run.
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gradmm.errors import UserError, require
+
+DATA = Path(__file__).parent / "data" / "demo"
+BUILT_IN = {"demo": DATA / "model", "demo-b": DATA / "model-b"}
+SAFE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A causal language model with its tokenizer; its parameters are frozen and it is in evaluation mode.
+
+    Attributes:
+        lm: the transformers model.
+        tokenizer: its tokenizer.
+        name: the hub id or the folder's name.
+        revision: the hub's commit; None for a folder.
+        fingerprint: SHA-256 of configuration and weights; equal fingerprints are equal models.
+    """
+
+    lm: torch.nn.Module
+    tokenizer: object
+    name: str
+    revision: str | None
+    fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type."""
+        return self.embedding.dtype
+
+    @property
+    def embedding(self) -> Tensor:
+        """The token embeddings, (V, D)."""
+        return self.lm.get_input_embeddings().weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's matrix W, (V, D), found through `get_output_embeddings` (it may be the embeddings)."""
+        return self.lm.get_output_embeddings().weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """The output head's bias, (V,), if it has one."""
+        return getattr(self.lm.get_output_embeddings(), "bias", None)
+
+    @property
+    def context(self) -> int:
+        """The longest sequence in tokens."""
+        return getattr(self.lm.config, "max_position_embeddings", None) or 1 << 30
+
+    @cached_property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.lm.base_model.forward).parameters
+
+    def body(self, **inputs):
+        """One pass of the body; positions count the tokens that the mask keeps, so padding changes nothing."""
+        mask = inputs.get("attention_mask")
+        if mask is not None and self._takes_positions:
+            length = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[1]
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        return self.lm.base_model(**inputs)
+
+    def last_hidden(self, embeds: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The state that the head reads at the last position.
+
+        Args:
+            embeds: (N, T, D) input embeddings; the last position is a real token in every row.
+            mask: (N, T), 1 for tokens and 0 for padding anywhere before the last position; None keeps all.
+
+        Returns:
+            (N, D).
+        """
+        if mask is not None and bool(mask.all()):
+            mask = None
+        return self.body(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding matrix: ids (...) -> (..., D)."""
+        return self.embedding[ids]
+
+    @torch.no_grad()
+    def hidden_of(self, sequences: Sequence[Sequence[int]], tokens_per_batch: int = TOKENS_PER_BATCH) -> Tensor:
+        """The last hidden state of token sequences of any lengths, in batches of similar length.
+
+        Returns:
+            (N, D) in the order of `sequences`.
+
+        Raises:
+            UserError: an empty sequence, or one longer than the model's context.
+        """
+        self.check_lengths(sequences)
+        states = torch.empty(len(sequences), self.head_weight.shape[1], device=self.device, dtype=self.dtype)
+        for rows in batches_by_length(sequences, tokens_per_batch):
+            ids, mask = pad_left([sequences[row] for row in rows], self.device)
+            states[rows] = self.last_hidden(self.embed(ids), mask)
+        return states
+
+    def check_lengths(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Raise for a sequence that is empty or longer than the context."""
+        for number, sequence in enumerate(sequences, 1):
+            require(len(sequence) > 0, f"text {number} has no tokens: every text needs at least one")
+            require(
+                len(sequence) <= self.context,
+                f"text {number} has {len(sequence)} tokens with its template, {self.name} reads {self.context}: "
+                "shorten it or leave it out",
+            )
+
+
+def pad_left(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Token sequences as (ids, mask), both (N, T), padded on the left with token 0 under mask 0."""
+    longest = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, longest - len(sequence) :] = torch.tensor(sequence)
+        mask[row, longest - len(sequence) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def batches_by_length(sequences: Sequence[Sequence[int]], tokens_per_batch: int) -> list[list[int]]:
+    """Row numbers in batches of similar length, each at most `tokens_per_batch` tokens with padding (one row at least)."""
+    order = sorted(range(len(sequences)), key=lambda row: (len(sequences[row]), row))
+    batches: list[list[int]] = []
+    for row in order:
+        if batches and (len(batches[-1]) + 1) * len(sequences[row]) <= tokens_per_batch:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_model(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Model:
+    """Load a causal language model.
+
+    Args:
+        name: a hub id, a local folder, "demo" or "demo-b" (the small models shipped with the package).
+        revision: a hub commit, tag or branch; the commit found is recorded in `Model.revision`.
+        device: default "cuda" if there is one, else "cpu".
+        dtype: "float32" (default), "bfloat16" or "float64".
+
+    Raises:
+        UserError: not found, no safetensors weights (pickles are never read), no output head, an unknown device or dtype,
+            or a head that is not affine in the last hidden state (scaled or capped logits).
+    """
+    device, dtype = _device(device), _dtype(dtype)
+    folder, found = _folder(str(name), revision)
+    _refuse_pickles(folder, str(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds; each means that the folder is no usable model
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{name} is no causal language model that can be loaded ({reason}): give a hub id or a folder with "
+            "config.json, model.safetensors and tokenizer files"
+        ) from error
+    shown = str(name) if found or str(name) in BUILT_IN else Path(folder).resolve().name
+    return wrap_model(lm.to(device), tokenizer, shown, found, _hash_files(folder))
+
+
+def wrap_model(lm, tokenizer, name: str, revision: str | None = None, fingerprint: str | None = None) -> Model:
+    """Make a `Model` of a transformers model already in memory: freezes it, puts it in evaluation mode, checks its head."""
+    lm.requires_grad_(False).eval()
+    model = Model(lm, tokenizer, name, revision, fingerprint or _hash_state(lm))
+    _check_head(model)
+    return model
+
+
+def _device(device) -> torch.device:
+    if device in (None, "", "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {device!r} is not usable here ({str(error).splitlines()[0]}): use cpu, cuda or auto") from error
+
+
+def _dtype(dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    require(dtype in (None, *DTYPES), f"the dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
+    return DTYPES[dtype or "float32"]
+
+
+def _folder(name: str, revision: str | None) -> tuple[Path, str | None]:
+    """A model's local folder, from the hub if need be, and the hub's commit."""
+    local = BUILT_IN.get(name, Path(name))
+    if local.is_dir():
+        return local, None
+    require(
+        not Path(name).is_absolute() and not name.startswith(".") and name.count("/") <= 1,
+        f"there is no model folder {name}: check the path, or give a hub id such as microsoft/phi-1_5",
+    )
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=SAFE_PATTERNS))
+    except Exception as error:  # the hub's client raises many kinds, all of them about reaching the model
+        raise UserError(
+            f"the model {name!r} is neither a folder here nor to be had from the hub ({type(error).__name__}): check the "
+            "name and the network, or give a local folder"
+        ) from error
+    return folder, folder.name
+
+
+def _refuse_pickles(folder: Path, name: str) -> None:
+    require((folder / "config.json").is_file(), f"{name} has no config.json: give the folder of a transformers model")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    found = f"only {', '.join(pickles)}, which could run code when read" if pickles else "no weights"
+    raise UserError(
+        f"{name} has {found}; safetensors are needed: convert the model with save_pretrained, or name a hub revision that "
+        "has them (often refs/pr/1)"
+    )
+
+
+def _hash_files(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _hash_state(lm) -> str:
+    digest = hashlib.sha256(json.dumps(lm.config.to_dict(), sort_keys=True, default=str).encode())
+    for name, value in sorted(lm.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _check_head(model: Model) -> None:
+    """The closed form needs logits = W h + b at the last hidden state; try it on three tokens."""
+    head = model.lm.get_output_embeddings()
+    require(
+        head is not None and getattr(head, "weight", None) is not None,
+        f"{model.name} has no output head over the vocabulary: give a causal language model (…ForCausalLM)",
+    )
+    ids = torch.arange(3, device=model.device)[None] % model.embedding.shape[0]
+    try:
+        logits = model.lm(input_ids=ids, use_cache=False).logits[:, -1].float()
+        h = model.last_hidden(model.embed(ids))
+        expected = torch.nn.functional.linear(h, model.head_weight, model.head_bias).float()
+        affine = torch.allclose(logits, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{model.name} could not be run as a causal language model ({error}): give another model") from error
+    require(affine, f"{model.name} scales or caps its logits after the head, the closed form needs W h + b: give another model")

@@ -1,0 +1,308 @@
+r"""ADMM for min_x f(x) subject to x in E, with E a set that one can only project on.
+
+Knows nothing of language models: it is given `objective` and `project`. Unscaled dual, and z moves first:
+
+    z   <- project(x + lam / rho)
+    x   <- inner_steps of Adam on  f(x) + rho/2 ||x - z + lam/rho||^2
+    lam <- lam + rho (x - z)
+
+Residuals of this order: primal ||x - z||; dual ||rho (x_new - x_old)||; and ||grad f(x) + lam||, the stationarity of x.
+For a discrete E nothing guarantees convergence, so the answer is the projected iterate with the lowest f(z): values of
+the augmented Lagrangian cannot be compared between steps, since z and lam change.
+
+Letters: K problems (groups) side by side, each with variables of shape (B, L, D); they never influence one another.
+Source: Boyd et al. 2011, sections 3 and 9; Nguyen et al. 2025 (arXiv 2502.17607), algorithm 1.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from gradmm.errors import require
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+Project = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+CONVERGED = "converged: primal and dual residuals are below the tolerance"
+STABLE = "tokens stable: the projection returned the same tokens {} times in a row"
+STEP_LIMIT = "step limit: all {} outer steps were taken"
+NON_FINITE = "non-finite: the loss or its gradient was not a number at step {}"
+STOPPED = "stopped by callback at step {}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the solver; the defaults are the published ones.
+
+    Attributes:
+        rho: penalty, > 0. Larger keeps x nearer to z.
+        outer_steps, inner_steps: iterations, >= 1.
+        lr: Adam's step size, > 0.
+        clip: each group's gradient of the augmented Lagrangian is scaled to at most this norm; None does not clip.
+        tolerance: stop a group when both residuals, divided by sqrt(B L D), are at most this; 0 never does.
+        patience: stop a group when its tokens did not change this many times in a row; 0 never does.
+        balance: residual balancing, "off" or "on": rho is doubled (halved) when the primal (dual) residual is
+            `balance_ratio` times the other; every rho is in the history.
+    """
+
+    rho: float = 0.1
+    outer_steps: int = 30
+    inner_steps: int = 50
+    lr: float = 0.008
+    clip: float | None = 1.0
+    tolerance: float = 0.0
+    patience: int = 0
+    balance: bool = False
+    balance_ratio: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("rho", "lr", "balance_ratio"):
+            value = getattr(self, name)
+            require(_positive(value), f"{name} = {value!r}, it must be a finite number above 0: try {type(self).__dict__[name]}")
+        for name in ("outer_steps", "inner_steps"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, f"{name} = {value!r}, it must be a whole number of at least 1: try 10")
+        require(self.clip is None or _positive(self.clip), f"clip = {self.clip!r}, it must be above 0, or None for no clipping")
+        require(self.tolerance >= 0, f"tolerance = {self.tolerance!r}, it must be at least 0: 0 never stops early")
+        require(self.patience >= 0, f"patience = {self.patience!r}, it must be at least 0: 0 never stops early")
+
+
+def _positive(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the solver stands.
+
+    Attributes:
+        x, z, lam: (K, B, L, D).
+        rho: (K,).
+        ids: (K, B, L), the discrete form of z, opaque here.
+        step: outer steps taken.
+        active: (K,) bool, the groups that still move.
+    """
+
+    x: Tensor
+    z: Tensor
+    lam: Tensor
+    rho: Tensor
+    ids: Tensor
+    step: int
+    active: Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `solve` returns, and what it can continue from.
+
+    Attributes:
+        value: (K, B, L) ids of each group's best projected iterate.
+        match: (K,) f at that iterate.
+        reason: K sentences saying why each group stopped ("" while it has not).
+        history: one row per outer step and group.
+        state: the last state.
+        stable: (K,) how often in a row the tokens have not changed.
+    """
+
+    value: Tensor
+    match: Tensor
+    reason: tuple[str, ...]
+    history: list[dict]
+    state: State
+    stable: Tensor = field(repr=False)
+
+
+def start(x: Tensor, config: Config) -> Result:
+    """The point before the first step: x given, lam = 0, no projection yet.
+
+    Args:
+        x: (K, B, L, D) initial values, finite.
+    """
+    require(bool(torch.isfinite(x).all()), "the initial x has values that are not finite: start from finite embeddings")
+    groups = x.shape[0]
+    ids = torch.full(x.shape[:3], -1, dtype=torch.long, device=x.device)
+    state = State(
+        x=x.detach().clone(),
+        z=torch.zeros_like(x),
+        lam=torch.zeros_like(x),
+        rho=torch.full((groups,), config.rho, dtype=x.dtype, device=x.device),
+        ids=ids,
+        step=0,
+        active=torch.ones(groups, dtype=torch.bool, device=x.device),
+    )
+    infinite = torch.full((groups,), math.inf, dtype=x.dtype, device=x.device)
+    return Result(ids, infinite, ("",) * groups, [], state, torch.zeros(groups, dtype=torch.long, device=x.device))
+
+
+def solve(
+    objective: Objective,
+    project: Project,
+    begin: Result,
+    config: Config,
+    callback: Callable[[Result], bool | None] | None = None,
+) -> Result:
+    """Run ADMM from `begin` until every group has a reason to stop.
+
+    Args:
+        objective: (x (k, B, L, D), ids (k, B, L), groups (k,)) -> f of each group, (k,). `ids` is the last projection
+            (an objective may need to know which positions it left empty), `groups` the numbers of these groups.
+        project: (v (k, B, L, D), groups (k,)) -> (z like v, ids (k, B, L)), the nearest allowed point in the caller's sense.
+        begin: `start(...)`, or an earlier Result, which is then continued as if it had never stopped.
+        callback: sees the Result after every outer step, outside the clock; a true return stops all groups.
+
+    Returns:
+        Result.
+    """
+    result = begin
+    while result.state.active.any():
+        result = _finish(_advance(objective, project, result, config), config)
+        if callback is not None and callback(result):
+            return _stop_all(result, STOPPED.format(result.state.step))
+    return _close(objective, project, result)
+
+
+def step(objective: Objective, project: Project, state: State, config: Config) -> tuple[State, dict[str, Tensor]]:
+    """One outer step of the active groups: z, then x, then lam.
+
+    Returns:
+        The new state, and measurements of shape (k,) for the k active groups: match_x, match_z, primal, dual,
+        stationarity, inner_gradient, changed (share of tokens), rho.
+    """
+    groups = state.active.nonzero().squeeze(-1)
+    x, lam, rho, old = state.x[groups], state.lam[groups], state.rho[groups], state.ids[groups]
+    wide = rho.view(-1, 1, 1, 1)
+    z, ids = project(x + lam / wide, groups)
+    with torch.no_grad():
+        match_z = objective(z, ids, groups)
+    new, inner_gradient = _minimise(lambda value: objective(value, ids, groups), x, z, lam, wide, config)
+    match_x, gradient = _value_and_gradient(lambda value: objective(value, ids, groups), new)
+    lam = lam + wide * (new - z)
+    measures = {
+        "match_x": match_x,
+        "match_z": match_z,
+        "primal": _norm(new - z),
+        "dual": _norm(wide * (new - x)),
+        "stationarity": _norm(gradient + lam),
+        "inner_gradient": inner_gradient,
+        "changed": (ids != old).to(x.dtype).mean((1, 2)),
+        "rho": rho,
+    }
+    moved = replace(
+        state,
+        x=state.x.index_copy(0, groups, new),
+        z=state.z.index_copy(0, groups, z),
+        lam=state.lam.index_copy(0, groups, lam),
+        ids=state.ids.index_copy(0, groups, ids),
+        step=state.step + 1,
+    )
+    return moved, measures
+
+
+def _minimise(f, x: Tensor, z: Tensor, lam: Tensor, rho: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Adam on the augmented Lagrangian in x, each group clipped by itself: (x, last gradient norm of each group)."""
+    anchor = z - lam / rho
+    value = x.clone().requires_grad_(True)
+    adam = torch.optim.Adam([value], lr=config.lr)
+    for _ in range(config.inner_steps):
+        (gradient,) = torch.autograd.grad(f(value).sum(), value)
+        gradient = gradient + rho * (value.detach() - anchor)
+        norm = _norm(gradient)
+        if config.clip is not None:
+            gradient = gradient * (config.clip / norm.clamp_min(1e-12)).clamp(max=1).view(-1, 1, 1, 1)
+        value.grad = gradient
+        adam.step()
+    return value.detach(), norm
+
+
+def _value_and_gradient(f, x: Tensor) -> tuple[Tensor, Tensor]:
+    value = x.clone().requires_grad_(True)
+    loss = f(value)
+    (gradient,) = torch.autograd.grad(loss.sum(), value)
+    return loss.detach(), gradient
+
+
+def _norm(value: Tensor) -> Tensor:
+    return value.flatten(1).norm(dim=1)
+
+
+# ---------------------------------------------------------------- the driver's bookkeeping
+
+
+def _advance(objective: Objective, project: Project, result: Result, config: Config) -> Result:
+    """One outer step and its row of history; the best projected iterate of each group is kept."""
+    begun = time.perf_counter()
+    groups = result.state.active.nonzero().squeeze(-1)
+    state, measures = step(objective, project, result.state, config)
+    seconds = (time.perf_counter() - begun) / len(groups)
+    best = _keep_better(result, groups, state.ids[groups], measures["match_z"])
+    stable = result.stable.clone()
+    stable[groups] = torch.where(measures["changed"] == 0, stable[groups] + 1, 0)
+    columns = {name: value.tolist() for name, value in measures.items()}
+    rows = [
+        {"step": state.step, "group": group, **{name: column[i] for name, column in columns.items()}, "seconds": seconds}
+        for i, group in enumerate(groups.tolist())
+    ]
+    return replace(best, stable=stable, state=state, history=[*result.history, *rows])
+
+
+def _finish(result: Result, config: Config) -> Result:
+    """Find the groups that have a reason to stop, and balance rho for the others."""
+    state, reasons, active, rho = result.state, list(result.reason), result.state.active.clone(), result.state.rho.clone()
+    scale = math.sqrt(math.prod(state.x.shape[1:]))
+    for row in result.history[len(result.history) - int(active.sum()) :]:
+        group = row["group"]
+        reasons[group] = _reason(row, int(result.stable[group]), scale, config)
+        active[group] = not reasons[group]
+        if active[group] and config.balance:
+            rho[group] *= _balancing(row["primal"], row["dual"], config.balance_ratio)
+    return replace(result, reason=tuple(reasons), state=replace(state, active=active, rho=rho))
+
+
+def _reason(row: dict, stable: int, scale: float, config: Config) -> str:
+    if not all(math.isfinite(row[name]) for name in ("match_x", "match_z", "primal", "inner_gradient", "stationarity")):
+        return NON_FINITE.format(row["step"])
+    if config.tolerance > 0 and max(row["primal"], row["dual"]) <= config.tolerance * scale:
+        return CONVERGED
+    if config.patience > 0 and stable >= config.patience:
+        return STABLE.format(stable)
+    return STEP_LIMIT.format(config.outer_steps) if row["step"] >= config.outer_steps else ""
+
+
+def _balancing(primal: float, dual: float, ratio: float) -> float:
+    """Boyd et al. 2011, section 3.4.1; the dual is unscaled here, so lam keeps its value when rho changes."""
+    if primal > ratio * dual:
+        return 2.0
+    return 0.5 if dual > ratio * primal else 1.0
+
+
+def _close(objective: Objective, project: Project, result: Result) -> Result:
+    """Project the last x of each group too: without it the work of the last inner steps would be lost."""
+    state = result.state
+    sound = torch.isfinite(state.x).flatten(1).all(1) & torch.isfinite(state.lam).flatten(1).all(1)
+    groups = sound.nonzero().squeeze(-1)
+    if not len(groups):
+        return result
+    with torch.no_grad():
+        z, ids = project(state.x[groups] + state.lam[groups] / state.rho[groups].view(-1, 1, 1, 1), groups)
+        return _keep_better(result, groups, ids, objective(z, ids, groups))
+
+
+def _keep_better(result: Result, groups: Tensor, ids: Tensor, match: Tensor) -> Result:
+    """Replace the best projected iterate of the groups whose new one has a lower f."""
+    better = match < result.match[groups]
+    chosen = groups[better]
+    return replace(
+        result,
+        value=result.value.index_copy(0, chosen, ids[better]),
+        match=result.match.index_copy(0, chosen, match[better]),
+    )
+
+
+def _stop_all(result: Result, reason: str) -> Result:
+    reasons = tuple(old or reason for old in result.reason)
+    return replace(result, reason=reasons, state=replace(result.state, active=torch.zeros_like(result.state.active)))

@@ -1,0 +1,240 @@
+r"""Gradients of the prompted classification loss and the distance between two of them.
+
+Knows no text and no model files: it is given final hidden states, the head, and target gradients.
+Letters: K groups, B examples of a group, n real examples, V rows of the head, D hidden width.
+
+With h the final hidden state at the last position, p = softmax(W h + b) and delta = p - e_y, one example's gradient of
+the cross-entropy is d/dW = delta h^T and d/db = delta. Inner products of such gradients need no V x D matrix:
+
+    <G_target, G(X)> = 1/(B n) sum_{b,k} (delta_b . delta_k)(h_b . h_k)
+    ||G(X)||^2       = 1/B^2   sum_{b,b'} (delta_b . delta_b')(h_b . h_b')
+
+and for the bias the same with (h . h) replaced by 1. Source: Nguyen et al. 2025 (arXiv 2502.17607) for matching the last
+layer; the identities follow from tr((a b^T)^T c d^T) = (a . c)(b . d).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmm.errors import require
+
+DISTANCES = ("cosine", "l2")
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Head:
+    """The rows of the output head over which the loss is taken.
+
+    Attributes:
+        weight: W, (V, D).
+        bias: b, (V,), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Gradients of single examples as factor pairs.
+
+    Attributes:
+        delta: softmax minus one-hot, (..., V).
+        hidden: final hidden states, (..., D).
+        bias: whether the head's bias is matched too.
+    """
+
+    delta: Tensor
+    hidden: Tensor
+    bias: bool = False
+
+    def __getitem__(self, index) -> "Factors":
+        return Factors(self.delta[index], self.hidden[index], self.bias)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The coordinates in which gradients are compared: some rows of the head, some directions of hidden states.
+
+    Attributes:
+        rows: (R,) row numbers, or None for all V.
+        basis: (D, r) with orthonormal columns, or None for all D.
+    """
+
+    rows: Tensor | None = None
+    basis: Tensor | None = None
+
+    def restrict(self, factors: Factors) -> Factors:
+        """Factor pairs in this space: (..., V), (..., D) -> (..., R), (..., r)."""
+        delta = factors.delta if self.rows is None else factors.delta[..., self.rows]
+        hidden = factors.hidden if self.basis is None else factors.hidden @ self.basis.to(factors.hidden.dtype)
+        return Factors(delta, hidden, factors.bias)
+
+
+def head_factors(hidden: Tensor, labels: Tensor, head: Head) -> Factors:
+    """The factor pairs of the cross-entropy's gradient; differentiable in `hidden`.
+
+    Args:
+        hidden: (..., D) final hidden states.
+        labels: (...) rows of the head that are right.
+        head: the head, (V, D).
+
+    Returns:
+        Factors with delta (..., V) and hidden (..., D), in float32 or, if `hidden` is float64, float64.
+    """
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    probabilities = torch.softmax(logits, dim=-1, dtype=wide)
+    right = torch.ones_like(labels, dtype=wide).unsqueeze(-1)
+    delta = probabilities.scatter_add(-1, labels.unsqueeze(-1), -right)
+    return Factors(delta, hidden.to(wide), head.bias is not None)
+
+
+# ---------------------------------------------------------------- targets
+
+
+@dataclass(frozen=True)
+class FactorTarget:
+    """A target kept as the factor pairs of its n real examples; its value is their mean."""
+
+    factors: Factors
+
+    def inner(self, factors: Factors) -> list[Tensor]:
+        """<G_target, g> of each example's gradient g, for weight and bias: factors (..., V), (..., D) -> (...)."""
+        deltas = factors.delta @ self.factors.delta.mT  # (..., n)
+        hiddens = factors.hidden @ self.factors.hidden.mT  # (..., n)
+        weight = (deltas * hiddens).mean(-1)
+        return [weight, deltas.mean(-1)] if factors.bias else [weight]
+
+    def norms(self) -> list[Tensor]:
+        """||G_target||^2 for weight and bias."""
+        return group_norms(self.factors)
+
+
+@dataclass(frozen=True)
+class DenseTarget:
+    """A target as explicit matrices: noised, or in a small space.
+
+    Attributes:
+        weight: (V, D).
+        bias: (V,), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def inner(self, factors: Factors) -> list[Tensor]:
+        """<G_target, g> of each example's gradient g, through G h alone."""
+        weight = ((factors.hidden @ self.weight.mT) * factors.delta).sum(-1)
+        return [weight, factors.delta @ self.bias] if factors.bias else [weight]
+
+    def norms(self) -> list[Tensor]:
+        """||G_target||^2 for weight and bias."""
+        weight = self.weight.square().sum()
+        return [weight] if self.bias is None else [weight, self.bias.square().sum()]
+
+
+Target = FactorTarget | DenseTarget
+
+
+def group_norms(factors: Factors) -> list[Tensor]:
+    """||G(X)||^2 of the mean gradient of each group: factors (..., B, V), (..., B, D) -> (...), weight and bias."""
+    deltas = factors.delta @ factors.delta.mT  # (..., B, B)
+    hiddens = factors.hidden @ factors.hidden.mT
+    weight = (deltas * hiddens).mean((-2, -1))
+    return [weight, deltas.mean((-2, -1))] if factors.bias else [weight]
+
+
+# ---------------------------------------------------------------- distances
+
+
+def combine(inners: Sequence[Tensor], norms: Sequence[Tensor], target_norms: Sequence[Tensor], distance: str) -> Tensor:
+    """The distance of two gradients from their inner products and squared norms, one entry per matched tensor.
+
+    "cosine" is 1 - cosine averaged over tensors; a zero gradient has cosine 0 with everything. "l2" is the squared
+    Euclidean distance, summed over tensors.
+
+    Raises:
+        UserError: an unknown distance.
+    """
+    require(distance in DISTANCES, f"the distance {distance!r} is not known: use one of {', '.join(DISTANCES)}")
+    if distance == "l2":
+        return sum(norm - 2 * inner + target for inner, norm, target in zip(inners, norms, target_norms, strict=True))
+    cosines = [
+        inner / (norm.clamp_min(TINY).sqrt() * target.clamp_min(TINY).sqrt())
+        for inner, norm, target in zip(inners, norms, target_norms, strict=True)
+    ]
+    return 1 - sum(cosines) / len(cosines)
+
+
+def match_groups(
+    factors: Factors, which: Tensor, targets: Sequence[Target], distance: str = "cosine", space: Space | None = None
+) -> Tensor:
+    """The matching loss of K groups at once, in closed form.
+
+    Args:
+        factors: delta (K, B, V) and hidden (K, B, D).
+        which: (K,) the number of each group's target.
+        targets: the targets, in the coordinates of `space`.
+        distance: "cosine" or "l2".
+        space: where gradients are compared; None is the whole head.
+
+    Returns:
+        (K,).
+    """
+    factors = (space or Space()).restrict(factors)
+    norms = group_norms(factors)
+    inners = [torch.zeros_like(norm) for norm in norms]
+    target_norms = [torch.zeros_like(norm) for norm in norms]
+    for number in which.unique().tolist():
+        chosen = (which == number).nonzero().squeeze(-1)
+        target = targets[number]
+        for place, (inner, norm) in enumerate(zip(target.inner(factors[chosen]), target.norms(), strict=True)):
+            inners[place] = inners[place].index_copy(0, chosen, inner.mean(-1))
+            target_norms[place] = target_norms[place].index_fill(0, chosen, norm.item())
+    return combine(inners, norms, target_norms, distance)
+
+
+# ---------------------------------------------------------------- any parameters
+
+
+def parameter_gradient(loss: Tensor, parameters: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
+    """d loss / d parameters; zeros where the loss does not depend on a parameter."""
+    found = torch.autograd.grad(loss, list(parameters), create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def tensor_distance(gradient: Sequence[Tensor], target: Sequence[Tensor], distance: str = "cosine") -> Tensor:
+    """The distance of two explicit gradients, one tensor per parameter, as `combine` defines it."""
+    inners = [(a * b).sum() for a, b in zip(gradient, target, strict=True)]
+    return combine(inners, [a.square().sum() for a in gradient], [b.square().sum() for b in target], distance)
+
+
+def match_parameters(
+    group_loss: Callable[[int], Tensor],
+    which: Tensor,
+    targets: Sequence[Sequence[Tensor]],
+    parameters: Sequence[Tensor],
+    distance: str = "cosine",
+) -> Tensor:
+    """The matching loss of K groups for any parameters, by differentiating through their explicit gradients.
+
+    Args:
+        group_loss: number of a group -> its mean loss, a function of `parameters` (which require gradients).
+        which: (K,) the number of each group's target.
+        targets: for each target, one tensor per parameter.
+        parameters: the matched tensors. Attention must have a second derivative: eager, or the math kernel.
+        distance: "cosine" or "l2".
+
+    Returns:
+        (K,), differentiable in whatever the group losses depend on.
+    """
+    losses = [
+        tensor_distance(parameter_gradient(group_loss(k), parameters, create_graph=True), targets[number], distance)
+        for k, number in enumerate(which.tolist())
+    ]
+    return torch.stack(losses)

@@ -1,0 +1,112 @@
+"""The literal method, slow and plain: the oracle of the tests and the baseline of every speed figure.
+
+One group at a time, the head's gradient as an explicit V x D matrix with a graph behind it, the whole prefix recomputed
+for every token, full sorts of the vocabulary. It shares no numerical code with the fast path, only the model and Adam.
+Letters: B examples of a group, L positions of text, D hidden width, V vocabulary, n real examples.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy, embedding, linear
+
+
+def head_gradient(lm, embeds: Tensor, labels: Tensor, create_graph: bool = False) -> list[Tensor]:
+    """The gradient of the mean loss over a batch with respect to the head: [(V, D)] or [(V, D), (V,)].
+
+    Args:
+        embeds: (B, T, D) input embeddings of whole prompts, without padding.
+        labels: (B,) verbalizer tokens.
+    """
+    head = lm.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    parameters = [p.detach().clone().requires_grad_(True) for p in (head.weight, bias) if p is not None]
+    with sdpa_kernel(SDPBackend.MATH):
+        hidden = lm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, -1]
+    logits = linear(hidden, *parameters)
+    return list(torch.autograd.grad(cross_entropy(logits, labels), parameters, create_graph=create_graph))
+
+
+def real_gradient(lm, sequences: Sequence[Sequence[int]], labels: Sequence[int]) -> list[Tensor]:
+    """The mean of the head's gradients of real prompts, one after the other."""
+    device = lm.get_output_embeddings().weight.device
+    table = lm.get_input_embeddings().weight
+    total = None
+    for ids, label in zip(sequences, labels, strict=True):
+        embeds = embedding(torch.tensor([ids], device=device), table)
+        found = head_gradient(lm, embeds, torch.tensor([label], device=device))
+        total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+    return [value.detach() / len(sequences) for value in total]
+
+
+def distance(gradient: Sequence[Tensor], target: Sequence[Tensor], kind: str) -> Tensor:
+    """1 - cosine averaged over tensors, or the squared Euclidean distance summed over tensors."""
+    if kind == "l2":
+        return sum((a - b).pow(2).sum() for a, b in zip(gradient, target, strict=True))
+    return sum(1 - (a * b).sum() / (a.norm() * b.norm()) for a, b in zip(gradient, target, strict=True)) / len(target)
+
+
+def match(lm, x: Tensor, before: Tensor, after: Tensor, labels: Tensor, target: Sequence[Tensor], kind: str) -> Tensor:
+    """f of one group: x (B, L, D) between constant template embeddings (P, D) and (S, D)."""
+    count = x.shape[0]
+    embeds = torch.cat([before.expand(count, -1, -1), x, after.expand(count, -1, -1)], dim=1)
+    return distance(head_gradient(lm, embeds, labels, create_graph=True), target, kind)
+
+
+def project(lm, v: Tensor, prompt: Sequence[int], order: str, k: int, allowed: Tensor) -> Tensor:
+    """Project each row of v (B, L, D) on readable tokens, token by token: ids (B, L). `allowed` is a (V,) bool mask."""
+    return torch.stack([_project_row(lm, row, list(prompt), order, k, allowed) for row in v])
+
+
+@torch.no_grad()
+def _project_row(lm, row: Tensor, ids: list[int], order: str, k: int, allowed: Tensor) -> Tensor:
+    table, chosen = lm.get_input_embeddings().weight, []
+    for target in row:
+        logits = lm(input_ids=torch.tensor([ids + chosen], device=row.device), use_cache=False).logits[0, -1]
+        likely = logits.masked_fill(~allowed, -torch.inf)
+        far = (table - target).pow(2).sum(-1).masked_fill(~allowed, torch.inf)
+        if order == "lm_then_nearest":
+            candidates = likely.sort(descending=True).indices[:k]
+            best = candidates[far[candidates].sort().indices[0]]
+        else:
+            candidates = far.sort().indices[:k]
+            best = candidates[likely[candidates].sort(descending=True).indices[0]]
+        chosen.append(int(best))
+    return torch.tensor(chosen, device=row.device)
+
+
+def solve(
+    f: Callable[[Tensor], Tensor],
+    projection: Callable[[Tensor], Tensor],
+    table: Tensor,
+    x: Tensor,
+    *,
+    rho: float,
+    outer_steps: int,
+    inner_steps: int,
+    lr: float,
+    clip: float,
+) -> tuple[Tensor, float]:
+    """ADMM on one group, as written in the paper with z first: (best ids (B, L), their f)."""
+    lam = torch.zeros_like(x)
+    best_ids, best = None, float("inf")
+    for outer in range(outer_steps + 1):
+        ids = projection(x + lam / rho)
+        z = embedding(ids, table)
+        value = float(f(z).detach())
+        if value < best:
+            best_ids, best = ids, value
+        if outer == outer_steps:
+            return best_ids, best
+        x = x.clone().requires_grad_(True)
+        adam = torch.optim.Adam([x], lr=lr)
+        for _ in range(inner_steps):
+            adam.zero_grad()
+            (f(x) + rho / 2 * (x - z + lam / rho).pow(2).sum()).backward()
+            torch.nn.utils.clip_grad_norm_([x], clip)
+            adam.step()
+        x = x.detach()
+        lam = lam + rho * (x - z)
+    raise AssertionError("outer_steps must be at least 0")

@@ -1,0 +1,52 @@
+# Two commands to start with: `make quickstart` and `make test`. Versions of dependencies are in pyproject.toml alone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PAPERMILL = $(BIN)/papermill --kernel python3 --no-progress-bar
+NOTEBOOKS := $(notdir $(basename $(wildcard notebooks/*.ipynb)))
+# Notebooks that `make test` runs as they are stored; the suite runs the others with their smoke presets.
+FAST := $(wildcard notebooks/00-quickstart.ipynb)
+
+.PHONY: quickstart test lint lab book clean
+.DELETE_ON_ERROR:
+
+# Nothing here needs the hub: the embedded default model and data are enough.
+quickstart test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
+
+quickstart: $(VENV)/.installed-notebooks
+	@mkdir -p results && touch results/.started
+	$(PAPERMILL) notebooks/00-quickstart.ipynb results/00-quickstart.ipynb
+	@echo "Written:" && find results -type f -newer results/.started | sort && rm results/.started
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(if $(FAST),$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 600 $(FAST))
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+
+lab: $(VENV)/.installed-notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+book: $(NOTEBOOKS:%=book/executed/%.ipynb) $(VENV)/.installed-book
+	$(BIN)/jupyter-book build book -W -n --keep-going
+	@echo "Open book/_build/html/index.html"
+
+book/executed/%.ipynb: notebooks/%.ipynb $(wildcard gradmm/*.py) | $(VENV)/.installed-book
+	@mkdir -p book/executed
+	$(PAPERMILL) $< $@ $(addprefix -f ,$(wildcard notebooks/params/demo/$*.yaml))
+
+# One stamp for each extra: installed once, and again when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	@echo "Installing gradmm[$*] into $(VENV); the first time takes minutes"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gradmm needs Python 3.11 or later, $(PYTHON) is $$($(PYTHON) -V 2>&1): run make with PYTHON=python3.11 or another newer one" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) results runs build dist book/_build book/executed *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find gradmm tests notebooks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,122 @@
+"""What a fresh machine relies on: declared dependencies, the wheel's contents, the commands that the README promises."""
+
+import ast
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in requirements}
+
+
+def distributions_imported(folder: str) -> set[str]:
+    """The installed distributions behind a folder's imports, the standard library and local files left out."""
+    modules = set()
+    for path in (ROOT / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules.add(node.module.split(".")[0])
+    local = {path.stem for path in (ROOT / folder).glob("*.py")} | {"gradmm"}
+    known = importlib.metadata.packages_distributions()
+    return {canonicalize_name(known[module][0]) for module in modules - local - set(sys.stdlib_module_names)}
+
+
+def test_every_dependency_is_used_and_every_import_is_declared():
+    assert names(PROJECT["dependencies"]) == distributions_imported("gradmm")
+
+
+def test_the_tests_need_nothing_undeclared():
+    extras = PROJECT["optional-dependencies"]
+    assert distributions_imported("tests") <= names(PROJECT["dependencies"] + extras["notebooks"] + extras["test"])
+
+
+@pytest.mark.parametrize("line", [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])])
+def test_a_dependency_is_bounded_and_what_is_installed_fits(line):
+    requirement = Requirement(line)
+    if requirement.name == "gradmm":
+        return
+    assert any(bound.operator in {"<", "=="} for bound in requirement.specifier)
+    try:
+        installed = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{requirement.name} belongs to an extra that is not installed")
+    assert requirement.specifier.contains(installed)
+
+
+def test_one_version_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert PROJECT["version"] == citation["version"] == importlib.metadata.version("gradmm")
+    assert PROJECT["license"] == citation["license"] == "MIT"
+
+
+def test_the_conda_environment_repeats_no_version():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["dependencies"] == [f"python{PROJECT['requires-python']}", "pip", "make", {"pip": ["-e .[all]"]}]
+    assert names(PROJECT["optional-dependencies"]["all"]) == {"gradmm"}
+
+
+def test_the_readme_keeps_its_promises():
+    targets = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)\b", README)) <= targets
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert not missing
+
+
+def test_the_readme_s_python_is_python():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        ast.parse(block)
+
+
+def test_an_old_python_is_refused_in_words(tmp_path):
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo "Python 3.9.1" || exit 1\n')
+    old.chmod(0o755)
+    made = subprocess.run(
+        ["make", "quickstart", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"],
+        cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert made.returncode != 0
+    assert "gradmm needs Python 3.11 or later" in made.stderr
+    assert "Python 3.9.1" in made.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(tmp_path):
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    tracked = [name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
+    source = tmp_path / "source"
+    for name in tracked:
+        if name.startswith("gradmm/") or "/" not in name:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
+        check=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == {name for name in tracked if name.startswith("gradmm/")}

@@ -1,0 +1,138 @@
+"""The shape of the repository: who imports whom, what code may never do, and how notebooks are stored."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "gradmm"
+# Each room may import those before it, and no other.
+ORDER = """
+    errors seeds files admm gradients tasks examples models projection privacy selection generation finetuning evaluation
+    synthesis demo_text demo plots reference batch
+""".split()
+ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PRESETS = sorted((ROOT / "notebooks" / "params").rglob("*.yaml"))
+LANGUAGE = {"transformers", "tokenizers", "datasets"}
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "pandas.read_pickle", "pd.read_pickle", "yaml.load", "os.system"}
+MACHINE_PATH = re.compile(r"(?<![\w.:/~$}<-])/(?:work|root|home|Users|tmp)/[\w.]|\b[A-Z]:\\Users\\")
+
+
+def parse(room: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{room}.py").read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Every module that a file names in an import, wherever the import stands."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["gradmm" if node.level else "", node.module]))
+            found |= {f"{base}.{alias.name}" for alias in node.names} if base == "gradmm" else {base}
+    return found
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` of a name or attribute; empty for anything else, such as a call's result."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and dotted(node.value):
+        return f"{dotted(node.value)}.{node.attr}"
+    return ""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_rooms_above(room):
+    assert room in ORDER, f"gradmm/{room}.py has no place in the order of rooms: merge it into one, or give it a place"
+    inside = {name.split(".")[1] if "." in name else name for name in imported(parse(room)) if name.split(".")[0] == "gradmm"}
+    assert inside <= set(ORDER[: ORDER.index(room)])
+
+
+@pytest.mark.parametrize("room", sorted({"errors", "seeds", "files", "admm", "gradients"} & set(ROOMS)))
+def test_the_mathematics_knows_no_language_model(room):
+    assert not {name.split(".")[0] for name in imported(parse(room))} & LANGUAGE
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "__init__"])
+def test_no_room_runs_data_as_code_or_prints(room):
+    tree = parse(room)
+    assert not {name.split(".")[0] for name in imported(tree)} & UNSAFE_MODULES
+    calls = {dotted(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not calls & (UNSAFE_CALLS | {"print"})
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "__init__"])
+def test_trust_is_never_switched_on(room):
+    keywords = [node for node in ast.walk(parse(room)) if isinstance(node, ast.keyword)]
+    unsafe = [k for k in keywords if k.arg in {"trust_remote_code", "allow_pickle", "shell"}]
+    assert all(isinstance(k.value, ast.Constant) and k.value.value is False for k in unsafe)
+
+
+def test_the_checks_see_what_they_forbid():
+    tree = ast.parse("def f():\n    from gradmm import plots\n    import pickle\n    model.eval()\n    return eval('1')")
+    calls = {dotted(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert imported(tree) == {"gradmm.plots", "pickle"}
+    assert calls == {"model.eval", "eval"}
+    assert MACHINE_PATH.search("open('" + "/".join(["", "home", "someone", "x"]) + "')")
+    assert not MACHINE_PATH.search("https://example.org/home/page and ./work/x")
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[Path]:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_tracked_file_names_a_path_of_one_machine(tracked):
+    found = {}
+    for path in tracked:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if match := MACHINE_PATH.search(text):
+            found[path.name] = text[match.start() : match.start() + 60]
+    assert not found
+
+
+def test_no_tracked_file_is_a_pickle_or_larger_than_needed(tracked):
+    assert not [path for path in tracked if path.suffix in {".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt"}]
+    assert not [path for path in tracked if path.stat().st_size > 40_000_000]
+
+
+def parse_cell(cell) -> ast.Module:
+    return ast.parse("\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!"))))
+
+
+def parameter_names(notebook) -> set[str]:
+    (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    return {node.id for node in ast.walk(parse_cell(cell)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [cell for cell in code if cell.outputs or cell.execution_count is not None]
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells) == 1
+    functions = [node for cell in code for node in ast.walk(parse_cell(cell)) if isinstance(node, ast.FunctionDef)]
+    assert not [node.name for node in functions if node.end_lineno - node.lineno >= 10]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_preset_sets_only_parameters_that_exist(path):
+    named = [notebook for notebook in NOTEBOOKS if notebook.stem == path.stem] or NOTEBOOKS
+    known = set().union(*(parameter_names(nbformat.read(notebook, as_version=4)) for notebook in named))
+    assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= known

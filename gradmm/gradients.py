@@ -52,6 +52,10 @@ class Factors:
     hidden: Tensor
     bias: bool = False
 
+    def unsqueeze(self, dim: int) -> "Factors":
+        """The same pairs with one more leading dimension."""
+        return Factors(self.delta.unsqueeze(dim), self.hidden.unsqueeze(dim), self.bias)
+
     def __getitem__(self, index) -> "Factors":
         return Factors(self.delta[index], self.hidden[index], self.bias)
 

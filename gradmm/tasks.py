@@ -4,6 +4,8 @@ Knows tokenizers but no language model. Letters: C classes, V vocabulary.
 An example reads `template.format(text=...)` followed by its label's verbalizer, one token.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -87,6 +89,12 @@ class Task:
             isinstance(self.min_words, int) and self.min_words >= 1,
             f"task {self.name!r} has min_words = {self.min_words!r}: give a whole number of at least 1",
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the gradient depends on: labels, verbalizers and template."""
+        values = [self.labels, self.verbalizers, self.template]
+        return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
 
     def to_dict(self) -> dict:
         """The task as plain values, for manifests and YAML."""

@@ -11,7 +11,7 @@ FAST := $(wildcard notebooks/00-quickstart.ipynb)
 .DELETE_ON_ERROR:
 
 # Nothing here needs the hub: the embedded default model and data are enough.
-quickstart test: export HF_HUB_OFFLINE = 1
+quickstart test book: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 
 quickstart: $(VENV)/.installed-notebooks

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other.
 ORDER = """
-    errors seeds files admm gradients tasks examples models projection privacy selection generation finetuning evaluation
-    synthesis demo_text demo plots reference batch
+    errors seeds files admm runs gradients tasks examples models projection matching privacy selection generation
+    finetuning evaluation synthesis demo_text demo plots reference batch
 """.split()
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -57,7 +57,7 @@ def test_a_room_imports_only_from_rooms_above(room):
     assert inside <= set(ORDER[: ORDER.index(room)])
 
 
-@pytest.mark.parametrize("room", sorted({"errors", "seeds", "files", "admm", "gradients"} & set(ROOMS)))
+@pytest.mark.parametrize("room", sorted({"errors", "seeds", "files", "admm", "runs", "gradients"} & set(ROOMS)))
 def test_the_mathematics_knows_no_language_model(room):
     assert not {name.split(".")[0] for name in imported(parse(room))} & LANGUAGE
 

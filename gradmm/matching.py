@@ -1,0 +1,107 @@
+"""The matching problem of a language model: prompts around x, and their distance to the released gradients.
+
+Knows no private text and no solver. Letters: K groups, B examples of a group, L positions, D width, N texts, C classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmm.gradients import Factors, Head, Space, Target, head_factors, match_groups
+from gradmm.models import Model
+from gradmm.projection import text_mask
+from gradmm.tasks import TaskTokens
+
+ROWS_PER_BLOCK = 256  # texts whose (V,) deltas are held at once
+
+
+@dataclass(frozen=True)
+class Matching:
+    """f(X) = dist(G_target, G(X)) for groups of one class each.
+
+    Attributes:
+        model, tokens: the language model and the task in its tokens.
+        targets: one per class.
+        space: the coordinates of the targets.
+        distance: "cosine" or "l2".
+        end: the token from which on a text is empty, or None.
+    """
+
+    model: Model
+    tokens: TaskTokens
+    targets: Sequence[Target]
+    space: Space
+    distance: str = "cosine"
+    end: int | None = None
+
+    @property
+    def head(self) -> Head:
+        """The rows over which the loss is taken: the full vocabulary."""
+        return Head(self.model.head_weight, self.model.head_bias)
+
+    def of_vectors(self, x: Tensor, ids: Tensor, classes: Tensor) -> Tensor:
+        """f of each group, with one pass of the body; differentiable in x alone.
+
+        Args:
+            x: (K, B, L, D) continuous texts; the template around them is constant.
+            ids: (K, B, L) tokens that say where each text ends (if `end` is set).
+            classes: (K,) each group's class.
+
+        Returns:
+            (K,).
+        """
+        groups, count, length, _ = x.shape
+        hidden = self.model.last_hidden(self._around(x.flatten(0, 1)), self._mask(ids.flatten(0, 1)))
+        labels = self._label_tokens(classes)[:, None].expand(groups, count)
+        factors = head_factors(hidden.view(groups, count, -1), labels, self.head)
+        return match_groups(factors, classes, self.targets, self.distance, self.space)
+
+    @torch.no_grad()
+    def of_texts(self, texts: Sequence[str], classes: Sequence[int]) -> Tensor:
+        """f of each text as a group of one, read from the text itself: (N,)."""
+        factors, chosen = self.factors(texts, classes), torch.tensor(list(classes), device=self.model.device)
+        parts = [
+            match_groups(factors[rows].unsqueeze(1), chosen[rows], self.targets, self.distance, self.space)
+            for rows in torch.arange(len(texts), device=self.model.device).split(ROWS_PER_BLOCK)
+        ]
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    @torch.no_grad()
+    def of_sets(self, texts: Sequence[str], classes: Sequence[int]) -> list[float]:
+        """f of all texts of a class as one group, for each class; NaN for a class without texts."""
+        values = []
+        for number in range(len(self.targets)):
+            members = [text for text, label in zip(texts, classes, strict=True) if label == number]
+            if not members:
+                values.append(float("nan"))
+                continue
+            factors = self.factors(members, [number] * len(members))
+            which = torch.tensor([number], device=self.model.device)
+            values.append(match_groups(factors.unsqueeze(0), which, self.targets, self.distance, self.space).item())
+        return values
+
+    def factors(self, texts: Sequence[str], classes: Sequence[int]) -> Factors:
+        """The gradients of texts as factor pairs: delta (N, V), hidden (N, D)."""
+        hidden = self.model.hidden_of([self.tokens.sequence(text) for text in texts])
+        return head_factors(hidden, self._label_tokens(torch.tensor(list(classes), device=hidden.device)), self.head)
+
+    def _label_tokens(self, classes: Tensor) -> Tensor:
+        return torch.tensor(self.tokens.labels, device=classes.device)[classes]
+
+    def _around(self, x: Tensor) -> Tensor:
+        """The template's embeddings, constants, around x: (N, L, D) -> (N, T, D)."""
+        count = x.shape[0]
+        parts = [self._constant(self.tokens.start + self.tokens.head, count), x, self._constant(self.tokens.tail, count)]
+        return torch.cat([part.to(self.model.dtype) for part in parts], dim=1)
+
+    def _constant(self, ids: Sequence[int], count: int) -> Tensor:
+        tokens = torch.tensor(list(ids), dtype=torch.long, device=self.model.device)
+        return self.model.embed(tokens).expand(count, -1, -1)
+
+    def _mask(self, ids: Tensor) -> Tensor | None:
+        if self.end is None:
+            return None
+        before, after = len(self.tokens.start + self.tokens.head), len(self.tokens.tail)
+        return torch.nn.functional.pad(text_mask(ids, self.end), (before, after), value=1)

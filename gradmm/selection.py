@@ -1,0 +1,126 @@
+"""Which synthetic texts to keep: the label filter, ranking by matching loss, and a reason for every text.
+
+Works on public inputs only: the model, the texts and the released gradients. Letters: N texts, C classes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmm.errors import require
+from gradmm.models import Model
+from gradmm.tasks import TaskTokens
+
+KEPT = "kept: rank {} of {} by matching loss"
+EMPTY = "dropped: the text is empty"
+DUPLICATE = "dropped: the same text stands earlier"
+LABEL = "dropped: the model reads it as {}, {:.0%} sure"
+RANK = "dropped: rank {} of {}, {} were asked for"
+FILLED = "kept to fill: the model reads it as another label, but only {} of {} passed"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one text."""
+
+    kept: bool
+    reason: str
+
+
+@torch.no_grad()
+def label_probabilities(model: Model, tokens: TaskTokens, texts: Sequence[str]) -> Tensor:
+    """The model's own probability of each label, softmax over the verbalizers: (N, C)."""
+    rows = torch.tensor(tokens.labels, device=model.device)
+    bias = None if model.head_bias is None else model.head_bias[rows]
+    hidden = model.hidden_of([tokens.sequence(text) for text in texts])
+    return torch.nn.functional.linear(hidden, model.head_weight[rows], bias).float().softmax(-1)
+
+
+def calibrate(probabilities: Tensor, classes: Sequence[int]) -> Tensor:
+    """Take out the model's preference for some verbalizer: (N, C) -> (N, C).
+
+    The mean log-probability over the texts, each class weighing the same, is subtracted; the texts are balanced by
+    construction, so nothing but their own average is used (after Zhao et al. 2021, with texts for content-free prompts).
+    """
+    logs = probabilities.clamp_min(1e-30).log()
+    labels = torch.tensor(list(classes), device=logs.device)
+    means = torch.stack([logs[labels == number].mean(0) for number in labels.unique().tolist()])
+    return (logs - means.mean(0)).softmax(-1)
+
+
+def keep_all(probabilities: Tensor, classes: Sequence[int]) -> list[int | None]:
+    """No filter: every text passes."""
+    return [None] * len(classes)
+
+
+def label_filter(probabilities: Tensor, classes: Sequence[int]) -> list[int | None]:
+    """The label that the model reads instead of the right one, for each text; None where it agrees."""
+    read = probabilities.argmax(-1).tolist()
+    return [None if found == label else found for found, label in zip(read, classes, strict=True)]
+
+
+def calibrated_label_filter(probabilities: Tensor, classes: Sequence[int]) -> list[int | None]:
+    """`label_filter` after `calibrate`."""
+    return label_filter(calibrate(probabilities, classes), classes) if len(classes) else []
+
+
+FILTERS: dict[str, Callable[[Tensor, Sequence[int]], list[int | None]]] = {
+    "none": keep_all,
+    "label": label_filter,
+    "calibrated_label": calibrated_label_filter,
+}
+
+
+def select(
+    texts: Sequence[str],
+    classes: Sequence[int],
+    scores: Sequence[float],
+    misread: Sequence[int | None],
+    probabilities: Tensor,
+    per_class: Sequence[int],
+    labels: Sequence[str],
+) -> list[Verdict]:
+    """Keep the `per_class` texts of each class with the lowest score among those that passed the filter.
+
+    Where fewer pass than were asked for, the best of the misread ones fill up, and say so.
+
+    Args:
+        texts: N texts.
+        classes: N class numbers.
+        scores: N values, lower is better.
+        misread: N labels read instead of the right one, or None, from one of FILTERS.
+        probabilities: (N, C), for the reasons' wording.
+        per_class: how many to keep of each class.
+        labels: C names.
+
+    Returns:
+        N verdicts, in order.
+    """
+    require(len(texts) == len(classes) == len(scores), f"{len(texts)} texts, {len(classes)} classes, {len(scores)} scores: give one of each")
+    verdicts: dict[int, Verdict] = _unusable(texts)
+    for number, wanted in enumerate(per_class):
+        members = [i for i, label in enumerate(classes) if label == number and i not in verdicts]
+        passed = sorted((i for i in members if misread[i] is None), key=lambda i: (scores[i], i))
+        failed = sorted((i for i in members if misread[i] is not None), key=lambda i: (scores[i], i))
+        for rank, i in enumerate(passed, 1):
+            kept = rank <= wanted
+            verdicts[i] = Verdict(kept, (KEPT if kept else RANK).format(rank, len(passed), wanted))
+        for place, i in enumerate(failed, len(passed)):
+            reading = LABEL.format(labels[misread[i]], float(probabilities[i, misread[i]]))
+            verdicts[i] = Verdict(True, FILLED.format(len(passed), wanted)) if place < wanted else Verdict(False, reading)
+    return [verdicts[i] for i in range(len(texts))]
+
+
+def _unusable(texts: Sequence[str]) -> dict[int, Verdict]:
+    """Empty texts, and texts that stand earlier."""
+    found: dict[int, Verdict] = {}
+    seen: set[str] = set()
+    for i, text in enumerate(texts):
+        if not text.strip():
+            found[i] = Verdict(False, EMPTY)
+        elif text in seen:
+            found[i] = Verdict(False, DUPLICATE)
+        seen.add(text)
+    return found

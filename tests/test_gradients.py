@@ -1,0 +1,197 @@
+"""The closed form against the literal head gradient with a graph behind it, in float64, for every family of model."""
+
+import pytest
+import torch
+
+from gradmm import reference
+from gradmm.errors import UserError
+from gradmm.gradients import (
+    DenseTarget,
+    Factors,
+    FactorTarget,
+    Head,
+    Space,
+    group_norms,
+    head_factors,
+    match_groups,
+    match_parameters,
+    parameter_gradient,
+    tensor_distance,
+)
+from gradmm.matching import Matching
+from gradmm.tasks import Task, tokenize_task
+
+TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was")
+CLASSES = (0, 1)
+
+
+def make(tiny_model, kind, space=None, distance="cosine"):
+    """A Matching with factor targets of 5 and 3 real prompts, and the explicit targets of the reference."""
+    model = tiny_model(kind)
+    tokens = tokenize_task(TASK, model.tokenizer)
+    real = [["a fine movie", "this was one dull plot", "the cat", "music and fear", "red"], ["i like it", "not made", "all time"]]
+    targets, explicit = [], []
+    for number, texts in enumerate(real):
+        sequences = [tokens.sequence(text) for text in texts]
+        labels = torch.full((len(texts),), tokens.labels[number])
+        factors = head_factors(model.hidden_of(sequences), labels, Head(model.head_weight, model.head_bias))
+        targets.append(FactorTarget((space or Space()).restrict(factors)))
+        explicit.append(reference.real_gradient(model.lm, sequences, labels.tolist()))
+    return Matching(model, tokens, targets, space or Space(), distance), explicit
+
+
+def oracle(matching, explicit, x, classes, distance):
+    model, tokens = matching.model, matching.tokens
+    before, after = (model.embed(torch.tensor(ids)) for ids in (tokens.start + tokens.head, tokens.tail))
+    return torch.stack(
+        [
+            reference.match(model.lm, x[k], before, after, torch.full((x.shape[1],), tokens.labels[c]), explicit[c], distance)
+            for k, c in enumerate(classes)
+        ]
+    )
+
+
+def draw_x(model, groups, count, length=4):
+    source = torch.Generator().manual_seed(groups * 100 + count)
+    return torch.randn(groups, count, length, model.embedding.shape[1], generator=source, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize("count", [1, 2, 10])
+def test_value_and_input_gradient_equal_the_reference(tiny_model, kind, count, distance):
+    matching, explicit = make(tiny_model, kind, distance=distance)
+    classes = torch.tensor([0, 1, 1])
+    fast = draw_x(matching.model, 3, count).requires_grad_(True)
+    slow = fast.detach().clone().requires_grad_(True)
+    value = matching.of_vectors(fast, torch.zeros(3, count, 4, dtype=torch.long), classes)
+    expected = oracle(matching, explicit, slow, classes.tolist(), distance)
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    found, wanted = torch.autograd.grad(value.sum(), fast)[0], torch.autograd.grad(expected.sum(), slow)[0]
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-10
+
+
+def test_dense_and_factor_targets_are_the_same_target(tiny_model, kind):
+    matching, explicit = make(tiny_model, kind)
+    dense = [DenseTarget(*gradient) for gradient in explicit]
+    factors = head_factors(torch.randn(4, 3, 32, dtype=torch.float64), torch.full((4, 3), 7), matching.head)
+    which = torch.tensor([1, 0, 0, 1])
+    for distance in ("cosine", "l2"):
+        left, right = (match_groups(factors, which, targets, distance) for targets in (matching.targets, dense))
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_space_of_rows_and_directions_equals_the_explicit_projection(bias):
+    source = torch.Generator().manual_seed(0)
+    delta, hidden = (torch.randn(2, 3, n, generator=source, dtype=torch.float64) for n in (11, 6))
+    basis = torch.linalg.qr(torch.randn(6, 2, generator=source, dtype=torch.float64)).Q
+    rows = torch.tensor([2, 9, 4])
+    space = Space(rows, basis)
+    weight = torch.einsum("kbv,kbd->kvd", delta, hidden) / 3
+    small = weight[:, rows] @ basis
+    target = torch.randn(3, 2, generator=source, dtype=torch.float64)
+    target_bias = torch.randn(3, generator=source, dtype=torch.float64) if bias else None
+    value = match_groups(Factors(delta, hidden, bias), torch.zeros(2, dtype=torch.long), [DenseTarget(target, target_bias)], "cosine", space)
+    pairs = [(small, target)] + ([(delta.mean(1)[:, rows], target_bias)] if bias else [])
+    expected = sum(1 - torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten()[None]) for a, b in pairs) / len(pairs)
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_single_precision_is_close_to_double(tiny_model):
+    matching, _ = make(tiny_model, "llama")
+    single = Matching(tiny_model("llama", dtype=torch.float32), matching.tokens, matching.targets, matching.space)
+    targets = [FactorTarget(Factors(t.factors.delta.float(), t.factors.hidden.float())) for t in matching.targets]
+    single = Matching(single.model, single.tokens, targets, single.space)
+    x, ids, classes = draw_x(matching.model, 2, 5), torch.zeros(2, 5, 4, dtype=torch.long), torch.tensor([0, 1])
+    torch.testing.assert_close(single.of_vectors(x.float(), ids, classes).double(), matching.of_vectors(x, ids, classes), rtol=1e-4, atol=1e-5)
+
+
+def test_the_general_path_equals_the_closed_form_for_the_head_and_autograd_for_the_body(tiny_model):
+    matching, explicit = make(tiny_model, "llama")
+    model, tokens = matching.model, matching.tokens
+    x, classes = draw_x(model, 2, 3).requires_grad_(True), torch.tensor([1, 0])
+    head = model.head_weight
+
+    def loss(k):
+        hidden = model.last_hidden(matching._around(x[k]))
+        return torch.nn.functional.cross_entropy(hidden @ head.T, torch.full((3,), tokens.labels[classes[k]]))
+
+    head.requires_grad_(True)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            general = match_parameters(loss, classes, explicit, [head])
+            slope = torch.autograd.grad(general.sum(), x)[0]
+    finally:
+        head.requires_grad_(False)
+    closed = matching.of_vectors(x, torch.zeros(2, 3, 4, dtype=torch.long), classes)
+    torch.testing.assert_close(general, closed, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(slope, torch.autograd.grad(closed.sum(), x)[0], rtol=1e-9, atol=1e-12)
+
+
+def test_the_general_path_differentiates_through_any_named_parameters(tiny_model):
+    """Finite differences of the distance over the last block's parameters, in one direction of x."""
+    matching, _ = make(tiny_model, "gpt_neox")
+    model = matching.model
+    named = [p for name, p in model.lm.named_parameters() if "layers.1." in name]
+    [p.requires_grad_(True) for p in named]
+    labels = torch.full((2,), matching.tokens.labels[0])
+
+    def loss(x):
+        return torch.nn.functional.cross_entropy(model.last_hidden(matching._around(x)) @ model.head_weight.T, labels)
+
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            target = [g.detach() for g in parameter_gradient(loss(draw_x(model, 1, 2)[0] * 0.5), named)]
+            x = draw_x(model, 1, 2)[0].requires_grad_(True)
+            value = match_parameters(lambda k: loss(x), torch.tensor([0]), [target], named).sum()
+            slope = torch.autograd.grad(value, x)[0]
+            direction = torch.randn_like(slope)
+            ends = [
+                tensor_distance(parameter_gradient(loss((x + e * direction).detach()), named), target) for e in (1e-5, -1e-5)
+            ]
+    finally:
+        [p.requires_grad_(False) for p in named]
+    assert float((slope * direction).sum()) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-5)
+
+
+def test_a_text_that_ends_early_matches_as_the_shorter_text(tiny_model, kind):
+    matching, _ = make(tiny_model, kind)
+    short = Matching(matching.model, matching.tokens, matching.targets, matching.space, end=0)
+    ids = torch.tensor([[[5, 6, 0, 0], [7, 8, 9, 10]]])
+    x = matching.model.embed(ids)
+    alone = [matching.model.hidden_of([[*matching.tokens.start, *row, *matching.tokens.tail]]) for row in ([5, 6], [7, 8, 9, 10])]
+    hidden = torch.stack([h[0] for h in alone])[None]
+    factors = head_factors(hidden, torch.full((1, 2), matching.tokens.labels[1]), matching.head)
+    which = torch.tensor([1])
+    torch.testing.assert_close(
+        short.of_vectors(x, ids, which), match_groups(factors, which, matching.targets), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_degenerate_gradients_have_a_defined_distance():
+    zero = FactorTarget(Factors(torch.zeros(1, 5), torch.zeros(1, 3)))
+    some = Factors(torch.randn(1, 2, 5), torch.randn(1, 2, 3))
+    which = torch.tensor([0])
+    assert match_groups(some, which, [zero]).item() == 1.0
+    same = FactorTarget(some[0])
+    assert match_groups(some, which, [same]).item() == pytest.approx(0, abs=1e-6)
+    assert match_groups(some, which, [same], "l2").item() == pytest.approx(0, abs=1e-5)
+    nothing = Factors(torch.zeros(1, 2, 5), torch.zeros(1, 2, 3))
+    assert match_groups(nothing, which, [same]).item() == 1.0
+    x = torch.zeros(1, 2, 3, requires_grad=True)
+    match_groups(Factors(some.delta, x), which, [same]).sum().backward()
+    assert bool(torch.isfinite(x.grad).all())
+
+
+def test_norms_are_those_of_the_mean_gradient():
+    delta, hidden = torch.randn(3, 4, 7, dtype=torch.float64), torch.randn(3, 4, 5, dtype=torch.float64)
+    weight, bias = group_norms(Factors(delta, hidden, True))
+    explicit = torch.einsum("kbv,kbd->kvd", delta, hidden) / 4
+    torch.testing.assert_close(weight, explicit.square().sum((1, 2)))
+    torch.testing.assert_close(bias, delta.mean(1).square().sum(-1))
+
+
+def test_an_unknown_distance_is_refused():
+    factors = Factors(torch.ones(1, 1, 2), torch.ones(1, 1, 2))
+    with pytest.raises(UserError, match="distance 'l1' is not known: use one of cosine, l2"):
+        match_groups(factors, torch.tensor([0]), [FactorTarget(factors[0])], "l1")

@@ -1,0 +1,95 @@
+"""Cached projections against brute force with the whole prefix recomputed."""
+
+import pytest
+import torch
+
+from gradmm import reference
+from gradmm.errors import UserError
+from gradmm.projection import PROJECTIONS, Reading, Tables, allowed_tokens, project, text_mask
+
+PROMPTS = [(0, 40, 41), (0,), (0, 50, 51, 52, 53)]
+
+
+def vectors(model, count, length, seed=0):
+    source = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, model.embedding.shape[0], (count, length), generator=source)
+    noise = torch.randn(count, length, model.embedding.shape[1], generator=source, dtype=torch.float64)
+    return model.embedding[ids] + 0.5 * noise
+
+
+def every(model):
+    return torch.ones(model.embedding.shape[0], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("order", PROJECTIONS)
+@pytest.mark.parametrize("k", [1, 5, 97])
+def test_equals_brute_force_with_prompts_of_any_lengths_side_by_side(tiny_model, kind, order, k):
+    model = tiny_model(kind)
+    v, rows = vectors(model, 6, 7), torch.tensor([0, 1, 2, 2, 1, 0])
+    ids = project(model, Tables.of(model), v, PROMPTS, rows, Reading(order, k, every(model)))
+    for i, row in enumerate(rows.tolist()):
+        expected = reference.project(model.lm, v[i : i + 1], PROMPTS[row], order, k, every(model))
+        assert torch.equal(ids[i : i + 1], expected)
+
+
+@pytest.mark.parametrize("order", PROJECTIONS)
+def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
+    model = tiny_model("llama")
+    allowed = torch.rand(97, generator=torch.Generator().manual_seed(1)) < 0.2
+    v = vectors(model, 5, 6)
+    for k in (1, int(allowed.sum())):
+        ids = project(model, Tables.of(model), v, PROMPTS[:1], torch.zeros(5, dtype=torch.long), Reading(order, k, allowed))
+        assert bool(allowed[ids].all())
+        assert torch.equal(ids, reference.project(model.lm, v, PROMPTS[0], order, k, allowed))
+
+
+def test_limits_of_k_with_all_tokens_as_candidates_one_criterion_rules(tiny_model):
+    """k = V: the paper's order is the nearest token whatever the model says, the code's order plain greedy decoding."""
+    model = tiny_model("gpt2")
+    v, rows = vectors(model, 4, 5), torch.zeros(4, dtype=torch.long)
+    nearest = torch.cdist(v.flatten(0, 1), model.embedding).argmin(-1).view(4, 5)
+    assert torch.equal(project(model, Tables.of(model), v, PROMPTS, rows, Reading("lm_then_nearest", 97, every(model))), nearest)
+    greedy = project(model, Tables.of(model), v, PROMPTS, rows, Reading("nearest_then_lm", 97, every(model)))
+    assert torch.equal(greedy, project(model, Tables.of(model), v, PROMPTS, rows, Reading("lm_then_nearest", 1, every(model))))
+
+
+@pytest.mark.parametrize("order", PROJECTIONS)
+def test_a_text_ends_at_the_end_token_and_not_before_it_may(tiny_model, order):
+    model = tiny_model("opt")
+    end = 9
+    v = vectors(model, 20, 8)
+    v[:10, 1:] = model.embedding[end]
+    reading = Reading(order, 97 if order == "lm_then_nearest" else 1, every(model), end=end, min_tokens=4)
+    ids = project(model, Tables.of(model), v, PROMPTS, torch.zeros(20, dtype=torch.long), reading)
+    mask = text_mask(ids, end)
+    assert mask.sum(-1)[:10].tolist() == [4] * 10
+    assert bool((mask.sum(-1) >= 4).all()) and bool((ids[mask == 0] == end).all())
+
+
+def test_text_mask():
+    ids = torch.tensor([[5, 0, 7], [0, 0, 0], [1, 2, 3]])
+    assert text_mask(ids, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]] and text_mask(ids, None).tolist() == [[1] * 3] * 3
+
+
+def test_allowed_tokens_are_printable_and_known_to_the_tokenizer(tiny_model):
+    model = tiny_model("llama")
+    allowed = allowed_tokens(model)
+    texts = [model.tokenizer.decode([token]) for token in allowed.nonzero().flatten().tolist()]
+    assert not allowed[0] and all(text.strip() for text in texts) and " great" in texts
+    assert not bool(allowed[len(model.tokenizer) :].any())
+
+
+def test_bad_settings_are_one_sentence(tiny_model):
+    model = tiny_model("llama")
+    allowed = every(model)
+    with pytest.raises(UserError, match=r"top_k = 98, it must be from 1 to the 97 allowed tokens"):
+        Reading("lm_then_nearest", 98, allowed)
+    with pytest.raises(UserError, match="top_k = 0"):
+        Reading("lm_then_nearest", 0, allowed)
+    with pytest.raises(UserError, match="projection 'beam' is not known: use one of lm_then_nearest, nearest_then_lm"):
+        Reading("beam", 5, allowed)
+    reading, rows = Reading("lm_then_nearest", 5, allowed), torch.tensor([0])
+    with pytest.raises(UserError, match="no tokens"):
+        project(model, Tables.of(model), vectors(model, 1, 3), [()], rows, reading)
+    with pytest.raises(UserError, match="exceed the context of 64"):
+        project(model, Tables.of(model), vectors(model, 1, 64), [(0,)], rows, reading)

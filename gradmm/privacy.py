@@ -1,0 +1,382 @@
+r"""The one place where private text enters, and the one form in which it leaves: a Release.
+
+Knows the model, the task and the examples; everything after it knows the Release alone. With epsilon = None the Release
+holds the gradients as they are and says so. Otherwise, with g_i the gradient of example i as an outer product
+delta_i h_i^T (and delta_i for a bias) in the release space, each class's target is
+
+    G_c = sum_{i in c} g_i min(1, clip / ||g_i||)  +  N(0, sigma^2)      ||g_i||^2 = |delta_i|^2 (|h_i|^2 + [bias])
+
+Sensitivity of (G_1 .. G_C) together, in L2. "add-remove": one term comes or goes, at most clip. "replace-one": within its
+class two terms differ, ||g - g'|| <= 2 clip; with a new label two sums move by one term each, sqrt(clip^2 + clip^2); so
+at most 2 clip. Sums rather than means: the private class counts are not needed.
+
+What the guarantee takes for granted: the classes, the template, the length, the clip and the space are chosen without a
+look at the private examples, and every class has an example (an empty one is an error, which tells that it was empty; so
+do a text that is too long and a gradient that is not finite). Letters: n examples of a class, C classes, V rows of the
+head, R rows and r directions of the release space, D hidden width.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gradmm import files
+from gradmm.errors import UserError, require
+from gradmm.examples import Example, check_examples
+from gradmm.gradients import DenseTarget, Factors, FactorTarget, Head, Space, Target, head_factors
+from gradmm.mechanism import (
+    ROUNDING_SLACK,
+    Bits,
+    Ledger,
+    LedgerEntry,
+    add_noise,
+    plan_entry,
+    seeded_bits,
+    system_bits,
+    total_epsilon,
+)
+from gradmm.models import Model
+from gradmm.tasks import Task, TaskTokens, tokenize_task
+
+SPACES = ("head", "label_rows", "label_rows_subspace")
+DEFAULT_DIRECTIONS = 16
+RANK_TOLERANCE = 1e-6
+FORMAT = "gradmm release 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """All that is known of the real examples after `release`.
+
+    Attributes:
+        targets: one per class: the mean gradient as its examples' factor pairs (not private), or the noised sum of clipped
+            gradients, weight (R, r) and bias (R,). The scales differ; the cosine distance does not see it.
+        space: the coordinates of the targets.
+        space_name: one of `SPACES`.
+        labels: C class names.
+        label_tokens: C rows of the head.
+        private: whether the differential privacy that the ledger states holds.
+        statement: the same as a sentence.
+        ledger: what was spent on these examples, oldest first; empty without privacy.
+        model, task: fingerprints of the model and the task that the gradients belong to.
+        length: L, tokens of a text: public with privacy, the real texts' mean without.
+    """
+
+    targets: tuple[Target, ...]
+    space: Space
+    space_name: str
+    labels: tuple[str, ...]
+    label_tokens: tuple[int, ...]
+    private: bool
+    statement: str
+    ledger: tuple[LedgerEntry, ...]
+    model: str
+    task: str
+    length: int
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of every field and every number."""
+        digest = hashlib.sha256(_fields_json(self).encode())
+        for name, value in sorted(_tensors(self).items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> "Release":
+        """The same Release on another device."""
+        return _assemble(json.loads(_fields_json(self)), {k: v.to(device) for k, v in _tensors(self).items()})
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with the fields as metadata."""
+        return files.write_tensors(Path(path), _tensors(self), {"release": _fields_json(self), "fingerprint": self.fingerprint})
+
+
+def load_release(path: str | Path) -> Release:
+    """Read what `Release.save` wrote, onto the CPU.
+
+    Raises:
+        UserError: no safetensors file, no Release, or contents that differ from what was saved.
+    """
+    tensors, metadata = files.read_tensors(Path(path))
+    try:
+        found = _assemble(json.loads(metadata["release"]), tensors)
+        whole = found.fingerprint == metadata["fingerprint"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no saved Release ({type(error).__name__}): save one with Release.save") from error
+    require(whole, f"{path} does not hold what was saved in it: make the Release again")
+    return found
+
+
+def release(
+    model: Model,
+    task: Task,
+    examples: Iterable,
+    *,
+    epsilon: float | None = None,
+    delta: float | None = None,
+    clip: float = 1.0,
+    space: str = "head",
+    relation: str = "replace-one",
+    calibration: str = "exact",
+    length: int | None = None,
+    public_texts: Sequence[str] | None = None,
+    directions: int | None = None,
+    ledger: Ledger | None = None,
+    noise_seed: int | None = None,
+) -> Release:
+    """Turn real examples into the gradients that synthetic text is to match.
+
+    Args:
+        model: the language model.
+        task: the task.
+        examples: `Example`s or mappings with `text` and `label`; at least one of every class.
+        epsilon: None releases the exact gradients without privacy; otherwise a positive number.
+        delta: the chance, in (0, 1), with which epsilon may fail; needed with epsilon.
+        clip: the largest L2 norm of one example's gradient in the release space.
+        space: "head" (V x D), "label_rows" (the C labels' rows, C x D) or "label_rows_subspace" (C x r: those rows times
+            the first r principal directions of the hidden states of `public_texts`).
+        relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
+            "add-remove" (one example comes or goes).
+        calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.
+        length: L, tokens of a synthetic text; public, hence needed with epsilon; None takes the real texts' mean without.
+        public_texts: texts that are not private, for "label_rows_subspace".
+        directions: r; None takes 16, or as many as there are texts or hidden units if fewer.
+        ledger: the budget to charge; None counts this release alone.
+        noise_seed: fixes the noise for a repeatable experiment; the Release is then marked as not private.
+
+    Returns:
+        Release.
+
+    Raises:
+        UserError: an argument out of range, an example without text or label, an empty class, a gradient that is not finite,
+            or a budget that does not suffice. Nothing is released and nothing spent then; no message holds private text.
+    """
+    tokens = tokenize_task(task, model.tokenizer)
+    _check_arguments(epsilon, delta, length, ledger, noise_seed)
+    coordinates = _space(model, tokens, space, public_texts, directions)
+    if epsilon is not None:
+        size = _coordinates(model, coordinates) * len(task.labels)
+        entry = plan_entry("sums of clipped gradients per class", space, epsilon, delta, relation, clip, calibration, size)
+    classes = _by_class(examples, task)
+    factors = _factors(model, tokens, classes, coordinates, one_by_one=epsilon is not None)
+    common = {
+        "space": coordinates,
+        "space_name": space,
+        "labels": task.labels,
+        "label_tokens": tokens.labels,
+        "model": model.fingerprint,
+        "task": task.fingerprint,
+    }
+    if epsilon is None:
+        exact = tuple(FactorTarget(pairs) for pairs in factors)
+        statement = "not private: the gradients of the real examples as they are"
+        length = length or _mean_length(tokens, classes)
+        return Release(targets=exact, private=False, statement=statement, ledger=(), length=length, **common)
+    spent = _charge(ledger, entry)
+    noised = _noised(factors, entry, system_bits if noise_seed is None else seeded_bits(noise_seed))
+    statement = _statement(spent, noise_seed)
+    return Release(targets=noised, private=noise_seed is None, statement=statement, ledger=spent, length=length, **common)
+
+
+def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:
+    require(
+        length is None or (isinstance(length, int) and not isinstance(length, bool) and length >= 1),
+        f"length = {length!r}, it must be a whole number of at least 1: give the tokens of a synthetic text",
+    )
+    require(
+        epsilon is None or length is not None,
+        f"epsilon = {epsilon} without a length, and the real texts' own length is private: give length, the tokens of a synthetic text",
+    )
+    alone = [name for name, value in (("delta", delta), ("ledger", ledger), ("noise_seed", noise_seed)) if value is not None]
+    require(epsilon is not None or not alone, f"{', '.join(alone)} without epsilon, nothing would be private: give epsilon, or leave them out")
+    require(noise_seed is None or isinstance(noise_seed, int), f"noise_seed = {noise_seed!r}: give a whole number, or None for privacy")
+
+
+# ---------------------------------------------------------------- release spaces
+
+
+def _space(model: Model, tokens: TaskTokens, name: str, texts: Sequence[str] | None, directions: int | None) -> Space:
+    """The coordinates of a release; a function of public inputs alone."""
+    require(name in SPACES, f"the release space {name!r} is not known: use one of {', '.join(SPACES)}")
+    require(
+        name == "label_rows_subspace" or (texts is None and directions is None),
+        f"public_texts and directions have no use in the space {name!r}: use 'label_rows_subspace' or leave them out",
+    )
+    if name == "head":
+        return Space()
+    rows = torch.tensor(tokens.labels, device=model.device)
+    return Space(rows) if name == "label_rows" else Space(rows, principal_directions(model, tokens, texts, directions))
+
+
+def principal_directions(model: Model, tokens: TaskTokens, texts: Sequence[str] | None, directions: int | None) -> Tensor:
+    """The directions that hold most of the hidden states of public texts, mean included (a gradient holds h, not h - mean).
+
+    Returns:
+        (D, r), float64, orthonormal columns, most important first; each column's largest entry is positive.
+
+    Raises:
+        UserError: no texts, or texts that span fewer than `directions` directions.
+    """
+    texts = [] if texts is None else list(texts)
+    require(
+        bool(texts) and all(isinstance(text, str) and text.strip() for text in texts),
+        "the space 'label_rows_subspace' needs public texts: give public_texts, a list of strings that are not private",
+    )
+    hidden = model.hidden_of([tokens.sequence(text) for text in texts]).double()
+    count = min(DEFAULT_DIRECTIONS, *hidden.shape) if directions is None else directions
+    require(isinstance(count, int) and count >= 1, f"directions = {directions!r}, it must be a whole number of at least 1: give such as 16")
+    _, sizes, basis = torch.linalg.svd(hidden, full_matrices=False)
+    rank = int((sizes > RANK_TOLERANCE * sizes[0]).sum())
+    require(count <= rank, f"directions = {count}, but the {len(texts)} public texts span {rank}: give more texts or fewer directions")
+    basis = basis[:count].mT
+    return basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+
+
+def _coordinates(model: Model, space: Space) -> int:
+    """How many numbers one class's target has."""
+    rows, width = model.head_weight.shape
+    rows = rows if space.rows is None else len(space.rows)
+    width = width if space.basis is None else space.basis.shape[1]
+    return rows * (width + (model.head_bias is not None))
+
+
+# ---------------------------------------------------------------- private examples
+
+
+def _by_class(examples: Iterable, task: Task) -> list[list[Example]]:
+    """The examples of each class; messages name rows and labels, never text."""
+    rows = list(examples)
+    for number, row in enumerate(rows, 1):
+        text = row.text if isinstance(row, Example) else row.get("text") if isinstance(row, dict) else ""
+        require(isinstance(text, str), f"example {number} has a text that is {type(text).__name__}: every example needs a string")
+    found = check_examples(rows, task, "example")
+    classes = [[example for example in found if example.label == label] for label in range(len(task.labels))]
+    empty = [name for name, members in zip(task.labels, classes, strict=True) if not members]
+    require(not empty, f"there is no example of {', '.join(map(repr, empty))}, each of the {len(classes)} classes needs one: add some")
+    return classes
+
+
+def _factors(model: Model, tokens: TaskTokens, classes: list[list[Example]], space: Space, one_by_one: bool) -> list[Factors]:
+    """Each class's gradients in the release space: delta (n, R), hidden (n, r).
+
+    `one_by_one` runs every text alone, so that no rounding of one example's gradient depends on another example.
+    """
+    head = Head(model.head_weight, model.head_bias)
+    sequences = [[tokens.sequence(example.text) for example in members] for members in classes]
+    model.check_lengths([sequence for members in sequences for sequence in members])
+    found = []
+    for label, members in zip(tokens.labels, sequences, strict=True):
+        parts = []
+        for part in [[sequence] for sequence in members] if one_by_one else [members]:
+            right = torch.full((len(part),), label, device=model.device)
+            parts.append(space.restrict(head_factors(model.hidden_of(part), right, head)))
+        pairs = Factors(torch.cat([p.delta for p in parts]), torch.cat([p.hidden for p in parts]), parts[0].bias)
+        finite = pairs.delta.isfinite().all() and pairs.hidden.isfinite().all()
+        require(bool(finite), f"a gradient is not finite with {model.name} in {model.dtype}: use another dtype or model")
+        found.append(pairs)
+    return found
+
+
+def _mean_length(tokens: TaskTokens, classes: list[list[Example]]) -> int:
+    lengths = [len(tokens.encode(example.text)) for members in classes for example in members]
+    return max(1, round(sum(lengths) / len(lengths)))
+
+
+# ---------------------------------------------------------------- clip, sum, noise
+
+
+def _charge(ledger: Ledger | None, entry: LedgerEntry) -> tuple[LedgerEntry, ...]:
+    if ledger is None:
+        return (entry,)
+    ledger.charge(entry)
+    return ledger.entries
+
+
+def clipped_sum(factors: Factors, clip: float) -> tuple[Tensor, Tensor | None]:
+    """The sum of gradients, each scaled down to the joint norm `clip` where it is longer, without any (n, R, r).
+
+    Computed in float64. The scale aims 2^-20 below `clip`, which covers the rounding of the sums for up to 90,000
+    examples and of the release's grid.
+
+    Args:
+        factors: delta (n, R), hidden (n, r).
+        clip: positive.
+
+    Returns:
+        Weight (R, r) and bias (R,) or None.
+    """
+    delta, hidden = factors.delta.double(), factors.hidden.double()
+    norms = delta.norm(dim=-1) * (hidden.square().sum(-1) + float(factors.bias)).sqrt()
+    scale = (clip * (1 - ROUNDING_SLACK) / norms.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1.0)
+    scaled = delta * scale[:, None]
+    return scaled.mT @ hidden, scaled.sum(0) if factors.bias else None
+
+
+def _noised(factors: Sequence[Factors], entry: LedgerEntry, bits: Bits) -> tuple[DenseTarget, ...]:
+    """Each class's noised sum, in the type and place of its factors."""
+    targets = []
+    for pairs in factors:
+        noised = [
+            None if value is None else add_noise(value.cpu().contiguous(), entry.sigma, entry.grid, bits).to(pairs.hidden)
+            for value in clipped_sum(pairs, entry.clip)
+        ]
+        targets.append(DenseTarget(*noised))
+    return tuple(targets)
+
+
+def _statement(spent: Sequence[LedgerEntry], noise_seed: int | None) -> str:
+    entry = spent[-1]
+    claim = (
+        f"({entry.epsilon:g}, {entry.delta:g})-differential privacy for {entry.relation} neighbours: Gaussian noise of standard "
+        f"deviation {entry.sigma:.6g} ({entry.calibration} calibration, sensitivity {entry.sensitivity:g}) on the {entry.what} "
+        f"in the space {entry.space}"
+    )
+    if len(spent) > 1:
+        total = total_epsilon(spent, entry.delta)
+        claim += f"; with the {len(spent) - 1} earlier release(s) of its ledger ({total:.6g}, {entry.delta:g}) in all"
+    return claim if noise_seed is None else f"not private: the noise seed is fixed at {noise_seed}; otherwise {claim}"
+
+
+# ---------------------------------------------------------------- files
+
+
+def _fields_json(release: Release) -> str:
+    """Every field that is no tensor."""
+    values = {f.name: getattr(release, f.name) for f in fields(release) if f.name not in ("targets", "space", "ledger")}
+    values |= {"format": FORMAT, "ledger": [asdict(entry) for entry in release.ledger]}
+    return json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def _tensors(release: Release) -> dict[str, Tensor]:
+    found = {f"space.{name}": getattr(release.space, name) for name in ("rows", "basis")}
+    for number, target in enumerate(release.targets):
+        if isinstance(target, FactorTarget):
+            found |= {f"{number}.delta": target.factors.delta, f"{number}.hidden": target.factors.hidden}
+            found |= {f"{number}.with_bias": torch.tensor(target.factors.bias)}
+        else:
+            found |= {f"{number}.weight": target.weight, f"{number}.bias": target.bias}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _assemble(values: dict, tensors: dict[str, Tensor]) -> Release:
+    """The inverse of `_fields_json` and `_tensors`."""
+    if values.pop("format") != FORMAT or not all(math.isfinite(float(t.double().abs().sum())) for t in tensors.values()):
+        raise ValueError("another format, or numbers that are not finite")
+    values |= {"labels": tuple(values["labels"]), "label_tokens": tuple(values["label_tokens"])}
+    values["ledger"] = tuple(LedgerEntry(**entry) for entry in values["ledger"])
+    targets = tuple(_target(tensors, number) for number in range(len(values["labels"])))
+    return Release(targets=targets, space=Space(tensors.get("space.rows"), tensors.get("space.basis")), **values)
+
+
+def _target(tensors: dict[str, Tensor], number: int) -> Target:
+    if f"{number}.delta" in tensors:
+        pairs = Factors(tensors[f"{number}.delta"], tensors[f"{number}.hidden"], bool(tensors[f"{number}.with_bias"]))
+        return FactorTarget(pairs)
+    return DenseTarget(tensors[f"{number}.weight"], tensors.get(f"{number}.bias"))

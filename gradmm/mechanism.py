@@ -1,13 +1,14 @@
-r"""The Gaussian mechanism: how much noise, from where, and a ledger of what was spent.
+r"""The Gaussian mechanism: clipped sums, how much noise, from where, and a ledger of what was spent.
 
-Knows no model and no text: it is given the values to release, their sensitivity and a budget. For values q(data) whose L2
+Knows no model and no text: it is given gradients as factor pairs and a budget. For values q(data) whose L2
 distance between neighbouring data sets is at most `sensitivity`, q + N(0, sigma^2 I) is (epsilon, delta)-differentially
 private if and only if, with mu = sensitivity / sigma and Phi the normal distribution function,
 
     Phi(mu/2 - epsilon/mu) - exp(epsilon) Phi(-mu/2 - epsilon/mu) <= delta
 
 (Balle and Wang 2018, arXiv 1805.06530, theorem 8). Several releases of this kind, also ones chosen after seeing earlier
-ones, are together as private as one with mu^2 = sum of mu_i^2 (Dong, Roth and Su 2019, arXiv 1905.02383, corollary 2).
+ones, are together as private as one with mu^2 = sum of mu_i^2 (Dong, Roth and Su 2019, arXiv 1905.02383, section 3).
+Letters: n examples of a class, R rows and r directions of the release space.
 """
 
 import math
@@ -22,9 +23,12 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from gradmm.errors import require
+from gradmm.gradients import DenseTarget, Factors
 from gradmm.seeds import generator
 
 RELATIONS = {"replace-one": 2.0, "add-remove": 1.0}  # sensitivity of a clipped sum, in units of the clip
+CLIP_RANGE = (1e-30, 1e30)  # a float32 holds the noised sums
+SOLVER_TOLERANCE = 1e-16
 SOLVER_SLACK = 1e-9  # relative: above the root finder's tolerance, so that the claim errs on the safe side
 ROUNDING_SLACK = 2.0**-20  # share of the clip given up so that rounding cannot exceed the sensitivity
 BLOCK = 1 << 20  # noise values drawn at once
@@ -35,7 +39,7 @@ BLOCK = 1 << 20  # noise values drawn at once
 
 def exact_sigma(epsilon: float, delta: float) -> float:
     """The smallest sigma at sensitivity 1, by the exact condition above (dp-accounting's solver, rounded up by 1e-9)."""
-    return dp_accounting.get_sigma_gaussian(epsilon, delta) * (1 + SOLVER_SLACK)
+    return dp_accounting.get_sigma_gaussian(epsilon, delta, tol=SOLVER_TOLERANCE) * (1 + SOLVER_SLACK)
 
 
 def classic_sigma(epsilon: float, delta: float) -> float:
@@ -103,7 +107,8 @@ def plan_entry(
     require(_is_number(epsilon) and 0 < epsilon < math.inf, f"epsilon = {epsilon!r}, it must be positive and finite: give such as 1.0")
     require(delta is not None, f"epsilon = {epsilon} without delta: give delta too, well below 1 / number of examples")
     require(_is_number(delta) and 0 < delta < 1, f"delta = {delta!r}, it must lie between 0 and 1: give such as 1e-5")
-    require(_is_number(clip) and 0 < clip < math.inf, f"clip = {clip!r}, it must be positive and finite: give such as 1.0")
+    least, most = CLIP_RANGE
+    require(_is_number(clip) and least <= clip <= most, f"clip = {clip!r}, it must lie between {least:g} and {most:g}: give such as 1.0")
     require(relation in RELATIONS, f"the relation {relation!r} is not known: use one of {', '.join(RELATIONS)}")
     require(calibration in CALIBRATIONS, f"the calibration {calibration!r} is not known: use one of {', '.join(CALIBRATIONS)}")
     sensitivity = RELATIONS[relation] * clip
@@ -207,7 +212,8 @@ def add_noise(values: Tensor, sigma: float, grid: float, bits: Bits) -> Tensor:
     Values and noise are rounded to the grid apart and added exactly, which is the same as rounding the sum of the rounded
     values and unrounded noise: a step after the mechanism. So a released number's low bits say nothing about the value.
     This closes the known attack on floating-point noise (Mironov 2012). What remains is that 64 random bits stand for
-    a real number: no proof covers that, as it would for the discrete Gaussian (Canonne, Kamath and Steinke 2020).
+    a real number: no proof covers that, as it would for the discrete Gaussian (Canonne, Kamath and Steinke 2020). Sums
+    beyond 2^53 grid steps (more than 100,000 examples in the largest heads) would be added inexactly.
 
     Args:
         values: float64, any shape, contiguous, on the CPU.
@@ -220,3 +226,35 @@ def add_noise(values: Tensor, sigma: float, grid: float, bits: Bits) -> Tensor:
         noise = torch.from_numpy(normals(bits(len(block)))) * sigma
         block.copy_(((block / grid).round() + (noise / grid).round()) * grid)
     return values
+
+
+def clipped_sum(factors: Factors, clip: float) -> tuple[Tensor, Tensor | None]:
+    """The sum of gradients, each scaled down to the joint norm `clip` where it is longer, without any (n, R, r).
+
+    Computed in float64. The scale aims 2^-20 below `clip`, which covers the rounding of the sums of up to 90,000 examples
+    and of the release's grid.
+
+    Args:
+        factors: delta (n, R), hidden (n, r).
+        clip: positive.
+
+    Returns:
+        Weight (R, r) and bias (R,) or None.
+    """
+    delta, hidden = factors.delta.double(), factors.hidden.double()
+    norms = delta.norm(dim=-1) * (hidden.square().sum(-1) + float(factors.bias)).sqrt()
+    scale = (clip * (1 - ROUNDING_SLACK) / norms.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1.0)
+    scaled = delta * scale[:, None]
+    return scaled.mT @ hidden, scaled.sum(0) if factors.bias else None
+
+
+def noised_sums(classes: Sequence[Factors], entry: LedgerEntry, bits: Bits) -> tuple[DenseTarget, ...]:
+    """The mechanism: each class's clipped sum plus the noise that `entry` planned, in the type and place of its factors."""
+    targets = []
+    for factors in classes:
+        noised = [
+            None if value is None else add_noise(value.cpu().contiguous(), entry.sigma, entry.grid, bits).to(factors.hidden)
+            for value in clipped_sum(factors, entry.clip)
+        ]
+        targets.append(DenseTarget(*noised))
+    return tuple(targets)

@@ -31,11 +31,9 @@ from gradmm.errors import UserError, require
 from gradmm.examples import Example, check_examples
 from gradmm.gradients import DenseTarget, Factors, FactorTarget, Head, Space, Target, head_factors
 from gradmm.mechanism import (
-    ROUNDING_SLACK,
-    Bits,
     Ledger,
     LedgerEntry,
-    add_noise,
+    noised_sums,
     plan_entry,
     seeded_bits,
     system_bits,
@@ -139,7 +137,8 @@ def release(
         examples: `Example`s or mappings with `text` and `label`; at least one of every class.
         epsilon: None releases the exact gradients without privacy; otherwise a positive number.
         delta: the chance, in (0, 1), with which epsilon may fail; needed with epsilon.
-        clip: the largest L2 norm of one example's gradient in the release space.
+        clip: the largest L2 norm of one example's gradient in the release space (clip, relation and calibration act with
+            epsilon alone).
         space: "head" (V x D), "label_rows" (the C labels' rows, C x D) or "label_rows_subspace" (C x r: those rows times
             the first r principal directions of the hidden states of `public_texts`).
         relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
@@ -180,7 +179,7 @@ def release(
         length = length or _mean_length(tokens, classes)
         return Release(targets=exact, private=False, statement=statement, ledger=(), length=length, **common)
     spent = _charge(ledger, entry)
-    noised = _noised(factors, entry, system_bits if noise_seed is None else seeded_bits(noise_seed))
+    noised = noised_sums(factors, entry, system_bits if noise_seed is None else seeded_bits(noise_seed))
     statement = _statement(spent, noise_seed)
     return Release(targets=noised, private=noise_seed is None, statement=statement, ledger=spent, length=length, **common)
 
@@ -289,7 +288,7 @@ def _mean_length(tokens: TaskTokens, classes: list[list[Example]]) -> int:
     return max(1, round(sum(lengths) / len(lengths)))
 
 
-# ---------------------------------------------------------------- clip, sum, noise
+# ---------------------------------------------------------------- budget
 
 
 def _charge(ledger: Ledger | None, entry: LedgerEntry) -> tuple[LedgerEntry, ...]:
@@ -297,38 +296,6 @@ def _charge(ledger: Ledger | None, entry: LedgerEntry) -> tuple[LedgerEntry, ...
         return (entry,)
     ledger.charge(entry)
     return ledger.entries
-
-
-def clipped_sum(factors: Factors, clip: float) -> tuple[Tensor, Tensor | None]:
-    """The sum of gradients, each scaled down to the joint norm `clip` where it is longer, without any (n, R, r).
-
-    Computed in float64. The scale aims 2^-20 below `clip`, which covers the rounding of the sums for up to 90,000
-    examples and of the release's grid.
-
-    Args:
-        factors: delta (n, R), hidden (n, r).
-        clip: positive.
-
-    Returns:
-        Weight (R, r) and bias (R,) or None.
-    """
-    delta, hidden = factors.delta.double(), factors.hidden.double()
-    norms = delta.norm(dim=-1) * (hidden.square().sum(-1) + float(factors.bias)).sqrt()
-    scale = (clip * (1 - ROUNDING_SLACK) / norms.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1.0)
-    scaled = delta * scale[:, None]
-    return scaled.mT @ hidden, scaled.sum(0) if factors.bias else None
-
-
-def _noised(factors: Sequence[Factors], entry: LedgerEntry, bits: Bits) -> tuple[DenseTarget, ...]:
-    """Each class's noised sum, in the type and place of its factors."""
-    targets = []
-    for pairs in factors:
-        noised = [
-            None if value is None else add_noise(value.cpu().contiguous(), entry.sigma, entry.grid, bits).to(pairs.hidden)
-            for value in clipped_sum(pairs, entry.clip)
-        ]
-        targets.append(DenseTarget(*noised))
-    return tuple(targets)
 
 
 def _statement(spent: Sequence[LedgerEntry], noise_seed: int | None) -> str:

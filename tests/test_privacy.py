@@ -1,0 +1,284 @@
+"""What a Release holds, what it must not hold, and every way of asking for one wrongly."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from gradmm import mechanism, privacy
+from gradmm.errors import UserError
+from gradmm.examples import Example
+from gradmm.files import read_tensors, write_tensors
+from gradmm.gradients import DenseTarget, FactorTarget
+from gradmm.tasks import Task, tokenize_task
+
+TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was")
+SECRET = "zanzibar"
+EXAMPLES = [
+    Example("the movie is terrible", 0),
+    Example("a good film and a fine story", 1),
+    Example("dull plot", 0),
+    Example("we saw some music", 1),
+    Example(f"the actors {SECRET}", 0),
+]
+OTHERS = [Example("you like this cat", 1), Example("one two three words of text and all that", 0)]
+PUBLIC = ["some words", "a dog sat on the cat", "two red words", "this text is about sports", "they made time"]
+PRIVATE = {"epsilon": 1.0, "delta": 1e-5, "length": 6}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model("phi")
+
+
+def explicit_gradients(model, example: Example) -> list[torch.Tensor]:
+    """d loss / d head by autograd through the whole model."""
+    tokens = tokenize_task(TASK, model.tokenizer)
+    head = [p for p in (model.head_weight, model.head_bias) if p is not None]
+    for parameter in head:
+        parameter.requires_grad_(True)
+    logits = model.lm(input_ids=torch.tensor([tokens.sequence(example.text)]), use_cache=False).logits[0, -1]
+    loss = torch.nn.functional.cross_entropy(logits[None], torch.tensor([tokens.labels[example.label]]))
+    found = torch.autograd.grad(loss, head)
+    for parameter in head:
+        parameter.requires_grad_(False)
+    return list(found)
+
+
+# ---------------------------------------------------------------- without privacy
+
+
+def test_without_epsilon_the_targets_are_the_mean_gradients(model):
+    found = privacy.release(model, TASK, EXAMPLES)
+    assert not found.private and found.ledger == () and found.statement.startswith("not private")
+    for label, target in enumerate(found.targets):
+        gradients = [explicit_gradients(model, example) for example in EXAMPLES if example.label == label]
+        weight, bias = (torch.stack(parts).mean(0) for parts in zip(*gradients, strict=True))
+        factors = target.factors
+        torch.testing.assert_close(factors.delta.mT @ factors.hidden / len(gradients), weight, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(factors.delta.mean(0), bias, rtol=1e-8, atol=1e-10)
+
+
+def test_without_epsilon_the_length_is_the_real_mean(model):
+    tokens = tokenize_task(TASK, model.tokenizer)
+    mean = sum(len(tokens.encode(example.text)) for example in EXAMPLES) / len(EXAMPLES)
+    assert privacy.release(model, TASK, EXAMPLES).length == round(mean)
+    assert privacy.release(model, TASK, EXAMPLES, length=3).length == 3
+
+
+def test_a_release_names_what_it_belongs_to(model):
+    found = privacy.release(model, TASK, EXAMPLES)
+    assert (found.model, found.task) == (model.fingerprint, TASK.fingerprint)
+    assert found.labels == TASK.labels and found.label_tokens == tokenize_task(TASK, model.tokenizer).labels
+
+
+# ---------------------------------------------------------------- with privacy
+
+
+def spaces() -> dict[str, dict]:
+    return {"head": {}, "label_rows": {}, "label_rows_subspace": {"public_texts": PUBLIC, "directions": 3}}
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+@pytest.mark.parametrize("space", privacy.SPACES)
+@pytest.mark.parametrize("relation", mechanism.RELATIONS)
+def test_the_targets_are_clipped_sums_plus_the_planned_noise(tiny_model, kind, space, relation):
+    model = tiny_model(kind)
+    clip = 0.5
+    found = privacy.release(
+        model, TASK, EXAMPLES, **PRIVATE, clip=clip, space=space, relation=relation, noise_seed=4, **spaces()[space]
+    )
+    (entry,) = found.ledger
+    bits = mechanism.seeded_bits(4)
+    for label, target in enumerate(found.targets):
+        total = None
+        for example in (e for e in EXAMPLES if e.label == label):
+            weight, *bias = explicit_gradients(model, example)
+            weight = weight if found.space.rows is None else weight[found.space.rows]
+            weight = weight if found.space.basis is None else weight @ found.space.basis
+            parts = [weight, *(b if found.space.rows is None else b[found.space.rows] for b in bias)]
+            scale = min(1.0, clip / torch.cat([part.flatten() for part in parts]).norm().item())
+            total = [scale * p for p in parts] if total is None else [t + scale * p for t, p in zip(total, parts, strict=True)]
+        for value, released in zip(total, (target.weight, target.bias), strict=False):
+            noise = mechanism.add_noise(torch.zeros_like(value), entry.sigma, entry.grid, bits)
+            torch.testing.assert_close(released - noise, value, rtol=0, atol=4e-6)
+    assert entry.coordinates == sum(t.weight.numel() + (0 if t.bias is None else t.bias.numel()) for t in found.targets)
+
+
+def test_the_noise_differs_between_releases_and_is_not_seeded_by_torch(model):
+    torch.manual_seed(0)
+    one = privacy.release(model, TASK, EXAMPLES, **PRIVATE)
+    torch.manual_seed(0)
+    two = privacy.release(model, TASK, EXAMPLES, **PRIVATE)
+    assert one.private and one.fingerprint != two.fingerprint
+    assert one.statement.startswith("(1, 1e-05)-differential privacy for replace-one neighbours")
+
+
+def test_a_fixed_noise_seed_is_not_private(model):
+    one, two = (privacy.release(model, TASK, EXAMPLES, **PRIVATE, noise_seed=7) for _ in range(2))
+    assert one.fingerprint == two.fingerprint
+    assert not one.private and one.statement.startswith("not private: the noise seed is fixed at 7")
+
+
+@pytest.mark.parametrize("calibration", mechanism.CALIBRATIONS)
+def test_the_ledger_says_how_the_noise_was_found(model, calibration):
+    found = privacy.release(model, TASK, EXAMPLES, **PRIVATE, calibration=calibration)
+    (entry,) = found.ledger
+    assert entry.calibration == calibration and calibration in found.statement
+    assert entry.sigma == pytest.approx(2 * mechanism.CALIBRATIONS[calibration](1.0, 1e-5))
+
+
+def test_releases_on_one_ledger_add_up_and_the_last_one_says_so(model):
+    ledger = mechanism.Ledger(1.0, 1e-5)
+    options = {"delta": 1e-5, "length": 6, "ledger": ledger}
+    privacy.release(model, TASK, EXAMPLES, epsilon=0.5, **options)
+    second = privacy.release(model, TASK, EXAMPLES, epsilon=0.5, space="label_rows", **options)
+    assert second.ledger == ledger.entries and len(second.ledger) == 2
+    assert f"({ledger.spent:.6g}, 1e-05) in all" in second.statement
+    with pytest.raises(UserError, match="budget"):
+        privacy.release(model, TASK, EXAMPLES, epsilon=0.9, **options)
+    assert ledger.entries == second.ledger
+
+
+def test_a_half_precision_model_is_released_in_single_precision(tiny_model):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    for options in ({}, PRIVATE):
+        target = privacy.release(model, TASK, EXAMPLES, **options).targets[0]
+        assert (target.weight if isinstance(target, DenseTarget) else target.factors.delta).dtype == torch.float32
+
+
+# ---------------------------------------------------------------- taint
+
+
+def test_private_text_reaches_nothing_but_the_noised_numbers(model, tmp_path, monkeypatch):
+    """With the sums taken away, two different private data sets give the same file, byte for byte."""
+    clipped = mechanism.clipped_sum
+    monkeypatch.setattr(mechanism, "clipped_sum", lambda f, c: tuple(None if v is None else v * 0 for v in clipped(f, c)))
+    for space, options in spaces().items():
+        saved = [
+            privacy.release(model, TASK, rows, **PRIVATE, space=space, noise_seed=1, **options).save(tmp_path / f"{name}.safetensors")
+            for name, rows in (("one", EXAMPLES), ("two", OTHERS))
+        ]
+        assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+def test_a_private_file_says_nothing_of_the_examples_but_their_sums(model, tmp_path):
+    found = [
+        read_tensors(privacy.release(model, TASK, rows, **PRIVATE, noise_seed=1).save(tmp_path / "r.safetensors"))
+        for rows in (EXAMPLES, OTHERS)
+    ]
+    fields = [{k: v for k, v in metadata.items() if k != "fingerprint"} for _, metadata in found]
+    assert fields[0] == fields[1] and SECRET not in json.dumps(fields)
+    assert {k: (v.dtype, v.shape) for k, v in found[0][0].items()} == {k: (v.dtype, v.shape) for k, v in found[1][0].items()}
+
+
+def test_an_examples_gradient_does_not_depend_on_its_companions(tiny_model):
+    model = tiny_model("llama", dtype=torch.float32)
+    tokens = tokenize_task(TASK, model.tokenizer)
+    alone, beside = (
+        privacy._factors(model, tokens, [rows, OTHERS[:1]], privacy.Space(), one_by_one=True)[0]
+        for rows in (EXAMPLES[:1], [EXAMPLES[0], *OTHERS * 9])
+    )
+    assert torch.equal(alone.delta[0], beside.delta[0]) and torch.equal(alone.hidden[0], beside.hidden[0])
+
+
+def test_the_subspace_is_public_orthonormal_and_holds_the_public_states(model):
+    tokens = tokenize_task(TASK, model.tokenizer)
+    one, two = (
+        privacy.release(model, TASK, rows, **PRIVATE, space="label_rows_subspace", public_texts=PUBLIC, directions=3).space.basis
+        for rows in (EXAMPLES, OTHERS)
+    )
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one.mT @ one, torch.eye(3, dtype=torch.float64))
+    hidden = model.hidden_of([tokens.sequence(text) for text in PUBLIC])
+    kept = (hidden @ one).square().sum()
+    assert kept == pytest.approx(torch.linalg.svdvals(hidden)[:3].square().sum().item())
+
+
+# ---------------------------------------------------------------- misuse
+
+WRONG = {
+    "epsilon zero": ({"epsilon": 0.0}, "epsilon"),
+    "epsilon infinite": ({"epsilon": float("inf")}, "epsilon"),
+    "no delta": ({"delta": None}, "without delta"),
+    "delta one": ({"delta": 1.0}, "delta"),
+    "clip zero": ({"clip": 0.0}, "clip"),
+    "relation": ({"relation": "substitute"}, "'substitute'"),
+    "space": ({"space": "everything"}, "'everything'"),
+    "calibration": ({"calibration": "loose"}, "'loose'"),
+    "no length": ({"length": None}, "without a length"),
+    "length zero": ({"length": 0}, "length = 0"),
+    "noise seed": ({"noise_seed": "x"}, "noise_seed"),
+    "no public texts": ({"space": "label_rows_subspace"}, "public texts"),
+    "public texts unused": ({"public_texts": PUBLIC}, "no use"),
+    "too many directions": ({"space": "label_rows_subspace", "public_texts": PUBLIC, "directions": 6}, "span 5"),
+    "no directions": ({"space": "label_rows_subspace", "public_texts": PUBLIC, "directions": 0}, "directions = 0"),
+    "an empty class": ({"examples": [e for e in EXAMPLES if e.label == 0]}, "'positive'"),
+    "no examples": ({"examples": []}, "no example"),
+    "an unknown label": ({"examples": [*EXAMPLES, {"text": SECRET, "label": 5}]}, "label 5"),
+    "no label": ({"examples": [*EXAMPLES, {"text": SECRET}]}, "no label"),
+    "no string": ({"examples": [*EXAMPLES, {"text": [SECRET], "label": 0}]}, "example 6"),
+    "no mapping": ({"examples": [*EXAMPLES, SECRET]}, "example 6"),
+    "an empty text": ({"examples": [*EXAMPLES, {"text": " ", "label": 0}]}, "example 6"),
+    "a text too long": ({"examples": [*EXAMPLES, {"text": f"{SECRET} " * 99, "label": 0}]}, "tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_request_is_one_sentence_and_spends_nothing(model, case):
+    changes, words = WRONG[case]
+    options = {**PRIVATE, "examples": EXAMPLES, "ledger": mechanism.Ledger(10.0, 1e-5), **changes}
+    with pytest.raises(UserError, match=words) as caught:
+        privacy.release(model, TASK, **options)
+    assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
+    assert options["ledger"].entries == ()
+
+
+@pytest.mark.parametrize("options", [{"delta": 1e-5}, {"noise_seed": 1}, {"ledger": mechanism.Ledger(1.0, 1e-5)}])
+def test_privacy_options_without_epsilon_are_refused(model, options):
+    with pytest.raises(UserError, match="without epsilon"):
+        privacy.release(model, TASK, EXAMPLES, **options)
+
+
+@pytest.mark.parametrize("options", [{}, PRIVATE])
+def test_a_gradient_that_is_not_finite_is_never_released(tiny_model, options):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm.model.norm.weight[3] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        privacy.release(model, TASK, EXAMPLES, **options)
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("options", [{}, PRIVATE, {**PRIVATE, "space": "label_rows_subspace", "public_texts": PUBLIC}])
+def test_a_saved_release_comes_back_whole(model, tmp_path, options):
+    saved = privacy.release(model, TASK, EXAMPLES, **options)
+    found = privacy.load_release(saved.save(tmp_path / "release.safetensors"))
+    assert found.fingerprint == saved.fingerprint == saved.to("cpu").fingerprint
+    assert isinstance(found.targets[0], DenseTarget if options else FactorTarget)
+    for field in ("space_name", "labels", "label_tokens", "private", "statement", "ledger", "model", "task", "length"):
+        assert getattr(found, field) == getattr(saved, field)
+
+
+def test_the_fingerprint_follows_every_field(model):
+    found = privacy.release(model, TASK, EXAMPLES, **PRIVATE)
+    changes = {"private": False, "statement": "", "ledger": (), "model": "x", "length": 7, "targets": found.targets[::-1]}
+    assert len({found.fingerprint, *(dataclasses.replace(found, **{k: v}).fingerprint for k, v in changes.items())}) == 7
+
+
+def test_a_file_that_was_changed_is_refused(model, tmp_path):
+    path = privacy.release(model, TASK, EXAMPLES, **PRIVATE, noise_seed=1).save(tmp_path / "release.safetensors")
+    tensors, metadata = read_tensors(path)
+    claims = metadata["release"].replace('"private": false', '"private": true')
+    write_tensors(tmp_path / "claims", tensors, {**metadata, "release": claims})
+    write_tensors(tmp_path / "numbers", {**tensors, "0.weight": tensors["0.weight"] + 1}, metadata)
+    write_tensors(tmp_path / "infinite", {**tensors, "0.weight": tensors["0.weight"] / 0}, metadata)
+    write_tensors(tmp_path / "missing", {k: v for k, v in tensors.items() if k != "1.weight"}, metadata)
+    write_tensors(tmp_path / "nothing", tensors, {})
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-9])
+    for name in ("claims", "numbers", "infinite", "missing", "nothing", "cut"):
+        with pytest.raises(UserError):
+            privacy.load_release(tmp_path / name)

@@ -228,11 +228,18 @@ def add_noise(values: Tensor, sigma: float, grid: float, bits: Bits) -> Tensor:
     return values
 
 
+def clip_scale(factors: Factors, clip: float) -> Tensor:
+    """What to multiply each gradient by so that its joint norm over weight and bias is at most `clip`: (n,), float64.
+
+    Aims 2^-20 below `clip`, which covers the rounding of the sums of up to 90,000 examples and of the release's grid.
+    """
+    delta, hidden = factors.delta.double(), factors.hidden.double()
+    norms = delta.norm(dim=-1) * (hidden.square().sum(-1) + float(factors.bias)).sqrt()
+    return (clip * (1 - ROUNDING_SLACK) / norms.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1.0)
+
+
 def clipped_sum(factors: Factors, clip: float) -> tuple[Tensor, Tensor | None]:
     """The sum of gradients, each scaled down to the joint norm `clip` where it is longer, without any (n, R, r).
-
-    Computed in float64. The scale aims 2^-20 below `clip`, which covers the rounding of the sums of up to 90,000 examples
-    and of the release's grid.
 
     Args:
         factors: delta (n, R), hidden (n, r).
@@ -241,11 +248,8 @@ def clipped_sum(factors: Factors, clip: float) -> tuple[Tensor, Tensor | None]:
     Returns:
         Weight (R, r) and bias (R,) or None.
     """
-    delta, hidden = factors.delta.double(), factors.hidden.double()
-    norms = delta.norm(dim=-1) * (hidden.square().sum(-1) + float(factors.bias)).sqrt()
-    scale = (clip * (1 - ROUNDING_SLACK) / norms.clamp_min(torch.finfo(torch.float64).tiny)).clamp(max=1.0)
-    scaled = delta * scale[:, None]
-    return scaled.mT @ hidden, scaled.sum(0) if factors.bias else None
+    scaled = factors.delta.double() * clip_scale(factors, clip)[:, None]
+    return scaled.mT @ factors.hidden.double(), scaled.sum(0) if factors.bias else None
 
 
 def noised_sums(classes: Sequence[Factors], entry: LedgerEntry, bits: Bits) -> tuple[DenseTarget, ...]:

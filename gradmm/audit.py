@@ -1,0 +1,337 @@
+r"""Attacks on what is published: a lower bound on epsilon from one release, and membership inference.
+
+Plays the adversary: knows canaries or candidate examples and asks what the published thing says of them. An attack that
+fails proves nothing; one that succeeds beyond the claim disproves it. Letters: m canaries, n members, o others, R rows and
+r directions of the release space.
+
+The audit of one release (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846, theorem 5.2): for each of m canaries a fair
+coin decides which of two versions is among the private examples. The adversary sees the release and guesses the `guesses`
+coins of which it is surest. If the release is (epsilon, delta)-private, then with W ~ Binomial(guesses, e^eps / (1 + e^eps))
+
+    P(at least v right) <= P(W >= v) + 2 m delta max over i of P(v > W >= v - i) / i
+
+The lower bound is the largest epsilon that the number of right guesses refutes at the given confidence.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+from scipy.stats import binom
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.metrics import roc_auc_score, roc_curve
+from torch import Tensor
+
+from gradmm.errors import require
+from gradmm.examples import Example
+from gradmm.finetuning import label_logits
+from gradmm.gradients import DenseTarget, Factors, Head, Space, head_factors
+from gradmm.mechanism import Bits, LedgerEntry, clip_scale, noised_sums, system_bits
+from gradmm.models import Model
+from gradmm.privacy import Release, release
+from gradmm.seeds import generator
+from gradmm.tasks import Task, tokenize_task
+
+LARGEST_EPSILON = 100.0
+BISECTIONS = 50
+CANARY_NORM = 10.0  # in units of the clip, so that clipping is put to the test
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One audited release.
+
+    Attributes:
+        epsilon_lower: epsilon is at least this, at `confidence`; 0 when the guesses show nothing.
+        claim: the epsilon that the release claims.
+        delta: the delta of both.
+        confidence: the chance, at least, that a true claim is not refuted.
+        canaries, guesses, correct: how many there were, were guessed, and were guessed right.
+    """
+
+    epsilon_lower: float
+    claim: float
+    delta: float
+    confidence: float
+    canaries: int
+    guesses: int
+    correct: int
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the claim is refuted."""
+        return self.epsilon_lower > self.claim
+
+
+def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
+    """The largest chance with which an (epsilon, delta)-private release allows so many right guesses."""
+    if correct == 0:
+        return 1.0
+    chance = 1 / (1 + math.exp(-epsilon))
+    below = numpy.cumsum(binom.pmf(numpy.arange(correct - 1, -1, -1), guesses, chance))  # P(v > W >= v - i), i = 1 .. v
+    steepest = float((below / numpy.arange(1, correct + 1)).max())
+    return min(1.0, float(binom.sf(correct - 1, guesses, chance)) + 2 * canaries * delta * steepest)
+
+
+def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float, confidence: float = 0.95) -> float:
+    """The largest epsilon that `correct` right guesses refute.
+
+    Raises:
+        UserError: counts that do not fit together, or a confidence outside (0, 1).
+    """
+    require(
+        0 <= correct <= guesses <= canaries and guesses >= 1,
+        f"{correct} right of {guesses} guesses about {canaries} canaries: give right <= guesses <= canaries",
+    )
+    require(0 < confidence < 1, f"confidence = {confidence}, it must lie between 0 and 1: give such as 0.95")
+    low, high = 0.0, LARGEST_EPSILON
+    if p_value(canaries, guesses, correct, low, delta) > 1 - confidence:
+        return 0.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        refuted = p_value(canaries, guesses, correct, middle, delta) <= 1 - confidence
+        low, high = (middle, high) if refuted else (low, middle)
+    return low
+
+
+def audit_mechanism(
+    entry: LedgerEntry,
+    canaries: int = 1000,
+    guesses: int | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+    bits: Bits = system_bits,
+) -> Audit:
+    """Audit clipping, summing and noising as `release` does them, with canaries that are as far apart as they can be.
+
+    Every canary is one entry of the matrix, ten times too long, with its sign ("replace-one") or its presence
+    ("add-remove") up to its coin: the neighbours of the worst case, all orthogonal.
+
+    Args:
+        entry: from a Release's ledger, or `mechanism.plan_entry`.
+        canaries: m.
+        guesses: how many coins are guessed; None takes 2 sqrt(m).
+        confidence: of the lower bound.
+        seed: of the coins.
+        bits: the noise's source.
+    """
+    rows = math.isqrt(canaries - 1) + 1
+    coins = _coins(canaries, seed)
+    numbers = torch.arange(canaries)
+    delta, hidden = torch.zeros(canaries, rows, dtype=torch.float64), torch.zeros(canaries, rows, dtype=torch.float64)
+    other = -1.0 if entry.relation == "replace-one" else 0.0
+    delta[numbers, numbers // rows] = CANARY_NORM * entry.clip * torch.where(coins, 1.0, other).double()
+    hidden[numbers, numbers % rows] = 1.0
+    entry_here = dataclasses.replace(entry, coordinates=rows * rows)
+    (target,) = noised_sums([Factors(delta, hidden)], entry_here, bits)
+    scores = target.weight.flatten()[:canaries] - entry.clip * (1 + other) / 2
+    return _judge(scores, coins, entry, guesses, confidence)
+
+
+def audit_release(
+    model: Model,
+    task: Task,
+    canaries: Sequence[tuple[Example, Example | None]],
+    companions: Sequence[Example] = (),
+    *,
+    guesses: int | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+    **options,
+) -> Audit:
+    """Audit a whole `privacy.release` of examples, of which each is the first or the second of its pair.
+
+    The adversary knows all pairs and companions, and guesses each coin by its linear minimum-mean-square-error estimate
+    from the released sums; texts whose gradients are alike hide each other, so this bound is weaker than
+    `audit_mechanism`'s.
+
+    Args:
+        model, task, options: as for `release`; `epsilon` is needed.
+        canaries: m pairs; the second is None exactly when the relation is "add-remove".
+        companions: further private examples; every class needs one, whatever the coins say.
+        guesses, confidence, seed: as in `audit_mechanism`.
+
+    Raises:
+        UserError: as `release`, no canaries, or pairs that do not fit the relation.
+    """
+    require(len(canaries) > 0, "there are no canaries: give pairs of examples")
+    require(options.get("epsilon") is not None, "epsilon is None, and a release without privacy has no claim to audit: give epsilon")
+    paired = options.get("relation", "replace-one") == "replace-one"
+    require(
+        all((second is not None) == paired for _, second in canaries),
+        "a canary is a pair of examples for replace-one, and an example with None for add-remove: mend the pairs",
+    )
+    coins = _coins(len(canaries), seed)
+    present = [pair[0] if coin else pair[1] for pair, coin in zip(canaries, coins.tolist(), strict=True)]
+    released = release(model, task, [*companions, *(e for e in present if e is not None)], **options)
+    return _judge(_coin_estimates(model, task, canaries, companions, released), coins, released.ledger[-1], guesses, confidence)
+
+
+def _coins(count: int, seed: int) -> Tensor:
+    return torch.randint(2, (count,), generator=generator(seed, "canaries")).bool()
+
+
+def _judge(scores: Tensor, coins: Tensor, entry: LedgerEntry, guesses: int | None, confidence: float) -> Audit:
+    """Guess the coins with the largest scores; a positive score means the first version."""
+    guesses = min(len(coins), max(1, round(2 * math.sqrt(len(coins))))) if guesses is None else guesses
+    surest = scores.abs().argsort(descending=True)[:guesses].cpu()
+    correct = int(((scores.cpu() > 0) == coins)[surest].sum())
+    bound = epsilon_lower_bound(len(coins), guesses, correct, entry.delta, confidence)
+    return Audit(bound, entry.epsilon, entry.delta, confidence, len(coins), guesses, correct)
+
+
+@dataclass(frozen=True)
+class _Atoms:
+    """Clipped gradients of single examples, and the share of each that the adversary expects in the release."""
+
+    factors: Factors
+    classes: Tensor
+    expected: Tensor
+
+    def gram(self) -> Tensor:
+        """Inner products; gradients of different classes land in different targets."""
+        products = self.factors.hidden @ self.factors.hidden.mT + float(self.factors.bias)
+        return (self.factors.delta @ self.factors.delta.mT) * products * (self.classes[:, None] == self.classes)
+
+    def inner(self, targets: Sequence[DenseTarget]) -> Tensor:
+        """Inner products with the released sums."""
+        return torch.stack([
+            sum(DenseTarget(*(None if v is None else v.double() for v in (t.weight, t.bias))).inner(self.factors[i]))
+            for i, t in ((i, targets[label]) for i, label in enumerate(self.classes.tolist()))
+        ])  # fmt: skip
+
+
+def _coin_estimates(model: Model, task: Task, canaries, companions, released: Release) -> Tensor:
+    """The estimate (A^T A + sigma^2 I)^-1 A^T (G - E G) of the coins as signs, A = half the pairs' differences: (m,)."""
+    firsts, seconds = [first for first, _ in canaries], [second for _, second in canaries if second is not None]
+    examples = [*firsts, *seconds, *companions]
+    entry, share = released.ledger[-1], 0.5
+    expected = torch.tensor([share] * (len(firsts) + len(seconds)) + [1.0] * len(companions), dtype=torch.float64, device=model.device)
+    atoms = _Atoms(*_clipped(model, task, examples, released.space, entry.clip), expected)
+    gram = atoms.gram()
+    residual = atoms.inner(released.targets) - gram @ expected
+    half = torch.zeros(len(firsts), len(examples), dtype=torch.float64, device=model.device)
+    numbers = torch.arange(len(firsts))
+    half[numbers, numbers] = share
+    if seconds:
+        half[numbers, numbers + len(firsts)] = -share
+    noise = entry.sigma**2 * torch.eye(len(firsts), dtype=torch.float64, device=model.device)
+    return torch.linalg.solve(half @ gram @ half.mT + noise, half @ residual)
+
+
+def _clipped(model: Model, task: Task, examples: Sequence[Example], space: Space, clip: float) -> tuple[Factors, Tensor]:
+    """Each example's clipped gradient in the release space, float64, and its class."""
+    tokens = tokenize_task(task, model.tokenizer)
+    classes = torch.tensor([example.label for example in examples], device=model.device)
+    labels = torch.tensor(tokens.labels, device=model.device)[classes]
+    hidden = model.hidden_of([tokens.sequence(example.text) for example in examples])
+    found = space.restrict(head_factors(hidden, labels, Head(model.head_weight, model.head_bias)))
+    delta = found.delta.double() * clip_scale(found, clip)[:, None]
+    return Factors(delta, found.hidden.double(), found.bias), classes
+
+
+# ---------------------------------------------------------------- membership inference
+
+
+@dataclass(frozen=True)
+class Membership:
+    """How well a score tells members from others.
+
+    Attributes:
+        auc: the area under the ROC curve, 0.5 for a guess.
+        low, high: its bootstrap interval.
+        level: the interval's confidence.
+        true_positive_rate: share of members found where at most `false_positive_rate` of the others are.
+        members, others: how many of each.
+    """
+
+    auc: float
+    low: float
+    high: float
+    level: float
+    true_positive_rate: float
+    false_positive_rate: float
+    members: int
+    others: int
+
+
+def membership(
+    members: Sequence[float],
+    others: Sequence[float],
+    *,
+    level: float = 0.95,
+    false_positive_rate: float = 0.05,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Membership:
+    """The ROC of scores that are meant to be higher for members.
+
+    Args:
+        members: n scores of the private examples.
+        others: o scores of examples of the same kind that were not used.
+        level: of the percentile bootstrap interval, which redraws members and others apart.
+        false_positive_rate: where the true-positive rate is read.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: no members, no others, or scores that are not finite.
+    """
+    inside, outside = (numpy.asarray(values, dtype=numpy.float64) for values in (members, others))
+    require(min(len(inside), len(outside)) >= 1, f"there are {len(inside)} members and {len(outside)} others: give at least one of each")
+    require(bool(numpy.isfinite([*inside, *outside]).all()), "a membership score is not finite: leave that example out")
+    truth, scores = [1] * len(inside) + [0] * len(outside), [*inside, *outside]
+    wins = (inside[:, None] > outside) + 0.5 * (inside[:, None] == outside)  # (n, o)
+    source = generator(seed, "membership bootstrap")
+    shares = [torch.rand(resamples, count, generator=source).numpy() for count in wins.shape]
+    drawn = [numpy.stack([numpy.bincount((row * row.size).astype(int), minlength=row.size) for row in part]) for part in shares]
+    areas = ((drawn[0] @ wins) * drawn[1]).sum(1) / wins.size
+    low, high = numpy.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
+    false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
+    return Membership(
+        auc=float(roc_auc_score(truth, scores)),
+        low=float(low),
+        high=float(high),
+        level=level,
+        true_positive_rate=float(true[false <= false_positive_rate].max()),
+        false_positive_rate=false_positive_rate,
+        members=len(inside),
+        others=len(outside),
+    )
+
+
+def loss_scores(model: Model, task: Task, examples: Sequence[Example], reference: Model | None = None) -> list[float]:
+    """Minus each example's label loss under a (fine-tuned) model, in nats; with a reference, how much lower than under it."""
+    scores = -_label_losses(model, task, examples)
+    return (scores if reference is None else scores + _label_losses(reference, task, examples)).tolist()
+
+
+@torch.no_grad()
+def _label_losses(model: Model, task: Task, examples: Sequence[Example]) -> Tensor:
+    tokens = tokenize_task(task, model.tokenizer)
+    logits = label_logits(model, tokens, model.hidden_of([tokens.sequence(example.text) for example in examples]))
+    labels = torch.tensor([example.label for example in examples], device=logits.device)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu()
+
+
+def ngram_scores(texts: Sequence[str], synthetic: Sequence[str], n: int = 3) -> list[float]:
+    """The share of each text's word n-grams that occur in the synthetic texts; 0 for a text of fewer words."""
+    known = set().union(*(_ngrams(text, n) for text in synthetic))
+    grams = [_ngrams(text, n) for text in texts]
+    return [len(found & known) / len(found) if found else 0.0 for found in grams]
+
+
+def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
+    words = text.lower().split()
+    return set(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def neighbour_scores(texts: Sequence[str], synthetic: Sequence[str]) -> list[float]:
+    """Each text's cosine to its nearest synthetic text, over TF-IDF of letter 3- to 5-grams fitted on the synthetic texts."""
+    require(any(text.strip() for text in synthetic), "there is no synthetic text to compare with: give at least one")
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
+    known = vectors.fit_transform(synthetic)
+    return (vectors.transform(texts) @ known.T).max(axis=1).toarray().ravel().tolist()

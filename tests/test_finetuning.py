@@ -1,0 +1,224 @@
+"""Fine-tuning: what is trained, what is chosen on which examples, and that a run is a function of its settings."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+
+from gradmm.errors import UserError
+from gradmm.examples import Example, load_data, sample_examples
+from gradmm.finetuning import FinetuneConfig, Training, evaluate, finetune, fit
+from gradmm.finetuning import _order as batches
+from gradmm.finetuning import _schedule as schedule
+from gradmm.models import load_model
+from gradmm.tasks import Task, tokenize_task
+
+TWO = Task("two", ("negative", "positive"), (" bad", " great"), template="{text} it was")
+FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), template="{text} this is")
+CLUES = ("cat sat", "dog sat", "red movie", "blue film")
+FILLERS = ("the", "a", "i feel", "we saw the", "you like a", "they made the")
+QUICK = FinetuneConfig(steps=12, batch_size=8, learning_rates=(3e-3, 1e-2), eval_every=4, warmup=2, patience=None)
+
+
+def toy(task: Task, start: int, count: int) -> list[Example]:
+    """`count` learnable examples of each class, texts distinct for distinct starts."""
+    numbers = ("one", "two", "three")
+    return [
+        Example(f"{FILLERS[i % 6]} {CLUES[label]} {numbers[i // 6 % 3]} {numbers[i // 18 % 3]}", label)
+        for i in range(start, start + count)
+        for label in range(len(task.labels))
+    ]
+
+
+@pytest.fixture(params=[TWO, FOUR], ids=lambda task: task.name)
+def task(request) -> Task:
+    return request.param
+
+
+def run(model, task, config=QUICK, count=8, **options):
+    return finetune(model, task, toy(task, 0, count), toy(task, 20, 6), toy(task, 30, 6), config, **options)
+
+
+def test_training_teaches_and_leaves_the_model_alone(tiny_model, task, kind):
+    model = tiny_model(kind, dtype=torch.float32)
+    before = {name: value.clone() for name, value in model.lm.state_dict().items()}
+    result = run(model, task, replace(QUICK, steps=60, eval_every=10), count=12)
+    assert result.accuracy >= 0.75 > evaluate(model, task, toy(task, 30, 6)).accuracy
+    assert all(torch.equal(before[name], value) for name, value in model.lm.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.lm.parameters())
+    assert not model.lm.training
+
+
+def test_same_seed_same_run_other_seed_other_run(tiny_model, task):
+    model = tiny_model("llama")
+    first, again, other = (run(model, task, replace(QUICK, seed=seed)) for seed in (3, 3, 4))
+    assert first.curve == again.curve and first.test == again.test
+    assert [row["train_loss"] for row in first.curve] != [row["train_loss"] for row in other.curve]
+
+
+def test_one_step_is_adamw_on_the_mean_loss_of_the_batch(tiny_model, task, kind):
+    model = tiny_model(kind)
+    rows = toy(task, 0, 3)
+    config = replace(QUICK, steps=1, batch_size=64, learning_rates=(1e-2,), warmup=0, tokens_per_batch=16)
+    trained = fit(model, task, rows, toy(task, 20, 1), config)
+    reference = tiny_model(kind).lm.requires_grad_(True)
+    tokens = tokenize_task(task, model.tokenizer)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.01)
+    losses = []
+    for example in rows:
+        ids = torch.tensor([tokens.sequence(example.text)])
+        embeds = reference.get_input_embeddings().weight[ids]  # the padding token, which starts every text, learns too
+        logits = reference(inputs_embeds=embeds).logits[:, -1, list(tokens.labels)]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([example.label])))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    optimizer.step()
+    assert trained.curve[-1]["train_loss"] == pytest.approx(loss.item(), rel=1e-9)
+    found = evaluate(replace(model, lm=reference.requires_grad_(False)), task, toy(task, 20, 1))
+    assert trained.curve[-1]["validation_loss"] == pytest.approx(found.loss, rel=1e-6)
+
+
+def test_the_best_look_is_kept_and_ties_go_to_the_earliest(tiny_model, task):
+    model = tiny_model("gpt2")
+    training = fit(model, task, toy(task, 0, 8), toy(task, 20, 6), replace(QUICK, steps=24))
+    best = max(row["validation_accuracy"] for row in training.curve)
+    step = min(row["step"] for row in training.curve if row["validation_accuracy"] == best)
+    assert (training.validation_accuracy, training.step) == (best, step)
+    assert evaluate(training.model, task, toy(task, 20, 6)).accuracy == best
+    assert {row["learning_rate"] for row in training.curve} == set(QUICK.learning_rates)
+
+
+def test_a_model_that_training_spoils_stays_as_it_came(tiny_model):
+    model = tiny_model("llama")
+    texts = [example.text for example in toy(TWO, 0, 4)]
+    read = evaluate(model, TWO, [Example(text, 0) for text in texts]).predictions
+    validation = [Example(text, label) for text, label in zip(texts, read, strict=True)]
+    wrong = [Example(f"the {text}", 1 - label) for text, label in zip(texts, read, strict=True)]
+    training = fit(model, TWO, wrong, validation, QUICK)
+    assert training.step == 0 and training.learning_rate == QUICK.learning_rates[0]
+    weights = training.model.lm.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.lm.state_dict().items())
+
+
+def test_evaluation_agrees_with_whole_logits_and_scikit_learn(tiny_model, task, kind):
+    model = tiny_model(kind)
+    examples = toy(task, 0, 7)
+    found = evaluate(model, task, examples, tokens_per_batch=40)
+    tokens = tokenize_task(task, model.tokenizer)
+    logits = torch.cat([model.lm(torch.tensor([tokens.sequence(e.text)])).logits[:, -1] for e in examples])
+    expected = logits[:, list(tokens.labels)]
+    assert found.predictions == tuple(expected.argmax(-1).tolist())
+    assert found.labels == tuple(e.label for e in examples)
+    assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(expected, torch.tensor(found.labels)).item())
+    assert found.accuracy == pytest.approx(accuracy_score(found.labels, found.predictions))
+    assert found.accuracy == pytest.approx(sum(found.correct) / len(examples))
+    every = list(range(len(task.labels)))
+    assert found.macro_f1 == pytest.approx(f1_score(found.labels, found.predictions, labels=every, average="macro", zero_division=0.0))
+
+
+def test_fewer_examples_than_a_batch_and_one_example(tiny_model, task):
+    model = tiny_model("opt")
+    assert run(model, task, replace(QUICK, batch_size=1000), count=2).curve
+    assert finetune(model, task, toy(task, 0, 1)[:1], toy(task, 20, 2), toy(task, 30, 2), QUICK).curve
+
+
+def test_batches_hold_every_row_once_in_each_pass():
+    stream = batches(10, FinetuneConfig(batch_size=4, seed=1))
+    rows = [next(stream) for _ in range(5)]
+    assert all(len(batch) == 4 for batch in rows)
+    flat = sum(rows, [])
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+    assert len(next(batches(3, FinetuneConfig(batch_size=4)))) == 3
+
+
+def test_the_rate_rises_then_falls_to_zero():
+    config = FinetuneConfig(steps=20, warmup=4)
+    shares = [schedule(step, config) for step in range(21)]
+    assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and max(shares) == 1.0
+    assert shares[4:] == sorted(shares[4:], reverse=True) and shares[20] == 0 < shares[19]
+
+
+def test_patience_gives_a_rate_up(tiny_model):
+    config = replace(QUICK, steps=400, eval_every=2, patience=2, learning_rates=(1e-3,))
+    looks = [row["validation_accuracy"] for row in run(tiny_model("llama"), TWO, config).curve]
+    assert len(looks) < 100 and max(looks[-2:]) <= max(looks[:-2])
+
+
+def test_a_rate_that_diverges_is_given_up(tiny_model):
+    model = tiny_model("llama", dtype=torch.float32)
+    model.head_weight.mul_(1e30)
+    result = run(model, TWO)
+    assert result.step == 0 and all(math.isfinite(row["validation_loss"]) or row["step"] for row in result.curve)
+
+
+def test_half_precision_models_learn_in_float32(tiny_model):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    training = fit(model, FOUR, toy(FOUR, 0, 4), toy(FOUR, 20, 2), replace(QUICK, autocast=True))
+    assert training.model.dtype == torch.float32 and model.dtype == torch.bfloat16
+
+
+def test_short_validation_texts_are_left_out_and_their_number_is_limited(tiny_model):
+    model, task = tiny_model("llama"), replace(TWO, min_words=5)
+    short = [Example("cat", 1), Example("dog", 0)]
+    validation = toy(task, 20, 4)
+    long = fit(model, task, toy(task, 0, 2), validation, QUICK).curve
+    assert fit(model, task, toy(task, 0, 2), validation + short, QUICK).curve == long
+    with pytest.raises(UserError, match="0 validation examples"):
+        fit(model, task, toy(task, 0, 2), short, QUICK)
+    few = fit(model, task, toy(task, 0, 2), validation, replace(QUICK, max_validation=3)).curve
+    assert {round(row["validation_accuracy"] * 3, 6) for row in few} <= {0.0, 1.0, 2.0, 3.0}
+
+
+def test_progress_sees_each_row(tiny_model):
+    seen = []
+    assert run(tiny_model("llama"), TWO, progress=seen.append).curve == seen
+    assert set(seen[0]) == {"learning_rate", "step", "train_loss", "validation_loss", "validation_accuracy"}
+
+
+def test_the_trained_model_carries_its_own_fingerprint(tiny_model):
+    model = tiny_model("llama")
+    trained: list[Training] = [fit(model, TWO, toy(TWO, 0, n), toy(TWO, 20, 2), QUICK) for n in (2, 2, 3)]
+    prints = [training.model.fingerprint for training in trained]
+    assert prints[0] == prints[1] != prints[2] and model.fingerprint not in prints
+
+
+@pytest.mark.parametrize("which", ["train", "validation"])
+def test_overlap_with_test_is_refused(tiny_model, which):
+    sets = {"train": toy(TWO, 0, 2), "validation": toy(TWO, 20, 2), "test": toy(TWO, 30, 2)}
+    sets[which] = [*sets[which], Example(sets["test"][0].text.upper(), 0)]
+    with pytest.raises(UserError, match="test set"):
+        finetune(tiny_model("llama"), TWO, config=QUICK, **sets)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"steps": 0}, {"batch_size": 2.5}, {"learning_rates": ()}, {"learning_rates": 1e-3}, {"learning_rates": (-1e-3,)},
+     {"eval_every": 0}, {"patience": 0}, {"warmup": -1}, {"weight_decay": -0.1}, {"gradient_clip": 0}, {"max_validation": 0},
+     {"rate": 1}],
+)  # fmt: skip
+def test_unusable_settings_are_refused(setting):
+    with pytest.raises(UserError, match=next(iter(setting))):
+        FinetuneConfig.from_dict(setting)
+
+
+def test_unusable_examples_are_refused(tiny_model):
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match="0 test examples"):
+        evaluate(model, TWO, [])
+    with pytest.raises(UserError, match="label"):
+        evaluate(model, TWO, [Example("the movie", 2)])
+    with pytest.raises(UserError, match="tokens"):
+        evaluate(model, TWO, [Example("the movie " * 40, 1)])
+
+
+@pytest.mark.slow
+def test_real_examples_teach_the_bench_model(bench):
+    model = load_model(bench / "imdb-lm")
+    task, splits = load_data(bench / "data" / "sst2")
+    real = sample_examples(splits.train, 50, task, 0)
+    config = FinetuneConfig(steps=30, learning_rates=(1e-4,), eval_every=15)
+    result = finetune(model, task, real, splits.validation, splits.test, config)
+    assert evaluate(model, task, splits.test).accuracy < 0.6 < 0.68 < result.accuracy

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +79,12 @@ class Model:
     def _takes_positions(self) -> bool:
         return "position_ids" in inspect.signature(self.lm.base_model.forward).parameters
 
+    @cached_property
+    def _last_mlp(self) -> torch.nn.Module | None:
+        """The last layer's feed-forward block, where the family has it as a module of its own."""
+        stacks = [m for m in self.lm.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+        return getattr(stacks[0][-1], "mlp", None) if stacks else None
+
     def body(self, **inputs):
         """One pass of the body; positions count the tokens that the mask keeps, so padding changes nothing."""
         mask = inputs.get("attention_mask")
@@ -98,7 +105,8 @@ class Model:
         """
         if mask is not None and bool(mask.all()):
             mask = None
-        return self.body(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
+        with _last_position_only(self._last_mlp):
+            return self.body(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding matrix: ids (...) -> (..., D)."""
@@ -130,6 +138,30 @@ class Model:
                 f"text {number} has {len(sequence)} tokens with its template, {self.name} reads {self.context}: "
                 "shorten it or leave it out",
             )
+
+
+@contextmanager
+def _last_position_only(mlp: torch.nn.Module | None):
+    """Within this, a feed-forward block computes the last position alone and gives zeros for the others.
+
+    It works position by position, and nothing after the last layer's block reads another position, so the last hidden
+    state is the same and most of the last layer's work is not done.
+    """
+    if mlp is None:
+        yield
+        return
+    whole, own = mlp.forward, vars(mlp).get("forward")
+
+    def narrow(states: Tensor) -> Tensor:
+        return torch.nn.functional.pad(whole(states[:, -1:]), (0, 0, states.shape[1] - 1, 0))
+
+    mlp.forward = narrow
+    try:
+        yield
+    finally:
+        del mlp.forward
+        if own is not None:  # a hook of another library
+            mlp.forward = own
 
 
 def pad_left(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -70,11 +70,19 @@ class RunFolder:
             folder._claim()
         return folder
 
-    def __enter__(self) -> "RunFolder":
-        return self
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds the whole results of this run."""
+        return self.path is not None and files.read_json(self.path / "manifest.json").get("status") == "complete"
 
-    def __exit__(self, *error) -> None:
-        return None
+    def load(self) -> tuple[list[dict], pandas.DataFrame, dict]:
+        """The rows, history and manifest of a finished run."""
+        rows, history, clocks = (
+            [_numbers(row) for row in files.read_json_lines(self.path / name)]
+            for name in ("synthetic.jsonl", "history.jsonl", "timings.jsonl")
+        )
+        joined = [{**row, **clock} for row, clock in zip(history, clocks, strict=True)]
+        return rows, pandas.DataFrame(joined), files.read_json(self.path / "manifest.json", files.MAX_TEXT_BYTES)
 
     def _claim(self) -> None:
         place = self.path / "manifest.json"
@@ -140,6 +148,11 @@ class RunFolder:
 
     def _place(self, batch: int) -> Path | None:
         return None if self.path is None else self.path / f"batch-{batch:04d}.safetensors"
+
+
+def _numbers(row: dict) -> dict:
+    """The inverse of `_finite`: measurements that were not finite read as infinity."""
+    return {name: float("inf") if value is None else value for name, value in row.items()}
 
 
 def _plain(frame: pandas.DataFrame) -> list[dict]:

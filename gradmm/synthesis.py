@@ -1,0 +1,458 @@
+"""The pipeline: a Release, a task and a model in, a synthetic data set with a manifest out.
+
+Never sees private text: what it knows of the real examples is the Release. Everything it draws depends on
+(seed, purpose, group) alone, and it writes as it goes, so an interrupted run continues to the same bytes.
+Letters: K groups, B examples of a group, L tokens, D width, C classes.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import pandas
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gradmm import admm
+from gradmm.errors import require
+from gradmm.evaluation import perplexities
+from gradmm.gradients import DISTANCES
+from gradmm.matching import Matching
+from gradmm.models import Model
+from gradmm.privacy import Release
+from gradmm.projection import PROJECTIONS, Reading, Tables, allowed_tokens, project, text_mask
+from gradmm.runs import RunFolder
+from gradmm.seeds import generator
+from gradmm.selection import FILTERS, label_probabilities, select
+from gradmm.tasks import Task, TaskTokens, tokenize_task
+
+ACTIVATION_NUMBERS = 40  # stored numbers a layer, token and width unit, forward and backward, by measurement
+DEFAULT_MEMORY = 4 << 30  # bytes of activations that one batch of groups may take where the device does not say
+OnStep = Callable[[int, admm.Result], None]
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """Settings of a synthesis; `PRESETS` holds the published ones.
+
+    Attributes:
+        n_synthetic: texts to keep in all, at least one a class; classes get as equal a number as possible.
+        oversample: texts written for each text kept, at least 1; the filter and the ranking choose.
+        group_size: B, texts that match the target together.
+        outer_steps, inner_steps, rho, lr, gradient_clip, balance_rho: see `admm.Config`.
+        projection, top_k: the order (a name in `projection.PROJECTIONS`) and its number of candidates.
+        length: L, tokens of a text; None takes the Release's.
+        early_end, min_tokens: whether a text may end before L tokens, and not before how many.
+        distance: "cosine" or "l2".
+        init_candidates, init_norm: x starts as the best of this many random normal draws, each vector scaled to this norm
+            (None: the mean norm of the embeddings).
+        filter: a name in `selection.FILTERS`.
+        perplexity_weight: ranking adds this times the log-perplexity to the matching loss.
+        groups_per_batch: groups optimised side by side; None as many as memory allows.
+        seed: names every random draw.
+        solver: the solver's part of these settings; follows from them.
+    """
+
+    n_synthetic: int = 100
+    oversample: float = 1.5
+    group_size: int = 10
+    outer_steps: int = 10
+    inner_steps: int = 20
+    rho: float = 0.1
+    lr: float = 0.008
+    gradient_clip: float | None = 1.0
+    balance_rho: bool = False
+    projection: str = "lm_then_nearest"
+    top_k: int = 20
+    length: int | None = None
+    early_end: bool = False
+    min_tokens: int = 4
+    distance: str = "cosine"
+    init_candidates: int = 8
+    init_norm: float | None = None
+    filter: str = "calibrated_label"
+    perplexity_weight: float = 0.0
+    groups_per_batch: int | None = None
+    seed: int = 0
+    solver: admm.Config = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("n_synthetic", "group_size", "top_k", "min_tokens", "init_candidates"):
+            _require_count(name, getattr(self, name))
+        for name in ("length", "groups_per_batch"):
+            _require_count(name, 1 if getattr(self, name) is None else getattr(self, name))
+        require(self.oversample >= 1, f"oversample = {self.oversample!r}, it must be at least 1: 1.5 writes half as many again")
+        require(self.perplexity_weight >= 0, f"perplexity_weight = {self.perplexity_weight!r}, it must be at least 0: 0 ignores it")
+        require(self.init_norm is None or self.init_norm > 0, f"init_norm = {self.init_norm!r}, it must be above 0, or None")
+        for name, known in (("projection", PROJECTIONS), ("filter", FILTERS), ("distance", DISTANCES)):
+            value = getattr(self, name)
+            require(value in known, f"the {name} {value!r} is not known: use one of {', '.join(known)}")
+        object.__setattr__(self, "solver", self._solver())  # checks the solver's own settings
+
+    def _solver(self) -> admm.Config:
+        return admm.Config(
+            rho=self.rho,
+            outer_steps=self.outer_steps,
+            inner_steps=self.inner_steps,
+            lr=self.lr,
+            clip=self.gradient_clip,
+            balance=self.balance_rho,
+        )
+
+    @staticmethod
+    def from_dict(values: dict) -> "SynthesisConfig":
+        """Settings from plain values; unknown names are errors."""
+        known = {item.name for item in fields(SynthesisConfig) if item.init}
+        unknown = sorted(set(values) - known)
+        require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}: the settings are {', '.join(sorted(known))}")
+        return SynthesisConfig(**values)
+
+
+def _require_count(name: str, value) -> None:
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+        f"{name} = {value!r}, it must be a whole number of at least 1: give {SynthesisConfig.__dict__[name] or 1}",
+    )
+
+
+_PUBLISHED = {
+    "n_synthetic": 100,
+    "oversample": 2.0,
+    "outer_steps": 30,
+    "inner_steps": 50,
+    "lr": 0.008,
+    "top_k": 200,
+    "init_candidates": 500,
+    "init_norm": 1.4,
+    "filter": "label",
+    "perplexity_weight": 0.05,
+}
+PRESETS: dict[str, SynthesisConfig] = {
+    "paper": SynthesisConfig(projection="lm_then_nearest", **_PUBLISHED),
+    "official": SynthesisConfig(projection="nearest_then_lm", **_PUBLISHED),
+}
+
+
+@dataclass(frozen=True)
+class SynthesisResult:
+    """What a synthesis gives.
+
+    Attributes:
+        dataset: every text written: text, label, label_name, match, perplexity, group, kept, reason.
+        history: one row per ADMM step and group (`admm.step` names the columns), with batch and label.
+        manifest: settings, versions, seeds, reasons, times; plain values.
+    """
+
+    dataset: datasets.Dataset
+    history: pandas.DataFrame
+    manifest: dict
+
+    @cached_property
+    def kept(self) -> datasets.Dataset:
+        """The texts that were kept."""
+        return self.dataset.filter(lambda row: row["kept"])
+
+
+def synthesize(
+    model: Model,
+    task: Task,
+    release: Release,
+    config: SynthesisConfig = SynthesisConfig(),
+    output: str | Path | None = None,
+    progress: bool = True,
+    on_step: OnStep | None = None,
+) -> SynthesisResult:
+    """Write synthetic examples whose gradients match a Release.
+
+    Args:
+        model: the model that the Release was made with.
+        task: its task.
+        release: from `gradmm.release`; private text itself is refused.
+        config: the settings.
+        output: a folder that receives `synthetic.jsonl`, `history.jsonl`, `manifest.json` and unfinished work. Unfinished work
+            of the same settings is continued, finished work read back. None keeps everything in memory.
+        progress: whether to show a progress bar.
+        on_step: sees the number of the batch and the solver's Result after every outer step.
+
+    Returns:
+        SynthesisResult.
+
+    Raises:
+        UserError: `release` is no Release or belongs to another model or task; the settings do not fit the model; the
+            folder holds another run's settings.
+    """
+    release = _checked(release, model, task)
+    plan = _Plan.of(model, task, release, config)
+    folder = RunFolder.open(output, plan.identity())
+    if folder.finished:
+        rows, history, manifest = folder.load()
+        return SynthesisResult(datasets.Dataset.from_list(rows, features=_features()), history, manifest)
+    batches = _run_batches(plan, folder, progress, on_step)
+    result = _collect(plan, batches, folder)
+    folder.finish(result.dataset.to_list(), result.history, result.manifest)
+    return result
+
+
+def _checked(release, model: Model, task: Task) -> Release:
+    require(
+        isinstance(release, Release),
+        f"synthesize was given {type(release).__name__} where a Release belongs: real texts enter through gradmm.release alone",
+    )
+    require(
+        release.model == model.fingerprint,
+        f"the Release was made with another model than {model.name}: release the examples with this model",
+    )
+    require(
+        release.task == task.fingerprint,
+        f"the Release was made with other labels, template or verbalizers than task {task.name!r}: release again with it",
+    )
+    return release
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that a run derives from its inputs before it draws or computes anything."""
+
+    model: Model
+    task: Task
+    tokens: TaskTokens
+    release: Release
+    config: SynthesisConfig
+    matching: Matching
+    reading: Reading
+    tables: Tables
+    length: int
+    classes: tuple[int, ...]  # of each group
+    per_class: tuple[int, ...]  # texts to keep
+    batch: int
+
+    @staticmethod
+    def of(model: Model, task: Task, release: Release, config: SynthesisConfig) -> "_Plan":
+        tokens = tokenize_task(task, model.tokenizer)
+        count = len(task.labels)
+        require(config.n_synthetic >= count, f"n_synthetic = {config.n_synthetic}, but {count} classes need one text each: ask for {count} or more")
+        per_class = tuple(config.n_synthetic // count + (label < config.n_synthetic % count) for label in range(count))
+        classes = tuple(
+            label for label in range(count) for _ in range(math.ceil(per_class[label] * config.oversample / config.group_size))
+        )
+        length = config.length or release.length
+        _check_context(model, tokens, length)
+        end = model.tokenizer.eos_token_id if config.early_end else None
+        return _Plan(
+            model=model,
+            task=task,
+            tokens=tokens,
+            release=release,
+            config=config,
+            matching=Matching(model, tokens, release.targets, release.space, config.distance, end),
+            reading=Reading(config.projection, config.top_k, allowed_tokens(model), end, min(config.min_tokens, length)),
+            tables=Tables.of(model),
+            length=length,
+            classes=classes,
+            per_class=per_class,
+            batch=config.groups_per_batch or _batch_size(model, tokens, length, config, len(classes)),
+        )
+
+    def identity(self) -> dict:
+        """What must be equal for unfinished work to be continued."""
+        return {
+            "config": asdict(self.config),
+            "task": self.task.to_dict(),
+            "model": {"name": self.model.name, "revision": self.model.revision, "fingerprint": self.model.fingerprint,
+                      "dtype": str(self.model.dtype).removeprefix("torch.")},
+            "release": {"fingerprint": self.release.fingerprint, "private": self.release.private,
+                        "statement": self.release.statement, "ledger": [asdict(entry) for entry in self.release.ledger]},
+            "length": self.length,
+            "groups": len(self.classes),
+            "groups_per_batch": self.batch,
+        }  # fmt: skip
+
+    def batches(self) -> list[range]:
+        """The numbers of the groups of each batch."""
+        return [range(first, min(first + self.batch, len(self.classes))) for first in range(0, len(self.classes), self.batch)]
+
+
+def _check_context(model: Model, tokens: TaskTokens, length: int) -> None:
+    around = max(len(tokens.start + tokens.head + tokens.tail), max(map(len, tokens.prompts)))
+    require(
+        around + length <= model.context,
+        f"length = {length} with a template or prompt of {around} tokens, {model.name} reads {model.context}: "
+        f"take a length of at most {model.context - around}",
+    )
+
+
+def _batch_size(model: Model, tokens: TaskTokens, length: int, config: SynthesisConfig, groups: int) -> int:
+    """As many groups as keep the activations within half of the free memory; at least one."""
+    settings = model.lm.config
+    positions = len(tokens.start + tokens.head + tokens.tail) + length
+    numbers = ACTIVATION_NUMBERS * settings.num_hidden_layers * settings.hidden_size * positions * config.group_size
+    free = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else DEFAULT_MEMORY
+    return min(groups, max(1, int(free // (numbers * model.embedding.element_size()))))
+
+
+# ---------------------------------------------------------------- the work
+
+
+def _run_batches(plan: _Plan, folder: RunFolder, progress: bool, on_step: OnStep | None) -> list[admm.Result]:
+    """Every batch of groups from where it stands to its end."""
+    total = len(plan.batches()) * plan.config.outer_steps
+    with tqdm(total=total, desc="matching", unit="step", disable=not progress) as bar:
+        return [_run_batch(plan, number, groups, folder, bar, on_step) for number, groups in enumerate(plan.batches())]
+
+
+def _run_batch(plan: _Plan, number: int, groups: range, folder: RunFolder, bar: tqdm, on_step: OnStep | None) -> admm.Result:
+    classes = torch.tensor([plan.classes[group] for group in groups], device=plan.model.device)
+    begin = folder.load_result(number, plan.model.device)
+    if begin is None:
+        begin = admm.start(_initial(plan, groups, classes), plan.config.solver)
+    bar.update(begin.state.step)
+    result = admm.solve(
+        lambda x, ids, which: plan.matching.of_vectors(x, ids, classes[which]),
+        _projection(plan, classes),
+        begin,
+        plan.config.solver,
+        _report(number, folder, bar, on_step),
+    )
+    folder.save_result(number, result)
+    return result
+
+
+def _projection(plan: _Plan, classes: Tensor) -> admm.Project:
+    """v (k, B, L, D) -> the nearest readable texts' embeddings and tokens."""
+
+    def projected(v: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        groups, count, length, _ = v.shape
+        rows = classes[which].repeat_interleave(count)
+        ids = project(plan.model, plan.tables, v.flatten(0, 1), plan.tokens.prompts, rows, plan.reading)
+        ids = ids.view(groups, count, length)
+        return plan.model.embed(ids).to(v.dtype), ids
+
+    return projected
+
+
+def _report(number: int, folder: RunFolder, bar: tqdm, on_step: OnStep | None) -> Callable[[admm.Result], None]:
+    def report(result: admm.Result) -> None:
+        if on_step is not None:
+            on_step(number, result)
+        bar.update(1)
+        bar.set_postfix(match=f"{result.match.mean().item():.4f}")
+        folder.snapshot(number, result)
+
+    return report
+
+
+def _initial(plan: _Plan, groups: range, classes: Tensor) -> Tensor:
+    """Each group's best of several random draws by matching loss: (K, B, L, D), float32 or wider."""
+    config, model = plan.config, plan.model
+    wide = torch.promote_types(model.dtype, torch.float32)
+    norm = config.init_norm or float(model.embedding.to(wide).norm(dim=-1).mean())
+    sources = [generator(config.seed, "initial x", group) for group in groups]
+    shape = (config.group_size, plan.length, model.embedding.shape[1])
+    best, lowest = None, torch.full((len(groups),), torch.inf, dtype=wide, device=model.device)
+    ids = torch.full((len(groups), *shape[:2]), -1, device=model.device)
+    for _ in range(config.init_candidates):
+        draw = torch.stack([torch.randn(shape, generator=source, dtype=wide) for source in sources]).to(model.device)
+        draw = draw * (norm / draw.norm(dim=-1, keepdim=True))
+        if config.init_candidates == 1:
+            return draw
+        with torch.no_grad():
+            value = plan.matching.of_vectors(draw, ids, classes)
+        better = (value < lowest).view(-1, 1, 1, 1)
+        best = draw if best is None else torch.where(better, draw, best)
+        lowest = torch.minimum(value, lowest)
+    return best
+
+
+# ---------------------------------------------------------------- the results
+
+
+def _collect(plan: _Plan, batches: list[admm.Result], folder: RunFolder) -> SynthesisResult:
+    """Texts, their scores and verdicts, the joined history and the manifest."""
+    ids = torch.cat([result.value for result in batches]).cpu()
+    classes = [label for label in plan.classes for _ in range(ids.shape[1])]
+    lengths = text_mask(ids, plan.reading.end).sum(-1).flatten().tolist()
+    texts = [plan.tokens.decode(row[:count]) for row, count in zip(_written(ids), lengths, strict=True)]
+    rows = _rows(plan, texts, classes)
+    history = pandas.DataFrame(_history(plan, batches))
+    reasons = [reason for result in batches for reason in result.reason]
+    groups = [
+        {"group": group, "label": plan.task.labels[label], "reason": reason, "match": match if math.isfinite(match) else None}
+        for group, (label, reason, match) in enumerate(
+            zip(plan.classes, reasons, [value for result in batches for value in result.match.tolist()], strict=True)
+        )
+    ]
+    kept = [row for row in rows if row["kept"]]
+    manifest = {
+        **folder.manifest,
+        "groups_ended": groups,
+        "kept": len(kept),
+        "set_match": dict(zip(plan.task.labels, _set_match(plan, kept), strict=True)),
+    }
+    return SynthesisResult(datasets.Dataset.from_list(rows, features=_features()), history, manifest)
+
+
+def _written(ids: Tensor) -> list[list[int]]:
+    """Each text's tokens; a group that never had a projection (it went non-finite at once) has empty texts."""
+    return [[token for token in row if token >= 0] for row in ids.flatten(0, 1).tolist()]
+
+
+def _rows(plan: _Plan, texts: list[str], classes: list[int]) -> list[dict]:
+    spoken = [i for i, text in enumerate(texts) if text]
+    some, labels = [texts[i] for i in spoken], [classes[i] for i in spoken]
+    match = _spread(plan.matching.of_texts(some, labels).tolist(), spoken, len(texts))
+    perplexity = _spread(perplexities(plan.model, some), spoken, len(texts))
+    probabilities = torch.zeros(len(texts), len(plan.task.labels))
+    misread: list[int | None] = [None] * len(texts)
+    if spoken:
+        probabilities[spoken] = label_probabilities(plan.model, plan.tokens, some).cpu()
+        for i, found in zip(spoken, FILTERS[plan.config.filter](probabilities[spoken], labels), strict=True):
+            misread[i] = found
+    weight = plan.config.perplexity_weight
+    scores = [m + weight * math.log(p) if weight else m for m, p in zip(match, perplexity, strict=True)]
+    verdicts = select(texts, classes, scores, misread, probabilities, plan.per_class, plan.task.labels)
+    return [
+        {
+            "text": text,
+            "label": label,
+            "label_name": plan.task.labels[label],
+            "match": match[i],
+            "perplexity": perplexity[i],
+            "group": i // plan.config.group_size,
+            "kept": verdicts[i].kept,
+            "reason": verdicts[i].reason,
+        }
+        for i, (text, label) in enumerate(zip(texts, classes, strict=True))
+    ]
+
+
+def _spread(values: list[float], places: list[int], count: int) -> list[float]:
+    spread = [math.inf] * count
+    for place, value in zip(places, values, strict=True):
+        spread[place] = value
+    return spread
+
+
+def _set_match(plan: _Plan, kept: list[dict]) -> list[float | None]:
+    values = plan.matching.of_sets([row["text"] for row in kept], [row["label"] for row in kept])
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def _history(plan: _Plan, batches: list[admm.Result]) -> list[dict]:
+    return [
+        {"label": plan.task.labels[plan.classes[row["group"] + groups.start]], **row, "group": row["group"] + groups.start}
+        for groups, result in zip(plan.batches(), batches, strict=True)
+        for row in result.history
+    ]
+
+
+def _features() -> datasets.Features:
+    kinds = {"text": "string", "label": "int64", "label_name": "string", "match": "float64", "perplexity": "float64",
+             "group": "int64", "kept": "bool", "reason": "string"}  # fmt: skip
+    return datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})

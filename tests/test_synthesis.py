@@ -1,0 +1,226 @@
+"""The pipeline: the same bytes again, after a kill and a resume; a reason for every text; one sentence for every misuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradmm
+from gradmm.errors import UserError
+from gradmm.gradients import DenseTarget
+from gradmm.matching import Matching
+from gradmm.synthesis import PRESETS, SynthesisConfig, synthesize
+from gradmm.tasks import Task, tokenize_task
+
+TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
+TEXTS = {0: ["a dull plot", "the actors sat all time", "not one scene"], 1: ["a fine film", "we like the music", "red and blue"]}
+REAL = [{"text": text, "label": label} for label, texts in TEXTS.items() for text in texts]
+SMALL = SynthesisConfig(n_synthetic=4, oversample=1.5, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=5)
+CLOCKS = {"clock"}
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_model):
+    model = tiny_model("llama", dtype=torch.float32)
+    return model, TASK, gradmm.release(model, TASK, REAL)
+
+
+def files_of(folder: Path) -> dict[str, object]:
+    """Every file but the clock readings."""
+    held = {p.name: p.read_text() for p in folder.iterdir() if p.name not in ("timings.jsonl", "manifest.json")}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return {**held, "manifest.json": {k: v for k, v in manifest.items() if k not in CLOCKS}}
+
+
+def test_a_run_gives_texts_history_and_manifest(setting, tmp_path):
+    model, task, release = setting
+    result = synthesize(model, task, release, SMALL, tmp_path / "run", progress=False)
+    assert result.dataset.column_names == ["text", "label", "label_name", "match", "perplexity", "group", "kept", "reason"]
+    assert len(result.dataset) == 8 and len(result.kept) == 4 and result.kept["label"].count(0) == 2
+    assert all(row["reason"].startswith("kept" if row["kept"] else "dropped") for row in result.dataset)
+    assert set(result.history.columns) >= {
+        "step", "group", "label", "match_x", "match_z", "primal", "dual", "stationarity", "inner_gradient", "changed", "seconds",
+    }  # fmt: skip
+    assert len(result.history) == 2 * 4
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["status"] == "complete" and manifest["config"]["seed"] == 0 and manifest["release"]["private"] is False
+    assert manifest["clock"]["peak_memory"]["process"] > 0 and manifest["versions"]["torch"] == torch.__version__
+    rows = [json.loads(line) for line in (tmp_path / "run" / "synthetic.jsonl").read_text().splitlines()]
+    assert rows == result.dataset.to_list()
+
+
+def test_the_match_column_is_the_distance_of_the_text_itself(setting):
+    model, task, release = setting
+    result = synthesize(model, task, release, SMALL, progress=False)
+    matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
+    row = result.dataset[3]
+    assert row["match"] == pytest.approx(matching.of_texts([row["text"]], [row["label"]]).item(), rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(setting, tmp_path):
+    model, task, release = setting
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        synthesize(model, task, release, replace(SMALL, seed=seed), tmp_path / name, progress=False)
+    one, two, three = (files_of(tmp_path / name) for name in "abc")
+    assert one == two and one["synthetic.jsonl"] != three["synthetic.jsonl"]
+
+
+def test_a_finished_folder_is_read_back(setting, tmp_path, monkeypatch):
+    model, task, release = setting
+    first = synthesize(model, task, release, SMALL, tmp_path, progress=False)
+    held = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr("gradmm.admm.solve", lambda *_: pytest.fail("nothing is left to do"))
+    again = synthesize(model, task, release, SMALL, tmp_path, progress=False)
+    assert again.dataset.to_list() == first.dataset.to_list() and again.manifest == first.manifest
+    assert again.history.equals(first.history)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
+
+
+@pytest.mark.parametrize("after", range(1, 6))
+def test_an_interrupted_run_continues_to_the_same_bytes(setting, tmp_path, monkeypatch, after):
+    model, task, release = setting
+    config = replace(SMALL, groups_per_batch=3, outer_steps=3)
+    synthesize(model, task, release, config, tmp_path / "whole", progress=False)
+    monkeypatch.setattr("gradmm.runs.SNAPSHOT_SECONDS", 0.0)
+    seen = []
+
+    def interrupt(batch, result):
+        seen.append(result)
+        if len(seen) == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(model, task, release, config, tmp_path / "cut", progress=False, on_step=interrupt)
+    steps = []
+    synthesize(model, task, release, config, tmp_path / "cut", progress=False, on_step=lambda batch, result: steps.append(1))
+    assert len(steps) == 6 - after + 1  # the step whose snapshot was not yet written is taken again
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+CHILD = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+import conftest, test_synthesis, gradmm, gradmm.models, gradmm.runs
+from dataclasses import replace
+gradmm.runs.SNAPSHOT_SECONDS = 0.0
+lm = conftest.make_tiny_lm("llama", dtype=torch.float32)
+model = gradmm.models.wrap_model(lm, conftest.make_toy_tokenizer(), "tiny-llama")
+target = gradmm.release(model, test_synthesis.TASK, test_synthesis.REAL)
+config = replace(test_synthesis.SMALL, groups_per_batch=2, outer_steps=40, inner_steps=10)
+gradmm.synthesize(model, test_synthesis.TASK, target, config, sys.argv[2], progress=False)
+"""
+
+
+def child(output: Path) -> subprocess.Popen:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(Path(__file__).parent), str(output)], env=environment)
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_bytes(tmp_path):
+    assert child(tmp_path / "whole").wait(timeout=300) == 0
+    killed = child(tmp_path / "cut")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "cut").glob("batch-*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["status"] == "running"
+    assert child(tmp_path / "cut").wait(timeout=300) == 0
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def test_batches_of_groups_are_independent_up_to_rounding(setting):
+    model, task, release = setting
+    one, two = (synthesize(model, task, release, replace(SMALL, groups_per_batch=n), progress=False) for n in (1, 4))
+    assert one.dataset["text"] == two.dataset["text"]
+
+
+def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
+    model = tiny_model("phi", dtype=torch.float32)
+    task = Task("news", ("world", "sports", "business", "text"), (" world", " sports", " business", " text"), "{text} this is")
+    real = [{"text": f"a {word} scene", "label": i % 4} for i, word in enumerate("red blue cat dog fine dull".split())]
+    config = replace(SMALL, n_synthetic=6, early_end=True, min_tokens=2, distance="l2", projection="nearest_then_lm", filter="none")
+    result = synthesize(model, task, gradmm.release(model, task, real), config, progress=False)
+    assert [result.kept["label"].count(label) for label in range(4)] == [2, 2, 1, 1]
+
+
+def test_a_group_without_a_finite_loss_is_reported_and_its_texts_dropped(setting):
+    model, task, release = setting
+    broken = DenseTarget(torch.full_like(model.head_weight, torch.nan))
+    result = synthesize(model, task, replace(release, targets=(broken, release.targets[1])), SMALL, progress=False)
+    reasons = {row["label"]: row["reason"] for row in result.manifest["groups_ended"]}
+    assert reasons["bad"].startswith("non-finite") and reasons["good"].startswith("step limit")
+    assert [row["reason"] for row in result.dataset if row["label"] == 0] == ["dropped: the text is empty"] * 4
+
+
+def test_private_text_is_refused_where_a_release_belongs(setting):
+    model, task, release = setting
+    with pytest.raises(UserError, match="given list where a Release belongs: real texts enter through gradmm.release alone"):
+        synthesize(model, task, REAL, SMALL, progress=False)
+
+
+def test_a_release_of_another_model_or_task_is_refused(setting, tiny_model):
+    model, task, release = setting
+    with pytest.raises(UserError, match="another model than tiny-gpt2"):
+        synthesize(tiny_model("gpt2"), task, release, SMALL, progress=False)
+    with pytest.raises(UserError, match="other labels, template or verbalizers"):
+        synthesize(model, replace(task, verbalizers=(" bad", " good")), release, SMALL, progress=False)
+
+
+def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
+    model, task, release = setting
+    synthesize(model, task, release, SMALL, tmp_path, progress=False)
+    before = files_of(tmp_path)
+    with pytest.raises(UserError, match=r"config\.rho \(0\.1 there, 0\.5 now\)"):
+        synthesize(model, task, release, replace(SMALL, rho=0.5), tmp_path, progress=False)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n_synthetic": 0}, "n_synthetic = 0, it must be a whole number of at least 1"),
+        ({"n_synthetic": 1}, "n_synthetic = 1, but 2 classes need one text each"),
+        ({"n_synthetic": 2.5}, "n_synthetic = 2.5"),
+        ({"group_size": 0}, "group_size = 0"),
+        ({"oversample": 0.5}, "oversample = 0.5, it must be at least 1"),
+        ({"rho": 0}, "rho = 0, it must be a finite number above 0"),
+        ({"rho": -0.1}, "rho = -0.1"),
+        ({"inner_steps": 0}, "inner_steps = 0"),
+        ({"outer_steps": 0}, "outer_steps = 0"),
+        ({"lr": 0.0}, "lr = 0.0"),
+        ({"top_k": 0}, "top_k = 0"),
+        ({"top_k": 5000}, "top_k = 5000, it must be from 1 to the"),
+        ({"projection": "beam"}, "projection 'beam' is not known: use one of"),
+        ({"filter": "best"}, "filter 'best' is not known: use one of"),
+        ({"distance": "l1"}, "distance 'l1' is not known: use one of cosine, l2"),
+        ({"length": 0}, "length = 0"),
+        ({"length": 64}, "length = 64 with a template or prompt of"),
+        ({"init_candidates": 0}, "init_candidates = 0"),
+        ({"init_norm": -1}, "init_norm = -1"),
+        ({"perplexity_weight": -1}, "perplexity_weight = -1"),
+        ({"groups_per_batch": 0}, "groups_per_batch = 0"),
+    ],
+)
+def test_bad_settings_are_one_sentence_and_nothing_is_written(setting, tmp_path, settings, message):
+    model, task, release = setting
+    with pytest.raises(UserError) as caught:
+        synthesize(model, task, release, SynthesisConfig(**{"length": 5, "top_k": 5, **settings}), tmp_path / "run", progress=False)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_settings_from_plain_values():
+    assert SynthesisConfig.from_dict({"seed": 3}) == SynthesisConfig(seed=3)
+    with pytest.raises(UserError, match="unknown setting 'sede'"):
+        SynthesisConfig.from_dict({"sede": 3})
+    assert PRESETS["paper"].projection == "lm_then_nearest" and PRESETS["official"].projection == "nearest_then_lm"
+    assert (PRESETS["paper"].outer_steps, PRESETS["paper"].inner_steps, PRESETS["paper"].top_k) == (30, 50, 200)

@@ -15,7 +15,7 @@ The lower bound is the largest epsilon that the number of right guesses refutes 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -26,6 +26,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 from gradmm.errors import require
+from gradmm.evaluation import longest_shared_spans, words
 from gradmm.examples import Example
 from gradmm.finetuning import label_logits
 from gradmm.gradients import DenseTarget, Factors, Head, Space, head_factors
@@ -325,8 +326,7 @@ def ngram_scores(texts: Sequence[str], synthetic: Sequence[str], n: int = 3) -> 
 
 
 def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
-    words = text.lower().split()
-    return set(zip(*(words[i:] for i in range(n)), strict=False))
+    return set(zip(*(words(text)[i:] for i in range(n)), strict=False))
 
 
 def neighbour_scores(texts: Sequence[str], synthetic: Sequence[str]) -> list[float]:
@@ -335,3 +335,29 @@ def neighbour_scores(texts: Sequence[str], synthetic: Sequence[str]) -> list[flo
     vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
     known = vectors.fit_transform(synthetic)
     return (vectors.transform(texts) @ known.T).max(axis=1).toarray().ravel().tolist()
+
+
+def span_scores(
+    texts: Sequence[str], synthetic: Sequence[str], encode: Callable[[str], Sequence[Hashable]] = words
+) -> list[int]:
+    """The longest run of each text that stands in any one synthetic text, in words, or in tokens with `TaskTokens.encode`.
+
+    Runs that held-out texts share as well are the language's; only what exceeds them is leakage.
+    """
+    return longest_shared_spans([encode(text) for text in texts], [encode(text) for text in synthetic])
+
+
+TEXT_ATTACKS: dict[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]]] = {
+    "3-grams": ngram_scores,
+    "nearest neighbour": neighbour_scores,
+    "longest shared span": span_scores,
+}
+
+
+def attack_texts(
+    synthetic: Sequence[str], members: Sequence[str], others: Sequence[str], seed: int = 0
+) -> dict[str, Membership]:
+    """Every attack that needs nothing but published texts: attack's name -> how well it tells members from others."""
+    return {
+        name: membership(score(members, synthetic), score(others, synthetic), seed=seed) for name, score in TEXT_ATTACKS.items()
+    }

@@ -93,7 +93,9 @@ class Release:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with the fields as metadata."""
-        return files.write_tensors(Path(path), _tensors(self), {"release": _fields_json(self), "fingerprint": self.fingerprint})
+        # One entry alone: safetensors writes several in no fixed order, and equal Releases should be equal files.
+        held = json.dumps({"fields": json.loads(_fields_json(self)), "fingerprint": self.fingerprint}, ensure_ascii=False)
+        return files.write_tensors(Path(path), _tensors(self), {"release": held})
 
 
 def load_release(path: str | Path) -> Release:
@@ -104,8 +106,9 @@ def load_release(path: str | Path) -> Release:
     """
     tensors, metadata = files.read_tensors(Path(path))
     try:
-        found = _assemble(json.loads(metadata["release"]), tensors)
-        whole = found.fingerprint == metadata["fingerprint"]
+        held = json.loads(metadata["release"])
+        found = _assemble(held["fields"], tensors)
+        whole = found.fingerprint == held["fingerprint"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no saved Release ({type(error).__name__}): save one with Release.save") from error
     require(whole, f"{path} does not hold what was saved in it: make the Release again")

@@ -142,12 +142,13 @@ def test_membership_needs_finite_scores_of_both_kinds(members, others):
         audit.membership(members, others)
 
 
-def test_copied_texts_are_found_by_ngrams_and_neighbours():
+def test_copied_texts_are_found_by_every_attack_on_texts():
     members = ["the film was a great story about a dog", "we saw a dull movie about the world"]
     others = ["music and sports make people happy today", "one two three red blue cats on the wall"]
     synthetic = [members[0] + " and more", members[1], "something else again here"]
-    for scores in (audit.ngram_scores, audit.neighbour_scores):
-        assert audit.membership(scores(members, synthetic), scores(others, synthetic)).auc == 1
+    assert {name: found.auc for name, found in audit.attack_texts(synthetic, members, others).items()} == dict.fromkeys(audit.TEXT_ATTACKS, 1.0)
+    assert audit.span_scores(members, synthetic) == [9, 8]
+    assert audit.span_scores(["a dog"], synthetic, encode=list) == [5]
     assert audit.ngram_scores(["too short"], synthetic) == [0.0]
     with pytest.raises(UserError, match="no synthetic"):
         audit.neighbour_scores(members, ["", " "])

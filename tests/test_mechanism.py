@@ -3,13 +3,12 @@
 import dataclasses
 import math
 
-import mpmath
 import numpy
 import pytest
 import torch
 from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
-from scipy import stats
+from scipy import special, stats
 
 from gradmm import mechanism
 from gradmm.errors import UserError
@@ -25,23 +24,21 @@ def entry(**changes) -> mechanism.LedgerEntry:
 
 
 def balle_wang_sigma(epsilon: float, delta: float) -> float:
-    """Algorithm 1 of Balle and Wang (2018) in 50 digits: sigma = alpha / sqrt(2 epsilon) at sensitivity 1."""
-    with mpmath.workdps(50):
-        epsilon, delta, phi = mpmath.mpf(epsilon), mpmath.mpf(delta), mpmath.ncdf
-        at_zero = phi(0) - mpmath.exp(epsilon) * phi(-mpmath.sqrt(2 * epsilon))
-        sign = 1 if delta >= at_zero else -1
+    """Algorithm 1 of Balle and Wang (2018): sigma = alpha / sqrt(2 epsilon) at sensitivity 1."""
 
-        def loss(v):
-            return phi(sign * mpmath.sqrt(epsilon * v)) - mpmath.exp(epsilon) * phi(-mpmath.sqrt(epsilon * (v + 2)))
+    def loss(sign: int, v: float) -> float:
+        above = special.log_ndtr(sign * math.sqrt(epsilon * v))
+        below = epsilon + special.log_ndtr(-math.sqrt(epsilon * (v + 2)))
+        return math.exp(above) * -math.expm1(below - above)
 
-        low, high = mpmath.mpf(0), mpmath.mpf(1)
-        while (loss(high) <= delta) == (sign > 0):
-            high *= 2
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if (loss(middle) <= delta) == (sign > 0) else (low, middle)
-        alpha = mpmath.sqrt(1 + low / 2) - sign * mpmath.sqrt(low / 2)
-        return float(alpha / mpmath.sqrt(2 * epsilon))
+    sign = 1 if delta >= loss(1, 0.0) else -1
+    low, high = 0.0, 1.0
+    while (loss(sign, high) <= delta) == (sign > 0):
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (loss(sign, middle) <= delta) == (sign > 0) else (low, middle)
+    return (math.sqrt(1 + low / 2) - sign * math.sqrt(low / 2)) / math.sqrt(2 * epsilon)
 
 
 @pytest.mark.parametrize("epsilon", EPSILONS)

@@ -168,7 +168,7 @@ def test_a_private_file_says_nothing_of_the_examples_but_their_sums(model, tmp_p
         read_tensors(privacy.release(model, TASK, rows, **PRIVATE, noise_seed=1).save(tmp_path / "r.safetensors"))
         for rows in (EXAMPLES, OTHERS)
     ]
-    fields = [{k: v for k, v in metadata.items() if k != "fingerprint"} for _, metadata in found]
+    fields = [json.loads(metadata["release"])["fields"] for _, metadata in found]
     assert fields[0] == fields[1] and SECRET not in json.dumps(fields)
     assert {k: (v.dtype, v.shape) for k, v in found[0][0].items()} == {k: (v.dtype, v.shape) for k, v in found[1][0].items()}
 
@@ -181,6 +181,14 @@ def test_an_examples_gradient_does_not_depend_on_its_companions(tiny_model):
         for rows in (EXAMPLES[:1], [EXAMPLES[0], *OTHERS * 9])
     )
     assert torch.equal(alone.delta[0], beside.delta[0]) and torch.equal(alone.hidden[0], beside.hidden[0])
+
+
+def test_a_private_release_runs_every_text_alone(model, monkeypatch):
+    sizes = []
+    run = type(model).hidden_of
+    monkeypatch.setattr(type(model), "hidden_of", lambda self, part: sizes.append(len(part)) or run(self, part))
+    privacy.release(model, TASK, EXAMPLES, **PRIVATE)
+    assert sizes == [1] * len(EXAMPLES)
 
 
 def test_the_subspace_is_public_orthonormal_and_holds_the_public_states(model):
@@ -273,7 +281,8 @@ def test_a_file_that_was_changed_is_refused(model, tmp_path):
     path = privacy.release(model, TASK, EXAMPLES, **PRIVATE, noise_seed=1).save(tmp_path / "release.safetensors")
     tensors, metadata = read_tensors(path)
     claims = metadata["release"].replace('"private": false', '"private": true')
-    write_tensors(tmp_path / "claims", tensors, {**metadata, "release": claims})
+    assert claims != metadata["release"]
+    write_tensors(tmp_path / "claims", tensors, {"release": claims})
     write_tensors(tmp_path / "numbers", {**tensors, "0.weight": tensors["0.weight"] + 1}, metadata)
     write_tensors(tmp_path / "infinite", {**tensors, "0.weight": tensors["0.weight"] / 0}, metadata)
     write_tensors(tmp_path / "missing", {k: v for k, v in tensors.items() if k != "1.weight"}, metadata)

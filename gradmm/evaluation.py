@@ -17,12 +17,11 @@ from torch.nn.functional import cross_entropy, linear
 
 from gradmm.errors import require
 from gradmm.examples import content_hash
+from gradmm.generation import CLOSERS, SENTENCE_ENDS
 from gradmm.models import TOKENS_PER_BATCH, Model, batches_by_length, pad_left
 from gradmm.seeds import generator, stream
 
 LOGITS_AT_ONCE = 1 << 26  # numbers held at once; bounds memory, not results
-SENTENCE_ENDS = ".!?…。！？"
-CLOSERS = "\"'”’)]»"
 PAIRS = ("()", "[]", "“”", "«»")
 
 # ---------------------------------------------------------------- perplexity

@@ -1,0 +1,231 @@
+"""Zero-shot and few-shot generation by the same model: the baselines that write without matching anything.
+
+Knows prompts, not gradients. Each text is drawn from its own random numbers, so it does not depend on which texts are
+written beside it (up to rounding in the model's arithmetic). Letters: N texts, T steps, V vocabulary, C classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from gradmm.errors import UserError, require
+from gradmm.examples import Example, content_hash
+from gradmm.models import Model, pad_left
+from gradmm.projection import allowed_tokens
+from gradmm.seeds import generator
+from gradmm.tasks import Task, TaskTokens, tokenize_task
+
+SENTENCE_ENDS = ".!?…。！？"
+CLOSERS = "\"'”’)]»"
+SPARE = 16  # texts tried at least when some are missing; the first usable ones are kept, so it changes only the speed
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are drawn.
+
+    Attributes:
+        temperature: divides the logits; 1 samples from the model.
+        top_p: the smallest set of tokens of this probability is drawn from (Holtzman et al. 2020); 1 keeps all.
+        max_tokens: tokens of a text at most; it is then cut back to its last sentence end.
+        min_tokens: no text ends before it has this many tokens.
+        shots: real examples of the class before each text, drawn anew for each; used when examples are given.
+        separator: what stands between shots.
+        batch_size: texts written side by side.
+        rounds: how often missing texts are written anew before giving up.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.95
+    max_tokens: int = 40
+    min_tokens: int = 6
+    shots: int = 4
+    separator: str = "\n"
+    batch_size: int = 64
+    rounds: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, f"temperature = {self.temperature!r}, it must be above 0: 1 samples from the model")
+        require(0 < self.top_p <= 1, f"top_p = {self.top_p!r}, it must be above 0 and at most 1: 0.95 is usual")
+        for name in ("max_tokens", "min_tokens", "shots", "batch_size", "rounds"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+                f"{name} = {value!r}, it must be a whole number of at least 1: the default is {Sampling.__dict__[name]}",
+            )
+        require(
+            self.min_tokens <= self.max_tokens,
+            f"min_tokens = {self.min_tokens} is above max_tokens = {self.max_tokens}: lower it",
+        )
+
+
+def generate_texts(
+    model: Model,
+    task: Task,
+    n_per_class: int,
+    seed: int,
+    sampling: Sampling | None = None,
+    shots: Sequence[Example] = (),
+    allowed: Tensor | None = None,
+) -> list[Example]:
+    """Write `n_per_class` distinct, finished texts of each class.
+
+    Zero-shot: the model continues the class's generation prompt. Few-shot: real examples of the class, each behind the
+    same prompt, stand before it; such texts can repeat real ones and are not private. A text ends at an end token, at a
+    line break, or with a sentence once it has `min_tokens`; one that is cut off goes back to its last sentence end.
+    Texts without a sentence end, shorter than `min_tokens` after the cut, equal to a shot or to another text are dropped,
+    and more are written.
+
+    Args:
+        shots: labelled real examples to draw shots from; none for zero-shot.
+        allowed: (V,) bool, tokens that a text may hold; None takes `projection.allowed_tokens`.
+
+    Returns:
+        C * n_per_class examples, class by class, in the order of their numbers.
+
+    Raises:
+        UserError: a class without shots though some are given, too few usable texts after `rounds`, or a prompt that
+            leaves no room in the context.
+    """
+    sampling = sampling or Sampling()
+    require(isinstance(n_per_class, int) and n_per_class >= 1, f"n_per_class = {n_per_class!r}, it must be at least 1: 50 is usual")
+    pools = [[example.text for example in shots if example.label == label] for label in range(len(task.labels))]
+    bare = [name for name, pool in zip(task.labels, pools, strict=True) if shots and not pool]
+    require(not bare, f"the labels {bare} have 0 of the {len(shots)} shots: give at least one of each class")
+    tokens = tokenize_task(task, model.tokenizer)
+    writer = _Writer.of(model, tokens, sampling, allowed_tokens(model) if allowed is None else allowed)
+    taken = {content_hash(example.text) for example in shots}
+    written = []
+    for label, pool in enumerate(pools):
+        written += _write_class(writer, task, label, n_per_class, seed, pool, taken)
+    return written
+
+
+def _write_class(writer: "_Writer", task: Task, label: int, count: int, seed: int, pool: list[str], taken: set) -> list[Example]:
+    """The first `count` usable texts of a class in the order of their numbers; their hashes are added to `taken`."""
+    kept: list[Example] = []
+    number = 0
+    for _ in range(writer.sampling.rounds):
+        for _ in range(0, count - len(kept), writer.sampling.batch_size):
+            size = min(writer.sampling.batch_size, max(count - len(kept), SPARE))
+            draws = [generator(seed, f"generation {label}", unit) for unit in range(number, number + size)]
+            number += size
+            for text in writer.write(label, pool, draws):
+                digest = content_hash(text)
+                if text and digest not in taken and len(kept) < count:
+                    taken.add(digest)
+                    kept.append(Example(text, label))
+        if len(kept) == count:
+            return kept
+    raise UserError(
+        f"{len(kept)} of {count} texts of {task.labels[label]!r} came out finished and distinct after {number} tries: raise "
+        "max_tokens, temperature or rounds, or ask for fewer"
+    )
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes batches of texts.
+
+    Attributes:
+        allowed: (V,) bool, tokens inside a text.
+        stops: (V,) bool, tokens that end a text and are no part of it: the end token and line breaks.
+        closes: (V,) bool, tokens that end a sentence.
+    """
+
+    model: Model
+    tokens: TaskTokens
+    sampling: Sampling
+    allowed: Tensor
+    stops: Tensor
+    closes: Tensor
+
+    @staticmethod
+    def of(model: Model, tokens: TaskTokens, sampling: Sampling, allowed: Tensor) -> "_Writer":
+        """Sort the vocabulary once."""
+        size, tokenizer = model.embedding.shape[0], model.tokenizer
+        texts = tokenizer.batch_decode([[token] for token in range(min(size, len(tokenizer)))], clean_up_tokenization_spaces=False)
+        stops = torch.zeros(size, dtype=torch.bool, device=model.device)
+        closes = stops.clone()
+        for token, text in enumerate(texts):
+            stops[token] = token == tokenizer.eos_token_id or "\n" in text
+            closes[token] = text.strip().endswith(tuple(SENTENCE_ENDS))
+        require(
+            bool((closes & allowed.to(model.device)).any()),
+            f"none of the allowed tokens ends a sentence with one of {SENTENCE_ENDS}: allow one",
+        )
+        return _Writer(model, tokens, sampling, allowed.to(model.device), stops, closes)
+
+    def write(self, label: int, pool: list[str], draws: list[torch.Generator]) -> list[str]:
+        """One text for each generator; an empty string where it came to nothing."""
+        prompts = [self._prompt(label, pool, draw) for draw in draws]
+        longest = max(map(len, prompts))
+        require(longest > 0, "a generation prompt has no tokens and the tokenizer no begin-of-text token: give a prompt")
+        require(
+            longest + self.sampling.max_tokens <= self.model.context,
+            f"a prompt of {longest} and a text of {self.sampling.max_tokens} tokens exceed the context of "
+            f"{self.model.context}: take fewer shots or lower max_tokens",
+        )
+        uniform = torch.stack([torch.rand(self.sampling.max_tokens, generator=draw) for draw in draws])
+        ids = self._sample(prompts, uniform.to(self.model.device)).tolist()
+        return [self._finish(row) for row in ids]
+
+    def _prompt(self, label: int, pool: list[str], draw: torch.Generator) -> list[int]:
+        """The class's prompt, behind shots drawn for this text; each shot reads prompt, text, separator."""
+        prompt = self.tokens.prompts[label]
+        if not pool:
+            return list(prompt)
+        chosen = torch.randperm(len(pool), generator=draw)[: self.sampling.shots].tolist()
+        start = len(self.tokens.start)
+        instruction = self.tokens.tokenizer.decode(prompt[start:], clean_up_tokenization_spaces=False)
+        shots = "".join(f"{instruction} {pool[row]}".lstrip() + self.sampling.separator for row in chosen)
+        encoded = self.tokens.tokenizer(shots + instruction, add_special_tokens=False, verbose=False)["input_ids"]
+        return [*self.tokens.start, *encoded]
+
+    @torch.no_grad()
+    def _sample(self, prompts: list[list[int]], uniform: Tensor) -> Tensor:
+        """Continue N prompts: uniform (N, T) numbers in [0, 1) -> (N, <= T) tokens; after a text's end all are -1."""
+        ids, mask = pad_left(prompts, self.model.device)
+        padded = not bool(mask.all())
+        output = self.model.body(input_ids=ids, attention_mask=mask if padded else None, use_cache=True)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.model.device)
+        chosen: list[Tensor] = []
+        for step in range(uniform.shape[1]):
+            token = self._draw(output.last_hidden_state[:, -1], uniform[:, step], step)
+            stopped = ended | self.stops[token]
+            chosen.append(torch.where(stopped, -1, token))
+            ended = stopped | (self.closes[token] & (step + 1 >= self.sampling.min_tokens))
+            if bool(ended.all()) or step + 1 == uniform.shape[1]:
+                break
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            output = self.model.body(
+                input_ids=token[:, None],
+                attention_mask=mask if padded else None,
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            )
+        return torch.stack(chosen, dim=1)
+
+    def _draw(self, state: Tensor, uniform: Tensor, step: int) -> Tensor:
+        """One token each by the inverse of the cumulated probabilities, likeliest first: (N, D), (N,) -> (N,)."""
+        open_to = self.allowed | self.stops if step >= self.sampling.min_tokens else self.allowed & ~self.stops
+        logits = linear(state, self.model.head_weight, self.model.head_bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.sampling.temperature
+        probabilities, order = logits.masked_fill(~open_to, -torch.inf).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        cumulated = probabilities.cumsum(-1)  # (N, V)
+        last = torch.searchsorted(cumulated, cumulated.new_full((len(state), 1), self.sampling.top_p)).clamp_max(order.shape[1] - 1)
+        place = torch.searchsorted(cumulated, uniform[:, None].to(cumulated.dtype) * cumulated.gather(-1, last), right=True)
+        return order.gather(-1, torch.minimum(place, last)).squeeze(-1)
+
+    def _finish(self, row: list[int]) -> str:
+        """The text of a row of tokens, back to its last sentence end; empty if that leaves no word or too few tokens."""
+        text = " ".join(self.tokens.decode(token for token in row if token >= 0).split())
+        end = max(map(text.rfind, SENTENCE_ENDS)) + 1
+        while end and text[end : end + 1] and text[end] in CLOSERS:
+            end += 1
+        text = text[:end]
+        long_enough = len(self.tokens.encode(text)) >= self.sampling.min_tokens
+        return text if long_enough and any(letter.isalnum() for letter in text) else ""

@@ -1,0 +1,156 @@
+"""Zero-shot and few-shot texts: what they hold, that draws follow the model, and that neighbours change nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+from gradmm.errors import UserError
+from gradmm.evaluation import is_complete_sentence
+from gradmm.examples import Example, content_hash, load_data, sample_examples
+from gradmm.generation import Sampling, _Writer, generate_texts
+from gradmm.models import load_model
+from gradmm.projection import allowed_tokens
+from gradmm.tasks import Task, tokenize_task
+
+TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was bad .", "this was great ."))
+FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is", ("", "a", "the cat", "text"))
+SHOTS = [Example(f"{word} {clue}.", label) for label, clue in enumerate(("dog", "cat", "red", "blue")) for word in ("the", "a", "one")]
+SAMPLING = Sampling(temperature=4.0, max_tokens=16, min_tokens=4, shots=1, rounds=20)
+INSIDE = ("Ġcat", "Ġdog", "Ġsat", "Ġred", "Ġblue", "Ġthe", "Ġand", "Ġon", ".")
+
+
+@pytest.fixture(params=[TWO, FOUR], ids=lambda task: task.name)
+def task(request) -> Task:
+    return request.param
+
+
+@pytest.fixture
+def allowed(toy_tokenizer) -> torch.Tensor:
+    """A few words and a full stop: with a high temperature even a random model writes sentences of these."""
+    mask = torch.zeros(97, dtype=torch.bool)
+    mask[toy_tokenizer.convert_tokens_to_ids(INSIDE)] = True
+    return mask
+
+
+def shots_of(task: Task) -> list[Example]:
+    return [shot for shot in SHOTS if shot.label < len(task.labels)]
+
+
+def test_texts_are_finished_distinct_and_balanced(tiny_model, task, kind, allowed):
+    model = tiny_model(kind)
+    for shots in ((), shots_of(task)):
+        texts = generate_texts(model, task, 5, 0, SAMPLING, shots, allowed)
+        assert [example.label for example in texts] == [label for label in range(len(task.labels)) for _ in range(5)]
+        assert len({content_hash(example.text) for example in [*texts, *shots]}) == len(texts) + len(shots)
+        for example in texts:
+            assert example.text == example.text.strip() and example.text[-1] in ".!?" and is_complete_sentence(example.text)
+            assert 4 <= len(tokenize_task(task, model.tokenizer).encode(example.text))
+
+
+def test_neighbours_do_not_change_a_text(tiny_model, task, allowed):
+    model = tiny_model()
+    for shots in ((), shots_of(task)):
+        whole = generate_texts(model, task, 6, 1, SAMPLING, shots, allowed)
+        assert whole == generate_texts(model, task, 6, 1, SAMPLING, shots, allowed)
+        assert whole == generate_texts(model, task, 6, 1, replace(SAMPLING, batch_size=2), shots, allowed)
+        fewer = generate_texts(model, task, 3, 1, SAMPLING, shots, allowed)
+        assert fewer[:3] == whole[:3]
+        assert whole != generate_texts(model, task, 6, 2, SAMPLING, shots, allowed)
+
+
+def writer_of(model, task, sampling, allowed=None) -> _Writer:
+    return _Writer.of(model, tokenize_task(task, model.tokenizer), sampling, allowed_tokens(model) if allowed is None else allowed)
+
+
+def test_draws_follow_the_model_with_temperature_and_nucleus(tiny_model):
+    model = tiny_model("phi")  # its head has a bias
+    sampling = Sampling(temperature=1.7, top_p=0.8)
+    writer = writer_of(model, TWO, sampling)
+    state = model.hidden_of([[0, 5, 7]])
+    uniform = torch.linspace(0, 1, 20_001, dtype=torch.float64)[:-1]
+    drawn = writer._draw(state.expand(len(uniform), -1), uniform, step=0)
+    logits = torch.nn.functional.linear(state, model.head_weight, model.head_bias).masked_fill(~(writer.allowed & ~writer.stops), -torch.inf)
+    expected = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(1.7)(None, logits)).softmax(-1)[0]
+    found = torch.bincount(drawn, minlength=97) / len(drawn)
+    torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=0)
+
+
+def test_cached_steps_equal_whole_passes(tiny_model, kind):
+    model = tiny_model(kind)
+    writer = writer_of(model, TWO, replace(SAMPLING, max_tokens=9, min_tokens=9))
+    prompts = [[0, 5, 7, 9], [0, 8], [0, 4, 6]]
+    uniform = torch.rand(3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = writer._sample(prompts, uniform)
+    for row, prompt in enumerate(prompts):
+        text = []
+        for step in range(9):
+            text.append(int(writer._draw(model.hidden_of([prompt + text]), uniform[row : row + 1, step], step)))
+        assert found[row].tolist() == text
+
+
+def test_masked_tokens_are_not_written(tiny_model, allowed):
+    for example in generate_texts(tiny_model(), TWO, 4, 0, SAMPLING, allowed=allowed):
+        assert set(example.text.replace(".", " ").split()) <= {word.removeprefix("Ġ") for word in INSIDE}
+
+
+def test_shots_are_real_examples_of_the_class_behind_the_prompt(tiny_model):
+    model = tiny_model()
+    writer = writer_of(model, TWO, Sampling(shots=2, separator=" : "))
+    pool = [shot.text for shot in SHOTS if shot.label == 1]
+    prompts = {
+        model.tokenizer.decode(writer._prompt(1, pool, torch.Generator().manual_seed(seed)), clean_up_tokenization_spaces=False)
+        for seed in range(20)
+    }
+    instruction = "this was great ."
+    possible = {
+        f"<|endoftext|>{instruction} {first} : {instruction} {second} : {instruction}" for first in pool for second in pool if first != second
+    }
+    assert prompts <= possible and len(prompts) > 2
+    assert writer._prompt(1, [], torch.Generator()) == list(writer.tokens.prompts[1])
+
+
+def test_a_text_is_cut_back_to_its_last_sentence_and_ends_at_stops(tiny_model):
+    model = tiny_model()
+    writer = writer_of(model, TWO, SAMPLING)
+
+    def ids(text):
+        return model.tokenizer(text)["input_ids"]
+
+    assert writer._finish([*ids(" the cat sat. the"), -1]) == "the cat sat."
+    assert writer._finish(ids(" the cat sat the")) == "" == writer._finish(ids(" ...")) == writer._finish(ids(" it."))
+    assert bool(writer.stops[0]) and bool(writer.closes[model.tokenizer.convert_tokens_to_ids(".")])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"temperature": 0}, {"top_p": 0}, {"top_p": 1.5}, {"max_tokens": 0}, {"min_tokens": 50}, {"shots": 0}, {"batch_size": 0.5}, {"rounds": 0}],
+)
+def test_unusable_settings_are_refused(setting):
+    with pytest.raises(UserError, match=next(iter(setting))):
+        Sampling(**setting)
+
+
+def test_unusable_requests_are_refused(tiny_model):
+    model = tiny_model()
+    none = torch.zeros(97, dtype=torch.bool)
+    for options, match in (
+        ({"shots": SHOTS[:3]}, "0 of the 3 shots"),
+        ({"allowed": none}, "ends a sentence"),
+        ({"sampling": Sampling(max_tokens=64)}, "context"),
+        ({"n_per_class": 0}, "n_per_class"),
+        ({"sampling": Sampling(max_tokens=8, min_tokens=2, top_p=1e-6, rounds=2)}, "of 3 texts"),
+    ):
+        with pytest.raises(UserError, match=match):
+            generate_texts(**{"model": model, "task": TWO, "n_per_class": 3, "seed": 0, "sampling": SAMPLING, **options})
+
+
+@pytest.mark.slow
+def test_the_bench_model_writes_sentences_of_both_classes(bench):
+    model = load_model(bench / "imdb-lm")
+    task, splits = load_data(bench / "data" / "sst2")
+    shots = sample_examples(splits.train, 10, task, 0)
+    for given in ((), shots):
+        texts = generate_texts(model, task, 10, 0, shots=given)
+        assert len(texts) == 20 and all(len(example.text.split()) >= 3 for example in texts)

@@ -1,0 +1,117 @@
+"""Every figure of the book, in one style; readable in grey and by colour-blind readers.
+
+Each function takes plain data, draws on axes that it makes or is given, and returns the figure. Colours are Okabe and
+Ito's; methods differ by marker as well as by colour.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import datasets
+import matplotlib.pyplot as plt
+import pandas
+from matplotlib import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE = {
+    "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "font.size": 10,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "savefig.bbox": "tight",
+}
+
+
+def use_style() -> None:
+    """Make the book's style matplotlib's for the rest of the session."""
+    plt.rcParams.update(STYLE)
+
+
+def _axes(count: int = 1, width: float = 5.0, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
+    return figure, list(axes[0])
+
+
+def convergence(history: pandas.DataFrame) -> Figure:
+    """The matching loss at x and at the text (left), and the residuals (right), over outer steps.
+
+    Lines are medians over groups, bands reach from the lowest to the highest group.
+    """
+    figure, (left, right) = _axes(2)
+    names = {"match_x": "at x (continuous)", "match_z": "at z (text)"}
+    for place, (column, label) in enumerate(names.items()):
+        _band(left, history, column, label, place)
+    for place, column in enumerate(("primal", "dual", "stationarity")):
+        _band(right, history, column, column, place)
+    left.set(xlabel="outer step", ylabel="matching loss (1 - cosine)", title="Loss", ylim=(0, None))
+    right.set(xlabel="outer step", ylabel="norm", title="Residuals", yscale="log")
+    for axes in (left, right):
+        axes.legend()
+    return figure
+
+
+def _band(axes: Axes, history: pandas.DataFrame, column: str, label: str, place: int) -> None:
+    steps = history.groupby("step")[column]
+    middle, low, high = steps.median(), steps.min(), steps.max()
+    axes.plot(middle.index, middle, label=label, color=COLOURS[place], marker=MARKERS[place], markersize=4)
+    axes.fill_between(middle.index, low, high, color=COLOURS[place], alpha=0.15, linewidth=0)
+
+
+def selection(dataset: datasets.Dataset) -> Figure:
+    """Every text that was written: matching loss against perplexity, kept or dropped, by class."""
+    figure, (axes,) = _axes(1, width=6.0)
+    frame = dataset.to_pandas()
+    for place, (name, rows) in enumerate(frame.groupby("label_name")):
+        for kept, part in rows.groupby("kept"):
+            face = COLOURS[place] if kept else "none"
+            label = f"{name}, {'kept' if kept else 'dropped'}"
+            axes.scatter(part["perplexity"], part["match"], s=28, marker=MARKERS[place], facecolor=face, edgecolor=COLOURS[place], label=label)
+    axes.set(xscale="log", xlabel="perplexity under the model", ylabel="matching loss of the text alone")
+    axes.legend()
+    return figure
+
+
+def accuracies(runs: Mapping[str, Sequence[float]], chance: float | None = None) -> Figure:
+    """Test accuracy of each method: one point a run, a bar for the mean and one standard deviation."""
+    figure, (axes,) = _axes(1, width=6.4, height=0.5 * len(runs) + 1.2)
+    for place, (name, values) in enumerate(runs.items()):
+        series = pandas.Series(list(values), dtype=float)
+        colour = COLOURS[place % len(COLOURS)]
+        spread = series.std() if len(series) > 1 else 0.0
+        axes.barh(place, series.mean(), xerr=spread, color=colour, alpha=0.35, height=0.6, error_kw={"ecolor": colour})
+        axes.scatter(series, [place] * len(series), s=18, color=colour, marker=MARKERS[place % len(MARKERS)], zorder=3)
+        axes.annotate(f"{series.mean():.3f}", (1.005, place), xycoords=("axes fraction", "data"), va="center")
+    axes.set(yticks=range(len(runs)), yticklabels=list(runs), xlim=(0, 1), xlabel="test accuracy")
+    axes.invert_yaxis()
+    if chance is not None:
+        axes.axvline(chance, color="#666666", linewidth=1, linestyle="--")
+    return figure
+
+
+def lines(series: Mapping[str, pandas.Series], xlabel: str, ylabel: str) -> Figure:
+    """Several curves over one axis, told apart by colour and marker."""
+    figure, (axes,) = _axes(1, width=6.4)
+    for place, (name, values) in enumerate(series.items()):
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+        axes.plot(values.index, values, label=name, color=colour, marker=marker, markersize=4)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    return figure
+
+
+def table(rows: Sequence[Mapping] | pandas.DataFrame, digits: int = 3):
+    """Rows as an HTML table with whole texts; anything in a text that looks like HTML is shown, not obeyed."""
+    frame = pandas.DataFrame(rows)
+    styled = frame.style.format(precision=digits, escape="html").hide(axis="index")
+    return styled.set_properties(**{"text-align": "left", "white-space": "normal"})

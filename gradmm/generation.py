@@ -148,16 +148,15 @@ class _Writer:
         """Sort the vocabulary once."""
         size, tokenizer = model.embedding.shape[0], model.tokenizer
         texts = tokenizer.batch_decode([[token] for token in range(min(size, len(tokenizer)))], clean_up_tokenization_spaces=False)
-        stops = torch.zeros(size, dtype=torch.bool, device=model.device)
-        closes = stops.clone()
-        for token, text in enumerate(texts):
-            stops[token] = token == tokenizer.eos_token_id or "\n" in text
-            closes[token] = text.strip().endswith(tuple(SENTENCE_ENDS))
+        texts += [""] * (size - len(texts))
+        stops = torch.tensor([token == tokenizer.eos_token_id or "\n" in text for token, text in enumerate(texts)])
+        closes = torch.tensor([text.strip().endswith(tuple(SENTENCE_ENDS)) for text in texts])
         require(
-            bool((closes & allowed.to(model.device)).any()),
+            bool((closes & allowed.cpu()).any()),
             f"none of the allowed tokens ends a sentence with one of {SENTENCE_ENDS}: allow one",
         )
-        return _Writer(model, tokens, sampling, allowed.to(model.device), stops, closes)
+        device = model.device
+        return _Writer(model, tokens, sampling, allowed.to(device), stops.to(device), closes.to(device))
 
     def write(self, label: int, pool: list[str], draws: list[torch.Generator]) -> list[str]:
         """One text for each generator; an empty string where it came to nothing."""

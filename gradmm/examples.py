@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from gradmm import files
-from gradmm.errors import UserError, require
+from gradmm.errors import UserError, first_line, require
 from gradmm.seeds import generator
-from gradmm.tasks import DEMO, TASKS, Task, load_task
+from gradmm.tasks import DEMO, TASKS, HubSource, Task, load_task, shown
 
 SPLITS = ("train", "validation", "test")
 CARVED_SHARE = 0.1
@@ -111,7 +111,8 @@ def sample_examples(examples: Sequence[Example], n: int, task: Task, seed: int) 
         UserError: n below the number of classes, or more than some class has.
     """
     count = len(task.labels)
-    require(isinstance(n, int) and n >= count, f"n_real = {n!r}, but {count} classes need at least {count}: ask for more examples")
+    require(type(n) is int, f"n_real = {shown(n)} is not a whole number: give how many real examples to draw in all")
+    require(n >= count, f"n_real = {n}, but {count} classes need at least {count}: ask for more examples")
     drawn = []
     for label in range(count):
         pool = [e for e in examples if e.label == label and len(e.text.split()) >= task.min_words]
@@ -127,10 +128,13 @@ def sample_examples(examples: Sequence[Example], n: int, task: Task, seed: int) 
 
 
 def refuse_overlap(seen: Iterable[Example], test: Iterable[Example]) -> None:
-    """Raise if any example that training or generation saw is in the test set."""
+    """Raise if any example that training or generation saw is in the test set; its text may be private and is not shown."""
     hashes = {content_hash(example.text) for example in test}
-    shared = [example.text for example in seen if content_hash(example.text) in hashes]
-    require(not shared, f"{len(shared)} text(s) are in the test set too, such as {shared[:1]}: split once and keep test unseen")
+    shared = [number for number, example in enumerate(seen, 1) if content_hash(example.text) in hashes]
+    require(
+        not shared,
+        f"{len(shared)} text(s) are in the test set too, such as number {shared[:1]}: split once and keep the test set unseen",
+    )
 
 
 def check_examples(rows: Iterable, task: Task, where: str = "row") -> list[Example]:
@@ -146,19 +150,25 @@ def _example(row, task: Task, where: str) -> Example:
     if isinstance(row, Example):
         row = {"text": row.text, "label": row.label}
     require(isinstance(row, Mapping), f"{where} is {type(row).__name__}: give an object with text and label")
-    text = row.get("text")
-    require(isinstance(text, str) and bool(text.strip()), f"{where} has the text {text!r}: every row needs a text of at least one word")
-    require("label" in row, f"{where} has no label: task {task.name!r} knows {', '.join(task.labels)}")
+    for name in ("text", "label"):
+        require(name in row, f"{where} has no {name}: give an object with text and label")
+    text = row["text"]
+    require(isinstance(text, str), f"{where} has a text of type {type(text).__name__}: give a string")
+    require(bool(text.strip()), f"{where} has an empty text: every row needs at least one word")
+    require(
+        not any("\ud800" <= mark <= "\udfff" for mark in text),
+        f"{where} has half a surrogate pair in its text, which is no character: mend or remove that row",
+    )
     return Example(text.strip(), _label_number(row["label"], task, where))
 
 
 def _label_number(label, task: Task, where: str) -> int:
     if isinstance(label, str) and label in task.labels:
         return task.labels.index(label)
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(task.labels):
+    if type(label) is int and 0 <= label < len(task.labels):
         return label
     raise UserError(
-        f"{where} has the label {label!r}: task {task.name!r} knows 0 to {len(task.labels) - 1} or {', '.join(task.labels)}"
+        f"{where} has the label {shown(label)}: task {task.name!r} knows 0 to {len(task.labels) - 1} or {', '.join(task.labels)}"
     )
 
 
@@ -169,7 +179,7 @@ def _folder_rows(folder: Path, task: Task) -> dict[str, list[Example]]:
         f'{folder} has no train.jsonl: put rows such as {{"text": "...", "label": 0}} there, one a line',
     )
     return {
-        split: check_examples(files.read_json_lines(path), task, f"{path}, row")
+        split: check_examples(files.read_json_lines(path), task, f"{path}, line")
         for split, path in paths.items()
         if path.is_file()
     }
@@ -187,22 +197,22 @@ def _hub_rows(origin: Task, task: Task) -> tuple[dict[str, list[Example]], str]:
         read = datasets.load_dataset(folder, hub.config)
     except Exception as error:  # the hub's client raises many kinds, all of them about reaching or reading the data
         raise UserError(
-            f"the hub's data set {hub.path!r} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}): "
+            f"the hub's data set {hub.path!r} could not be loaded ({first_line(error)}): "
             "check the name and the network, or give a folder with train.jsonl"
         ) from error
-    rows = {ours: _hub_split(read[theirs], hub, task, theirs) for ours, theirs in hub.splits.items()}
+    rows = {ours: _hub_split(read, theirs, hub, task) for ours, theirs in hub.splits.items()}
     return rows, f"{hub.path}@{Path(folder).name}"
 
 
-def _hub_split(table, hub, task: Task, split: str) -> list[Example]:
-    classes = hub.classes or tuple(range(len(task.labels)))
-    numbers = {theirs: ours for ours, theirs in enumerate(classes)}
-    rows = [
-        {"text": text, "label": numbers[label]}
-        for text, label in zip(table[hub.text], table[hub.label], strict=True)
-        if label in numbers
-    ]
-    return check_examples(rows, task, f"{hub.path}, {split}, row")
+def _hub_split(read: Mapping, split: str, hub: HubSource, task: Task) -> list[Example]:
+    require(split in read, f"the hub's data set {hub.path!r} has no split {split!r}: it has {', '.join(read)}")
+    table, columns = read[split], (hub.text, hub.label)
+    absent = [column for column in columns if column not in table.column_names]
+    require(not absent, f"the hub's data set {hub.path!r} has no column {absent[:1]}: it has {', '.join(table.column_names)}")
+    pairs = zip(table[hub.text], table[hub.label], strict=True)
+    if hub.classes is not None:
+        pairs = ((text, hub.classes.index(label)) for text, label in pairs if label in hub.classes)
+    return check_examples(({"text": text, "label": label} for text, label in pairs), task, f"{hub.path}, {split}, row")
 
 
 def _check_classes(splits: Splits, task: Task) -> None:

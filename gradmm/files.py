@@ -35,9 +35,9 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> Path:
             os.fsync(whole.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} could not be written ({error.strerror or error}): free space or choose another output folder; "
+            f"{path} could not be written ({getattr(error, 'strerror', None) or error}): free space or choose another output folder; "
             "what was finished before is kept"
         ) from error
     finally:
@@ -77,15 +77,17 @@ def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """Read a UTF-8 text file of at most `limit` bytes."""
+    """Read a UTF-8 text file of at most `limit` bytes; a byte order mark at its start is left out."""
     path = Path(path)
     require(path.is_file(), f"{path} does not exist: give the path of a readable file")
     size = path.stat().st_size
     require(size <= limit, f"{path} has {size} bytes, more than the {limit} allowed: split it or take fewer rows")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path} could not be read ({error.strerror or error}): give the path of a readable file") from error
 
 
 def read_json(path: Path, limit: int = MAX_SETTINGS_BYTES) -> Any:
@@ -94,16 +96,17 @@ def read_json(path: Path, limit: int = MAX_SETTINGS_BYTES) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """Read one JSON value a line (blank lines are skipped); a syntax error names file and line."""
-    lines = read_text(path).split("\n")
-    return [_parse_json(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    """Read one JSON value a line, so that value i stands on line i + 1; a syntax error or blank line names file and line."""
+    text = read_text(path).rstrip()
+    return [_parse_json(line, path, number) for number, line in enumerate(text.split("\n"), 1)] if text else []
 
 
 def read_yaml(path: Path) -> Any:
     """Read one YAML value with the safe loader; a syntax error names file and line."""
+    text = read_text(path, MAX_SETTINGS_BYTES)
     try:
-        return yaml.safe_load(read_text(path, MAX_SETTINGS_BYTES))
-    except yaml.YAMLError as error:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         raise UserError(f"{path}, line {line} is not YAML ({getattr(error, 'problem', error)}): mend that line") from error
@@ -112,6 +115,6 @@ def read_yaml(path: Path) -> Any:
 def _parse_json(text: str, path: Path, first_line: int) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: bad syntax, or a number of thousands of digits
         line = first_line + getattr(error, "lineno", 1) - 1
         raise UserError(f"{path}, line {line} is not JSON ({getattr(error, 'msg', error)}): mend that line") from error

@@ -7,7 +7,7 @@ code from a model's folder is never run.
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
-from gradmm.errors import UserError, require
+from gradmm.errors import UserError, first_line, require
 
 DATA = Path(__file__).parent / "data" / "demo"
 BUILT_IN = {"demo": DATA / "model", "demo-b": DATA / "model-b"}
@@ -25,6 +26,7 @@ SAFE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TOKENS_PER_BATCH = 4096
+HEAD_SCALE = 1000.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class Model:
         tokenizer: its tokenizer.
         name: the hub id or the folder's name.
         revision: the hub's commit; None for a folder.
-        fingerprint: SHA-256 of configuration and weights; equal fingerprints are equal models.
+        fingerprint: SHA-256 of configuration, weights and, for a model loaded from files, tokenizer.
     """
 
     lm: torch.nn.Module
@@ -48,17 +50,18 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embedding.device
+        return self.head_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' type."""
-        return self.embedding.dtype
+        return self.head_weight.dtype
 
     @property
     def embedding(self) -> Tensor:
-        """The token embeddings, (V, D)."""
-        return self.lm.get_input_embeddings().weight
+        """The token embeddings as the first layer gets them, (V, D); a scaled copy where the family scales them (Gemma)."""
+        layer = self.lm.get_input_embeddings()
+        return layer(torch.arange(len(layer.weight), device=self.device)) if self._scales_embeddings else layer.weight
 
     @property
     def head_weight(self) -> Tensor:
@@ -74,6 +77,11 @@ class Model:
     def context(self) -> int:
         """The longest sequence in tokens."""
         return getattr(self.lm.config, "max_position_embeddings", None) or 1 << 30
+
+    @cached_property
+    def _scales_embeddings(self) -> bool:
+        layer = self.lm.get_input_embeddings()
+        return not torch.equal(layer(torch.arange(3, device=self.device)), layer.weight[:3])
 
     @cached_property
     def _takes_positions(self) -> bool:
@@ -98,19 +106,25 @@ class Model:
 
         Args:
             embeds: (N, T, D) input embeddings; the last position is a real token in every row.
-            mask: (N, T), 1 for tokens and 0 for padding anywhere before the last position; None keeps all.
+            mask: (N, T), 1 for tokens and 0 for padding anywhere before the last position; None keeps all. Tokens are moved
+                to the right of all padding first, because some families count places and not positions (MPT, Mamba).
 
         Returns:
             (N, D).
         """
         if mask is not None and bool(mask.all()):
             mask = None
+        if mask is not None:
+            order = mask.argsort(dim=1, stable=True)
+            embeds, mask = embeds.take_along_dim(order.unsqueeze(-1), 1), mask.take_along_dim(order, 1)
         with _last_position_only(self._last_mlp):
             return self.body(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding matrix: ids (...) -> (..., D)."""
-        return self.embedding[ids]
+        layer = self.lm.get_input_embeddings()
+        # By rows, not by the layer, where the two are equal: the layer gives a padding token, often the first, no gradient.
+        return layer(ids) if self._scales_embeddings else layer.weight[ids]
 
     @torch.no_grad()
     def hidden_of(self, sequences: Sequence[Sequence[int]], tokens_per_batch: int = TOKENS_PER_BATCH) -> Tensor:
@@ -141,7 +155,7 @@ class Model:
 
 
 @contextmanager
-def _last_position_only(mlp: torch.nn.Module | None):
+def _last_position_only(mlp: torch.nn.Module | None) -> Iterator[None]:
     """Within this, a feed-forward block computes the last position alone and gives zeros for the others.
 
     It works position by position, and nothing after the last layer's block reads another position, so the last hidden
@@ -152,8 +166,13 @@ def _last_position_only(mlp: torch.nn.Module | None):
         return
     whole, own = mlp.forward, vars(mlp).get("forward")
 
-    def narrow(states: Tensor) -> Tensor:
-        return torch.nn.functional.pad(whole(states[:, -1:]), (0, 0, states.shape[1] - 1, 0))
+    def narrow(states, *others, **named):
+        last = None
+        if not others and not named and states.ndim == 3:  # BLOOM's block, for one, takes the residual too
+            last = whole(states[:, -1:])
+        if not isinstance(last, Tensor):  # a mixture of experts may give its routing back
+            return whole(states, *others, **named)
+        return torch.nn.functional.pad(last, (0, 0, states.shape[1] - 1, 0))
 
     mlp.forward = narrow
     try:
@@ -207,53 +226,84 @@ def load_model(
 
     Raises:
         UserError: not found, no safetensors weights (pickles are never read), no output head, an unknown device or dtype,
-            or a head that is not affine in the last hidden state (scaled or capped logits).
+            weights that are missing from the files, a revision of a folder, or a model that `wrap_model` refuses.
     """
     device, dtype = _device(device), _dtype(dtype)
     folder, found = _folder(str(name), revision)
     _refuse_pickles(folder, str(name))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            lm, loading = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            )
     except Exception as error:  # transformers raises many kinds; each means that the folder is no usable model
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{name} is no causal language model that can be loaded ({reason}): give a hub id or a folder with "
+            f"{name} is no causal language model that can be loaded ({first_line(error)}): give a hub id or a folder with "
             "config.json, model.safetensors and tokenizer files"
         ) from error
+    absent = sorted(loading["missing_keys"])
+    require(
+        not absent,
+        f"{name} lacks {len(absent)} of its weights, such as {absent[:1]}, which would be random: give the whole model, "
+        "saved with its output head",
+    )
     shown = str(name) if found or str(name) in BUILT_IN else Path(folder).resolve().name
     return wrap_model(lm.to(device), tokenizer, shown, found, _hash_files(folder))
 
 
 def wrap_model(lm, tokenizer, name: str, revision: str | None = None, fingerprint: str | None = None) -> Model:
-    """Make a `Model` of a transformers model already in memory: freezes it, puts it in evaluation mode, checks its head."""
+    """Make a `Model` of a transformers model already in memory: freezes it, puts it in evaluation mode, checks it.
+
+    Raises:
+        UserError: no output head, logits that are not W h + b of the last hidden state (scaled or capped), a state that
+            depends on later tokens, or a tokenizer with more tokens than the model.
+    """
     lm.requires_grad_(False).eval()
     model = Model(lm, tokenizer, name, revision, fingerprint or _hash_state(lm))
     _check_head(model)
+    held = model.embedding.shape[0]
+    require(
+        len(tokenizer) <= held,
+        f"the tokenizer of {name} has {len(tokenizer)} tokens, its model {held}: give the tokenizer that belongs to it",
+    )
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hush transformers' progress bar and advice while a model loads, and leave both as they were."""
+    verbosity = transformers_logging.get_verbosity()
+    hook = transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.set_tqdm_hook(hook)
 
 
 def _device(device) -> torch.device:
     if device in (None, "", "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
         return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {device!r} is not usable here ({str(error).splitlines()[0]}): use cpu, cuda or auto") from error
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(f"the device {device!r} is not usable here ({first_line(error)}): use cpu, cuda or auto") from error
 
 
 def _dtype(dtype) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    require(dtype in (None, *DTYPES), f"the dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
-    return DTYPES[dtype or "float32"]
+    found = DTYPES.get(dtype or "float32", dtype)
+    require(found in DTYPES.values(), f"the dtype {dtype!r} is not usable: use one of {', '.join(DTYPES)}")
+    return found
 
 
 def _folder(name: str, revision: str | None) -> tuple[Path, str | None]:
     """A model's local folder, from the hub if need be, and the hub's commit."""
     local = BUILT_IN.get(name, Path(name))
     if local.is_dir():
+        require(not revision, f"{name} is a folder, which has no revision {revision!r}: leave the revision out")
         return local, None
     require(
         not Path(name).is_absolute() and not name.startswith(".") and name.count("/") <= 1,
@@ -265,7 +315,7 @@ def _folder(name: str, revision: str | None) -> tuple[Path, str | None]:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=SAFE_PATTERNS))
     except Exception as error:  # the hub's client raises many kinds, all of them about reaching the model
         raise UserError(
-            f"the model {name!r} is neither a folder here nor to be had from the hub ({type(error).__name__}): check the "
+            f"the model {name!r} is neither a folder here nor to be had from the hub ({first_line(error)}): check the "
             "name and the network, or give a local folder"
         ) from error
     return folder, folder.name
@@ -285,7 +335,8 @@ def _refuse_pickles(folder: Path, name: str) -> None:
 
 def _hash_files(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    patterns = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model")
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
         digest.update(path.name.encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -296,24 +347,51 @@ def _hash_state(lm) -> str:
     digest = hashlib.sha256(json.dumps(lm.config.to_dict(), sort_keys=True, default=str).encode())
     for name, value in sorted(lm.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 @torch.no_grad()
 def _check_head(model: Model) -> None:
-    """The closed form needs logits = W h + b at the last hidden state; try it on three tokens."""
+    """The closed form needs logits = W h + b at the last hidden state of a causal model; try it on three tokens.
+
+    What the head reads is scaled up for the comparison, so that a cap on the logits shows however small these are.
+    """
     head = model.lm.get_output_embeddings()
     require(
         head is not None and getattr(head, "weight", None) is not None,
         f"{model.name} has no output head over the vocabulary: give a causal language model (…ForCausalLM)",
     )
     ids = torch.arange(3, device=model.device)[None] % model.embedding.shape[0]
+    tolerance = max(1e-3, 4 * torch.finfo(model.dtype).eps)  # bfloat16 rounds each logit by up to 2^-8 of itself
     try:
-        logits = model.lm(input_ids=ids, use_cache=False).logits[:, -1].float()
-        h = model.last_hidden(model.embed(ids))
-        expected = torch.nn.functional.linear(h, model.head_weight, model.head_bias).float()
-        affine = torch.allclose(logits, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{model.name} could not be run as a causal language model ({error}): give another model") from error
-    require(affine, f"{model.name} scales or caps its logits after the head, the closed form needs W h + b: give another model")
+        with _scaled_input(head, HEAD_SCALE):
+            logits = model.lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        states = HEAD_SCALE * model.hidden_of([ids[0, :1].tolist(), ids[0].tolist()])
+        expected = torch.nn.functional.linear(states, model.head_weight, model.head_bias)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{model.name} could not be run as a causal language model ({first_line(error)}): give another model") from error
+    require(
+        _near(logits[0, 2], expected[1], tolerance),
+        f"the logits of {model.name} are not W h + b of its last hidden state (they are scaled or capped), "
+        "which the closed form needs: give another model",
+    )
+    require(
+        _near(logits[0, 0], expected[0], 10 * tolerance),
+        f"{model.name} lets a position see the tokens after it or padding before it: give a causal language model that reads "
+        "an attention mask",
+    )
+
+
+@contextmanager
+def _scaled_input(head: torch.nn.Module, factor: float) -> Iterator[None]:
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0] * factor, *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _near(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whether no entry differs by more than a share of the largest."""
+    return float((one - other).abs().max()) <= tolerance * float(other.abs().max())

@@ -6,6 +6,7 @@ An example reads `template.format(text=...)` followed by its label's verbalizer,
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from gradmm.errors import UserError, require
 
 SLOT = "{text}"
 PROBE = "some words"
+DEMO = Path(__file__).parent / "data" / "demo"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,18 @@ class HubSource:
     classes: tuple[int, ...] | None = None
     revision: str | None = None
 
+    def __post_init__(self) -> None:
+        require(isinstance(self.path, str), f"a hub source has the path {shown(self.path)}: give the data set's id, a text")
+        require(
+            isinstance(self.splits, Mapping) and "train" in self.splits and set(self.splits) <= {"train", "validation", "test"},
+            f"the hub source {self.path!r} has splits = {shown(self.splits)}: name the hub's train split, and validation and "
+            "test if it has them",
+        )
+        require(
+            self.classes is None or isinstance(self.classes, list | tuple),
+            f"the hub source {self.path!r} has classes = {shown(self.classes)}: give a list of the hub's label numbers",
+        )
+
 
 @dataclass(frozen=True)
 class Task:
@@ -47,13 +61,14 @@ class Task:
         name: for reports and file names.
         labels: C label names; a label's number is its place here.
         verbalizers: C strings as they stand right after the template, leading space included; one token each.
-        template: the prompt around one text; contains `{text}` once.
+        template: the prompt around one text; contains `{text}` once and does not end with a space.
         generation_prompts: C public prefixes after which a model writes a text of that class; may be empty strings.
         min_words: real texts with fewer words are not drawn (phrase data sets such as SST-2 need it); at least 1.
         hub: where the rows are on the hub, if they are there.
 
     Raises:
-        UserError: fewer than two labels, lengths that differ, repeated labels, a template without `{text}`.
+        UserError: fewer than two labels, lengths that differ, repeated labels, a template without `{text}`, a verbalizer
+            that runs into the template's last word.
     """
 
     name: str
@@ -65,16 +80,23 @@ class Task:
     hub: HubSource | None = None
 
     def __post_init__(self) -> None:
-        prompts = self.generation_prompts or ("",) * len(self.labels)
-        for name, values in (("labels", self.labels), ("verbalizers", self.verbalizers), ("generation_prompts", prompts)):
-            require(
-                not isinstance(values, str) and all(isinstance(value, str) for value in values),
-                f"task {self.name!r} has {name} = {values!r}: give a list of strings",
-            )
-            object.__setattr__(self, name, tuple(values))
-        self._check()
+        self._freeze("labels")
+        self._freeze("verbalizers")
+        self._freeze("generation_prompts", ("",) * len(self.labels))
+        self._check_labels()
+        self._check_template()
 
-    def _check(self) -> None:
+    def _freeze(self, name: str, default: tuple[str, ...] = ()) -> None:
+        """Make a list a tuple, whatever is not a list of strings an error."""
+        values = getattr(self, name)
+        require(
+            isinstance(values, list | tuple) and all(isinstance(value, str) for value in values),
+            f"task {self.name!r} has {name} = {shown(values)}: give a list of strings",
+        )
+        object.__setattr__(self, name, tuple(values) or default)
+
+    def _check_labels(self) -> None:
+        require(isinstance(self.name, str) and self.name != "", f"a task has the name {shown(self.name)}: give a short text")
         count = len(self.labels)
         require(count >= 2, f"task {self.name!r} has {count} class(es), at least 2 are needed: name the other labels")
         require(len(set(self.labels)) == count, f"task {self.name!r} repeats a label in {self.labels}: name each once")
@@ -82,13 +104,29 @@ class Task:
             given = len(getattr(self, name))
             require(given == count, f"task {self.name!r} has {given} {name} for {count} labels: give one a label")
         require(
-            isinstance(self.template, str) and self.template.count(SLOT) == 1,
-            f"task {self.name!r} has the template {self.template!r}: it must contain {SLOT} exactly once",
+            self.hub is None or self.hub.classes is None or len(self.hub.classes) == count,
+            f"task {self.name!r} has {count} labels but another number of hub classes: give one class a label",
         )
         require(
-            isinstance(self.min_words, int) and self.min_words >= 1,
-            f"task {self.name!r} has min_words = {self.min_words!r}: give a whole number of at least 1",
+            type(self.min_words) is int and self.min_words >= 1,
+            f"task {self.name!r} has min_words = {shown(self.min_words)}: give a whole number of at least 1",
         )
+
+    def _check_template(self) -> None:
+        require(
+            isinstance(self.template, str) and self.template.count(SLOT) == 1,
+            f"task {self.name!r} has the template {shown(self.template)}: it must contain {SLOT} exactly once",
+        )
+        require(
+            not self.template.endswith(" "),
+            f"task {self.name!r} has a space at the end of its template {self.template!r}: begin the verbalizers with it instead",
+        )
+        for verbalizer in self.verbalizers:
+            require(
+                not _runs_on(self.template.replace(SLOT, PROBE), verbalizer),
+                f"task {self.name!r} has the verbalizer {verbalizer!r}, which runs into the template's last word: "
+                f"begin it with a space, {' ' + verbalizer!r}",
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -99,6 +137,18 @@ class Task:
     def to_dict(self) -> dict:
         """The task as plain values, for manifests and YAML."""
         return asdict(self)
+
+
+def shown(value) -> str:
+    """A value as an error names it: its repr, cut short (input may be huge)."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    return short.repr(value)
+
+
+def _runs_on(before: str, after: str) -> bool:
+    """Whether two texts would join into one word, in a script that sets words apart (it then has upper and lower case)."""
+    return all(mark.isdigit() or mark.lower() != mark.upper() for mark in (before[-1:], after[:1]) if mark) and bool(after)
 
 
 # ---------------------------------------------------------------- tokens
@@ -113,7 +163,7 @@ class TaskTokens:
         head, tail: the template's tokens before and after the text.
         labels: C distinct verbalizer tokens.
         prompts: C generation prompts, each with `start` before it.
-        space: what stands between the template's head and the text.
+        before: the template up to the text, with the space that `head` leaves to the text's first token.
     """
 
     tokenizer: object
@@ -122,11 +172,14 @@ class TaskTokens:
     tail: tuple[int, ...]
     labels: tuple[int, ...]
     prompts: tuple[tuple[int, ...], ...]
-    space: str
+    before: str
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of one text alone."""
-        return _encode(self.tokenizer, self.space + text)
+        """The tokens of one text as it stands in the template; special tokens spelt out in it are plain text."""
+        head = self.before.rstrip(" ")
+        behind = self.before[len(head) :] + text
+        found = _continuation(self.tokenizer, head, behind, plain=True)
+        return _encode(self.tokenizer, behind, plain=True) if found is None else found
 
     def sequence(self, text: str) -> list[int]:
         """The tokens of the whole prompt around one text; the label's token comes next."""
@@ -141,70 +194,73 @@ def tokenize_task(task: Task, tokenizer) -> TaskTokens:
     """Encode a task's template, verbalizers and prompts once.
 
     Raises:
-        UserError: a verbalizer of several tokens (its pieces and candidates are named) or two that share a token.
+        UserError: a verbalizer of several tokens (its pieces and candidates are named), two that share a token, or a
+            template that runs into the text.
     """
     before, after = task.template.split(SLOT)
-    head_text = before.rstrip(" ")
-    space = before[len(head_text) :]
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     start = () if begin is None else (begin,)
-    tail = tuple(_continuation(tokenizer, PROBE, after)) if after else ()
-    labels = _verbalizer_tokens(task, tokenizer, PROBE + after)
+    tail = _continuation(tokenizer, before + PROBE, after)
+    require(
+        tail is not None,
+        f"what follows the text in the template {task.template!r} joins the text's last token: begin it with a space or a line break",
+    )
     return TaskTokens(
         tokenizer=tokenizer,
         start=start,
-        head=tuple(_encode(tokenizer, head_text)) if head_text else (),
-        tail=tail,
-        labels=labels,
+        head=tuple(_encode(tokenizer, before.rstrip(" "))),
+        tail=tuple(tail),
+        labels=_label_tokens(task, tokenizer),
         prompts=tuple(start + tuple(_encode(tokenizer, prompt)) for prompt in task.generation_prompts),
-        space=space,
+        before=before,
     )
 
 
-def _encode(tokenizer, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+def _encode(tokenizer, text: str, plain: bool = False) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)["input_ids"]) if text else []
 
 
-def _continuation(tokenizer, before: str, after: str) -> list[int]:
-    """The tokens of `after` as it stands behind `before`."""
-    left, whole = _encode(tokenizer, before), _encode(tokenizer, before + after)
-    return whole[len(left) :] if whole[: len(left)] == left else _encode(tokenizer, after)
+def _continuation(tokenizer, before: str, after: str, plain: bool = False) -> list[int] | None:
+    """The tokens of `after` as it stands behind `before`; None if the two share a token."""
+    left, whole = _encode(tokenizer, before, plain), _encode(tokenizer, before + after, plain)
+    return whole[len(left) :] if whole[: len(left)] == left else None
 
 
-def _verbalizer_tokens(task: Task, tokenizer, before: str) -> tuple[int, ...]:
-    found = {}
-    for label, verbalizer in zip(task.labels, task.verbalizers, strict=True):
-        pieces = _continuation(tokenizer, before, verbalizer)
-        if len(pieces) != 1 or pieces[0] == getattr(tokenizer, "unk_token_id", None):
-            shown = [tokenizer.decode([piece]) for piece in pieces]
-            better = _candidates(tokenizer, before, verbalizer, label, taken=set(found))
-            raise UserError(
-                f"the verbalizer {verbalizer!r} of label {label!r} is {len(pieces)} tokens {shown} after the template, "
-                f"1 known token is needed: use one such as {better}"
-            )
-        if pieces[0] in found:
-            better = _candidates(tokenizer, before, verbalizer, label, taken=set(found))
-            raise UserError(
-                f"the verbalizer {verbalizer!r} of label {label!r} is the same token as label {found[pieces[0]]!r}'s, "
-                f"all {len(task.labels)} must differ: use one such as {better}"
-            )
-        found[pieces[0]] = label
-    return tuple(found)
+def _label_tokens(task: Task, tokenizer) -> tuple[int, ...]:
+    prompt = task.template.replace(SLOT, PROBE)
+    pieces = [_continuation(tokenizer, prompt, verbalizer) for verbalizer in task.verbalizers]
+    tokens = [_single(tokenizer, some) for some in pieces]
+    for number, (label, verbalizer) in enumerate(zip(task.labels, task.verbalizers, strict=True)):
+        first = tokens.index(tokens[number])
+        if tokens[number] is not None and first == number:
+            continue
+        if tokens[number] is None:
+            parts = [tokenizer.decode([piece]) for piece in pieces[number] or _encode(tokenizer, verbalizer)]
+            fault = f"is {len(parts)} token(s) {parts} after the template, 1 known token of its own is needed"
+        else:
+            fault = f"is the same token as label {task.labels[first]!r}'s, all {len(tokens)} must differ"
+        better = _candidates(tokenizer, prompt, verbalizer, label, set(tokens))
+        raise UserError(f"the verbalizer {verbalizer!r} of label {label!r} {fault}: use one such as {better}")
+    return tuple(tokens)
 
 
-def _candidates(tokenizer, before: str, verbalizer: str, label: str, taken: set[int], count: int = 3) -> list[str]:
-    """Single tokens close to a verbalizer that fails: other spellings first, then the vocabulary's longest shared starts."""
+def _single(tokenizer, pieces: list[int] | None) -> int | None:
+    """The one ordinary token, or None."""
+    return pieces[0] if pieces and len(pieces) == 1 and pieces[0] not in tokenizer.all_special_ids else None
+
+
+def _candidates(tokenizer, prompt: str, verbalizer: str, label: str, taken: set, count: int = 3) -> list[str]:
+    """Verbalizers that would do: other spellings first, then the vocabulary's words with the longest shared start."""
     words = [verbalizer.strip(), label.strip()]
-    spellings = [space + form for word in words for space in (" ", "") for form in (word, word.lower(), word.capitalize())]
-    start = words[0].lower()[:3]
-    near = {tokenizer.decode([token]) for token in range(min(len(tokenizer), 300_000))} if start else set()
-    near = {form for form in near if form.strip().isalpha() and form.strip().lower().startswith(start[:1])}
-    shared = sorted(near, key=lambda form: (-_shared_start(form.strip().lower(), words[0].lower()), form))
-    usable = []
-    for form in [*spellings, *shared]:
-        pieces = _continuation(tokenizer, before, form)
-        if form != verbalizer and form.strip() and len(pieces) == 1 and pieces[0] not in taken and form not in usable:
+    spellings = [form for word in words if word for form in (word, word.lower(), word.capitalize())]
+    known = {tokenizer.decode([token]).strip() for token in range(min(len(tokenizer), 300_000))}
+    near = sorted(filter(str.isalpha, known), key=lambda word: (-_shared_start(word.lower(), words[0].lower()), word))
+    usable: list[str] = []
+    for form in (space + word for word in [*spellings, *near] for space in (" ", "")):
+        token = None if _runs_on(prompt, form) else _single(tokenizer, _continuation(tokenizer, prompt, form))
+        if token is not None and token not in taken:
             usable.append(form)
+            taken = taken | {token}
         if len(usable) == count:
             break
     return usable
@@ -280,13 +336,13 @@ def load_task(task: "str | Path | Task | Mapping") -> Task:
         return task
     if isinstance(task, Mapping):
         return _task_from_mapping(task, str(task.get("name", "task")))
+    if str(task) == "demo":
+        return _task_from_folder(DEMO)
     path = Path(task)
     if path.is_dir():
         return _task_from_folder(path)
     if path.is_file():
         return _task_from_mapping(files.read_yaml(path), path.stem)
-    if str(task) == "demo":
-        return _task_from_folder(DEMO)
     require(
         str(task) in TASKS,
         f"there is no task {str(task)!r}: give one of {', '.join(['demo', *TASKS])}, a YAML file, or a folder with train.jsonl",
@@ -294,44 +350,44 @@ def load_task(task: "str | Path | Task | Mapping") -> Task:
     return TASKS[str(task)]
 
 
-DEMO = Path(__file__).parent / "data" / "demo"
-
-
 def _task_from_mapping(values, name: str) -> Task:
-    require(isinstance(values, Mapping), f"task {name!r} is {type(values).__name__}: give a mapping with labels and verbalizers")
-    known = {item.name for item in fields(Task)}
-    unknown = sorted(set(values) - known)
-    require(not unknown, f"task {name!r} has the unknown field {', '.join(map(repr, unknown))}: the fields are {', '.join(sorted(known))}")
-    missing = sorted({"labels", "verbalizers"} - set(values))
-    require(not missing, f"task {name!r} lacks {', '.join(missing)}: give both labels and verbalizers")
-    values = {"name": name, **values}
-    if isinstance(values.get("hub"), Mapping):
-        values["hub"] = _hub_from_mapping(values["hub"], name)
+    values = {"name": name, **_known_fields(values, Task, ("labels", "verbalizers"), f"task {name!r}")}
+    if values.get("hub") is not None:
+        hub = _known_fields(values["hub"], HubSource, ("path",), f"the hub source of task {name!r}")
+        values["hub"] = HubSource(**hub)
     return Task(**values)
 
 
-def _hub_from_mapping(values: Mapping, name: str) -> HubSource:
-    known = {item.name for item in fields(HubSource)}
-    unknown = sorted(set(values) - known)
-    require(
-        not unknown and "path" in values,
-        f"task {name!r} has the hub fields {sorted(values)}: path is needed, and the fields are {', '.join(sorted(known))}",
-    )
-    classes = values.get("classes")
-    return HubSource(**{**values, "classes": None if classes is None else tuple(classes)})
+def _known_fields(values, kind: type, needed: tuple[str, ...], what: str) -> dict:
+    """The values as keyword arguments of a dataclass."""
+    require(isinstance(values, Mapping), f"{what} is {shown(values)}: give a mapping with {' and '.join(needed)}")
+    known = {item.name for item in fields(kind)}
+    unknown = [shown(key) for key in values if key not in known]
+    require(not unknown, f"{what} has the unknown field {', '.join(unknown)}: the fields are {', '.join(sorted(known))}")
+    missing = [name for name in needed if name not in values]
+    require(not missing, f"{what} lacks {' and '.join(missing)}: add what is missing")
+    return dict(values)
 
 
 def _task_from_folder(folder: Path) -> Task:
-    given = folder / "task.yaml"
+    given, name = folder / "task.yaml", folder.resolve().name
     if given.is_file():
-        return _task_from_mapping(files.read_yaml(given), folder.name)
-    labels = _labels_of(folder)
-    namesake = TASKS.get(folder.resolve().name)
+        return _task_from_mapping(files.read_yaml(given), name)
+    labels, namesake = _labels_of(folder), TASKS.get(name)
     if namesake is not None and set(labels) <= set(namesake.labels):
+        return _with_labels(namesake, labels)
+    if namesake is not None and labels == tuple(str(number) for number in range(len(namesake.labels))):
         return replace(namesake, hub=None)
     if labels == ("negative", "positive"):
-        return Task(folder.resolve().name, labels, (" bad", " great"))
-    return Task(folder.resolve().name, labels, tuple(f" {label}" for label in labels), template="{text} Category:")
+        return Task(name, labels, (" bad", " great"))
+    return Task(name, labels, tuple(f" {label}" for label in labels), template="{text} Category:")
+
+
+def _with_labels(task: Task, labels: tuple[str, ...]) -> Task:
+    """A registered task with some of its labels, in the folder's order: the rows' numbers count in that order."""
+    places = [task.labels.index(label) for label in labels]
+    verbalizers, prompts = ([values[place] for place in places] for values in (task.verbalizers, task.generation_prompts))
+    return replace(task, labels=labels, verbalizers=verbalizers, generation_prompts=prompts, hub=None)
 
 
 def _labels_of(folder: Path) -> tuple[str, ...]:
@@ -344,11 +400,16 @@ def _labels_of(folder: Path) -> tuple[str, ...]:
             f"{named} holds no list of label names: write {{\"labels\": [\"negative\", \"positive\"]}}",
         )
         return tuple(names)
-    rows = files.read_json_lines(_train_file(folder))
-    values = {row.get("label") for row in rows if isinstance(row, Mapping) and isinstance(row.get("label"), str | int)}
-    if values and all(isinstance(value, int) for value in values):
-        return tuple(str(number) for number in range(max(max(values) + 1, 0)))
-    return tuple(sorted(str(value) for value in values))
+    path = _train_file(folder)
+    values = {row["label"] for row in files.read_json_lines(path) if isinstance(row, Mapping) and type(row.get("label")) in (str, int)}
+    numbers = sorted(value for value in values if isinstance(value, int))
+    if not numbers:
+        return tuple(sorted(values))
+    require(
+        len(numbers) == len(values) and numbers == list(range(len(numbers))),
+        f"the labels of {path} are {shown(sorted(values, key=str))}: use names, or every number from 0, or name them in labels.json",
+    )
+    return tuple(map(str, numbers))
 
 
 def _train_file(folder: Path) -> Path:

@@ -11,7 +11,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gradmm.errors import UserError, require
+from gradmm.errors import UserError, first_line, require
 
 MAX_TEXT_BYTES = 1 << 30
 MAX_SETTINGS_BYTES = 1 << 20
@@ -108,13 +108,13 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
         mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise UserError(f"{path}, line {line} is not YAML ({getattr(error, 'problem', error)}): mend that line") from error
+        line, problem = mark.line + 1 if mark else 1, getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{path}, line {line} is not YAML ({problem}): mend that line") from error
 
 
-def _parse_json(text: str, path: Path, first_line: int) -> Any:
+def _parse_json(text: str, path: Path, number: int) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: bad syntax, or a number of thousands of digits
-        line = first_line + getattr(error, "lineno", 1) - 1
-        raise UserError(f"{path}, line {line} is not JSON ({getattr(error, 'msg', error)}): mend that line") from error
+        line, problem = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", None) or first_line(error)
+        raise UserError(f"{path}, line {line} is not JSON ({problem}): mend that line") from error

@@ -21,6 +21,7 @@ from gradmm import admm
 from gradmm.errors import require
 from gradmm.evaluation import perplexities
 from gradmm.gradients import DISTANCES
+from gradmm.initialisation import INITIALISATIONS, Shape, best_of
 from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.privacy import Release
@@ -48,8 +49,10 @@ class SynthesisConfig:
         length: L, tokens of a text; None takes the Release's.
         early_end, min_tokens: whether a text may end before L tokens, and not before how many.
         distance: "cosine" or "l2".
-        init_candidates, init_norm: x starts as the best of this many random normal draws, each vector scaled to this norm
-            (None: the mean norm of the embeddings).
+        init: "generated" starts x at texts that the model writes from the public prompts (it needs `early_end`), "normal" at
+            random vectors as published.
+        init_candidates, init_norm: each group starts as the best of this many draws by matching loss; random vectors are
+            scaled to this norm (None: the mean norm of the embeddings).
         filter: a name in `selection.FILTERS`.
         perplexity_weight: ranking adds this times the log-perplexity to the matching loss.
         groups_per_batch: groups optimised side by side; None as many as memory allows.
@@ -69,10 +72,11 @@ class SynthesisConfig:
     projection: str = "lm_then_nearest"
     top_k: int = 20
     length: int | None = None
-    early_end: bool = False
+    early_end: bool = True
     min_tokens: int = 4
     distance: str = "cosine"
-    init_candidates: int = 8
+    init: str = "generated"
+    init_candidates: int = 4
     init_norm: float | None = None
     filter: str = "calibrated_label"
     perplexity_weight: float = 0.0
@@ -88,7 +92,8 @@ class SynthesisConfig:
         require(self.oversample >= 1, f"oversample = {self.oversample!r}, it must be at least 1: 1.5 writes half as many again")
         require(self.perplexity_weight >= 0, f"perplexity_weight = {self.perplexity_weight!r}, it must be at least 0: 0 ignores it")
         require(self.init_norm is None or self.init_norm > 0, f"init_norm = {self.init_norm!r}, it must be above 0, or None")
-        for name, known in (("projection", PROJECTIONS), ("filter", FILTERS), ("distance", DISTANCES)):
+        require(self.early_end or self.init == "normal", "init = 'generated' writes texts of several lengths: set early_end, or init = 'normal'")
+        for name, known in (("init", INITIALISATIONS), ("projection", PROJECTIONS), ("filter", FILTERS), ("distance", DISTANCES)):
             value = getattr(self, name)
             require(value in known, f"the {name} {value!r} is not known: use one of {', '.join(known)}")
         object.__setattr__(self, "solver", self._solver())  # checks the solver's own settings
@@ -126,6 +131,8 @@ _PUBLISHED = {
     "inner_steps": 50,
     "lr": 0.008,
     "top_k": 200,
+    "early_end": False,
+    "init": "normal",
     "init_candidates": 500,
     "init_norm": 1.4,
     "filter": "label",
@@ -185,7 +192,7 @@ def synthesize(
         UserError: `release` is no Release or belongs to another model or task; the settings do not fit the model; the
             folder holds another run's settings.
     """
-    release = _checked(release, model, task)
+    release = _checked(release, model, task).to(model.device)
     plan = _Plan.of(model, task, release, config)
     folder = RunFolder.open(output, plan.identity())
     if folder.finished:
@@ -244,7 +251,7 @@ class _Plan:
         )
         length = config.length or release.length
         _check_context(model, tokens, length)
-        end = model.tokenizer.eos_token_id if config.early_end else None
+        end = _end_token(model, config)
         return _Plan(
             model=model,
             task=task,
@@ -277,6 +284,14 @@ class _Plan:
     def batches(self) -> list[range]:
         """The numbers of the groups of each batch."""
         return [range(first, min(first + self.batch, len(self.classes))) for first in range(0, len(self.classes), self.batch)]
+
+
+def _end_token(model: Model, config: SynthesisConfig) -> int | None:
+    if not config.early_end:
+        return None
+    end = model.tokenizer.eos_token_id
+    require(end is not None, f"{model.name} has no end-of-text token: set early_end = False and init = 'normal'")
+    return end
 
 
 def _check_context(model: Model, tokens: TaskTokens, length: int) -> None:
@@ -349,25 +364,10 @@ def _report(number: int, folder: RunFolder, bar: tqdm, on_step: OnStep | None) -
 
 
 def _initial(plan: _Plan, groups: range, classes: Tensor) -> Tensor:
-    """Each group's best of several random draws by matching loss: (K, B, L, D), float32 or wider."""
-    config, model = plan.config, plan.model
-    wide = torch.promote_types(model.dtype, torch.float32)
-    norm = config.init_norm or float(model.embedding.to(wide).norm(dim=-1).mean())
+    config = plan.config
     sources = [generator(config.seed, "initial x", group) for group in groups]
-    shape = (config.group_size, plan.length, model.embedding.shape[1])
-    best, lowest = None, torch.full((len(groups),), torch.inf, dtype=wide, device=model.device)
-    ids = torch.full((len(groups), *shape[:2]), -1, device=model.device)
-    for _ in range(config.init_candidates):
-        draw = torch.stack([torch.randn(shape, generator=source, dtype=wide) for source in sources]).to(model.device)
-        draw = draw * (norm / draw.norm(dim=-1, keepdim=True))
-        if config.init_candidates == 1:
-            return draw
-        with torch.no_grad():
-            value = plan.matching.of_vectors(draw, ids, classes)
-        better = (value < lowest).view(-1, 1, 1, 1)
-        best = draw if best is None else torch.where(better, draw, best)
-        lowest = torch.minimum(value, lowest)
-    return best
+    shape = Shape(config.group_size, plan.length, config.init_norm)
+    return best_of(config.init, config.init_candidates, plan.matching, plan.reading, shape, classes, sources)
 
 
 # ---------------------------------------------------------------- the results

@@ -14,7 +14,6 @@ import torch
 
 import gradmm
 from gradmm.errors import UserError
-from gradmm.gradients import DenseTarget
 from gradmm.matching import Matching
 from gradmm.synthesis import PRESETS, SynthesisConfig, synthesize
 from gradmm.tasks import Task, tokenize_task
@@ -138,6 +137,15 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path):
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
+def test_the_published_settings_run_too(setting):
+    model, task, release = setting
+    published = {name: getattr(PRESETS["official"], name) for name in ("projection", "early_end", "init", "filter", "perplexity_weight")}
+    result = synthesize(model, task, release, replace(SMALL, **published), progress=False)
+    tokens = tokenize_task(task, model.tokenizer)
+    assert len(result.kept) == 4 and all(row["text"] for row in result.dataset)
+    assert {len(tokens.encode(row["text"])) for row in result.dataset} - {5} == set() or result.manifest["length"] == 5
+
+
 def test_batches_of_groups_are_independent_up_to_rounding(setting):
     model, task, release = setting
     one, two = (synthesize(model, task, release, replace(SMALL, groups_per_batch=n), progress=False) for n in (1, 4))
@@ -153,10 +161,11 @@ def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
     assert [result.kept["label"].count(label) for label in range(4)] == [2, 2, 1, 1]
 
 
-def test_a_group_without_a_finite_loss_is_reported_and_its_texts_dropped(setting):
+def test_a_group_without_a_finite_loss_is_reported_and_its_texts_dropped(setting, monkeypatch):
     model, task, release = setting
-    broken = DenseTarget(torch.full_like(model.head_weight, torch.nan))
-    result = synthesize(model, task, replace(release, targets=(broken, release.targets[1])), SMALL, progress=False)
+    sound = Matching.of_vectors
+    monkeypatch.setattr(Matching, "of_vectors", lambda self, x, ids, classes: sound(self, x, ids, classes).where(classes == 1, torch.nan))
+    result = synthesize(model, task, release, SMALL, progress=False)
     reasons = {row["label"]: row["reason"] for row in result.manifest["groups_ended"]}
     assert reasons["bad"].startswith("non-finite") and reasons["good"].startswith("step limit")
     assert [row["reason"] for row in result.dataset if row["label"] == 0] == ["dropped: the text is empty"] * 4
@@ -201,6 +210,8 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
         ({"top_k": 0}, "top_k = 0"),
         ({"top_k": 5000}, "top_k = 5000, it must be from 1 to the"),
         ({"projection": "beam"}, "projection 'beam' is not known: use one of"),
+        ({"init": "zeros"}, "init 'zeros' is not known: use one of generated, normal"),
+        ({"early_end": False}, "set early_end, or init = 'normal'"),
         ({"filter": "best"}, "filter 'best' is not known: use one of"),
         ({"distance": "l1"}, "distance 'l1' is not known: use one of cosine, l2"),
         ({"length": 0}, "length = 0"),

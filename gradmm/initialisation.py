@@ -1,0 +1,76 @@
+"""Where x starts: random vectors as published, or texts that the model writes from the public prompts.
+
+Knows public inputs only. Letters: K groups, B examples of a group, L positions, D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmm.generation import Sampling, continue_prompts
+from gradmm.matching import Matching
+from gradmm.projection import Reading
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a start looks like: B examples of L tokens a group; `norm` of random vectors, None for the embeddings' mean."""
+
+    count: int
+    length: int
+    norm: float | None = None
+
+
+def normal(matching: Matching, reading: Reading, shape: Shape, classes: Sequence[int], sources: Sequence[torch.Generator]):
+    """Random vectors of one norm.
+
+    Args:
+        classes, sources: the class and the generator of each of K groups.
+
+    Returns:
+        x (K, B, L, D) and tokens (K, B, L), all -1: there is no text yet.
+    """
+    table = matching.model.embedding
+    wide = torch.promote_types(table.dtype, torch.float32)
+    norm = shape.norm or float(table.to(wide).norm(dim=-1).mean())
+    size = (shape.count, shape.length, table.shape[1])
+    draw = torch.stack([torch.randn(size, generator=source, dtype=wide) for source in sources]).to(table.device)
+    return draw * (norm / draw.norm(dim=-1, keepdim=True)), torch.full(draw.shape[:3], -1, device=table.device)
+
+
+def generated(matching: Matching, reading: Reading, shape: Shape, classes: Sequence[int], sources: Sequence[torch.Generator]):
+    """The embeddings of sampled texts, as `normal`; tokens after a text's end are the end token."""
+    model, tokens = matching.model, matching.tokens
+    uniform = torch.cat([torch.rand(shape.count, shape.length, generator=source) for source in sources])
+    rows = [label for label in classes for _ in range(shape.count)]
+    sampling = Sampling(max_tokens=shape.length, min_tokens=reading.min_tokens)
+    ids = continue_prompts(model, tokens, rows, uniform, sampling, reading.allowed)
+    ids = ids.masked_fill(ids < 0, reading.end).view(len(classes), shape.count, shape.length)
+    return model.embed(ids).to(torch.promote_types(model.dtype, torch.float32)), ids
+
+
+INITIALISATIONS = {"generated": generated, "normal": normal}
+
+
+@torch.no_grad()
+def best_of(name: str, candidates: int, matching: Matching, reading: Reading, shape: Shape, classes: Tensor, sources) -> Tensor:
+    """Each group's best of several draws by matching loss: (K, B, L, D).
+
+    Args:
+        name: one of INITIALISATIONS.
+        candidates: number of draws; one alone is not evaluated.
+        classes: (K,) each group's class.
+        sources: K generators.
+    """
+    best, ids = INITIALISATIONS[name](matching, reading, shape, classes.tolist(), sources)
+    if candidates == 1:
+        return best
+    lowest = matching.of_vectors(best, ids, classes)
+    for _ in range(candidates - 1):
+        x, ids = INITIALISATIONS[name](matching, reading, shape, classes.tolist(), sources)
+        value = matching.of_vectors(x, ids, classes)
+        best = torch.where((value < lowest).view(-1, 1, 1, 1), x, best)
+        lowest = torch.minimum(value, lowest)
+    return best

@@ -121,7 +121,8 @@ class Task:
             not self.template.endswith(" "),
             f"task {self.name!r} has a space at the end of its template {self.template!r}: begin the verbalizers with it instead",
         )
-        for verbalizer in self.verbalizers:
+        for label, verbalizer in zip(self.labels, self.verbalizers, strict=True):
+            require(verbalizer.strip() != "", f"task {self.name!r} has an empty verbalizer for label {label!r}: give it a word")
             require(
                 not _runs_on(self.template.replace(SLOT, PROBE), verbalizer),
                 f"task {self.name!r} has the verbalizer {verbalizer!r}, which runs into the template's last word: "

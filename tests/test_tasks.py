@@ -1,0 +1,364 @@
+"""Tasks: one encoding of template, text and verbalizers, on byte-level and on SentencePiece-like tokenizers."""
+
+import json
+import re
+import string
+from dataclasses import asdict, replace
+
+import pytest
+import transformers
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from gradmm.errors import UserError
+from gradmm.tasks import TASKS, HubSource, Task, load_task, tokenize_task
+
+CORPUS = (
+    [
+        "the movie was great and the story was good , it was fun",
+        "a bad film : it was terrible , the plot was dull",
+        "Review: some words it was bad",
+        "This news is about sports business world technology politics",
+        "The emotion is joy sadness love anger fear surprise",
+        "Sentiment: positive negative\nAnswer: yes no Yes No",
+    ]
+    * 20
+)
+SPECIAL = ["<unk>", "<s>", "</s>"]
+TEXTS = ["the movie was great", "a dull plot , it was bad !", "story", "some words: fun and good", "It was 3 out of 10 ."]
+TEMPLATES = [
+    "{text} it was",
+    "Review: {text} Sentiment:",
+    "Review: {text}\nAnswer:",
+    "Review:\n{text}\nAnswer:",
+    "Answer: it was {text}",
+    "the review says ({text}) it was",
+]
+TWO = {"labels": ("negative", "positive"), "verbalizers": (" bad", " great")}
+
+
+def _wrap(tokenizer: Tokenizer, **special) -> transformers.PreTrainedTokenizerFast:
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def _byte_level() -> transformers.PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=600, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
+    )
+    return _wrap(bpe, eos_token="<|end|>")
+
+
+def _sentence_piece(scheme: str) -> transformers.PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
+    bpe.decoder = decoders.Metaspace(prepend_scheme=scheme, split=True)
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=[*string.printable], show_progress=False)
+    bpe.train_from_iterator(CORPUS, trainer)
+    return _wrap(bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+TOKENIZERS = {"bytes": _byte_level, "metaspace": lambda: _sentence_piece("always"), "metaspace first": lambda: _sentence_piece("first")}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    return _byte_level()
+
+
+def whole(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+# ---------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_prompt_in_parts_is_the_prompt_as_a_whole(tokenizer, template):
+    tokens = tokenize_task(Task("t", template=template, **TWO), tokenizer)
+    for text in TEXTS:
+        prompt = template.format(text=text)
+        assert tokens.sequence(text) == [*tokens.start, *whole(tokenizer, prompt)]
+        assert tokens.sequence(text) == [*tokens.start, *tokens.head, *tokens.encode(text), *tokens.tail]
+        for verbalizer, label in zip(TWO["verbalizers"], tokens.labels, strict=True):
+            assert [*tokens.sequence(text), label] == [*tokens.start, *whole(tokenizer, prompt + verbalizer)]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_text_comes_back_from_its_tokens(tokenizer, template):
+    tokens = tokenize_task(Task("t", template=template, **TWO), tokenizer)
+    assert [tokens.decode(tokens.encode(text)) for text in TEXTS] == TEXTS
+
+
+UNICODE = tokenize_task(Task("t", template="Review: {text} it was", **TWO), _byte_level())
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_unicode_comes_back_from_its_tokens(text):
+    assert UNICODE.decode(UNICODE.encode(text.strip())) == text.strip()
+    assert UNICODE.sequence(text)[-len(UNICODE.tail) :] == list(UNICODE.tail)
+
+
+def test_special_tokens_spelt_out_in_a_text_are_plain_text(tokenizer):
+    tokens = tokenize_task(Task("t", **TWO), tokenizer)
+    end = tokenizer.eos_token
+    text = f"the movie {end} was great"
+    assert tokenizer.eos_token_id not in tokens.encode(text)
+    assert tokens.decode(tokens.encode(text)) == text
+    assert tokenizer.eos_token_id in whole(tokenizer, text)  # and the tokenizer's own setting is as it was
+
+
+def test_every_text_starts_with_the_begin_token_or_else_the_end_token(tokenizer):
+    tokens = tokenize_task(Task("t", generation_prompts=("", "the movie"), **TWO), tokenizer)
+    start = tokenizer.bos_token_id if tokenizer.bos_token else tokenizer.eos_token_id
+    assert tokens.start == (start,)
+    assert tokens.prompts == ((start,), (start, *whole(tokenizer, "the movie")))
+    assert tokens.decode([start, *tokens.encode("fun")]) == "fun"
+
+
+def test_a_tokenizer_without_begin_and_end_starts_with_nothing(byte_level):
+    bare = _wrap(byte_level.backend_tokenizer)
+    assert tokenize_task(Task("t", **TWO), bare).start == ()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_registered_tasks_fit_the_tokenizers(tokenizer, name):
+    tokens = tokenize_task(TASKS[name], tokenizer)
+    assert [tokenizer.decode([token]).strip() for token in tokens.labels] == [v.strip() for v in TASKS[name].verbalizers]
+
+
+@pytest.mark.parametrize("verbalizers", [(" bad", " dullness"), (" bad", " bad"), (" zzz", " great"), (" bad", " ☃")])
+def test_a_verbalizer_that_fails_names_candidates_that_pass(tokenizer, verbalizers):
+    task = Task("t", ("negative", "positive"), verbalizers, "{text} it was")
+    with pytest.raises(UserError, match="verbalizer .* of label ") as caught:
+        tokenize_task(task, tokenizer)
+    message = str(caught.value)
+    wrong = 0 if verbalizers[0] == " zzz" else 1
+    assert repr(verbalizers[wrong]) in message and repr(task.labels[wrong]) in message
+    candidates = [a or b for a, b in re.findall(r"'([^']*)'|\"([^\"]*)\"", message.split("use one such as")[1])]
+    assert len(candidates) == 3
+    for candidate in candidates:
+        mended = [*verbalizers]
+        mended[wrong] = candidate
+        labels = tokenize_task(replace(task, verbalizers=mended), tokenizer).labels
+        assert len(set(labels)) == 2
+
+
+def test_the_pieces_of_a_split_verbalizer_are_named(byte_level):
+    task = Task("t", ("negative", "positive"), (" bad", " great good"), "{text} it was")
+    with pytest.raises(UserError, match=re.escape("is 2 token(s) [' great', ' good'] after the template")):
+        tokenize_task(task, byte_level)
+
+
+def test_a_special_token_is_no_verbalizer(byte_level):
+    with pytest.raises(UserError, match="1 known token of its own is needed"):
+        tokenize_task(Task("t", ("a", "b"), (" bad", "<|end|>"), "{text} it was"), byte_level)
+
+
+def test_the_toy_tokenizer_knows_two_words_as_two_tokens(toy_tokenizer):
+    tokens = tokenize_task(Task("t", template="{text} it was", **TWO), toy_tokenizer)
+    assert toy_tokenizer.convert_ids_to_tokens(list(tokens.labels)) == ["Ġbad", "Ġgreat"]
+
+
+@pytest.mark.parametrize("verbalizers", [("bad", " great"), (" bad", "great"), ("1", "2")])
+def test_a_verbalizer_that_would_join_the_template_is_refused(verbalizers):
+    with pytest.raises(UserError, match="runs into the template's last word: begin it with a space"):
+        Task("t", ("a", "b"), verbalizers, "{text} it was")
+
+
+@pytest.mark.parametrize(("template", "verbalizers"), [("{text}\n", ("bad", "great")), ("{text} (", ("bad", "great")), ("这是{text}的", ("好", "坏"))])
+def test_a_verbalizer_needs_no_space_where_words_do_not_join(template, verbalizers):
+    assert Task("t", ("a", "b"), verbalizers, template).verbalizers == verbalizers
+
+
+def test_text_that_joins_what_follows_it_is_refused():
+    with pytest.raises(UserError, match="joins the text's last token: begin it with a space"):
+        tokenize_task(Task("t", template="{text}s it was", **TWO), _glued())
+
+
+def _glued() -> transformers.PreTrainedTokenizerFast:
+    """Knows "Ġwords" and "Ġword" + "s"."""
+    vocabulary = {piece: number for number, piece in enumerate(["?", "some", "Ġwords", "Ġwordss", "Ġit", "Ġwas", "Ġbad", "Ġgreat", "s"])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="?", continuing_subword_prefix=""))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _wrap(tokenizer, unk_token="?")
+
+
+# ---------------------------------------------------------------- tasks
+
+WRONG_TASKS = {
+    "one label": ({"labels": ["a"], "verbalizers": [" a"]}, "1 class.es., at least 2"),
+    "no labels": ({"labels": [], "verbalizers": []}, "0 class.es."),
+    "a label twice": ({"labels": ["a", "a"]}, "repeats a label"),
+    "labels as one string": ({"labels": "ab"}, "labels = 'ab': give a list of strings"),
+    "labels of nothing": ({"labels": None}, "labels = None"),
+    "numbers as labels": ({"labels": [0, 1]}, r"labels = \[0, 1\]: give a list of strings"),
+    "fewer verbalizers": ({"verbalizers": [" bad"]}, "1 verbalizers for 2 labels"),
+    "more prompts": ({"generation_prompts": ["a", "b", "c"]}, "3 generation_prompts for 2 labels"),
+    "no slot": ({"template": "it was"}, "must contain {text} exactly once"),
+    "two slots": ({"template": "{text} {text} it was"}, "must contain {text} exactly once"),
+    "no template": ({"template": None}, "has the template None"),
+    "a space at the end": ({"template": "{text} it was "}, "space at the end"),
+    "min_words 0": ({"min_words": 0}, "min_words = 0"),
+    "min_words true": ({"min_words": True}, "min_words = True"),
+    "min_words in words": ({"min_words": "six"}, "min_words = 'six'"),
+    "an empty verbalizer": ({"verbalizers": [" bad", " "]}, "empty verbalizer for label 'good'"),
+    "a nameless task": ({"name": ""}, "has the name ''"),
+    "a number for a name": ({"name": 3}, "has the name 3"),
+    "an unknown field": ({"verbaliser": [" a"], 3: 4}, "unknown field 'verbaliser', 3: the fields are generation_prompts"),
+    "a hub source in words": ({"hub": "sst2"}, "hub source .* is 'sst2': give a mapping with path"),
+    "a hub source without path": ({"hub": {"text": "t"}}, "lacks path"),
+    "a hub field unknown": ({"hub": {"path": "a/b", "token": "x"}}, "unknown field 'token'"),
+    "a hub path that is none": ({"hub": {"path": 3}}, "has the path 3"),
+    "hub splits unknown": ({"hub": {"path": "a/b", "splits": {"train": "train", "dev": "dev"}}}, "splits = "),
+    "hub splits without train": ({"hub": {"path": "a/b", "splits": {"test": "test"}}}, "splits = "),
+    "hub classes a number": ({"hub": {"path": "a/b", "classes": 2}}, "classes = 2"),
+    "hub classes of other number": ({"hub": {"path": "a/b", "classes": [0]}}, "another number of hub classes"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TASKS)
+def test_a_wrong_task_is_one_sentence(tmp_path, case):
+    changes, words = WRONG_TASKS[case]
+    values = {"name": "mine", "labels": ["bad", "good"], "verbalizers": [" bad", " great"], **changes}
+    with pytest.raises(UserError, match=words) as caught:
+        load_task(values)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(UserError, match=words):
+        load_task(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("field", ["labels", "verbalizers"])
+def test_a_missing_field_is_named(field):
+    values = {"labels": ["a", "b"], "verbalizers": [" a", " b"]}
+    del values[field]
+    with pytest.raises(UserError, match=f"lacks {field}: add what is missing"):
+        load_task(values)
+
+
+def test_a_huge_value_is_cut_short_in_its_error():
+    with pytest.raises(UserError) as caught:
+        load_task({"labels": "x" * 10_000, "verbalizers": [" a", " b"]})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_comes_back_from_yaml(tmp_path, name):
+    plain = json.loads(json.dumps(TASKS[name].to_dict()))
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    found = load_task(tmp_path / "other.yaml")
+    assert json.dumps(asdict(found)) == json.dumps(asdict(TASKS[name]))
+    assert found.fingerprint == TASKS[name].fingerprint
+
+
+def test_a_yaml_task_takes_its_name_from_the_file(tmp_path):
+    (tmp_path / "mood.yaml").write_text('labels: [low, high]\nverbalizers: [" sad", " glad"]\n')
+    task = load_task(str(tmp_path / "mood.yaml"))
+    assert task == Task("mood", ("low", "high"), (" sad", " glad"))
+    assert load_task(task) is task
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "just words", ""])
+def test_yaml_that_is_no_task_is_one_sentence(tmp_path, content):
+    (tmp_path / "t.yaml").write_text(content)
+    with pytest.raises(UserError, match="task 't' is .*: give a mapping with labels and verbalizers"):
+        load_task(tmp_path / "t.yaml")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(UserError, match="no task 'sst3': give one of demo, sst2, .*, a YAML file, or a folder with train.jsonl"):
+        load_task("sst3")
+
+
+def test_the_fingerprint_is_of_what_the_gradient_depends_on():
+    task = Task("t", template="{text} it was", **TWO)
+    assert replace(task, name="u", generation_prompts=("a", "b"), min_words=3, hub=HubSource("a/b")).fingerprint == task.fingerprint
+    changed = [{"labels": ("no", "yes")}, {"verbalizers": (" good", " great")}, {"template": "{text} it is"}]
+    assert len({task.fingerprint, *(replace(task, **change).fingerprint for change in changed)}) == 4
+
+
+# ---------------------------------------------------------------- the task of a folder
+
+
+def folder_of(root, name: str, labels, named=None):
+    folder = root / name
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": f"text {i}", "label": label}) + "\n" for i, label in enumerate(labels)))
+    if named is not None:
+        (folder / "labels.json").write_text(json.dumps(named))
+    return folder
+
+
+SENTIMENT = ("negative", "positive")
+FOLDERS = {
+    # name of the folder, labels of the rows, labels.json -> labels, verbalizers
+    "numbers": ("mine", [0, 1, 3, 2], None, ("0", "1", "2", "3"), (" 0", " 1", " 2", " 3")),
+    "names": ("mine", ["tea", "ale", "tea"], None, ("ale", "tea"), (" ale", " tea")),
+    "sentiment by name": ("mine", ["positive", "negative"], None, SENTIMENT, (" bad", " great")),
+    "named": ("mine", [1, 0], ["low", "high"], ("low", "high"), (" low", " high")),
+    "named with counts": ("mine", [1, 0], {"labels": ["low", "high"], "rows": 2}, ("low", "high"), (" low", " high")),
+    "registered, numbers": ("sst2", [1, 0], None, SENTIMENT, (" bad", " great")),
+    "registered, other number": ("sst2", [1, 0, 2], None, ("0", "1", "2"), (" 0", " 1", " 2")),
+    "registered, named": ("sst2", [1, 0], list(SENTIMENT), SENTIMENT, (" bad", " great")),
+    "registered, other order": ("sst2", [1, 0], ["positive", "negative"], ("positive", "negative"), (" great", " bad")),
+    "registered, other labels": ("sst2", [1, 0], ["ham", "spam"], ("ham", "spam"), (" ham", " spam")),
+    "registered, some labels": ("emotion", ["joy", "fear"], None, ("fear", "joy"), (" fear", " joy")),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_the_task_of_a_folder(tmp_path, case):
+    name, rows, named, labels, verbalizers = FOLDERS[case]
+    task = load_task(folder_of(tmp_path, name, rows, named))
+    assert (task.name, task.labels, task.verbalizers, task.hub) == (name, labels, verbalizers, None)
+    if name in TASKS and set(labels) <= set(TASKS[name].labels):
+        assert task.template == TASKS[name].template
+        places = {label: prompt for label, prompt in zip(TASKS[name].labels, TASKS[name].generation_prompts, strict=True)}
+        assert task.generation_prompts == tuple(places[label] for label in labels)
+
+
+def test_task_yaml_in_a_folder_comes_first(tmp_path):
+    folder = folder_of(tmp_path, "sst2", [0, 1], list(SENTIMENT))
+    (folder / "task.yaml").write_text('labels: [low, high]\nverbalizers: [" sad", " glad"]\nmin_words: 2\n')
+    assert load_task(folder) == Task("sst2", ("low", "high"), (" sad", " glad"), min_words=2)
+
+
+@pytest.mark.parametrize("labels", [[0, 2], [1, 2], [0, 1, 10**9], [-1, 0, 1], [0, "good"]])
+def test_numbers_with_gaps_or_names_among_them_are_refused(tmp_path, labels):
+    with pytest.raises(UserError, match="use names, or every number from 0, or name them in labels.json"):
+        load_task(folder_of(tmp_path, "mine", labels))
+
+
+@pytest.mark.parametrize("named", [{"names": ["a"]}, [0, 1], "ab", None])
+def test_a_labels_file_without_names_is_refused(tmp_path, named):
+    folder = folder_of(tmp_path, "mine", [0, 1])
+    (folder / "labels.json").write_text(json.dumps(named))
+    with pytest.raises(UserError, match="labels.json holds no list of label names: write "):
+        load_task(folder)
+
+
+def test_a_folder_without_rows_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no train.jsonl: put rows such as"):
+        load_task(tmp_path)
+    with pytest.raises(UserError, match="1 class.es., at least 2"):
+        load_task(folder_of(tmp_path, "one", ["a", "a"]))
+    with pytest.raises(UserError, match="0 class.es., at least 2"):
+        load_task(folder_of(tmp_path, "none", [None, [1], True, 0.5]))
+
+
+def test_a_folder_may_stand_where_a_name_would(tmp_path, monkeypatch):
+    folder_of(tmp_path, "sst2", ["a", "b"])
+    monkeypatch.chdir(tmp_path)
+    assert load_task("sst2").labels == ("a", "b")

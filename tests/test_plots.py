@@ -1,0 +1,58 @@
+"""The figures draw what they are given, and text is shown rather than obeyed."""
+
+import datasets
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas
+import pytest
+
+from gradmm import plots
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+def test_convergence_draws_median_and_range_of_every_measure():
+    rows = [
+        {"step": step, "group": group, "match_x": 0.1 * group, "match_z": 0.2, "primal": 1.0, "dual": 0.5, "stationarity": 0.1 + group}
+        for step in (1, 2, 3)
+        for group in (0, 1, 2)
+    ]
+    left, right = plots.convergence(pandas.DataFrame(rows)).axes
+    assert [line.get_label() for line in left.lines] == ["at x (continuous)", "at z (text)"]
+    assert list(left.lines[0].get_ydata()) == pytest.approx([0.1] * 3) and len(right.lines) == 3
+    assert all(axes.get_xlabel() and axes.get_ylabel() for axes in (left, right))
+
+
+def test_selection_draws_every_text():
+    table = {"label_name": ["a", "a", "b"], "kept": [True, False, True], "match": [0.1, 0.2, 0.3], "perplexity": [9.0, 8.0, 7.0]}
+    (axes,) = plots.selection(datasets.Dataset.from_dict(table)).axes
+    assert sum(len(points.get_offsets()) for points in axes.collections) == 3
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"a, kept", "a, dropped", "b, kept"}
+
+
+def test_accuracies_draw_every_run_and_name_the_mean():
+    (axes,) = plots.accuracies({"real": [0.5, 0.7], "none": [0.4]}, chance=0.5).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["real", "none"]
+    assert [text.get_text() for text in axes.texts] == ["0.600", "0.400"]
+    assert sum(len(points.get_offsets()) for points in axes.collections if hasattr(points, "get_offsets")) >= 3
+
+
+def test_lines_have_names_and_units():
+    (axes,) = plots.lines({"z": pandas.Series([1, 2]), "x": pandas.Series([3, 4])}, "step", "norm").axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), len(axes.lines)) == ("step", "norm", 2)
+
+
+def test_neighbouring_series_differ_without_colour():
+    assert len(set(plots.MARKERS)) == len(plots.MARKERS) and len(set(plots.COLOURS)) == len(plots.COLOURS)
+
+
+def test_text_in_tables_is_escaped():
+    html = plots.table([{"text": "<script>alert(1)</script>", "match": 0.12345}]).to_html()
+    assert "<script>" not in html and "&lt;script&gt;" in html and "0.123" in html

@@ -13,6 +13,7 @@ Reference: Nguyen et al., ICML 2025, arXiv 2502.17607.
 from gradmm.errors import UserError
 from gradmm.examples import Example, Splits, load_data, sample_examples
 from gradmm.finetuning import FinetuneConfig, evaluate, finetune
+from gradmm.mechanism import Ledger
 from gradmm.models import Model, load_model
 from gradmm.privacy import Release, load_release, release
 from gradmm.synthesis import PRESETS, SynthesisConfig, SynthesisResult, synthesize
@@ -23,6 +24,7 @@ __all__ = [
     "TASKS",
     "Example",
     "FinetuneConfig",
+    "Ledger",
     "Model",
     "Release",
     "Splits",

@@ -91,7 +91,7 @@ class RunFolder:
             self._compare(files.read_json(place))
             return
         held = sorted(path.name for path in self.path.glob("*")) if self.path.exists() else []
-        clash = [name for name in held if name in ("synthetic.jsonl", "history.jsonl", "timings.jsonl")]
+        clash = [name for name in held if name in ("README.md", "synthetic.jsonl", "history.jsonl", "timings.jsonl")]
         require(not clash, f"{self.path} holds {', '.join(clash)} but no manifest: choose another output folder or empty this one")
         files.write_json(place, {**self.manifest, "status": "running"})
 
@@ -129,8 +129,8 @@ class RunFolder:
             files.write_tensors(place, *_tensors_of(result))
             self._saved = time.monotonic()
 
-    def finish(self, rows: list[dict], history: pandas.DataFrame, manifest: dict) -> None:
-        """Write the results and take the unfinished batches away."""
+    def finish(self, rows: list[dict], history: pandas.DataFrame, manifest: dict, card: str) -> None:
+        """Write the results with their README and take the unfinished batches away."""
         manifest["status"] = "complete"
         manifest["clock"] = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._begun)),
@@ -142,6 +142,7 @@ class RunFolder:
         files.write_json_lines(self.path / "synthetic.jsonl", ({k: _finite(v) for k, v in row.items()} for row in rows))
         files.write_json_lines(self.path / "history.jsonl", _plain(history.drop(columns=CLOCK_COLUMNS, errors="ignore")))
         files.write_json_lines(self.path / "timings.jsonl", _plain(history.filter(["step", "group", *CLOCK_COLUMNS])))
+        files.write_text(self.path / "README.md", card)
         files.write_json(self.path / "manifest.json", manifest)
         for leftover in self.path.glob("batch-*.safetensors"):
             leftover.unlink()

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gradmm import admm
+from gradmm.card import dataset_card
 from gradmm.errors import require
 from gradmm.evaluation import perplexities
 from gradmm.gradients import DISTANCES
@@ -180,8 +181,8 @@ def synthesize(
         task: its task.
         release: from `gradmm.release`; private text itself is refused.
         config: the settings.
-        output: a folder that receives `synthetic.jsonl`, `history.jsonl`, `manifest.json` and unfinished work. Unfinished work
-            of the same settings is continued, finished work read back. None keeps everything in memory.
+        output: a folder that receives `synthetic.jsonl`, `history.jsonl`, `manifest.json`, `README.md` and unfinished work.
+            Unfinished work of the same settings is continued, finished work read back. None keeps everything in memory.
         progress: whether to show a progress bar.
         on_step: sees the number of the batch and the solver's Result after every outer step.
 
@@ -200,7 +201,7 @@ def synthesize(
         return SynthesisResult(datasets.Dataset.from_list(rows, features=_features()), history, manifest)
     batches = _run_batches(plan, folder, progress, on_step)
     result = _collect(plan, batches, folder)
-    folder.finish(result.dataset.to_list(), result.history, result.manifest)
+    folder.finish(result.dataset.to_list(), result.history, result.manifest, dataset_card(result.manifest))
     return result
 
 

@@ -66,9 +66,9 @@ def test_the_end_of_a_run_leaves_results_without_clocks_and_no_unfinished_work(t
     folder = runs.RunFolder.open(tmp_path, IDENTITY)
     folder.save_result(0, some_result())
     history = pandas.DataFrame([{"step": 1, "group": 0, "match_z": float("nan"), "seconds": 0.5}])
-    folder.finish([{"text": "a", "match": float("inf")}], history, dict(folder.manifest))
+    folder.finish([{"text": "a", "match": float("inf")}], history, dict(folder.manifest), "# card\n")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"manifest.json", "synthetic.jsonl", "history.jsonl", "timings.jsonl"}
+    assert names == {"README.md", "manifest.json", "synthetic.jsonl", "history.jsonl", "timings.jsonl"}
     assert json.loads((tmp_path / "synthetic.jsonl").read_text()) == {"text": "a", "match": None}
     assert json.loads((tmp_path / "history.jsonl").read_text()) == {"step": 1, "group": 0, "match_z": None}
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -79,5 +79,5 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = runs.RunFolder.open(None, IDENTITY)
     folder.save_result(0, some_result())
-    folder.finish([], pandas.DataFrame([{"step": 1, "group": 0, "seconds": 1.0}]), {})
+    folder.finish([], pandas.DataFrame([{"step": 1, "group": 0, "seconds": 1.0}]), {}, "")
     assert folder.load_result(0, torch.device("cpu")) is None and not list(tmp_path.iterdir())

@@ -1,0 +1,85 @@
+"""The README.md of a run's folder: what the data set is, how it was made, and whether it is private.
+
+Knows the manifest alone, so it can say nothing that the manifest does not hold. The clock is left out.
+"""
+
+from collections.abc import Mapping, Sequence
+
+COLUMNS = """
+| column | meaning |
+|---|---|
+| `text`, `label`, `label_name` | the synthetic example |
+| `match` | distance of the text's gradient to its class's target, smaller is closer |
+| `perplexity` | under the model that wrote the text |
+| `group` | texts of one group were optimised together |
+| `kept`, `reason` | whether the text belongs to the set, and why (not) |
+"""
+LIMITS = """
+- Use the rows with `kept` = true. The others are there so that the choice can be seen.
+- Every text was written by a language model: it may be false or offensive and carries over what that model learned,
+  biases included. It describes no real person, product or event.
+- The set is made for fine-tuning classifiers on this task. Judge it on real held-out data, beside texts that were written
+  without matching: prompts and the language model may do most of the work.
+- A privacy guarantee covers the real examples that entered the release, not what the language model was trained on before.
+"""
+LEDGER_COLUMNS = ("what", "space", "epsilon", "delta", "relation", "clip", "sensitivity", "calibration", "sigma", "coordinates")
+
+
+def dataset_card(manifest: Mapping) -> str:
+    """The card as Markdown, with the header by which `datasets.load_dataset` finds the rows.
+
+    Args:
+        manifest: of a finished run, see `synthesis.synthesize`.
+    """
+    task, model, release = manifest["task"], manifest["model"], manifest["release"]
+    revision = f" at revision {model['revision']}" if model["revision"] else ""
+    parts = [
+        "---\ntags:\n- synthetic\ntask_categories:\n- text-classification\nconfigs:\n- config_name: default\n"
+        "  data_files: synthetic.jsonl\n---",
+        f"# Synthetic texts for {_plain(task['name'])}",
+        f"{manifest['kept']} synthetic texts with the labels {', '.join(map(_plain, task['labels']))}, in `synthetic.jsonl`, "
+        "one JSON object a line. They were written so that the gradient of the fine-tuning loss on them is close to a target "
+        "gradient (Nguyen et al. 2025, arXiv 2502.17607).",
+        f"## Privacy\n\n{_privacy(release)}",
+        "## How it was made",
+        _table(("setting", "value"), [
+            ("model", f"{_plain(model['name'])}{revision}, {model['dtype']}, fingerprint {model['fingerprint'][:16]}"),
+            ("prompt", f"`{task['template']}` followed by one of {', '.join(f'`{v}`' for v in task['verbalizers'])}"),
+            ("generation prompts", ", ".join(f"`{prompt}`" for prompt in task["generation_prompts"])),
+            ("tokens of a text", manifest["length"]),
+            *((name, value) for name, value in manifest["config"].items() if name != "solver"),  # follows from the others
+            *((f"version of {name}", version) for name, version in manifest["versions"].items()),
+        ]),
+        "`manifest.json` holds all settings, `history.jsonl` every step of the optimisation.",
+        f"## Columns\n{COLUMNS}",
+        f"## Limits\n{LIMITS}",
+    ]  # fmt: skip
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _privacy(release: Mapping) -> str:
+    if not release["private"]:
+        said = (
+            f"**This data set is not private.** The release behind it says: {release['statement']}. Treat the texts as if the "
+            "real ones could be read from them."
+        )
+        return said if not release["ledger"] else f"{said} Planned, but not granted:\n\n{_ledger(release['ledger'])}"
+    return (
+        f"What the set tells of the real examples comes from one release with {release['statement']}. All else is made of "
+        "public inputs. The guarantee does not cover choices that somebody made by looking at the same examples, nor other "
+        f"releases of them outside this ledger:\n\n{_ledger(release['ledger'])}"
+    )
+
+
+def _ledger(entries: Sequence[Mapping]) -> str:
+    return _table(LEDGER_COLUMNS, [[entry[name] for name in LEDGER_COLUMNS] for entry in entries])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(_plain(value) for value in line)} |" for line in lines)
+
+
+def _plain(value) -> str:
+    """A value that cannot break a table or a heading."""
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -42,8 +42,9 @@ from gradmm.mechanism import (
 from gradmm.models import Model
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
-SPACES = ("head", "label_rows", "label_rows_subspace")
-DEFAULT_DIRECTIONS = 16
+SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred")
+PUBLIC_SPACES = SPACES[2:]  # made from public texts
+DEFAULT_DIRECTIONS = 4  # keeps most of what sets the classes apart and little room for noise; notebook 04 measures it
 RANK_TOLERANCE = 1e-6
 FORMAT = "gradmm release 1"
 
@@ -143,13 +144,16 @@ def release(
         clip: the largest L2 norm of one example's gradient in the release space (clip, relation and calibration act with
             epsilon alone).
         space: "head" (V x D), "label_rows" (the C labels' rows, C x D) or "label_rows_subspace" (C x r: those rows times
-            the first r principal directions of the hidden states of `public_texts`).
+            the first r principal directions of the hidden states of `public_texts`) or "label_rows_centred" (C x r: the same
+            without the first direction, which nearly all texts share: it takes most of the clip and says little of what
+            sets the classes apart). The smaller the space, the less noise; "head" stays the default because it needs no
+            public text and is what the paper matches, but with fewer than many thousand examples noise drowns it.
         relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
             "add-remove" (one example comes or goes).
         calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.
         length: L, tokens of a synthetic text; public, hence needed with epsilon; None takes the real texts' mean without.
-        public_texts: texts that are not private, for "label_rows_subspace".
-        directions: r; None takes 16, or as many as there are texts or hidden units if fewer.
+        public_texts: texts that are not private, for the last two spaces.
+        directions: r; None takes 4, or as many as there are texts or hidden units if fewer.
         ledger: the budget to charge; None counts this release alone.
         noise_seed: fixes the noise for a repeatable experiment; the Release is then marked as not private.
 
@@ -162,7 +166,7 @@ def release(
     """
     tokens = tokenize_task(task, model.tokenizer)
     _check_arguments(epsilon, delta, length, ledger, noise_seed)
-    coordinates = _space(model, tokens, space, public_texts, directions)
+    coordinates = release_space(model, tokens, space, public_texts, directions)
     if epsilon is not None:
         size = _coordinates(model, coordinates) * len(task.labels)
         entry = plan_entry("sums of clipped gradients per class", space, epsilon, delta, relation, clip, calibration, size)
@@ -204,40 +208,47 @@ def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:
 # ---------------------------------------------------------------- release spaces
 
 
-def _space(model: Model, tokens: TaskTokens, name: str, texts: Sequence[str] | None, directions: int | None) -> Space:
-    """The coordinates of a release; a function of public inputs alone."""
+def release_space(
+    model: Model, tokens: TaskTokens, name: str, texts: Sequence[str] | None = None, directions: int | None = None
+) -> Space:
+    """The coordinates of a release, see there; a function of public inputs alone."""
     require(name in SPACES, f"the release space {name!r} is not known: use one of {', '.join(SPACES)}")
     require(
-        name == "label_rows_subspace" or (texts is None and directions is None),
-        f"public_texts and directions have no use in the space {name!r}: use 'label_rows_subspace' or leave them out",
+        name in PUBLIC_SPACES or (texts is None and directions is None),
+        f"public_texts and directions have no use in the space {name!r}: use {' or '.join(map(repr, PUBLIC_SPACES))} or leave them out",
     )
     if name == "head":
         return Space()
     rows = torch.tensor(tokens.labels, device=model.device)
-    return Space(rows) if name == "label_rows" else Space(rows, principal_directions(model, tokens, texts, directions))
+    if name == "label_rows":
+        return Space(rows)
+    return Space(rows, principal_directions(model, tokens, texts, directions, skip=int(name == "label_rows_centred")))
 
 
-def principal_directions(model: Model, tokens: TaskTokens, texts: Sequence[str] | None, directions: int | None) -> Tensor:
+def principal_directions(
+    model: Model, tokens: TaskTokens, texts: Sequence[str] | None, directions: int | None, skip: int = 0
+) -> Tensor:
     """The directions that hold most of the hidden states of public texts, mean included (a gradient holds h, not h - mean).
 
     Returns:
-        (D, r), float64, orthonormal columns, most important first; each column's largest entry is positive.
+        (D, r), float64, orthonormal columns, most important first after the first `skip`; each column's largest entry is
+        positive.
 
     Raises:
-        UserError: no texts, or texts that span fewer than `directions` directions.
+        UserError: no texts, or texts that span fewer than `skip + directions` directions.
     """
     texts = [] if texts is None else list(texts)
     require(
         bool(texts) and all(isinstance(text, str) and text.strip() for text in texts),
-        "the space 'label_rows_subspace' needs public texts: give public_texts, a list of strings that are not private",
+        f"the spaces {' and '.join(map(repr, PUBLIC_SPACES))} need public texts: give public_texts, a list of strings that are not private",
     )
     hidden = model.hidden_of([tokens.sequence(text) for text in texts]).double()
-    count = min(DEFAULT_DIRECTIONS, *hidden.shape) if directions is None else directions
-    require(isinstance(count, int) and count >= 1, f"directions = {directions!r}, it must be a whole number of at least 1: give such as 16")
+    count = max(1, min(DEFAULT_DIRECTIONS, *(size - skip for size in hidden.shape))) if directions is None else directions
+    require(isinstance(count, int) and count >= 1, f"directions = {directions!r}, it must be a whole number of at least 1: give such as 4")
     _, sizes, basis = torch.linalg.svd(hidden, full_matrices=False)
-    rank = int((sizes > RANK_TOLERANCE * sizes[0]).sum())
+    rank = int((sizes > RANK_TOLERANCE * sizes[0]).sum()) - skip
     require(count <= rank, f"directions = {count}, but the {len(texts)} public texts span {rank}: give more texts or fewer directions")
-    basis = basis[:count].mT
+    basis = basis[skip : skip + count].mT
     return basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
 
 

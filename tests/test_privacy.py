@@ -77,7 +77,8 @@ def test_a_release_names_what_it_belongs_to(model):
 
 
 def spaces() -> dict[str, dict]:
-    return {"head": {}, "label_rows": {}, "label_rows_subspace": {"public_texts": PUBLIC, "directions": 3}}
+    public = {"public_texts": PUBLIC, "directions": 3}
+    return {"head": {}, "label_rows": {}, "label_rows_subspace": public, "label_rows_centred": public}
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])
@@ -231,6 +232,16 @@ WRONG = {
     "an empty text": ({"examples": [*EXAMPLES, {"text": " ", "label": 0}]}, "example 6"),
     "a text too long": ({"examples": [*EXAMPLES, {"text": f"{SECRET} " * 99, "label": 0}]}, "tokens"),
 }  # fmt: skip
+
+
+def test_the_centred_space_is_the_subspace_without_its_first_direction(model):
+    found = {
+        name: privacy.release_space(model, tokenize_task(TASK, model.tokenizer), name, PUBLIC, directions).basis
+        for name, directions in (("label_rows_subspace", 4), ("label_rows_centred", 3))
+    }
+    assert torch.equal(found["label_rows_centred"], found["label_rows_subspace"][:, 1:])
+    with pytest.raises(UserError, match="span 4"):
+        privacy.release_space(model, tokenize_task(TASK, model.tokenizer), "label_rows_centred", PUBLIC, 5)
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -1,0 +1,92 @@
+"""The expected cosines against many real releases, and the control without examples."""
+
+import pytest
+import torch
+
+from gradmm import privacy
+from gradmm.errors import UserError
+from gradmm.examples import Example
+from gradmm.fidelity import expected_cosine, fidelity, noise_only
+from gradmm.tasks import Task, tokenize_task
+
+TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was")
+WORDS = "the a movie film story dull fine actors plot music we saw like cat dog red blue".split()
+TEXTS = [" ".join(WORDS[(i * step) % len(WORDS)] for step in range(1, 6)) for i in range(1, 61)]
+EXAMPLES = [Example(text, number % 2) for number, text in enumerate(TEXTS)]
+PUBLIC = ["some words", "a dog sat on the cat", "two red words", "this text is about sports", "they made time"]
+
+
+@pytest.fixture(scope="module", params=["llama", "phi"])
+def model(request, tiny_model):
+    return tiny_model(request.param)
+
+
+def spaces(model) -> dict:
+    tokens = tokenize_task(TASK, model.tokenizer)
+    return {
+        "head": privacy.release_space(model, tokens, "head"),
+        "label_rows": privacy.release_space(model, tokens, "label_rows"),
+        "label_rows_subspace": privacy.release_space(model, tokens, "label_rows_subspace", PUBLIC, 4),
+    }
+
+
+@pytest.mark.parametrize("coordinates", [8, 64, 1000])
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 2.0])
+def test_the_expected_cosine_is_that_of_many_draws(coordinates, sigma):
+    draw = torch.Generator().manual_seed(0)
+    signal = torch.nn.functional.normalize(torch.randn(coordinates, generator=draw), dim=0)
+    noised = signal + sigma * torch.randn(4000, coordinates, generator=draw)
+    mean = torch.nn.functional.cosine_similarity(noised, signal, dim=1).mean().item()
+    assert expected_cosine(1.0, coordinates, sigma) == pytest.approx(mean, abs=0.03)
+
+
+@pytest.mark.parametrize("space", ["head", "label_rows"])
+def test_the_target_figure_is_the_cosine_of_real_releases(model, space):
+    options = {"epsilon": 20.0, "delta": 1e-3, "space": space, "length": 5}
+    (row,) = fidelity(model, TASK, EXAMPLES, [60], {space: spaces(model)[space]}, [20.0], 1e-3)
+    clean = privacy.release(model, TASK, EXAMPLES, **{**options, "epsilon": 1e6}, noise_seed=0)
+
+    def flat(release) -> torch.Tensor:
+        return torch.stack([torch.cat([p.flatten() for p in (t.weight, t.bias) if p is not None]) for t in release.targets])
+
+    cosines = [
+        torch.nn.functional.cosine_similarity(flat(privacy.release(model, TASK, EXAMPLES, **options, noise_seed=s)), flat(clean)).mean()
+        for s in range(6)
+    ]
+    assert row["target"] == pytest.approx(torch.stack(cosines).mean().item(), abs=0.05)
+    assert row["signal"] == pytest.approx(flat(clean).norm(dim=1).mean().item(), rel=0.01)
+    assert row["noise"] == pytest.approx(row["sigma"] * row["coordinates"] ** 0.5)
+
+
+def test_the_whole_label_rows_keep_the_whole_contrast_and_fewer_directions_less(model):
+    rows = {row["space"]: row for row in fidelity(model, TASK, EXAMPLES, [60], spaces(model), [1.0], 1e-5, clip=1e6)}
+    assert rows["label_rows"]["kept"] == pytest.approx(1.0)
+    assert 0 < rows["label_rows_subspace"]["kept"] < 1
+    assert rows["head"]["coordinates"] > rows["label_rows"]["coordinates"] > rows["label_rows_subspace"]["coordinates"]
+
+
+def test_sizes_are_prefixes_and_signal_grows_with_them(model):
+    many = fidelity(model, TASK, EXAMPLES, [10, 60], {"label_rows": spaces(model)["label_rows"]}, [1.0, 8.0], 1e-5)
+    first = [e for label in (0, 1) for e in [e for e in EXAMPLES if e.label == label][:5]]
+    few = fidelity(model, TASK, first, [10], {"label_rows": spaces(model)["label_rows"]}, [1.0, 8.0], 1e-5)
+    assert [row["target"] for row in many[:2]] == pytest.approx([row["target"] for row in few])
+    assert many[0]["target"] < many[2]["target"] and many[0]["target"] < many[1]["target"]
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [20, 10], [62]])
+def test_sizes_that_do_not_fit_are_refused(model, sizes):
+    with pytest.raises(UserError, match="give ascending sizes that the classes allow"):
+        fidelity(model, TASK, EXAMPLES, sizes, {}, [1.0], 1e-5)
+
+
+def test_noise_alone_has_the_shape_and_scale_of_a_release_and_nothing_of_the_examples(model):
+    one = privacy.release(model, TASK, EXAMPLES, epsilon=1.0, delta=1e-5, length=5)
+    other = privacy.release(model, TASK, EXAMPLES[:10], epsilon=1.0, delta=1e-5, length=5)
+    found = noise_only(one, 3)
+    assert found.fingerprint == noise_only(other, 3).fingerprint != noise_only(one, 4).fingerprint
+    assert not found.private and found.statement.startswith("not private: a control")
+    for target, noised in zip(found.targets, one.targets, strict=True):
+        assert target.weight.shape == noised.weight.shape and target.weight.dtype == noised.weight.dtype
+        assert target.weight.std().item() == pytest.approx(one.ledger[0].sigma, rel=0.05)
+    with pytest.raises(UserError, match="holds no noise"):
+        noise_only(privacy.release(model, TASK, EXAMPLES), 0)

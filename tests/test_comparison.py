@@ -1,0 +1,243 @@
+"""The comparison: every method at its budget, the controls know what they should, and a run is a function of its seeds."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import gradmm
+from gradmm import comparison, files
+from gradmm.comparison import METHODS, Bench, ComparisonConfig, Trial, compare
+from gradmm.errors import UserError
+from gradmm.evaluation import longest_shared_spans, words
+from gradmm.examples import Example, Splits, content_hash, refuse_overlap
+from gradmm.finetuning import FinetuneConfig
+from gradmm.generation import Sampling
+from gradmm.synthesis import SynthesisConfig
+from gradmm.tasks import Task
+
+TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
+FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is", ("", "a", "the cat", "in"))
+CLUES = ("cat sat", "dog sat", "red movie", "blue film")
+FILLERS = ("the", "a", "i feel", "we saw the", "you like a", "they made the")
+CONFIG = ComparisonConfig(
+    n_real=8,
+    synthesis=SynthesisConfig(
+        n_synthetic=4, oversample=1.5, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=5
+    ),
+    finetuning=FinetuneConfig(steps=4, batch_size=4, learning_rates=(3e-3, 1e-2), eval_every=2, warmup=1),
+    sampling=Sampling(temperature=4.0, max_tokens=16, min_tokens=4, shots=1, rounds=40),
+    max_test=8,
+    similarity_steps=(0, 2),
+)
+
+
+def toy(task: Task, start: int, count: int) -> list[Example]:
+    numbers = ("one", "two", "three")
+    return [
+        Example(f"{FILLERS[i % 6]} {CLUES[label]} {numbers[i // 6 % 3]} {numbers[i // 18 % 3]}", label)
+        for i in range(start, start + count)
+        for label in range(len(task.labels))
+    ]
+
+
+def splits_of(task: Task) -> Splits:
+    return Splits(toy(task, 0, 20), toy(task, 20, 6), toy(task, 30, 6), "toy")
+
+
+def bench_of(model, task: Task = TWO, config: ComparisonConfig = CONFIG) -> Bench:
+    return Bench(model, task, splits_of(task), config, {}, "", None, None)
+
+
+def records_of(folder) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (folder / "records").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model("llama", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """Every method with two seeds, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0, 1), output=folder, progress=False), folder
+
+
+def test_every_method_has_its_budget_and_its_figures(whole):
+    found, folder = whole
+    sizes = {"none": 0, "all_real": 40, "real": 8}
+    assert {name: figures["n"] for name, figures in found.methods.items()} == {name: sizes.get(name, 4) for name in METHODS}
+    for name, figures in found.methods.items():
+        assert len(figures["accuracy"]["runs"]) == 2 and 0 <= figures["macro_f1"] <= 1
+        assert (figures["match"] is None) == (name == "none") and set(figures["similarity"]) == ({"0", "2"} if name != "none" else set())
+        assert (figures["minus_gradmm"] is None) == (name == "gradmm")
+    assert len(found.labels) == 8 and len(found.table()) == len(METHODS)
+    json.dumps(found.methods, allow_nan=False)
+    assert files.read_json(folder / "manifest.json")["status"] == "complete"
+    assert {record["method"] for record in found.records if record["curve"]} == set(METHODS) - {"none"}
+
+
+def test_the_real_examples_match_themselves_at_every_step(whole):
+    real = whole[0].methods["real"]
+    assert real["match"] == pytest.approx(0, abs=1e-5)
+    assert list(real["similarity"].values()) == pytest.approx([1, 1], abs=1e-5)
+    for record in whole[0].records:
+        if record["n"]:
+            assert record["similarity"]["0"] == pytest.approx(1 - record["match"], abs=1e-5)
+
+
+def test_differences_are_paired_and_summaries_follow_from_the_records(whole):
+    found, _ = whole
+    for name, figures in found.methods.items():
+        runs = [sum(a == b for a, b in zip(r["predictions"], found.labels, strict=True)) / len(found.labels) for r in found.of(name)]
+        assert list(figures["accuracy"]["runs"]) == pytest.approx(runs)
+        if name != "gradmm":
+            gap, own = figures["minus_gradmm"], found.methods["gradmm"]["accuracy"]
+            assert gap["mean"] == pytest.approx(figures["accuracy"]["mean"] - own["mean"]) and gap["low"] <= gap["mean"] <= gap["high"]
+
+
+def test_the_same_seeds_give_the_same_files(model, whole, tmp_path):
+    compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0, 1), output=tmp_path, progress=False)
+    assert records_of(tmp_path) == records_of(whole[1])
+    in_memory = compare(model, TWO, splits_of(TWO), CONFIG, methods=("zero_shot", "gradmm"), seeds=(1,), progress=False)
+    settings = {"settings": None}
+    theirs = [r for r in whole[0].records if r["seed"] == 1 and r["method"] in ("zero_shot", "gradmm")]
+    assert [r | settings for r in in_memory.records] == [r | settings for r in theirs]
+
+
+def test_finished_runs_are_read_back_and_missing_ones_done(model, whole, tmp_path, monkeypatch):
+    options = {"methods": ("none", "real", "gradmm"), "output": tmp_path, "progress": False}
+    compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0,), **options)
+    (tmp_path / "records" / "gradmm-seed0.json").unlink()
+    done = []
+    monkeypatch.setattr(comparison, "finetune", lambda *args, _run=comparison.finetune: done.append(args[-1].seed) or _run(*args))
+    resumed = compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0, 1), **options)
+    assert done == [0, 1, 1]
+    assert resumed.records == [r for r in whole[0].records if r["method"] in ("none", "real", "gradmm")]
+    compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0, 1), **options)
+    assert len(done) == 3
+
+
+def test_a_folder_with_other_settings_is_refused(model, whole):
+    before = records_of(whole[1])
+    with pytest.raises(UserError, match=r"config\.n_real \(8 there, 6 now\)"):
+        compare(model, TWO, splits_of(TWO), replace(CONFIG, n_real=6), seeds=(0,), output=whole[1], progress=False)
+    with pytest.raises(UserError, match="data.fingerprint"):
+        other = replace(splits_of(TWO), train=toy(TWO, 0, 19))
+        compare(model, TWO, other, CONFIG, seeds=(0,), output=whole[1], progress=False)
+    assert records_of(whole[1]) == before
+
+
+def test_a_record_of_another_folder_is_refused(model, tmp_path):
+    options = {"methods": ("none",), "seeds": (0,), "output": tmp_path, "progress": False}
+    compare(model, TWO, splits_of(TWO), CONFIG, **options)
+    place = tmp_path / "records" / "none-seed0.json"
+    files.write_json(place, files.read_json(place) | {"settings": "others"})
+    with pytest.raises(UserError, match="made with other settings than its folder"):
+        compare(model, TWO, splits_of(TWO), CONFIG, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("OMP_NUM_THREADS") != "1", reason="equal to the last bit with equal threads alone")
+def test_two_processes_give_what_one_gives(model, whole, tmp_path):
+    methods = ("real", "herding", "shuffled", "gradmm")
+    two = compare(model, TWO, splits_of(TWO), CONFIG, methods, (0, 1), tmp_path, progress=False, workers=2)
+    assert two.records == [r for name in methods for r in whole[0].of(name)]
+
+
+def test_four_classes_a_head_with_bias_and_a_second_model(tiny_model, model):
+    phi = tiny_model("phi", dtype=torch.float32)
+    config = replace(CONFIG, synthesis=replace(CONFIG.synthesis, n_synthetic=6))
+    methods = ("herding", "zero_shot", "prompt_only", "random_target", "gradmm")
+    found = compare(phi, FOUR, splits_of(FOUR), config, methods, (0,), progress=False, second=model)
+    assert {figures["n"] for figures in found.methods.values()} == {6}
+    assert all(figures["second_perplexity"] > 1 for figures in found.methods.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_random_targets_have_the_norms_of_the_real_ones(tiny_model, kind):
+    model = tiny_model(kind)
+    trial = Trial(bench_of(model), 0)
+    drawn = comparison.random_directions(trial.release, 0)
+    for ours, theirs in zip(drawn.targets, trial.release.targets, strict=True):
+        assert [float(n) for n in ours.norms()] == pytest.approx([float(n) for n in theirs.norms()], rel=1e-9)
+        assert len(ours.norms()) == (2 if kind == "phi" else 1)
+        whole, real = (t.factors.delta.mT @ t.factors.hidden for t in (ours, theirs))
+        assert abs(float((whole * real).sum() / (whole.norm() * real.norm()))) < 0.2
+    again, other = (comparison.random_directions(trial.release, seed) for seed in (0, 1))
+    assert drawn.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_prompt_only_does_not_depend_on_the_release(model):
+    texts = []
+    for examples in (toy(TWO, 0, 4), toy(TWO, 9, 7)):
+        trial = Trial(bench_of(model), 3)
+        trial.__dict__["release"] = gradmm.release(model, TWO, examples)
+        texts.append(METHODS["prompt_only"](trial))
+    assert texts[0] == texts[1] and len(texts[0]) == 4
+    assert texts[0] != METHODS["prompt_only"](Trial(bench_of(model), 4))
+
+
+def test_prompt_only_is_the_first_projection_of_the_first_draw_in_order_of_writing(model):
+    bench = bench_of(model, config=replace(CONFIG, synthesis=replace(CONFIG.synthesis, filter="none")))
+    trial = Trial(bench, 0)
+    first = []
+    config = replace(trial.synthesis, init_candidates=1, outer_steps=1)
+    gradmm.synthesize(model, TWO, trial.release, config, progress=False, on_step=lambda _, result: first.append(result.state.ids))
+    tokens = comparison.tokenize_task(TWO, model.tokenizer)
+    rows = [[i for i in row if i != model.tokenizer.eos_token_id] for row in first[0].flatten(0, 1).tolist()]
+    found = METHODS["prompt_only"](trial)
+    assert [e.text for e in found] == [tokens.decode(rows[place]).strip() for place in (0, 1, 4, 5)]
+
+
+def test_shuffling_moves_labels_alone(model):
+    trial = Trial(bench_of(model, config=replace(CONFIG, synthesis=replace(CONFIG.synthesis, n_synthetic=12))), 0)
+    ours, dealt = METHODS["gradmm"](trial), METHODS["shuffled"](trial)
+    assert [e.text for e in ours] == [e.text for e in dealt] and ours != dealt
+    assert sorted(e.label for e in ours) == sorted(e.label for e in dealt)
+
+
+def test_generated_texts_pass_gradmm_s_own_filter_and_repeat_no_shot(model):
+    trial = Trial(bench_of(model), 0)
+    for name in ("zero_shot", "few_shot"):
+        texts = METHODS[name](trial)
+        assert [e.label for e in texts] == [0, 0, 1, 1]
+    assert not {content_hash(e.text) for e in texts} & {content_hash(e.text) for e in trial.real}
+
+
+def test_no_method_sees_the_test_set(model):
+    trial = Trial(replace(bench_of(model), coresets={"herding": toy(TWO, 0, 2), "k_center": toy(TWO, 0, 2)}), 0)
+    for method in METHODS.values():
+        refuse_overlap(method(trial), trial.bench.splits.test)
+
+
+def test_the_longest_shared_span_of_real_examples_is_their_longest(whole, model):
+    real = Trial(bench_of(model), 0).real
+    spans = longest_shared_spans([words(e.text) for e in real], [words(e.text) for e in real])
+    assert whole[0].of("real")[0]["longest_shared_span"] == max(spans)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ("gradm",)}, r"\['gradm'\] are not known: use some of none, all_real"),
+        ({"methods": ("none", "none")}, "names one twice"),
+        ({"seeds": (1, 1)}, "they must differ"),
+        ({"seeds": ()}, "at least one"),
+        ({"workers": 0}, "workers = 0"),
+    ],
+)
+def test_misuse_is_one_sentence(model, options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        compare(model, TWO, splits_of(TWO), CONFIG, **options, output=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("settings", "message"), [({"similarity_steps": (0, 50)}, "from 0 to the"), ({"max_test": 0}, "max_test = 0")])
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(UserError, match=message):
+        replace(CONFIG, **settings)

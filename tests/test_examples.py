@@ -358,6 +358,13 @@ def test_a_task_brings_its_own_source_with_named_labels(hub):
     assert sum(len(getattr(splits, split)) for split in SPLITS) == 40
 
 
+def test_the_classes_of_a_source_count_in_the_order_of_the_labels(hub):
+    write_rows(hub("someone/moods") / "train.jsonl", rows_of(60, classes=4))
+    source = HubSource("someone/moods", splits={"train": "train"}, classes=(3, 1))
+    _, splits = load_data("moods", Task("moods", TWO.labels, TWO.verbalizers, hub=source))
+    assert {(e.label, int(e.text.split()[2]) % 4) for e in splits.train} == {(0, 3), (1, 1)}
+
+
 def test_a_loading_script_is_never_run(hub, tmp_path):
     snapshot = hub("stanfordnlp/sst2")
     (snapshot / "sst2.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

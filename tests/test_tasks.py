@@ -358,6 +358,13 @@ def test_a_folder_without_rows_is_refused(tmp_path):
         load_task(folder_of(tmp_path, "none", [None, [1], True, 0.5]))
 
 
+def test_the_built_in_task_comes_before_a_folder_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "here" / "demo").mkdir(parents=True)
+    monkeypatch.setattr("gradmm.tasks.DEMO", folder_of(tmp_path, "built-in", ["a", "b"]))
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_task("demo").name == "built-in"
+
+
 def test_a_folder_may_stand_where_a_name_would(tmp_path, monkeypatch):
     folder_of(tmp_path, "sst2", ["a", "b"])
     monkeypatch.chdir(tmp_path)

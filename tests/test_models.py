@@ -1,0 +1,457 @@
+"""Any causal language model: from a folder or the hub's cache, padded or not, whole or refused in one sentence."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from gradmm import models
+from gradmm.errors import UserError
+from gradmm.models import batches_by_length, load_model, pad_left, wrap_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "intermediate_size": 64, "max_position_embeddings": 64, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+SEQUENCES = [[0, 40, 41, 42, 43, 44, 45], [0, 50], [7], [0, 40, 41, 60, 61]]
+
+
+def random_lm(kind: str, dtype: torch.dtype = torch.float64, **options):
+    """A random language model of a family that the shared fixtures leave out."""
+    known = AutoConfig.for_model(kind)
+    common = {key: value for key, value in SMALL.items() if hasattr(known, key) or key in known.attribute_map}
+    if kind == "falcon":  # computes its own
+        del common["head_dim"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(type(known)(**{**common, **options})).to(dtype).eval()
+
+
+def save(lm, tokenizer, folder: Path, **options) -> Path:
+    lm.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_lm, toy_tokenizer):
+    """`saved(kind)` saves a tiny model and gives its folder."""
+    return lambda kind="llama", **options: save(tiny_lm(kind, dtype=torch.float32), toy_tokenizer, tmp_path / kind, **options)
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# ---------------------------------------------------------------- loading
+
+
+def test_a_folder_loads_as_it_was_saved(saved, kind, tiny_lm):
+    folder = saved(kind)
+    model, source = load_model(folder, device="cpu", dtype="float64"), tiny_lm(kind, dtype=torch.float32).double()
+    assert (model.name, model.revision, model.context) == (kind, None, 64)
+    assert model.dtype == torch.float64 and model.embedding.shape == (97, 32) == model.head_weight.shape
+    assert not model.lm.training and not any(p.requires_grad for p in model.lm.parameters())
+    ids = torch.tensor(SEQUENCES[:1])
+    logits = torch.nn.functional.linear(model.hidden_of(SEQUENCES[:1]), model.head_weight, model.head_bias)
+    torch.testing.assert_close(logits, source(ids).logits[:, -1].detach(), rtol=1e-9, atol=1e-9)
+    assert (model.head_bias is not None) == (kind == "phi")
+    assert (model.head_weight.data_ptr() == model.embedding.data_ptr()) == (kind in ("gpt2", "opt"))
+    assert len(model.tokenizer) <= 97
+
+
+def test_the_fingerprint_is_of_the_files_and_not_of_their_place(saved, tmp_path):
+    folder = saved()
+    first = load_model(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    assert load_model(tmp_path / "copy").fingerprint == first.fingerprint
+    assert load_model(folder, dtype="bfloat16").fingerprint == first.fingerprint
+    changed = []
+    for name, old, new in (("tokenizer.json", b"great", b"grand"), ("config.json", b"silu", b"gelu"), ("model.safetensors", None, None)):
+        path = tmp_path / "copy" / name
+        kept = path.read_bytes()
+        path.write_bytes(kept.replace(old, new) if old else kept[:-1] + bytes([kept[-1] ^ 1]))
+        changed.append(load_model(tmp_path / "copy").fingerprint)
+        path.write_bytes(kept)
+    assert len({first.fingerprint, *changed}) == 4
+
+
+def test_a_model_in_memory_has_a_fingerprint_of_its_weights(tiny_lm, toy_tokenizer):
+    one, same, other = (wrap_model(tiny_lm("gpt2", seed=seed), toy_tokenizer, "m").fingerprint for seed in (0, 0, 1))
+    assert one == same != other
+    lm = tiny_lm("gpt2")
+    lm.register_buffer("scalar", torch.tensor(1.0))
+    assert wrap_model(lm, toy_tokenizer, "m").fingerprint != one
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local copy of the hub's cache; `hub(id)` gives the folder of a model's snapshot. Nothing else can be reached."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def add(name: str, reference: str = "main", commit: str = COMMIT) -> Path:
+        home = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (home / "refs" / reference).parent.mkdir(parents=True, exist_ok=True)
+        (home / "refs" / reference).write_text(commit)
+        return home / "snapshots" / commit
+
+    return add
+
+
+def test_a_hub_id_loads_from_the_cache_and_records_its_commit(hub, kind, tiny_lm, toy_tokenizer):
+    save(tiny_lm(kind), toy_tokenizer, hub(f"someone/tiny-{kind}"))
+    model = load_model(f"someone/tiny-{kind}")
+    assert (model.name, model.revision, model.dtype) == (f"someone/tiny-{kind}", COMMIT, torch.float32)
+    assert load_model(f"someone/tiny-{kind}", revision=COMMIT).fingerprint == model.fingerprint
+
+
+def test_a_revision_is_found_by_its_name(hub, tiny_lm, toy_tokenizer):
+    other = COMMIT[::-1]
+    for seed, place in enumerate((hub("someone/m"), hub("someone/m", "refs/pr/1", other))):
+        save(tiny_lm("gpt2", seed=seed), toy_tokenizer, place)
+    first, second = load_model("someone/m"), load_model("someone/m", revision="refs/pr/1")
+    assert (first.revision, second.revision) == (COMMIT, other)
+    assert first.fingerprint != second.fingerprint
+
+
+def test_what_is_neither_folder_nor_hub_id_is_refused(hub, tmp_path, saved):
+    with pytest.raises(UserError, match="'someone/absent' is neither a folder here nor to be had from the hub .*: check") as caught:
+        load_model("someone/absent")
+    assert "\n" not in str(caught.value)
+    for path in (str(tmp_path / "absent"), "./absent", "a/b/c"):
+        with pytest.raises(UserError, match="there is no model folder .*: check the path, or give a hub id"):
+            load_model(path)
+    with pytest.raises(UserError, match="is a folder, which has no revision 'main': leave the revision out"):
+        load_model(saved(), revision="main")
+
+
+def test_weights_in_several_files_are_one_model(saved, tmp_path, tiny_lm, toy_tokenizer):
+    folder = save(tiny_lm("llama", dtype=torch.float32), toy_tokenizer, tmp_path / "shards", max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    assert torch.equal(load_model(folder).hidden_of(SEQUENCES), load_model(saved()).hidden_of(SEQUENCES))
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(UserError, match="shards is no causal language model that can be loaded"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_half_precision_files_load_as_float32(tmp_path, tiny_lm, toy_tokenizer, stored):
+    folder = save(tiny_lm("llama").to(stored), toy_tokenizer, tmp_path / "half")
+    model = load_model(folder)
+    assert {parameter.dtype for parameter in model.lm.parameters()} == {torch.float32}
+    assert torch.equal(model.embedding, tiny_lm("llama").to(stored).float().get_input_embeddings().weight)
+    assert model.hidden_of(SEQUENCES).isfinite().all()
+
+
+def test_bfloat16_is_near_float32(saved, kind):
+    folder = saved(kind)
+    exact, rough = load_model(folder), load_model(folder, dtype=torch.bfloat16)
+    assert rough.dtype == rough.hidden_of(SEQUENCES).dtype == torch.bfloat16
+    error = (rough.hidden_of(SEQUENCES).float() - exact.hidden_of(SEQUENCES)).norm() / exact.hidden_of(SEQUENCES).norm()
+    assert error < 0.06
+
+
+def test_embeddings_narrower_than_the_body(toy_tokenizer, tmp_path):
+    lm = random_lm("opt", torch.float32, word_embed_proj_dim=16, ffn_dim=64)
+    model = load_model(save(lm, toy_tokenizer, tmp_path / "narrow"), dtype="float64")
+    assert model.embedding.shape == model.head_weight.shape == (97, 16)
+    states = model.hidden_of(SEQUENCES)
+    assert states.shape == (4, 16)
+    expected = lm.double()(torch.tensor(SEQUENCES[:1])).logits[:, -1]
+    torch.testing.assert_close(states[:1] @ model.head_weight.T, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_bench_model_loads(bench):
+    model = load_model(bench / "imdb-lm")
+    assert (model.embedding.shape, model.context, model.dtype) == ((8192, 256), 256, torch.float32)
+    assert model.head_weight.data_ptr() != model.embedding.data_ptr()
+
+
+# ---------------------------------------------------------------- padding
+
+
+def padded(model, sequence: list[int], places: list[int], length: int):
+    """One sequence with its tokens at some places, and junk that the mask hides at the others: (embeds, mask)."""
+    ids, mask = torch.full((1, length), 13), torch.zeros(1, length, dtype=torch.long)
+    ids[0, places], mask[0, places] = torch.tensor(sequence), 1
+    return model.embed(ids), mask
+
+
+PLACES = {"left": [3, 4, 5, 6, 7], "middle": [0, 1, 2, 6, 7], "before the last": [0, 1, 2, 3, 7], "scattered": [1, 2, 4, 6, 7], "after the first": [0, 4, 5, 6, 7]}
+
+
+def assert_padding_changes_nothing(model, tolerance: float):
+    close = {"rtol": tolerance, "atol": tolerance}
+    sequence = SEQUENCES[3]
+    plain = model.embed(torch.tensor([sequence])).requires_grad_()
+    expected = model.last_hidden(plain)
+    (slope,) = torch.autograd.grad(expected.sum(), plain)
+    for places in PLACES.values():
+        embeds, mask = padded(model, sequence, places, 8)
+        found = model.last_hidden(embeds.requires_grad_(), mask)
+        torch.testing.assert_close(found, expected, **close)
+        (padded_slope,) = torch.autograd.grad(found.sum(), embeds)
+        torch.testing.assert_close(padded_slope[:, places], slope, **close)
+        assert not padded_slope[mask == 0].any()
+    alone = torch.cat([model.hidden_of([some]) for some in SEQUENCES])
+    torch.testing.assert_close(model.hidden_of(SEQUENCES), alone, **close)
+    torch.testing.assert_close(model.hidden_of(SEQUENCES, tokens_per_batch=8), alone, **close)
+
+
+def test_padding_anywhere_changes_nothing(tiny_model, kind):
+    assert_padding_changes_nothing(tiny_model(kind), 1e-9)
+
+
+FAMILIES = {
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {"num_kv_heads": 4},
+    "gemma": {},
+    "gemma3_text": {},
+    "mistral": {},
+    "mixtral": {"num_local_experts": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+    "phi3": {},
+    "qwen3": {},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_have_no_traps(toy_tokenizer, family):
+    lm = random_lm(family, torch.float32, **FAMILIES[family])  # several of them compute in float32 whatever the weights are
+    model = wrap_model(lm, toy_tokenizer, family)
+    assert_padding_changes_nothing(model, 1e-5)
+    ids = torch.tensor(SEQUENCES[:1])
+    logits = torch.nn.functional.linear(model.last_hidden(model.embed(ids)), model.head_weight, model.head_bias)
+    expected = lm(ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.embedding[ids], model.embed(ids))
+
+
+def test_the_last_state_leaves_the_model_as_it_was(tiny_model, kind):
+    model = tiny_model(kind)
+    embeds = model.embed(torch.tensor(SEQUENCES[:1]))
+    before = model.body(inputs_embeds=embeds, attention_mask=None, use_cache=False).last_hidden_state
+    torch.testing.assert_close(model.last_hidden(embeds), before[:, -1], rtol=1e-12, atol=1e-12)
+    after = model.body(inputs_embeds=embeds, attention_mask=None, use_cache=False).last_hidden_state
+    assert torch.equal(before, after)
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.lm.modules())
+
+
+def test_no_text_no_tokens_and_too_many_tokens(tiny_model):
+    model = tiny_model("llama")
+    assert model.hidden_of([]).shape == (0, 32)
+    assert model.hidden_of([[5] * 64]).shape == (1, 32)
+    with pytest.raises(UserError, match="text 2 has 65 tokens with its template, tiny-llama reads 64: shorten it or leave it out"):
+        model.hidden_of([[5], [5] * 65])
+    with pytest.raises(UserError, match="text 1 has no tokens: every text needs at least one"):
+        model.hidden_of([[]])
+
+
+lengths = st.lists(st.lists(st.integers(1, 96), min_size=1, max_size=12), min_size=1, max_size=12)
+
+
+@given(lengths)
+def test_left_padding_keeps_every_token(sequences):
+    ids, mask = pad_left(sequences)
+    assert ids.shape == mask.shape == (len(sequences), max(map(len, sequences)))
+    assert [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)] == sequences
+    assert mask[:, -1].all() and not ids[mask == 0].any()
+
+
+@given(lengths, st.integers(1, 30))
+def test_batches_hold_every_row_once_within_the_limit(sequences, limit):
+    batches = batches_by_length(sequences, limit)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(sequences)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(sequences[row]) for row in batch) <= limit
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_pickles_are_refused_by_name_and_never_read(saved):
+    folder = saved()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="has only pytorch_model.bin, which could run code when read; safetensors are needed: convert"):
+        load_model(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match="llama has no weights; safetensors are needed"):
+        load_model(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="llama has no config.json: give the folder of a transformers model"):
+        load_model(folder)
+
+
+CODE = """
+open({marker!r}, "w")
+from transformers import LlamaConfig, LlamaForCausalLM
+class Config(LlamaConfig):
+    model_type = "own"
+class Own(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+@pytest.mark.parametrize("model_type", ["own", "llama"])
+def test_code_beside_a_model_is_never_run(saved, tmp_path, model_type):
+    folder, marker = saved(), tmp_path / "ran"
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    change_config(folder, model_type=model_type, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own"})
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}))
+    if model_type == "llama":
+        assert type(load_model(folder).lm) is transformers.LlamaForCausalLM
+    else:
+        with pytest.raises(UserError, match="llama is no causal language model that can be loaded") as caught:
+            load_model(folder)
+        assert "\n" not in str(caught.value)
+    assert not marker.exists()
+
+
+def test_a_body_saved_without_its_head_is_refused(tmp_path, saved, toy_tokenizer):
+    body = AutoModel.from_pretrained(saved("llama"))
+    folder = save(body, toy_tokenizer, tmp_path / "body")
+    with pytest.raises(UserError, match="body lacks 1 of its weights, such as .'lm_head.weight'., which would be random: give the whole"):
+        load_model(folder)
+
+
+def test_a_tied_model_needs_no_head_of_its_own(tmp_path, saved, toy_tokenizer):
+    folder = save(AutoModel.from_pretrained(saved("gpt2")), toy_tokenizer, tmp_path / "body")
+    assert torch.equal(load_model(folder).head_weight, load_model(tmp_path / "gpt2").head_weight)
+
+
+def test_a_missing_or_misshapen_weight_is_refused(saved):
+    folder = saved("llama")
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    safetensors.torch.save_file({k: v for k, v in tensors.items() if k != name}, path, {"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks 1 of its weights, such as .'{name}'"):
+        load_model(folder)
+    safetensors.torch.save_file({**tensors, name: tensors[name][:3].clone()}, path, {"format": "pt"})
+    with pytest.raises(UserError, match="is no causal language model that can be loaded"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_cut_file_is_refused(saved, name):
+    path = saved() / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match="llama is no causal language model that can be loaded") as caught:
+        load_model(path.parent)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path, tiny_lm):
+    tiny_lm("llama").save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="bare is no causal language model that can be loaded"):
+        load_model(tmp_path / "bare")
+
+
+def test_an_encoder_decoder_is_refused(tmp_path, toy_tokenizer):
+    config = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    folder = save(transformers.T5ForConditionalGeneration(config), toy_tokenizer, tmp_path / "t5")
+    with pytest.raises(UserError, match="t5 is no causal language model that can be loaded"):
+        load_model(folder)
+
+
+NOT_AFFINE = {
+    "granite": {"logits_scaling": 8.0},
+    "granite slightly": {"logits_scaling": 1.01},
+    "gemma2": {"final_logit_softcapping": 30.0},
+    "cohere": {"logit_scale": 0.0625},
+    "bert": {},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", NOT_AFFINE)
+def test_logits_that_are_not_affine_are_refused(toy_tokenizer, case, dtype):
+    lm = random_lm(case.split()[0], dtype, **NOT_AFFINE[case])
+    with pytest.raises(UserError, match="the logits of some model are not W h . b of its last hidden state .they are scaled or capped."):
+        wrap_model(lm, toy_tokenizer, "some model")
+
+
+def test_capped_logits_are_refused_in_bfloat16_too(toy_tokenizer):
+    with pytest.raises(UserError, match="scaled or capped"):
+        wrap_model(random_lm("gemma2", torch.bfloat16), toy_tokenizer, "capped")
+    assert wrap_model(random_lm("gemma2", torch.bfloat16, final_logit_softcapping=None), toy_tokenizer, "not capped")
+
+
+def test_a_model_that_sees_later_tokens_or_padding_is_refused(toy_tokenizer, monkeypatch):
+    lm = random_lm("llama", torch.float32)
+    forward = lm.model.forward
+
+    def both_ways(input_ids=None, inputs_embeds=None, **named):
+        embeds = lm.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return forward(inputs_embeds=embeds + embeds.mean(1, keepdim=True), **named)
+
+    monkeypatch.setattr(lm.model, "forward", both_ways)
+    with pytest.raises(UserError, match="lets a position see the tokens after it"):
+        wrap_model(lm, toy_tokenizer, "both ways")
+    with pytest.raises(UserError, match="lets a position see the tokens after it or padding before it: give a causal language model"):
+        wrap_model(random_lm("rwkv", torch.float32, context_length=64), toy_tokenizer, "no mask")
+
+
+def test_a_model_without_a_head_is_refused(tiny_lm, toy_tokenizer):
+    with pytest.raises(UserError, match="body has no output head over the vocabulary: give a causal language model"):
+        wrap_model(tiny_lm("llama").model, toy_tokenizer, "body")
+
+
+def test_a_tokenizer_of_another_model_is_refused(toy_tokenizer):
+    with pytest.raises(UserError, match=f"the tokenizer of small has {len(toy_tokenizer)} tokens, its model 20: give the tokenizer"):
+        wrap_model(random_lm("llama", vocab_size=20), toy_tokenizer, "small")
+
+
+@pytest.mark.parametrize("device", ["graphics", "cuda:99", "meta", "cpu:x", 3.5])
+def test_a_device_that_is_not_here_is_refused(device):
+    with pytest.raises(UserError, match=f"the device {device!r} is not usable here .*: use cpu, cuda or auto") as caught:
+        load_model("anything", device=device)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "half", "int8", torch.float16, torch.int8, 32])
+def test_a_dtype_that_is_not_used_is_refused(dtype):
+    with pytest.raises(UserError, match="the dtype .* is not usable: use one of float32, float64, bfloat16"):
+        load_model("anything", dtype=dtype)
+
+
+@pytest.mark.parametrize("device", [None, "", "auto"])
+def test_the_device_is_chosen_where_none_is_named(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert models._device(device) == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert models._device(device) == torch.device("cpu")
+
+
+def test_loading_is_silent_and_leaves_transformers_as_it_was(saved, capfd):
+    folder = saved("gpt2")
+    verbosity, hook = logging.INFO, lambda bar, args, kwargs: bar(*args, **kwargs)
+    before = transformers_logging.get_verbosity(), transformers_logging.set_tqdm_hook(hook)
+    transformers_logging.set_verbosity(verbosity)
+    try:
+        capfd.readouterr()
+        load_model(folder)
+        with pytest.raises(UserError):
+            (folder / "model.safetensors").write_bytes(b"cut")
+            load_model(folder)
+        assert capfd.readouterr() == ("", "")
+        assert transformers_logging.get_verbosity() == verbosity
+        assert transformers_logging.set_tqdm_hook(hook) is hook
+    finally:
+        transformers_logging.set_verbosity(before[0])
+        transformers_logging.set_tqdm_hook(before[1])

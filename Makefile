@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PAPERMILL = $(BIN)/papermill --kernel python3 --no-progress-bar
+PAPERMILL = $(BIN)/papermill --kernel python3
 NOTEBOOKS := $(notdir $(basename $(wildcard notebooks/*.ipynb)))
 # Notebooks that `make test` runs as they are stored; the suite runs the others with their smoke presets.
 FAST := $(wildcard notebooks/00-quickstart.ipynb)

@@ -541,6 +541,15 @@ class Comparison:
     def _correct(self, name: str) -> list[list[bool]]:
         return [[a == b for a, b in zip(record["predictions"], self.labels, strict=True)] for record in self.of(name)]
 
+    def verdict(self, first: str, second: str) -> str:
+        """Whether `first` beats `second`, as a sentence; only an interval that leaves out 0 decides."""
+        gap, (one, other) = self.difference(first, second), (self.methods[name]["accuracy"]["mean"] for name in (first, second))
+        word = "beats" if gap["low"] > 0 else "is beaten by" if gap["high"] < 0 else "cannot be told from"
+        return (
+            f"{first} ({one:.3f}) {word} {second} ({other:.3f}): difference {gap['mean']:+.3f}, "
+            f"{gap['confidence']:.0%} interval {gap['low']:+.3f} to {gap['high']:+.3f}"
+        )
+
     def table(self) -> pandas.DataFrame:
         """One row for each method."""
         return pandas.DataFrame([_table_row(name, figures) for name, figures in self.methods.items()])
@@ -549,6 +558,28 @@ class Comparison:
         """Every look of every fine-tuning: method, seed and the columns of `finetuning.Training.curve`."""
         rows = [{"method": r["method"], "seed": r["seed"], **look} for r in self.records for look in r["curve"]]
         return pandas.DataFrame(rows)
+
+    def curve(self, method: str, column: str, learning_rate: float) -> pandas.DataFrame:
+        """Mean and standard deviation over seeds of a column of `curves`, by step, as far as every seed was trained."""
+        values = self._by_step(method, column, learning_rate)
+        return pandas.DataFrame({"mean": values.mean(axis=1), "std": values.std(axis=1)})
+
+    def divergence(self, first: str, second: str, column: str, learning_rate: float) -> int | None:
+        """The first step at which two methods' curves differ by more than twice the standard error of the paired difference.
+
+        None if there is no such step, or one seed alone.
+        """
+        gap = (self._by_step(first, column, learning_rate) - self._by_step(second, column, learning_rate)).dropna()
+        if gap.shape[1] < 2:
+            return None
+        apart = gap.mean(axis=1).abs() > 2 * gap.std(axis=1) / math.sqrt(gap.shape[1])
+        return int(apart.idxmax()) if apart.any() else None
+
+    def _by_step(self, method: str, column: str, learning_rate: float) -> pandas.DataFrame:
+        """Steps as rows, seeds as columns."""
+        curves = self.curves()
+        some = curves[(curves["method"] == method) & (curves["learning_rate"] == learning_rate)]
+        return some.pivot(index="step", columns="seed", values=column).astype(float).dropna()
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

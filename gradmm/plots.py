@@ -34,6 +34,7 @@ STYLE = {
 
 def use_style() -> None:
     """Make the book's style matplotlib's for the rest of the session."""
+    plt.switch_backend(plt.get_backend())  # loaded later, within `rc_context`, a notebook would show its first figure alone
     plt.rcParams.update(STYLE)
 
 
@@ -85,7 +86,7 @@ def selection(dataset: datasets.Dataset) -> Figure:
 def accuracies(runs: Mapping[str, Sequence[float]], chance: float | None = None) -> Figure:
     """Test accuracy of each method: one point a run, a bar for the mean and one standard deviation."""
     figure, (axes,) = _axes(1, width=6.4, height=0.5 * len(runs) + 1.2)
-    for place, (name, values) in enumerate(runs.items()):
+    for place, values in enumerate(runs.values()):
         series = pandas.Series(list(values), dtype=float)
         colour = COLOURS[place % len(COLOURS)]
         spread = series.std() if len(series) > 1 else 0.0
@@ -107,6 +108,24 @@ def lines(series: Mapping[str, pandas.Series], xlabel: str, ylabel: str) -> Figu
         axes.plot(values.index, values, label=name, color=colour, marker=marker, markersize=4)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend()
+    return figure
+
+
+def bands(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str) -> Figure:
+    """Curves with bands of one standard deviation, a panel for each quantity.
+
+    Args:
+        panels: for each panel's y label, each curve's frame: x as the index, columns `mean` and `std` (not a number of
+            one run: no band).
+    """
+    figure, axes = _axes(len(panels))
+    for place, (ylabel, curves) in zip(axes, panels.items(), strict=True):
+        for number, (name, frame) in enumerate(curves.items()):
+            colour, spread = COLOURS[number % len(COLOURS)], frame["std"].astype(float).fillna(0)
+            place.plot(frame.index, frame["mean"], label=name, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4)
+            place.fill_between(frame.index, frame["mean"] - spread, frame["mean"] + spread, color=colour, alpha=0.15, linewidth=0)
+        place.set(xlabel=xlabel, ylabel=ylabel)
+        place.legend()
     return figure
 
 

@@ -221,6 +221,21 @@ def test_the_longest_shared_span_of_real_examples_is_their_longest(whole, model)
     assert whole[0].of("real")[0]["longest_shared_span"] == max(spans)
 
 
+def test_curves_verdicts_and_where_two_methods_part(whole):
+    found, _ = whole
+    rate = CONFIG.finetuning.learning_rates[-1]
+    curve = found.curve("real", "validation_loss", rate)
+    rows = [look for r in found.of("real") for look in r["curve"] if look["learning_rate"] == rate and look["step"] == 2]
+    assert curve.loc[2, "mean"] == pytest.approx(sum(look["validation_loss"] for look in rows) / 2)
+    assert found.divergence("real", "real", "validation_loss", rate) is None
+    assert found.divergence("real", "gradmm", "validation_loss", rate) in (None, 2, 4)
+    assert "gradmm (" in found.verdict("gradmm", "none") and " cannot be told from gradmm" in found.verdict("gradmm", "gradmm")
+    known = comparison.Comparison(TWO, (0, 1) * 50, [{"method": m, "seed": 0, "n": 0, "accuracy": a, "macro_f1": a, "similarity": {},
+        "predictions": p, "curve": [], **dict.fromkeys(comparison.MEASURES)} for m, a, p in (("a", 1, [0, 1] * 50), ("b", 0, [1, 0] * 50))])  # fmt: skip
+    assert known.verdict("a", "b") == "a (1.000) beats b (0.000): difference +1.000, 95% interval +1.000 to +1.000"
+    assert "is beaten by" in known.verdict("b", "a")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,0 +1,93 @@
+"""Every notebook runs from end to end at its smoke preset, and the numbers that it writes are what it says they are."""
+
+import json
+from pathlib import Path
+
+import papermill
+import pytest
+
+from gradmm import demo_text, files
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PRESETS = ROOT / "notebooks" / "params" / "smoke"
+
+
+def quickstart(results: dict, preset: dict) -> None:
+    assert list(results["methods"]) == ["none", "real", "zero_shot", "gradmm"]
+    for method in results["methods"].values():
+        assert 0 <= method["accuracy"]["mean"] <= 1
+    assert {len(m["accuracy"]["runs"]) for name, m in results["methods"].items() if name != "none"} == {preset["fine_tuning_seeds"]}
+    assert results["methods"]["real"]["n"] == preset["n_real"]
+    assert results["methods"]["gradmm"]["n"] <= preset["n_synthetic"] <= results["written"]
+    assert [row["step"] for row in results["history"]] == [1, 2]
+    assert results["private"] is False and results["statement"].startswith("not private")
+
+
+def synthesis(results: dict, preset: dict) -> None:
+    assert results["closed_form"]["value_error"] < 1e-2 and results["closed_form"]["gradient_error"] < 1e-3
+    assert all(row["match of the answer"] <= row["lowest match_z"] for row in results["answers"])
+    assert set(results["history"]) == set(results["comparison"]) == {"lm_then_nearest", "nearest_then_lm"}
+    assert all(len(rows) == preset["outer_steps"] for rows in (*results["history"].values(), results["norms"]))
+    first = results["norms"][0]  # lam was zero before the first step, so it is rho (x - z) and the push is x - z
+    assert first["push"] == pytest.approx(first["x_minus_z"], rel=1e-4)
+    assert first["lam"] < first["push"]
+    scores = [score for runs in results["comparison"].values() for score in (runs["matched"], *runs["control"])]
+    assert all(0 <= score["match"] <= 2 and score["perplexity"] >= 1 for score in scores)
+    assert all(text for row in results["texts"] for text in row.values())
+
+
+def finetuning(results: dict, preset: dict) -> None:
+    assert list(results["methods"]) == preset["methods"] and len(results["seeds"]) == preset["seeds"]
+    assert all(len(method["accuracy"]["runs"]) == preset["seeds"] for method in results["methods"].values())
+    assert all(0 <= method["accuracy"]["mean"] <= 1 for method in results["methods"].values())
+    assert results["methods"]["gradmm"]["minus_gradmm"] is None or results["methods"]["gradmm"]["minus_gradmm"]["mean"] == 0
+    assert results["n_test"] == preset["max_test"]
+
+
+# A notebook without an entry still has to run, write its numbers and draw its figures.
+CHECKS = {"00-quickstart": quickstart, "02-synthesis": synthesis, "03-finetuning": finetuning}
+
+
+def execute(notebook: Path, preset: dict, folder: Path):
+    """Run a notebook in an empty folder; a parameter that it does not have, which papermill lets pass, is an error."""
+    unknown = set(preset) - set(papermill.inspect_notebook(str(notebook)))
+    if unknown:
+        raise ValueError(f"{notebook.name} has no parameter {', '.join(sorted(unknown))}")
+    return papermill.execute_notebook(
+        str(notebook), str(folder / notebook.name), preset, cwd=str(folder), kernel_name="python3", progress_bar=False
+    )
+
+
+@pytest.fixture
+def quiet(monkeypatch, tmp_path) -> Path:
+    """An empty folder for a kernel that needs no network, takes one core and leaves nothing in the user's home."""
+    for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path / ".ipython")}.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+def test_every_notebook_has_a_preset_and_every_check_a_notebook():
+    names = [path.stem for path in NOTEBOOKS]
+    assert names == sorted(path.stem for path in PRESETS.glob("*.yaml")) and set(CHECKS) <= set(names)
+
+
+def test_an_unknown_parameter_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no parameter outer_stepps"):
+        execute(NOTEBOOKS[0], {"outer_stepps": 1}, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_writes_its_numbers(path, quiet):
+    preset = files.read_yaml(PRESETS / f"{path.stem}.yaml")
+    executed = execute(path, preset, quiet)
+    (written,) = quiet.rglob(f"{path.stem}.json")
+    results = json.loads(written.read_text(encoding="utf-8"))
+    assert results
+    if path.stem in CHECKS:
+        CHECKS[path.stem](results, preset)
+    promised = [cell for cell in executed.cells if cell.cell_type == "code" and "figure = " in cell.source]
+    drawn = [cell for cell in promised if any("image/png" in output.get("data", {}) for output in cell.outputs)]
+    assert promised and len(drawn) == len(promised)

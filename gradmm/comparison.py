@@ -194,20 +194,33 @@ def k_center(trial: Trial) -> list[Example]:
 
 def zero_shot(trial: Trial) -> list[Example]:
     """Texts that the model writes from the public prompts, as many as gradmm writes, kept by gradmm's own filter."""
-    return _generated(trial, ())
+    return _generated(trial, trial.bench.config.sampling, ())
 
 
 def few_shot(trial: Trial) -> list[Example]:
-    """As `zero_shot`, with real examples before each text."""
-    return _generated(trial, trial.real)
+    """As `zero_shot`, with real examples before each text: as many as the settings say, or fewer if these do not fit."""
+    return _generated(trial, _fitting(trial), trial.real)
 
 
-def _generated(trial: Trial, shots: Sequence[Example]) -> list[Example]:
+def _fitting(trial: Trial) -> Sampling:
+    """The sampling with the most shots, at least one, of which even the longest leave room for a text in the context."""
+    bench, sampling = trial.bench, trial.bench.config.sampling
+    tokens = tokenize_task(bench.task, bench.model.tokenizer)
+    # Each shot stands behind a prompt and before a separator, which may meet the text in an odd token.
+    around = max(map(len, tokens.prompts)) + len(tokens.encode(sampling.separator)) + 1
+    room = bench.model.context - sampling.max_tokens - around
+    classes = [[e.text for e in trial.real if e.label == label] for label in range(len(bench.task.labels))]
+    lengths = [sorted((len(tokens.encode(text)) + around for text in texts), reverse=True) for texts in classes]
+    fitting = [count for count in range(1, sampling.shots + 1) if max(sum(longest[:count]) for longest in lengths) <= room]
+    return replace(sampling, shots=max(fitting, default=1))
+
+
+def _generated(trial: Trial, sampling: Sampling, shots: Sequence[Example]) -> list[Example]:
     bench, config = trial.bench, trial.synthesis
     plan = _Plan.of(bench.model, bench.task, trial.release, config)
     counts = [plan.classes.count(label) * config.group_size for label in range(len(bench.task.labels))]
     most = max(counts)
-    texts = generate_texts(bench.model, bench.task, most, trial.seed, bench.config.sampling, shots)
+    texts = generate_texts(bench.model, bench.task, most, trial.seed, sampling, shots)
     texts = [example for place, example in enumerate(texts) if place % most < counts[example.label]]
     rows = _rows(plan, [example.text for example in texts], [example.label for example in texts])
     return [example for example, row in zip(texts, rows, strict=True) if row["kept"]]

@@ -209,6 +209,13 @@ def test_generated_texts_pass_gradmm_s_own_filter_and_repeat_no_shot(model):
     assert not {content_hash(e.text) for e in texts} & {content_hash(e.text) for e in trial.real}
 
 
+def test_shots_that_do_not_fit_the_context_become_fewer(model):
+    config = replace(CONFIG, sampling=replace(CONFIG.sampling, shots=40))
+    assert 1 <= comparison._fitting(Trial(bench_of(model, config=config), 0)).shots < 40
+    assert len(METHODS["few_shot"](Trial(bench_of(model, config=config), 0))) == 4
+    assert comparison._fitting(Trial(bench_of(model), 0)).shots == 1
+
+
 def test_no_method_sees_the_test_set(model):
     trial = Trial(replace(bench_of(model), coresets={"herding": toy(TWO, 0, 2), "k_center": toy(TWO, 0, 2)}), 0)
     for method in METHODS.values():

@@ -45,7 +45,9 @@ class SynthesisConfig:
         n_synthetic: texts to keep in all, at least one a class; classes get as equal a number as possible.
         oversample: texts written for each text kept, at least 1; the filter and the ranking choose.
         group_size: B, texts that match the target together.
-        outer_steps, inner_steps, rho, lr, gradient_clip, balance_rho: see `admm.Config`.
+        outer_steps, inner_steps, rho, lr, gradient_clip, balance_rho: see `admm.Config`. A token changes when lam / rho
+            outgrows the distance between neighbouring embeddings; f's gradients are small, so a rho as large as the
+            published ones leaves generated starts as they are.
         projection, top_k: the order (a name in `projection.PROJECTIONS`) and its number of candidates.
         length: L, tokens of a text; None takes the Release's.
         early_end, min_tokens: whether a text may end before L tokens, and not before how many.
@@ -67,7 +69,7 @@ class SynthesisConfig:
     group_size: int = 10
     outer_steps: int = 10
     inner_steps: int = 20
-    rho: float = 0.1
+    rho: float = 0.001
     lr: float = 0.008
     gradient_clip: float | None = 1.0
     balance_rho: bool = False
@@ -131,6 +133,7 @@ _PUBLISHED = {
     "oversample": 2.0,
     "outer_steps": 30,
     "inner_steps": 50,
+    "rho": 0.1,
     "lr": 0.008,
     "top_k": 200,
     "early_end": False,

@@ -168,8 +168,8 @@ class Ledger:
         """The epsilon spent so far, at the budget's delta."""
         return total_epsilon(self.entries, self.delta)
 
-    def charge(self, entry: LedgerEntry) -> None:
-        """Record an expense, or raise and record nothing.
+    def check(self, entry: LedgerEntry) -> None:
+        """Raise if an expense would exceed the budget; record nothing.
 
         Raises:
             UserError: the budget would be exceeded.
@@ -180,6 +180,10 @@ class Ledger:
             f"this release would bring the total epsilon to {after:.6g} at delta {self.delta:g}, the budget is {self.epsilon:g} "
             f"and {self.spent:.6g} is spent: lower epsilon or use a Release that was made already",
         )
+
+    def charge(self, entry: LedgerEntry) -> None:
+        """Record an expense, or raise as `check` and record nothing."""
+        self.check(entry)
         self.entries = (*self.entries, entry)
 
 

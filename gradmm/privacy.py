@@ -170,6 +170,8 @@ def release(
     if epsilon is not None:
         size = _coordinates(model, coordinates) * len(task.labels)
         entry = plan_entry("sums of clipped gradients per class", space, epsilon, delta, relation, clip, calibration, size)
+        if ledger is not None:
+            ledger.check(entry)  # before the work of many gradients
     classes = _by_class(examples, task)
     factors = _factors(model, tokens, classes, coordinates, one_by_one=epsilon is not None)
     common = {

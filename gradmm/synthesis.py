@@ -69,12 +69,12 @@ class SynthesisConfig:
     group_size: int = 10
     outer_steps: int = 10
     inner_steps: int = 20
-    rho: float = 0.001
+    rho: float = 0.003
     lr: float = 0.008
     gradient_clip: float | None = 1.0
     balance_rho: bool = False
     projection: str = "lm_then_nearest"
-    top_k: int = 20
+    top_k: int = 50
     length: int | None = None
     early_end: bool = True
     min_tokens: int = 4

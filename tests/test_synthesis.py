@@ -189,7 +189,7 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
     model, task, release = setting
     synthesize(model, task, release, SMALL, tmp_path, progress=False)
     before = files_of(tmp_path)
-    with pytest.raises(UserError, match=r"config\.rho \(0\.001 there, 0\.5 now\)"):
+    with pytest.raises(UserError, match=r"config\.rho \(0\.003 there, 0\.5 now\)"):
         synthesize(model, task, release, replace(SMALL, rho=0.5), tmp_path, progress=False)
     assert files_of(tmp_path) == before
 

@@ -1,0 +1,210 @@
+"""The embedded default: its data, its weights, its recipe, and the room that it leaves for fine-tuning."""
+
+import json
+import re
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gradmm import demo, demo_text, files
+from gradmm.errors import UserError
+from gradmm.seeds import generator
+
+SPLITS = ("train", "validation", "test")
+LEAST = {"train": 1500, "validation": 300, "test": 500}
+MODELS = (demo.MODEL, demo.MODEL_B)
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, list[dict]]:
+    return {split: files.read_json_lines(demo.DATA / f"{split}.jsonl") for split in SPLITS}
+
+
+@pytest.fixture(scope="module")
+def texts(data) -> list[str]:
+    return [row["text"] for split in SPLITS for row in data[split]]
+
+
+def test_splits_are_large_enough_and_balanced(data):
+    for split in SPLITS:
+        labels = [row["label"] for row in data[split]]
+        assert len(labels) >= LEAST[split]
+        assert sum(labels) * 2 == len(labels)
+
+
+def test_no_text_occurs_twice(texts):
+    assert len({text.lower() for text in texts}) == len(texts)
+
+
+def test_vocabulary_is_rich(texts):
+    assert len(set(re.findall(r"[a-z'-]+", " ".join(texts).lower()))) >= 2500
+
+
+def test_texts_read_like_prose(texts):
+    for text in texts:
+        assert re.fullmatch(r"[A-Z][A-Za-z ,.;'-]*\.", text), text
+        assert not re.search(r"  | [,.;]|\.\.|,,|\b(\w+) \1\b|[.] [a-z]|\bi\b", text), text
+        assert 8 <= len(re.findall(r"[\w'-]+|[^\w\s]", text)) <= 35
+
+
+def test_files_say_what_the_task_is():
+    task = yaml.safe_load((demo.DATA / "task.yaml").read_text())
+    assert json.loads((demo.DATA / "labels.json").read_text())["labels"] == task["labels"] == ["negative", "positive"]
+    assert task["template"].format(text="Fine.") == "Fine. It was"
+    assert len(task["generation_prompts"]) == 2
+
+
+def test_the_composer_reproduces_the_files_byte_for_byte(tmp_path):
+    demo.write_data(tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        assert path.read_bytes() == (demo.DATA / path.name).read_bytes(), path.name
+
+
+def test_the_bank_is_large_and_each_sentence_is_there_once():
+    clauses = [
+        clause
+        for domain in demo_text.bank()
+        for pair in [*domain.aspects.values(), domain.closing, (domain.context,)]
+        for block in pair
+        for clause in block
+    ]
+    assert len(clauses) >= 1200 and len(set(clauses)) == len(clauses)
+    assert len(demo_text.bank()) >= 10
+
+
+def test_held_out_clauses_are_in_the_test_split_but_not_in_train(data):
+    held = [clause for clause in demo_text.held_out() if "{" not in clause]
+    joined = {split: " ".join(row["text"] for row in data[split]).lower() for split in SPLITS}
+    assert not [clause for clause in held if re.search(rf"\b{re.escape(clause.lower())}\b[,.;]", joined["train"])]
+    assert sum(clause.lower() in joined["test"] for clause in held) >= len(held) / 2
+
+
+def test_pretraining_text_holds_no_text_of_validation_or_test(data):
+    kept = [row["text"] for split in ("validation", "test") for row in data[split]]
+    for part, noise in enumerate(demo_text.PHASES):
+        stream = list(islice(demo_text.pretraining(noise, part=part), 20_000))
+        assert stream[:50] == list(islice(demo_text.pretraining(noise, part=part), 50))
+        unrated = [re.sub(r"^Rating: \w+\. ", "", text) for text in stream]
+        bare = {re.split(r" (?:It was|All in all it was|On the whole it was) [^.]*\.$", text)[0] for text in unrated}
+        assert not bare.intersection(kept)
+
+
+def test_shipped_weights_are_small():
+    held = [path for folder in MODELS for path in folder.iterdir()]
+    assert sum(path.stat().st_size for path in held) <= 10 * 2**20
+    assert {path.suffix for path in held} == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
+def test_tokenizers_meet_the_contract(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("Nice. It was great")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids)[-2:] == ["Ġwas", "Ġgreat"]
+    assert ids[0] == tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id
+    assert tokenizer.tokenize("It was bad") == ["It", "Ġwas", "Ġbad"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "Nice. It was great"
+
+
+def test_the_models_differ_in_kind_head_and_vocabulary():
+    main, second = (AutoModelForCausalLM.from_pretrained(folder) for folder in MODELS)
+    assert main.get_output_embeddings().weight is not main.get_input_embeddings().weight
+    assert second.get_output_embeddings().weight is second.get_input_embeddings().weight
+    assert main.config.model_type != second.config.model_type
+    assert main.config.vocab_size != second.config.vocab_size
+    assert main.dtype == second.dtype == torch.float32
+
+
+@torch.no_grad()
+def perplexity(folder) -> float:
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = next(demo.packed(tokenizer, demo_text.pretraining(seed=1), 16))
+    return demo.loss_of(lm, rows).exp().item()
+
+
+@pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
+def test_models_have_learned_the_language(folder):
+    assert perplexity(folder) <= 4.0
+
+
+def test_the_recipe_runs_from_end_to_end(tmp_path):
+    recipes = {
+        "model": replace(demo.main_recipe(), steps=(1, 1), rows=2, texts=2000),
+        "model-b": replace(demo.second_recipe(), steps=(1, 1), rows=2, texts=2000),
+    }
+    output = demo.build(tmp_path / "demo", recipes)
+    for name in recipes:
+        lm = AutoModelForCausalLM.from_pretrained(output / name)
+        assert lm.num_parameters() > 100_000
+    with pytest.raises(UserError, match="is not empty"):
+        demo.build(output, recipes)
+
+
+# ---------------------------------------------------------------- headroom
+
+
+class Classifier:
+    """The shipped model as a classifier: softmax over the verbalizers' logits after `text It was`."""
+
+    def __init__(self, data) -> None:
+        self.lm = AutoModelForCausalLM.from_pretrained(demo.MODEL)
+        tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+        self.words = tokenizer.convert_tokens_to_ids(["Ġbad", "Ġgreat"])
+        self.ids = {s: [tokenizer(f"{row['text']} It was")["input_ids"] for row in data[s]] for s in ("train", "test")}
+        self.labels = {s: torch.tensor([row["label"] for row in data[s]]) for s in ("train", "test")}
+
+    def logits(self, split, chosen):
+        ids = [self.ids[split][index] for index in chosen]
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
+        states = self.lm.base_model(input_ids=padded).last_hidden_state
+        last = states[torch.arange(len(ids)), torch.tensor([len(row) - 1 for row in ids])]
+        return last @ self.lm.get_output_embeddings().weight[self.words].T
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        every = sorted(range(len(self.ids["test"])), key=lambda index: len(self.ids["test"][index]))
+        guesses = torch.cat(
+            [self.logits("test", every[start : start + 60]).argmax(1) for start in range(0, len(every), 60)]
+        )
+        return (guesses == self.labels["test"][every]).float().mean().item()
+
+    def fine_tune(self, rows: list[int], steps: int, rate: float, draw: torch.Generator) -> float:
+        """Train all parameters on some rows of train; the test accuracy afterwards."""
+        optimizer = torch.optim.AdamW(self.lm.parameters(), lr=rate, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1, (step + 1) / 10) * (1 - step / steps)
+        )
+        queue = []
+        for _ in range(steps):
+            if len(queue) < 16:
+                queue += [rows[place] for place in torch.randperm(len(rows), generator=draw)]
+            batch, queue = queue[:16], queue[16:]
+            loss = torch.nn.functional.cross_entropy(self.logits("train", batch), self.labels["train"][batch])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.lm.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        return self.accuracy()
+
+
+def balanced(classifier, draw, each=25) -> list[int]:
+    labels = classifier.labels["train"]
+    places = [(labels == label).nonzero()[:, 0] for label in (0, 1)]
+    return [int(i) for place in places for i in place[torch.randperm(len(place), generator=draw)[:each]]]
+
+
+@pytest.mark.slow
+def test_fine_tuning_has_room_to_help(data):
+    zero_shot = Classifier(data).accuracy()
+    assert zero_shot <= 0.75
+    few = []
+    for repeat in range(3):
+        draw, classifier = generator(repeat, "test/few"), Classifier(data)
+        few.append(classifier.fine_tune(balanced(classifier, draw), 60, 1e-3, draw))
+    everything = Classifier(data).fine_tune(list(range(len(data["train"]))), 250, 1e-3, generator(0, "test/all"))
+    assert everything >= 0.92
+    assert zero_shot < min(few) and sum(few) / len(few) < everything

@@ -6,14 +6,15 @@ the clean sum of clipped gradients in d coordinates and noise N(0, sigma^2) on e
     |S| / sqrt(|S|^2 + d sigma^2)
 
 (the noise's length concentrates, its part along S averages out: close for d of ten or more, a little low below). The
-class sums are mostly one direction that all texts share; what sets the classes apart, and what balanced training
-follows, is the *contrast*: the sum over classes without that direction. Letters: n examples in all, C classes, R rows and r
+class sums are mostly the bias between the labels times the mean hidden state, which all texts share; what sets the classes
+apart, and what balanced training follows, is the *contrast*: the sum over classes with hidden states taken from their
+mean, sum_i w_i delta_i (h_i - mean h)^T with w_i the clip's factor. Letters: n examples in all, C classes, R rows and r
 directions of the release space, D hidden width.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from gradmm.errors import require
 from gradmm.examples import Example
 from gradmm.gradients import Factors, Head, Space, head_factors
-from gradmm.mechanism import LedgerEntry, clipped_sum, noised_sums, plan_entry, seeded_bits
+from gradmm.mechanism import LedgerEntry, clip_scale, noised_sums, plan_entry, seeded_bits
 from gradmm.models import Model
 from gradmm.privacy import Release
 from gradmm.tasks import Task, TaskTokens, tokenize_task
@@ -71,22 +72,51 @@ def fidelity(
     tokens = tokenize_task(task, model.tokenizer)
     rows = torch.tensor(tokens.labels, device=model.device)
     measured = {**{name: (space, clip) for name, space in spaces.items()}, _EXACT: (Space(rows), math.inf)}
-    sums = {name: [torch.zeros((), dtype=torch.float64)] * len(classes) for name in measured}
+    sums = {name: [_Sums()] * len(classes) for name in measured}
     found = []
     for begin, count, size in zip([0, *counts], counts, sizes, strict=False):
         for label, members in enumerate(classes):
             for factors in _gradients(model, tokens, [example.text for example in members[begin:count]], label):
                 for name, (space, most) in measured.items():
-                    sums[name][label] = sums[name][label] + _joined(*clipped_sum(space.restrict(factors), most))
+                    sums[name][label] = sums[name][label].plus(space.restrict(factors), most)
         exact = _contrast(sums[_EXACT])
         for name, space in spaces.items():
-            kept = _cosine(_on_label_rows(_contrast(sums[name]), space, rows, model), exact)
-            entries = [plan_entry("sums", name, epsilon, delta, relation, clip, "exact", sums[name][0].numel()) for epsilon in epsilons]
+            kept = _cosine(_on_label_rows(_contrast(sums[name]), space, rows), exact)
+            entries = [plan_entry("sums", name, epsilon, delta, relation, clip, "exact", len(sums[name][0].flat)) for epsilon in epsilons]
             found += [{"space": name, "n": size, **_figures(sums[name], entry, kept)} for entry in entries]
     return found
 
 
 _EXACT = "label rows, unclipped"
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over a class: weighted gradients (R, r), weighted deltas (R,), hidden states (r,), texts; float64."""
+
+    weight: Tensor | float = 0.0
+    delta: Tensor | float = 0.0
+    hidden: Tensor | float = 0.0
+    count: int = 0
+    bias: bool = False
+
+    def plus(self, factors: Factors, clip: float) -> "_Sums":
+        """With more texts."""
+        delta = factors.delta.double() * clip_scale(factors, clip)[:, None]
+        hidden = factors.hidden.double()
+        weight = self.weight + delta.mT @ hidden
+        return _Sums(weight, self.delta + delta.sum(0), self.hidden + hidden.sum(0), self.count + len(delta), factors.bias)
+
+    @property
+    def flat(self) -> Tensor:
+        """All that is released of the class."""
+        return torch.cat([self.weight.flatten(), self.delta]) if self.bias else self.weight.flatten()
+
+
+def _contrast(sums: Sequence[_Sums]) -> Tensor:
+    """The sum over classes with hidden states taken from their mean: (R, r)."""
+    mean = sum(part.hidden for part in sums) / sum(part.count for part in sums)
+    return sum(part.weight for part in sums) - torch.outer(sum(part.delta for part in sums), mean)
 
 
 def _gradients(model: Model, tokens: TaskTokens, texts: Sequence[str], label: int) -> Iterator[Factors]:
@@ -97,35 +127,19 @@ def _gradients(model: Model, tokens: TaskTokens, texts: Sequence[str], label: in
         yield head_factors(hidden, torch.full((len(hidden),), tokens.labels[label], device=hidden.device), head)
 
 
-def _joined(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Weight (R, r) with the bias (R,) as one more column."""
-    return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
-
-
-def _contrast(sums: Sequence[Tensor]) -> Tensor:
-    """The sum over classes without the direction that the classes' sums share: C times (R, r) -> (R, r)."""
-    gram = sum(total.mT @ total for total in sums)  # (r, r)
-    shared = torch.linalg.eigh(gram).eigenvectors[:, -1]
-    together = sum(sums)
-    return together - torch.outer(together @ shared, shared)
-
-
-def _on_label_rows(value: Tensor, space: Space, rows: Tensor, model: Model) -> Tensor:
+def _on_label_rows(value: Tensor, space: Space, rows: Tensor) -> Tensor:
     """A matrix of a space in the coordinates of the label rows: (R, r) -> (C, D)."""
     value = value[rows] if space.rows is None else value
-    if space.basis is None:
-        return value
-    weight, bias = value[:, : space.basis.shape[1]], value[:, space.basis.shape[1] :]
-    return torch.cat([weight @ space.basis.to(weight).mT, bias], dim=1)
+    return value if space.basis is None else value @ space.basis.to(value).mT
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(torch.finfo(a.dtype).tiny))
 
 
-def _figures(sums: Sequence[Tensor], entry: LedgerEntry, kept: float) -> dict:
-    signals, size = [float(total.norm()) for total in sums], entry.coordinates
-    contrast = expected_cosine(float(_contrast(sums).norm()), size, entry.sigma * math.sqrt(len(sums)))
+def _figures(sums: Sequence[_Sums], entry: LedgerEntry, kept: float) -> dict:
+    signals, size, clean = [float(part.flat.norm()) for part in sums], entry.coordinates, _contrast(sums)
+    contrast = expected_cosine(float(clean.norm()), clean.numel(), entry.sigma * math.sqrt(len(sums)))
     return {
         "epsilon": entry.epsilon,
         "coordinates": size,

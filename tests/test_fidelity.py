@@ -7,6 +7,7 @@ from gradmm import privacy
 from gradmm.errors import UserError
 from gradmm.examples import Example
 from gradmm.fidelity import expected_cosine, fidelity, noise_only
+from gradmm.gradients import Head, head_factors
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was")
@@ -90,3 +91,14 @@ def test_noise_alone_has_the_shape_and_scale_of_a_release_and_nothing_of_the_exa
         assert target.weight.std().item() == pytest.approx(one.ledger[0].sigma, rel=0.05)
     with pytest.raises(UserError, match="holds no noise"):
         noise_only(privacy.release(model, TASK, EXAMPLES), 0)
+
+
+def test_the_contrast_is_the_balanced_gradient_of_centred_hidden_states(model):
+    space = spaces(model)["label_rows"]
+    (row,) = fidelity(model, TASK, EXAMPLES, [60], {"label_rows": space}, [1.0], 1e-5, clip=1e6)
+    tokens = tokenize_task(TASK, model.tokenizer)
+    hidden = model.hidden_of([tokens.sequence(example.text) for example in EXAMPLES])
+    right = torch.tensor([tokens.labels[example.label] for example in EXAMPLES])
+    factors = space.restrict(head_factors(hidden, right, Head(model.head_weight, model.head_bias)))
+    clean = factors.delta.mT @ (factors.hidden - factors.hidden.mean(0))
+    assert row["contrast"] == pytest.approx(expected_cosine(clean.norm().item(), clean.numel(), row["sigma"] * 2**0.5), rel=1e-5)

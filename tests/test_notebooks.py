@@ -46,7 +46,20 @@ def finetuning(results: dict, preset: dict) -> None:
 
 
 # A notebook without an entry still has to run, write its numbers and draw its figures.
-CHECKS = {"00-quickstart": quickstart, "02-synthesis": synthesis, "03-finetuning": finetuning}
+def privacy(results: dict, preset: dict) -> None:
+    assert results["private"] is True and results["statement"].startswith("(1, 1e-05)-differential privacy")
+    (spent,) = results["ledger"]
+    assert (spent["epsilon"], spent["delta"], spent["sensitivity"]) == (1.0, 1e-5, 2.0) and spent["space"] == "label_rows_centred"
+    assert spent["sigma"] == pytest.approx(results["calibration"]["exact"]["1"], rel=1e-6) and "the budget is 1" in results["refusal"]
+    assert [row["epsilon"] for row in results["utility"]] == preset["epsilons"] * preset["seeds"]
+    assert set(results["controls"]) == {"noise only", "prompts only", "no noise", "real texts", "untrained"}
+    assert all(0 <= row["target"] <= 1 and -1 <= row["useful"] <= 1 for row in results["fidelity"])
+    assert {row["n"] for row in results["fidelity"]} == {*preset["sizes"], preset["n_real"]}
+    assert not [row for row in results["audit"] if row["mechanism"] == "as released" and row["epsilon_lower"] > row["claim"]]
+    assert {row["auc"] for row in results["membership"] if row["published"] == "the private texts" and row["attack"] == "3-grams"} == {1.0}
+
+
+CHECKS = {"00-quickstart": quickstart, "02-synthesis": synthesis, "03-finetuning": finetuning, "04-privacy": privacy}
 
 
 def execute(notebook: Path, preset: dict, folder: Path):

@@ -36,15 +36,15 @@ from gradmm.evaluation import (
     words,
 )
 from gradmm.examples import Example, Splits, check_examples, sample_examples
-from gradmm.finetuning import Encoded, FinetuneConfig, _train, _trainable_copy, evaluate, finetune
+from gradmm.finetuning import Encoded, FinetuneConfig, evaluate, finetune, train_at_rate, trainable_copy
 from gradmm.generation import Sampling, generate_texts
 from gradmm.gradients import Factors, FactorTarget, Target
 from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.privacy import Release, release
-from gradmm.runs import RunFolder, _finite
+from gradmm.runs import RunFolder, finite_or_none
 from gradmm.seeds import generator, stream
-from gradmm.synthesis import SynthesisConfig, _Plan, _rows, synthesize
+from gradmm.synthesis import Plan, SynthesisConfig, judge_texts, synthesize
 from gradmm.tasks import Task, tokenize_task
 
 METRIC_TEXTS = 500  # texts of a set that are measured at most, a seeded sample; training reads them all
@@ -217,12 +217,12 @@ def _fitting(trial: Trial) -> Sampling:
 
 def _generated(trial: Trial, sampling: Sampling, shots: Sequence[Example]) -> list[Example]:
     bench, config = trial.bench, trial.synthesis
-    plan = _Plan.of(bench.model, bench.task, trial.release, config)
+    plan = Plan.of(bench.model, bench.task, trial.release, config)
     counts = [plan.classes.count(label) * config.group_size for label in range(len(bench.task.labels))]
     most = max(counts)
     texts = generate_texts(bench.model, bench.task, most, trial.seed, sampling, shots)
     texts = [example for place, example in enumerate(texts) if place % most < counts[example.label]]
-    rows = _rows(plan, [example.text for example in texts], [example.label for example in texts])
+    rows = judge_texts(plan, [example.text for example in texts], [example.label for example in texts])
     return [example for example, row in zip(texts, rows, strict=True) if row["kept"]]
 
 
@@ -367,9 +367,9 @@ def _training(trial: Trial) -> Iterator[tuple[int, Model]]:
     """(step, the model as it is then) of the fine-tuning on the real examples."""
     bench, steps = trial.bench, trial.bench.config.similarity_steps
     config = replace(bench.config.finetuning, seed=trial.seed, patience=None, eval_every=math.gcd(*steps) or 1)
-    tokens, model = tokenize_task(bench.task, bench.model.tokenizer), _trainable_copy(bench.model)
+    tokens, model = tokenize_task(bench.task, bench.model.tokenizer), trainable_copy(bench.model)
     data = Encoded.of(bench.model, bench.task, tokens, trial.real, "real")
-    for row in _train(model, tokens, data, data, config.learning_rates[-1], config):
+    for row in train_at_rate(model, tokens, data, data, config.learning_rates[-1], config):
         if row["step"] in steps:
             yield row["step"], model
         if row["step"] >= max(steps):
@@ -483,8 +483,8 @@ def _run_seed(bench: Bench, methods: Sequence[str], seed: int) -> Iterator[dict]
     for name, examples in sets.items():
         record = {"method": name, "seed": seed, "settings": bench.settings, "n": len(examples)}
         record |= _trained(trial, examples)
-        record |= {key: _finite(value) for key, value in _measures(trial, measured[name]).items()}
-        record["similarity"] = {step: _finite(value) for step, value in similarities[name].items()}
+        record |= {key: finite_or_none(value) for key, value in _measures(trial, measured[name]).items()}
+        record["similarity"] = {step: finite_or_none(value) for step, value in similarities[name].items()}
         if bench.folder is not None:
             files.write_json(bench.place(name, seed), record)
         yield record
@@ -499,7 +499,7 @@ def _trained(trial: Trial, examples: Sequence[Example]) -> dict:
     else:
         config = replace(bench.config.finetuning, seed=trial.seed)
         found = finetune(bench.model, bench.task, examples, splits.validation, splits.test, config)
-        test, curve = found.test, [{key: _finite(value) for key, value in row.items()} for row in found.curve]
+        test, curve = found.test, [{key: finite_or_none(value) for key, value in row.items()} for row in found.curve]
         chosen = {"learning_rate": found.learning_rate, "step": found.step}
         chosen |= {"validation_accuracy": found.validation_accuracy, "curve": curve}
     return {"accuracy": test.accuracy, "macro_f1": test.macro_f1, "predictions": list(test.predictions), **chosen}

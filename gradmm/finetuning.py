@@ -8,7 +8,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -265,10 +265,10 @@ def fit(
     data = Encoded.of(model, task, tokens, train, "train")
     looks = Encoded.of(model, task, tokens, _drawn(validation, task, config), "validation")
     best, weights, curve = None, None, []
-    trained = _trainable_copy(model)
+    trained = trainable_copy(model)
     for rate in config.learning_rates:
         trained.lm.load_state_dict(model.lm.state_dict())
-        for row in _train(trained, tokens, data, looks, rate, config):
+        for row in train_at_rate(trained, tokens, data, looks, rate, config):
             curve.append(row)
             if progress is not None:
                 progress(row)
@@ -287,8 +287,8 @@ def _drawn(validation: Sequence[Example], task: Task, config: FinetuneConfig) ->
     return [pool[row] for row in sorted(order[: config.max_validation])]
 
 
-def _trainable_copy(model: Model) -> Model:
-    """A copy with parameters that learn; half precision would lose small updates, so it becomes float32."""
+def trainable_copy(model: Model) -> Model:
+    """A copy of the model whose parameters learn; half precision would lose small updates, so it becomes float32."""
     lm = copy.deepcopy(model.lm).eval()
     if model.dtype in (torch.float16, torch.bfloat16):
         lm = lm.float()
@@ -300,8 +300,17 @@ def _identity(model: Model, config: FinetuneConfig, *sets: Sequence[Example]) ->
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
-def _train(model: Model, tokens: TaskTokens, data: Encoded, looks: Encoded, rate: float, config: FinetuneConfig):
-    """One run at one rate: yields the curve's row at each look, with the model as it is then; a diverging run ends."""
+def train_at_rate(model: Model, tokens: TaskTokens, data: Encoded, looks: Encoded, rate: float, config: FinetuneConfig) -> Iterator[dict]:
+    """Train at one peak rate, in place.
+
+    Args:
+        model: a `trainable_copy`; when a row is given out, its weights are those of the row's step.
+        data: the examples to train on.
+        looks: the examples to look at.
+
+    Yields:
+        A row of `Training.curve` at each look; the run ends early where it diverges or runs out of patience.
+    """
     fused = model.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(model.lm.parameters(), lr=rate, weight_decay=config.weight_decay, fused=fused)
     order = _order(len(data.sequences), config)

@@ -139,7 +139,7 @@ class RunFolder:
         }
         if self.path is None:
             return
-        files.write_json_lines(self.path / "synthetic.jsonl", ({k: _finite(v) for k, v in row.items()} for row in rows))
+        files.write_json_lines(self.path / "synthetic.jsonl", ({k: finite_or_none(v) for k, v in row.items()} for row in rows))
         files.write_json_lines(self.path / "history.jsonl", _plain(history.drop(columns=CLOCK_COLUMNS, errors="ignore")))
         files.write_json_lines(self.path / "timings.jsonl", _plain(history.filter(["step", "group", *CLOCK_COLUMNS])))
         files.write_text(self.path / "README.md", card)
@@ -152,16 +152,16 @@ class RunFolder:
 
 
 def _numbers(row: dict) -> dict:
-    """The inverse of `_finite`: measurements that were not finite read as infinity."""
+    """The inverse of `finite_or_none`: measurements that were not finite read as infinity."""
     return {name: float("inf") if value is None else value for name, value in row.items()}
 
 
 def _plain(frame: pandas.DataFrame) -> list[dict]:
-    return [{name: _finite(value) for name, value in row.items()} for row in frame.to_dict("records")]
+    return [{name: finite_or_none(value) for name, value in row.items()} for row in frame.to_dict("records")]
 
 
-def _finite(value):
-    """JSON has no infinity and no NaN; they are written as null."""
+def finite_or_none(value):
+    """The value as JSON can hold it: infinity and NaN become None, written as null; all else stays as it is."""
     return None if isinstance(value, float) and not (abs(value) < float("inf")) else value
 
 

@@ -198,7 +198,7 @@ def synthesize(
             folder holds another run's settings.
     """
     release = _checked(release, model, task).to(model.device)
-    plan = _Plan.of(model, task, release, config)
+    plan = Plan.of(model, task, release, config)
     folder = RunFolder.open(output, plan.identity())
     if folder.finished:
         rows, history, manifest = folder.load()
@@ -229,8 +229,15 @@ def _checked(release, model: Model, task: Task) -> Release:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Everything that a run derives from its inputs before it draws or computes anything."""
+class Plan:
+    """Everything that a run derives from its inputs before it draws or computes anything.
+
+    Attributes:
+        length: tokens of a text.
+        classes: the label number of each group.
+        per_class: how many texts of each class are kept.
+        batch: groups that are optimised side by side.
+    """
 
     model: Model
     task: Task
@@ -241,12 +248,17 @@ class _Plan:
     reading: Reading
     tables: Tables
     length: int
-    classes: tuple[int, ...]  # of each group
-    per_class: tuple[int, ...]  # texts to keep
+    classes: tuple[int, ...]
+    per_class: tuple[int, ...]
     batch: int
 
     @staticmethod
-    def of(model: Model, task: Task, release: Release, config: SynthesisConfig) -> "_Plan":
+    def of(model: Model, task: Task, release: Release, config: SynthesisConfig) -> "Plan":
+        """Derive it.
+
+        Raises:
+            UserError: fewer texts than classes, a length beyond the model's context, or no end token where one is needed.
+        """
         tokens = tokenize_task(task, model.tokenizer)
         count = len(task.labels)
         require(config.n_synthetic >= count, f"n_synthetic = {config.n_synthetic}, but {count} classes need one text each: ask for {count} or more")
@@ -257,7 +269,7 @@ class _Plan:
         length = config.length or release.length
         _check_context(model, tokens, length)
         end = _end_token(model, config)
-        return _Plan(
+        return Plan(
             model=model,
             task=task,
             tokens=tokens,
@@ -320,14 +332,14 @@ def _batch_size(model: Model, tokens: TaskTokens, length: int, config: Synthesis
 # ---------------------------------------------------------------- the work
 
 
-def _run_batches(plan: _Plan, folder: RunFolder, progress: bool, on_step: OnStep | None) -> list[admm.Result]:
+def _run_batches(plan: Plan, folder: RunFolder, progress: bool, on_step: OnStep | None) -> list[admm.Result]:
     """Every batch of groups from where it stands to its end."""
     total = len(plan.batches()) * plan.config.outer_steps
     with tqdm(total=total, desc="matching", unit="step", disable=not progress) as bar:
         return [_run_batch(plan, number, groups, folder, bar, on_step) for number, groups in enumerate(plan.batches())]
 
 
-def _run_batch(plan: _Plan, number: int, groups: range, folder: RunFolder, bar: tqdm, on_step: OnStep | None) -> admm.Result:
+def _run_batch(plan: Plan, number: int, groups: range, folder: RunFolder, bar: tqdm, on_step: OnStep | None) -> admm.Result:
     classes = torch.tensor([plan.classes[group] for group in groups], device=plan.model.device)
     begin = folder.load_result(number, plan.model.device)
     if begin is None:
@@ -344,7 +356,7 @@ def _run_batch(plan: _Plan, number: int, groups: range, folder: RunFolder, bar: 
     return result
 
 
-def _projection(plan: _Plan, classes: Tensor) -> admm.Project:
+def _projection(plan: Plan, classes: Tensor) -> admm.Project:
     """v (k, B, L, D) -> the nearest readable texts' embeddings and tokens."""
 
     def projected(v: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,7 +380,7 @@ def _report(number: int, folder: RunFolder, bar: tqdm, on_step: OnStep | None) -
     return report
 
 
-def _initial(plan: _Plan, groups: range, classes: Tensor) -> Tensor:
+def _initial(plan: Plan, groups: range, classes: Tensor) -> Tensor:
     config = plan.config
     sources = [generator(config.seed, "initial x", group) for group in groups]
     shape = Shape(config.group_size, plan.length, config.init_norm)
@@ -378,13 +390,13 @@ def _initial(plan: _Plan, groups: range, classes: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the results
 
 
-def _collect(plan: _Plan, batches: list[admm.Result], folder: RunFolder) -> SynthesisResult:
+def _collect(plan: Plan, batches: list[admm.Result], folder: RunFolder) -> SynthesisResult:
     """Texts, their scores and verdicts, the joined history and the manifest."""
     ids = torch.cat([result.value for result in batches]).cpu()
     classes = [label for label in plan.classes for _ in range(ids.shape[1])]
     lengths = text_mask(ids, plan.reading.end).sum(-1).flatten().tolist()
     texts = [plan.tokens.decode(row[:count]) for row, count in zip(_written(ids), lengths, strict=True)]
-    rows = _rows(plan, texts, classes)
+    rows = judge_texts(plan, texts, classes)
     history = pandas.DataFrame(_history(plan, batches))
     reasons = [reason for result in batches for reason in result.reason]
     groups = [
@@ -408,7 +420,16 @@ def _written(ids: Tensor) -> list[list[int]]:
     return [[token for token in row if token >= 0] for row in ids.flatten(0, 1).tolist()]
 
 
-def _rows(plan: _Plan, texts: list[str], classes: list[int]) -> list[dict]:
+def judge_texts(plan: Plan, texts: list[str], classes: list[int]) -> list[dict]:
+    """Measure texts, whoever wrote them, and decide which to keep: the label filter, then the ranking within each class.
+
+    Args:
+        texts: N texts in the order of writing; an empty one is never kept.
+        classes: the label number that each is meant to have.
+
+    Returns:
+        N rows of the columns of `SynthesisResult.dataset`.
+    """
     spoken = [i for i, text in enumerate(texts) if text]
     some, labels = [texts[i] for i in spoken], [classes[i] for i in spoken]
     match = _spread(plan.matching.of_texts(some, labels).tolist(), spoken, len(texts))
@@ -444,12 +465,12 @@ def _spread(values: list[float], places: list[int], count: int) -> list[float]:
     return spread
 
 
-def _set_match(plan: _Plan, kept: list[dict]) -> list[float | None]:
+def _set_match(plan: Plan, kept: list[dict]) -> list[float | None]:
     values = plan.matching.of_sets([row["text"] for row in kept], [row["label"] for row in kept])
     return [value if math.isfinite(value) else None for value in values]
 
 
-def _history(plan: _Plan, batches: list[admm.Result]) -> list[dict]:
+def _history(plan: Plan, batches: list[admm.Result]) -> list[dict]:
     return [
         {"label": plan.task.labels[plan.classes[row["group"] + groups.start]], **row, "group": row["group"] + groups.start}
         for groups, result in zip(plan.batches(), batches, strict=True)

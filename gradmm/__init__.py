@@ -10,14 +10,16 @@
 Reference: Nguyen et al., ICML 2025, arXiv 2502.17607.
 """
 
+from gradmm.classification import evaluate
 from gradmm.errors import UserError
 from gradmm.examples import Example, Splits, load_data, sample_examples
-from gradmm.finetuning import FinetuneConfig, evaluate, finetune
+from gradmm.finetuning import finetune
 from gradmm.mechanism import Ledger
 from gradmm.models import Model, load_model
 from gradmm.privacy import Release, load_release, release
 from gradmm.synthesis import PRESETS, SynthesisConfig, SynthesisResult, synthesize
 from gradmm.tasks import TASKS, Task, load_task
+from gradmm.training import FinetuneConfig
 
 __all__ = [
     "PRESETS",

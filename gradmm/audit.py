@@ -25,10 +25,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
+from gradmm.classification import label_logits
 from gradmm.errors import require
 from gradmm.evaluation import longest_shared_spans, words
 from gradmm.examples import Example
-from gradmm.finetuning import label_logits
 from gradmm.gradients import DenseTarget, Factors, Head, Space, head_factors
 from gradmm.mechanism import Bits, LedgerEntry, clip_scale, noised_sums, system_bits
 from gradmm.models import Model

@@ -8,15 +8,20 @@ import pytest
 import torch
 
 import gradmm
-from gradmm import comparison, files
-from gradmm.comparison import METHODS, Bench, ComparisonConfig, Trial, compare
+from gradmm import comparison, files, methods
+from gradmm.comparison import compare
+from gradmm.controls import random_directions
 from gradmm.errors import UserError
 from gradmm.evaluation import longest_shared_spans, words
 from gradmm.examples import Example, Splits, content_hash, refuse_overlap
-from gradmm.finetuning import FinetuneConfig
 from gradmm.generation import Sampling
+from gradmm.measures import MEASURES
+from gradmm.methods import METHODS
+from gradmm.results import Comparison
 from gradmm.synthesis import SynthesisConfig
-from gradmm.tasks import Task
+from gradmm.tasks import Task, tokenize_task
+from gradmm.training import FinetuneConfig
+from gradmm.trial import Bench, ComparisonConfig, Trial
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
 FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is", ("", "a", "the cat", "in"))
@@ -162,13 +167,13 @@ def test_four_classes_a_head_with_bias_and_a_second_model(tiny_model, model):
 def test_random_targets_have_the_norms_of_the_real_ones(tiny_model, kind):
     model = tiny_model(kind)
     trial = Trial(bench_of(model), 0)
-    drawn = comparison.random_directions(trial.release, 0)
+    drawn = random_directions(trial.release, 0)
     for ours, theirs in zip(drawn.targets, trial.release.targets, strict=True):
         assert [float(n) for n in ours.norms()] == pytest.approx([float(n) for n in theirs.norms()], rel=1e-9)
         assert len(ours.norms()) == (2 if kind == "phi" else 1)
         whole, real = (t.factors.delta.mT @ t.factors.hidden for t in (ours, theirs))
         assert abs(float((whole * real).sum() / (whole.norm() * real.norm()))) < 0.2
-    again, other = (comparison.random_directions(trial.release, seed) for seed in (0, 1))
+    again, other = (random_directions(trial.release, seed) for seed in (0, 1))
     assert drawn.fingerprint == again.fingerprint != other.fingerprint
 
 
@@ -188,7 +193,7 @@ def test_prompt_only_is_the_first_projection_of_the_first_draw_in_order_of_writi
     first = []
     config = replace(trial.synthesis, init_candidates=1, outer_steps=1)
     gradmm.synthesize(model, TWO, trial.release, config, progress=False, on_step=lambda _, result: first.append(result.state.ids))
-    tokens = comparison.tokenize_task(TWO, model.tokenizer)
+    tokens = tokenize_task(TWO, model.tokenizer)
     rows = [[i for i in row if i != model.tokenizer.eos_token_id] for row in first[0].flatten(0, 1).tolist()]
     found = METHODS["prompt_only"](trial)
     assert [e.text for e in found] == [tokens.decode(rows[place]).strip() for place in (0, 1, 4, 5)]
@@ -211,9 +216,9 @@ def test_generated_texts_pass_gradmm_s_own_filter_and_repeat_no_shot(model):
 
 def test_shots_that_do_not_fit_the_context_become_fewer(model):
     config = replace(CONFIG, sampling=replace(CONFIG.sampling, shots=40))
-    assert 1 <= comparison._fitting(Trial(bench_of(model, config=config), 0)).shots < 40
+    assert 1 <= methods._fitting(Trial(bench_of(model, config=config), 0)).shots < 40
     assert len(METHODS["few_shot"](Trial(bench_of(model, config=config), 0))) == 4
-    assert comparison._fitting(Trial(bench_of(model), 0)).shots == 1
+    assert methods._fitting(Trial(bench_of(model), 0)).shots == 1
 
 
 def test_no_method_sees_the_test_set(model):
@@ -237,8 +242,8 @@ def test_curves_verdicts_and_where_two_methods_part(whole):
     assert found.divergence("real", "real", "validation_loss", rate) is None
     assert found.divergence("real", "gradmm", "validation_loss", rate) in (None, 2, 4)
     assert "gradmm (" in found.verdict("gradmm", "none") and " cannot be told from gradmm" in found.verdict("gradmm", "gradmm")
-    known = comparison.Comparison(TWO, (0, 1) * 50, [{"method": m, "seed": 0, "n": 0, "accuracy": a, "macro_f1": a, "similarity": {},
-        "predictions": p, "curve": [], **dict.fromkeys(comparison.MEASURES)} for m, a, p in (("a", 1, [0, 1] * 50), ("b", 0, [1, 0] * 50))])  # fmt: skip
+    known = Comparison(TWO, (0, 1) * 50, [{"method": m, "seed": 0, "n": 0, "accuracy": a, "macro_f1": a, "similarity": {},
+        "predictions": p, "curve": [], **dict.fromkeys(MEASURES)} for m, a, p in (("a", 1, [0, 1] * 50), ("b", 0, [1, 0] * 50))])  # fmt: skip
     assert known.verdict("a", "b") == "a (1.000) beats b (0.000): difference +1.000, 95% interval +1.000 to +1.000"
     assert "is beaten by" in known.verdict("b", "a")
 

@@ -7,13 +7,15 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
+from gradmm.classification import evaluate
 from gradmm.errors import UserError
 from gradmm.examples import Example, load_data, sample_examples
-from gradmm.finetuning import FinetuneConfig, Training, evaluate, finetune, fit
-from gradmm.finetuning import _order as batches
-from gradmm.finetuning import _schedule as schedule
+from gradmm.finetuning import Training, finetune, fit
 from gradmm.models import load_model
 from gradmm.tasks import Task, tokenize_task
+from gradmm.training import FinetuneConfig
+from gradmm.training import _order as batches
+from gradmm.training import _schedule as schedule
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), template="{text} it was")
 FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), template="{text} this is")

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other.
 ORDER = """
     errors seeds files admm card runs gradients tasks examples models projection matching mechanism privacy selection coresets
-    generation initialisation finetuning evaluation audit fidelity synthesis comparison demo_text demo plots reference batch
+    generation initialisation classification training finetuning evaluation audit fidelity synthesis trial controls methods measures
+    results comparison demo_text demo plots reference batch
 """.split()
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

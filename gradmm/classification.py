@@ -1,0 +1,94 @@
+"""A causal language model as a classifier: the likeliest of the label tokens after the prompt, and how often it is right.
+
+Same template and same label tokens as where gradients are matched. Letters: N examples, C classes, D hidden width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from sklearn.metrics import f1_score
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+
+from gradmm.errors import require
+from gradmm.examples import Example, check_examples
+from gradmm.models import Model
+from gradmm.tasks import Task, TaskTokens, tokenize_task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does on N examples.
+
+    Attributes:
+        labels, predictions: N label numbers each.
+        accuracy: share of predictions that are right.
+        macro_f1: mean over the task's C classes of F1; a class that is neither present nor predicted counts 0.
+        loss: mean cross-entropy over the C label tokens, in nats.
+    """
+
+    labels: tuple[int, ...]
+    predictions: tuple[int, ...]
+    accuracy: float
+    macro_f1: float
+    loss: float
+
+    @property
+    def correct(self) -> tuple[bool, ...]:
+        """Which predictions are right; see `evaluation.paired_bootstrap`."""
+        return tuple(a == b for a, b in zip(self.labels, self.predictions, strict=True))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples in tokens: N sequences, prompt included, and N labels."""
+
+    sequences: list[list[int]]
+    labels: Tensor
+
+    @staticmethod
+    def of(model: Model, task: Task, tokens: TaskTokens, examples: Sequence[Example], what: str) -> "Encoded":
+        """Encode and check examples once."""
+        require(len(examples) > 0, f"there are 0 {what} examples, at least 1 is needed: give some")
+        examples = check_examples(examples, task, f"{what} example")
+        sequences = [tokens.sequence(example.text) for example in examples]
+        model.check_lengths(sequences)
+        return Encoded(sequences, torch.tensor([example.label for example in examples], device=model.device))
+
+
+def evaluate(model: Model, task: Task, examples: Sequence[Example], tokens_per_batch: int = 1024) -> Evaluation:
+    """Predict the label of each example: the likeliest of the C verbalizers after the prompt.
+
+    Raises:
+        UserError: no examples, a label that the task does not know, or a text longer than the model's context.
+    """
+    tokens = tokenize_task(task, model.tokenizer)
+    return score(model, tokens, Encoded.of(model, task, tokens, examples, "test"), tokens_per_batch)
+
+
+def label_logits(model: Model, tokens: TaskTokens, hidden: Tensor) -> Tensor:
+    """The logits of the verbalizers alone, in float32 at least: (N, D) -> (N, C)."""
+    rows = torch.tensor(tokens.labels, device=hidden.device)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    bias = None if model.head_bias is None else model.head_bias[rows].to(wide)
+    return linear(hidden.to(wide), model.head_weight[rows].to(wide), bias)
+
+
+@torch.no_grad()
+def score(model: Model, tokens: TaskTokens, data: Encoded, tokens_per_batch: int) -> Evaluation:
+    """As `evaluate`, of examples that are encoded already.
+
+    Args:
+        tokens_per_batch: tokens of one pass, padding included.
+    """
+    logits = label_logits(model, tokens, model.hidden_of(data.sequences, tokens_per_batch))
+    labels, predictions = data.labels.tolist(), logits.argmax(-1).tolist()
+    classes = list(range(len(tokens.labels)))
+    return Evaluation(
+        labels=tuple(labels),
+        predictions=tuple(predictions),
+        accuracy=sum(a == b for a, b in zip(labels, predictions, strict=True)) / len(labels),
+        macro_f1=float(f1_score(labels, predictions, labels=classes, average="macro", zero_division=0.0)),
+        loss=float(cross_entropy(logits, data.labels)),
+    )

@@ -1,0 +1,123 @@
+"""What a comparison found: means over seeds, paired differences, training curves, and sentences that the numbers decide.
+
+Letters: M test examples.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import pandas
+
+from gradmm.evaluation import paired_bootstrap, summarise_runs
+from gradmm.measures import MEASURES
+from gradmm.tasks import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What a comparison gives.
+
+    Attributes:
+        labels: M label numbers of the test examples.
+        records: one for each method and seed: method, seed, n, accuracy, macro_f1, predictions (M), learning_rate, step,
+            validation_accuracy, curve (see `finetuning.Training`), similarity ({step: cosine}) and MEASURES.
+    """
+
+    task: Task
+    labels: tuple[int, ...]
+    records: list[dict]
+
+    def of(self, method: str) -> list[dict]:
+        """The records of a method, seed by seed."""
+        return [record for record in self.records if record["method"] == method]
+
+    @cached_property
+    def methods(self) -> dict[str, dict]:
+        """Each method's figures over its seeds.
+
+        accuracy {mean, std, runs}; means of macro_f1, n, the measures and the similarity of each step; and
+        `minus_gradmm` {mean, low, high, confidence}: this method's accuracy minus gradmm's, with a paired bootstrap
+        interval over test examples and seeds (None for gradmm itself, or without it).
+        """
+        return {name: self._summary(name) for name in dict.fromkeys(record["method"] for record in self.records)}
+
+    def _summary(self, name: str) -> dict:
+        records = self.of(name)
+        means = {key: _mean([record[key] for record in records]) for key in ("macro_f1", "n", *MEASURES)}
+        steps = {step: _mean([record["similarity"][step] for record in records]) for step in records[0]["similarity"]}
+        return {
+            "accuracy": asdict(summarise_runs([record["accuracy"] for record in records])),
+            **means,
+            "similarity": steps,
+            "minus_gradmm": None if name == "gradmm" or not self.of("gradmm") else self.difference(name, "gradmm"),
+        }
+
+    def difference(self, first: str, second: str) -> dict[str, float]:
+        """The accuracy of `first` minus that of `second`, see `evaluation.paired_bootstrap`."""
+        return asdict(paired_bootstrap(self._correct(first), self._correct(second)))
+
+    def _correct(self, name: str) -> list[list[bool]]:
+        return [[a == b for a, b in zip(record["predictions"], self.labels, strict=True)] for record in self.of(name)]
+
+    def verdict(self, first: str, second: str) -> str:
+        """Whether `first` beats `second`, as a sentence; only an interval that leaves out 0 decides."""
+        gap, (one, other) = self.difference(first, second), (self.methods[name]["accuracy"]["mean"] for name in (first, second))
+        word = "beats" if gap["low"] > 0 else "is beaten by" if gap["high"] < 0 else "cannot be told from"
+        return (
+            f"{first} ({one:.3f}) {word} {second} ({other:.3f}): difference {gap['mean']:+.3f}, "
+            f"{gap['confidence']:.0%} interval {gap['low']:+.3f} to {gap['high']:+.3f}"
+        )
+
+    def table(self) -> pandas.DataFrame:
+        """One row for each method."""
+        return pandas.DataFrame([_table_row(name, figures) for name, figures in self.methods.items()])
+
+    def curves(self) -> pandas.DataFrame:
+        """Every look of every fine-tuning: method, seed and the columns of `finetuning.Training.curve`."""
+        rows = [{"method": r["method"], "seed": r["seed"], **look} for r in self.records for look in r["curve"]]
+        return pandas.DataFrame(rows)
+
+    def curve(self, method: str, column: str, learning_rate: float) -> pandas.DataFrame:
+        """Mean and standard deviation over seeds of a column of `curves`, by step, as far as every seed was trained."""
+        values = self._by_step(method, column, learning_rate)
+        return pandas.DataFrame({"mean": values.mean(axis=1), "std": values.std(axis=1)})
+
+    def divergence(self, first: str, second: str, column: str, learning_rate: float) -> int | None:
+        """The first step at which two methods' curves differ by more than twice the standard error of the paired difference.
+
+        None if there is no such step, or one seed alone.
+        """
+        gap = (self._by_step(first, column, learning_rate) - self._by_step(second, column, learning_rate)).dropna()
+        if gap.shape[1] < 2:
+            return None
+        apart = gap.mean(axis=1).abs() > 2 * gap.std(axis=1) / math.sqrt(gap.shape[1])
+        return int(apart.idxmax()) if apart.any() else None
+
+    def _by_step(self, method: str, column: str, learning_rate: float) -> pandas.DataFrame:
+        """Steps as rows, seeds as columns."""
+        curves = self.curves()
+        some = curves[(curves["method"] == method) & (curves["learning_rate"] == learning_rate)]
+        return some.pivot(index="step", columns="seed", values=column).astype(float).dropna()
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None where a run has no figure (no examples, or not finite)."""
+    return None if any(value is None for value in values) else statistics.fmean(values)
+
+
+def _table_row(name: str, figures: dict) -> dict:
+    accuracy, gap = figures["accuracy"], figures["minus_gradmm"]
+    return {
+        "method": name,
+        "n": figures["n"],
+        "accuracy": accuracy["mean"],
+        "std": accuracy["std"],
+        "minus gradmm": None if gap is None else gap["mean"],
+        "95% interval": "" if gap is None else f"{gap['low']:+.3f} to {gap['high']:+.3f}",
+        "macro F1": figures["macro_f1"],
+        **{key: figures[key] for key in MEASURES if figures[key] is not None or key != "second_perplexity"},
+        **{f"cosine at step {step}": value for step, value in figures["similarity"].items()},
+    }

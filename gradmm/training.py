@@ -1,0 +1,174 @@
+"""Training at one learning rate: the settings, the schedule, the order of batches and the step.
+
+Knows nothing of where examples come from, nor of choosing among rates and steps. Letters: N examples.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from gradmm.classification import Encoded, label_logits, score
+from gradmm.errors import require
+from gradmm.models import Model, batches_by_length, pad_left
+from gradmm.seeds import generator
+from gradmm.tasks import TaskTokens
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of a fine-tuning; the rates and steps suit about a hundred examples and ten million parameters.
+
+    Attributes:
+        steps: AdamW steps at each learning rate.
+        batch_size: examples of a step; fewer if there are fewer.
+        learning_rates: peaks tried one after the other; after `warmup` steps the rate falls linearly to zero.
+        eval_every: steps between looks at the validation examples; step 0 and the last are always looked at.
+        patience: looks without a better validation accuracy after which a rate is given up; None goes on to the end.
+        warmup: steps of linear rise.
+        weight_decay: of AdamW, on every parameter.
+        gradient_clip: largest norm of the whole gradient.
+        max_validation: validation examples used at most, drawn with the seed; None uses all.
+        tokens_per_batch: tokens of one pass, padding included; a step's batch is cut in pieces of similar length, which
+            changes speed and memory but not the gradient.
+        autocast: compute in bfloat16 with weights kept in float32 (float64 models are left alone); seldom faster on a CPU.
+        seed: names every random draw.
+    """
+
+    steps: int = 60
+    batch_size: int = 16
+    learning_rates: tuple[float, ...] = (5e-5, 2e-4)
+    eval_every: int = 10
+    patience: int | None = 3
+    warmup: int = 10
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    max_validation: int | None = 300
+    tokens_per_batch: int = 512
+    autocast: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rates = self.learning_rates
+        require(
+            not isinstance(rates, str | float | int) and len(rates) > 0 and all(0 < rate < 1 for rate in rates),
+            f"learning_rates = {rates!r}, each must be above 0 and below 1: give a list such as [0.00005, 0.0002]",
+        )
+        object.__setattr__(self, "learning_rates", tuple(float(rate) for rate in rates))
+        for name in ("steps", "batch_size", "eval_every", "tokens_per_batch", "patience", "max_validation"):
+            value = getattr(self, name)
+            optional = name in ("patience", "max_validation") and value is None
+            require(
+                optional or (isinstance(value, int) and not isinstance(value, bool) and value >= 1),
+                f"{name} = {value!r}, it must be a whole number of at least 1: the default is {_default(name)}",
+            )
+        for name in ("warmup", "weight_decay"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} = {value!r}, it must be at least 0: the default is {_default(name)}")
+        require(self.gradient_clip > 0, f"gradient_clip = {self.gradient_clip!r}, it must be above 0: the default is 1.0")
+
+    @staticmethod
+    def from_dict(values: dict) -> "FinetuneConfig":
+        """Settings from plain values; unknown names are errors."""
+        known = {item.name for item in fields(FinetuneConfig)}
+        unknown = sorted(set(values) - known)
+        require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}: the settings are {', '.join(sorted(known))}")
+        return FinetuneConfig(**values)
+
+
+def _default(name: str):
+    return next(item.default for item in fields(FinetuneConfig) if item.name == name)
+
+
+def trainable_copy(model: Model) -> Model:
+    """A copy of the model whose parameters learn; half precision would lose small updates, so it becomes float32."""
+    lm = copy.deepcopy(model.lm).eval()
+    if model.dtype in (torch.float16, torch.bfloat16):
+        lm = lm.float()
+    return replace(model, lm=lm.requires_grad_(True))
+
+
+def train_at_rate(model: Model, tokens: TaskTokens, data: Encoded, looks: Encoded, rate: float, config: FinetuneConfig) -> Iterator[dict]:
+    """Train at one peak rate, in place.
+
+    Args:
+        model: a `trainable_copy`; when a row is given out, its weights are those of the row's step.
+        data: the examples to train on.
+        looks: the examples to look at.
+
+    Yields:
+        A row of `Training.curve` at each look; the run ends early where it diverges or runs out of patience.
+    """
+    fused = model.device.type in ("cpu", "cuda")
+    optimizer = torch.optim.AdamW(model.lm.parameters(), lr=rate, weight_decay=config.weight_decay, fused=fused)
+    order = _order(len(data.sequences), config)
+    losses: list[float] = []
+    best, waited = -1.0, 0
+    for step in range(config.steps + 1):
+        if step % config.eval_every == 0 or step == config.steps:
+            row = _look(model, tokens, looks, rate, step, losses, config)
+            yield row
+            losses.clear()
+            best, waited = max(best, row["validation_accuracy"]), 0 if row["validation_accuracy"] > best else waited + 1
+            if step == config.steps or waited == config.patience:
+                return
+        for group in optimizer.param_groups:
+            group["lr"] = rate * _schedule(step, config)
+        losses.append(_step(model, tokens, data, next(order), optimizer, config))
+        if not math.isfinite(losses[-1]):
+            return
+
+
+def _look(model: Model, tokens: TaskTokens, looks: Encoded, rate: float, step: int, losses: list[float], config) -> dict:
+    with _precision(model, config):
+        found = score(model, tokens, looks, config.tokens_per_batch)
+    return {
+        "learning_rate": rate,
+        "step": step,
+        "train_loss": sum(losses) / len(losses) if losses else None,
+        "validation_loss": found.loss,
+        "validation_accuracy": found.accuracy,
+    }
+
+
+def _schedule(step: int, config: FinetuneConfig) -> float:
+    """The share of the peak rate at a step: a linear rise over `warmup` steps, then linearly to zero after the last."""
+    rise = (step + 1) / (config.warmup + 1)
+    fall = (config.steps - step) / max(1, config.steps - config.warmup)
+    return min(rise, fall, 1.0)
+
+
+def _order(count: int, config: FinetuneConfig):
+    """Batches of row numbers without end: every row once in each pass, passes joined so that no batch is smaller."""
+    size, waiting, turn = min(config.batch_size, count), [], 0
+    while True:
+        while len(waiting) < size:
+            waiting += torch.randperm(count, generator=generator(config.seed, "fine-tuning order", turn)).tolist()
+            turn += 1
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def _step(model: Model, tokens: TaskTokens, data: Encoded, rows: list[int], optimizer, config: FinetuneConfig) -> float:
+    """One AdamW step on the mean loss of a batch; returns that loss before the step."""
+    optimizer.zero_grad()
+    sequences, total = [data.sequences[row] for row in rows], 0.0
+    for piece in batches_by_length(sequences, config.tokens_per_batch):
+        ids, mask = pad_left([sequences[place] for place in piece], model.device)
+        with _precision(model, config):
+            hidden = model.last_hidden(model.embed(ids), mask)
+        labels = data.labels[[rows[place] for place in piece]]
+        loss = cross_entropy(label_logits(model, tokens, hidden), labels, reduction="sum") / len(rows)
+        loss.backward()
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(model.lm.parameters(), config.gradient_clip)
+    optimizer.step()
+    return total
+
+
+def _precision(model: Model, config: FinetuneConfig):
+    enabled = config.autocast and model.dtype == torch.float32
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)

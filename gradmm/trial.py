@@ -1,0 +1,123 @@
+"""What a comparison of training sets shares: its settings, its bench, and the trial of one seed.
+
+Reads real examples; knows no method. Letters: M test examples.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from gradmm import files
+from gradmm.errors import require
+from gradmm.examples import Example, Splits, check_examples, sample_examples
+from gradmm.generation import Sampling
+from gradmm.models import Model
+from gradmm.privacy import Release, release
+from gradmm.synthesis import SynthesisConfig, synthesize
+from gradmm.tasks import Task
+from gradmm.training import FinetuneConfig
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """Settings of a comparison; the seeds in `synthesis` and `finetuning` give way to the comparison's.
+
+    Attributes:
+        n_real: real examples that gradmm's Release is made of, all classes together.
+        synthesis: its n_synthetic is the budget of every method but "none", "all_real" and "real".
+        finetuning: the same for every method, all real texts included: equal steps, not equal passes.
+        sampling: of the zero-shot and few-shot texts.
+        max_test: test examples used at most, the same for all seeds; None uses all.
+        similarity_steps: steps of training on the real examples after which gradients are compared, at the last of the
+            learning rates; at most the fine-tuning's own.
+    """
+
+    n_real: int = 50
+    synthesis: SynthesisConfig = SynthesisConfig()
+    finetuning: FinetuneConfig = FinetuneConfig()
+    sampling: Sampling = Sampling()
+    max_test: int | None = None
+    similarity_steps: tuple[int, ...] = (0, 10, 50)
+
+    def __post_init__(self) -> None:
+        steps, last = tuple(self.similarity_steps), self.finetuning.steps
+        require(
+            all(isinstance(step, int) and 0 <= step <= last for step in steps) and len(steps) > 0,
+            f"similarity_steps = {steps}, each must be a whole number from 0 to the fine-tuning's {last} steps: give such as (0, {last})",
+        )
+        require(
+            self.max_test is None or (isinstance(self.max_test, int) and self.max_test >= 1),
+            f"max_test = {self.max_test!r}, it must be a whole number of at least 1, or None for all",
+        )
+        object.__setattr__(self, "similarity_steps", steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What all methods and seeds share.
+
+    Attributes:
+        coresets: the examples of the methods that draw nothing, chosen once.
+        settings: SHA-256 of all that a record depends on but its method and seed.
+        folder: None keeps everything in memory.
+        second: a model that reads the texts but did not write them, or None.
+    """
+
+    model: Model
+    task: Task
+    splits: Splits
+    config: ComparisonConfig
+    coresets: dict[str, list[Example]]
+    settings: str
+    folder: Path | None
+    second: Model | None
+
+    def place(self, method: str, seed: int) -> Path:
+        """Where the record of a method and seed is written."""
+        return self.folder / "records" / f"{method}-seed{seed}.json"
+
+    def load(self, method: str, seed: int) -> dict | None:
+        """A finished record, or None."""
+        if self.folder is None or not self.place(method, seed).exists():
+            return None
+        record = files.read_json(self.place(method, seed), files.MAX_TEXT_BYTES)
+        require(
+            isinstance(record, dict) and record.get("settings") == self.settings,
+            f"{self.place(method, seed)} was made with other settings than its folder: remove it and run again",
+        )
+        return record
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What every method of one seed is given; real examples, Release and gradmm's texts are made once, when asked for."""
+
+    bench: Bench
+    seed: int
+
+    @property
+    def synthesis(self) -> SynthesisConfig:
+        """The settings with this seed."""
+        return replace(self.bench.config.synthesis, seed=self.seed)
+
+    @cached_property
+    def real(self) -> list[Example]:
+        """The real examples."""
+        return sample_examples(self.bench.splits.train, self.bench.config.n_real, self.bench.task, self.seed)
+
+    @cached_property
+    def release(self) -> Release:
+        """Their exact gradients."""
+        return release(self.bench.model, self.bench.task, self.real)
+
+    @cached_property
+    def matched(self) -> list[Example]:
+        """The texts whose gradients match the Release."""
+        return self.write("gradmm", self.release, self.synthesis)
+
+    def write(self, name: str, target: Release, config: SynthesisConfig) -> list[Example]:
+        """The kept texts of a synthesis; continued where it was interrupted."""
+        bench = self.bench
+        folder = None if bench.folder is None else bench.folder / "synthesis" / f"{name}-seed{self.seed}"
+        result = synthesize(bench.model, bench.task, target, config, folder, progress=False)
+        return check_examples([row for row in result.dataset.to_list() if row["kept"]], bench.task)

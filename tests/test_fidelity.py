@@ -81,8 +81,8 @@ def test_sizes_that_do_not_fit_are_refused(model, sizes):
 
 
 def test_noise_alone_has_the_shape_and_scale_of_a_release_and_nothing_of_the_examples(model):
-    one = privacy.release(model, TASK, EXAMPLES, epsilon=1.0, delta=1e-5, length=5)
-    other = privacy.release(model, TASK, EXAMPLES[:10], epsilon=1.0, delta=1e-5, length=5)
+    one = privacy.release(model, TASK, EXAMPLES, epsilon=1.0, delta=1e-5, length=5, space="head")
+    other = privacy.release(model, TASK, EXAMPLES[:10], epsilon=1.0, delta=1e-5, length=5, space="head")
     found = noise_only(one, 3)
     assert found.fingerprint == noise_only(other, 3).fingerprint != noise_only(one, 4).fingerprint
     assert not found.private and found.statement.startswith("not private: a control")

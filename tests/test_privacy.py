@@ -302,3 +302,8 @@ def test_a_file_that_was_changed_is_refused(model, tmp_path):
     for name in ("claims", "numbers", "infinite", "missing", "nothing", "cut"):
         with pytest.raises(UserError):
             privacy.load_release(tmp_path / name)
+
+
+def test_the_default_space_is_the_head_without_noise_and_the_label_rows_with_it(model):
+    assert privacy.release(model, TASK, EXAMPLES).space_name == "head"
+    assert privacy.release(model, TASK, EXAMPLES, epsilon=1.0, delta=1e-5, length=5).space_name == "label_rows"

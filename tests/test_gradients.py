@@ -106,6 +106,18 @@ def test_single_precision_is_close_to_double(tiny_model):
     torch.testing.assert_close(single.of_vectors(x.float(), ids, classes).double(), matching.of_vectors(x, ids, classes), rtol=1e-4, atol=1e-5)
 
 
+def test_bfloat16_moves_the_loss_and_its_gradient_little(tiny_model, kind):
+    exact, _ = make(tiny_model, kind)
+    rough, _ = make(lambda kind: tiny_model(kind, dtype=torch.bfloat16), kind)
+    ids, classes = torch.zeros(2, 5, 4, dtype=torch.long), torch.tensor([0, 1])
+    starts = [draw_x(exact.model, 2, 5).to(dtype).requires_grad_(True) for dtype in (torch.float64, torch.float32)]
+    values = [matching.of_vectors(x, ids, classes) for matching, x in zip((exact, rough), starts, strict=True)]
+    slopes = [torch.autograd.grad(value.sum(), x)[0] for value, x in zip(values, starts, strict=True)]
+    assert values[1].dtype == slopes[1].dtype == torch.float32  # x, the sums and what moves x stay wide
+    assert float((values[1] - values[0]).detach().abs().max()) < 0.01
+    assert float((slopes[1] - slopes[0]).norm() / slopes[0].norm()) < 0.2
+
+
 def test_the_general_path_equals_the_closed_form_for_the_head_and_autograd_for_the_body(tiny_model):
     matching, explicit = make(tiny_model, "llama")
     model, tokens = matching.model, matching.tokens

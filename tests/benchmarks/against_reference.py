@@ -2,7 +2,9 @@
 
 Both do the same work on the same random weights with the same threads: inner steps (value and input gradient of the
 matching loss of one group) and projections of one group. Timings alternate, fast then reference, and medians are
-compared. Prints a table and, with --output, writes it as JSON.
+compared. With --dtype bfloat16 the fast path computes in bfloat16 and keeps x and the matching sums in float32, and the
+reference stays in float32. Counts the matrix products' operations on both sides, because they bound the ratio of an inner
+step: both need one forward and one backward pass of the body. Prints a table and, with --output, writes it as JSON.
 """
 
 import argparse
@@ -13,11 +15,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 from gradmm import reference
 from gradmm.gradients import FactorTarget, Head, Space, head_factors
 from gradmm.matching import Matching
-from gradmm.models import Model
+from gradmm.models import DTYPES, Model
 from gradmm.projection import Reading, Tables, project
 from gradmm.tasks import TaskTokens
 
@@ -29,8 +32,8 @@ SHAPES = {
 PROMPT, TAIL, LABEL, REAL = tuple(range(1, 7)), (7, 8), 9, 50
 
 
-def random_model(shape: str, device: str) -> Model:
-    """A Llama of random weights in one of SHAPES."""
+def random_model(shape: str, device: str, dtype: str = "float32") -> Model:
+    """A Llama of random weights in one of SHAPES: always the same, rounded to `dtype`."""
     size = SHAPES[shape]
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -44,28 +47,32 @@ def random_model(shape: str, device: str) -> Model:
         bos_token_id=0,
         eos_token_id=0,
     )
-    lm = transformers.LlamaForCausalLM(config).to(device).eval().requires_grad_(False)
+    lm = transformers.LlamaForCausalLM(config).to(device, DTYPES[dtype]).eval().requires_grad_(False)
     return Model(lm, None, shape, None, "random")
 
 
-def problem(model: Model, length: int):
-    """A Matching of one class with a random real target, and the same target as an explicit gradient."""
+def problem(model: Model, literal: Model, length: int):
+    """A Matching of one class with a random real target, and the same target as an explicit gradient of `literal`."""
     tokens = TaskTokens(None, PROMPT[:1], (), TAIL, (LABEL, LABEL + 1), (PROMPT, PROMPT), "")
     source = torch.Generator().manual_seed(1)
     size = model.embedding.shape[0]
     real = [[*PROMPT[:1], *torch.randint(10, size, (length,), generator=source).tolist(), *TAIL] for _ in range(REAL)]
     labels = torch.full((REAL,), LABEL, device=model.device)
     factors = head_factors(model.hidden_of(real), labels, Head(model.head_weight, model.head_bias))
-    return Matching(model, tokens, [FactorTarget(factors)], Space()), reference.real_gradient(model.lm, real, [LABEL] * REAL)
+    return Matching(model, tokens, [FactorTarget(factors)], Space()), reference.real_gradient(literal.lm, real, [LABEL] * REAL)
 
 
-def pairs(model: Model, groups: int, count: int, length: int, k: int):
-    """The work, twice: {name: (fast, reference)}; the reference does one group, the fast path all of them at once."""
-    matching, explicit = problem(model, length)
+def pairs(model: Model, literal: Model, groups: int, count: int, length: int, k: int):
+    """The work, twice: {name: (fast, reference)}; the reference does one group, the fast path all of them at once.
+
+    Args:
+        model, literal: the same weights, in the fast path's type and in float32 for the reference.
+    """
+    matching, explicit = problem(model, literal, length)
     source = torch.Generator().manual_seed(2)
     x = torch.randn(groups, count, length, model.embedding.shape[1], generator=source).to(model.device) * 0.05
-    ids, classes = torch.zeros(x.shape[:3], dtype=torch.long), torch.zeros(groups, dtype=torch.long, device=model.device)
-    before, after = (model.embed(torch.tensor(part, device=model.device)) for part in (PROMPT[:1], TAIL))
+    ids, classes = torch.zeros(x.shape[:3], dtype=torch.long, device=x.device), torch.zeros(groups, dtype=torch.long, device=model.device)
+    before, after = (literal.embed(torch.tensor(part, device=model.device)) for part in (PROMPT[:1], TAIL))
     labels, allowed = torch.full((count,), LABEL, device=model.device), torch.ones(model.embedding.shape[0], dtype=torch.bool)
     tables, rows = Tables.of(model), torch.zeros(groups * count, dtype=torch.long, device=model.device)
 
@@ -76,14 +83,14 @@ def pairs(model: Model, groups: int, count: int, length: int, k: int):
     work = {
         "inner step": (
             lambda: slope(lambda v: matching.of_vectors(v, ids, classes), x),
-            lambda: slope(lambda v: reference.match(model.lm, v, before, after, labels, explicit, "cosine"), x[0]),
+            lambda: slope(lambda v: reference.match(literal.lm, v, before, after, labels, explicit, "cosine"), x[0]),
         )
     }
     for order in ("lm_then_nearest", "nearest_then_lm"):
         reading = Reading(order, k, allowed.to(model.device))
         work[f"projection, {order}"] = (
             lambda reading=reading: project(model, tables, x.flatten(0, 1), [PROMPT], rows, reading),
-            lambda reading=reading: reference.project(model.lm, x[0], PROMPT, reading.order, k, reading.allowed),
+            lambda reading=reading: reference.project(literal.lm, x[0], PROMPT, reading.order, k, reading.allowed),
         )
     return work
 
@@ -97,12 +104,30 @@ def seconds(call, device: str) -> float:
     return time.perf_counter() - begun
 
 
+def operations(call) -> int:
+    """Floating-point operations of the matrix products and attention of one call."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def disagreement(fast: torch.Tensor, slow: torch.Tensor) -> float:
+    """Of the first group: the relative difference of two gradients, or the share of tokens that differ."""
+    fast = fast[: len(slow)] if fast.ndim == slow.ndim else fast[0]
+    if slow.is_floating_point():
+        return float((fast.float() - slow.float()).norm() / slow.float().norm())
+    return float((fast != slow).float().mean())
+
+
 def measure(options: argparse.Namespace) -> list[dict]:
-    """Alternating timings of every pair, after one warm-up each."""
-    model = random_model(options.shape, options.device)
+    """Alternating timings of every pair, after one run each that counts operations and compares the results."""
+    literal = random_model(options.shape, options.device)
+    model = literal if options.dtype == "float32" else random_model(options.shape, options.device, options.dtype)
     rows = []
-    for name, (fast, slow) in pairs(model, options.groups, options.count, options.length, options.top_k).items():
-        seconds(fast, options.device), seconds(slow, options.device)
+    for name, (fast, slow) in pairs(model, literal, options.groups, options.count, options.length, options.top_k).items():
+        if options.work not in name:
+            continue
+        differ = disagreement(fast(), slow())
         times = [(seconds(fast, options.device), seconds(slow, options.device)) for _ in range(options.repeats)]
         ratios = [options.groups * slow / fast for fast, slow in times]
         rows.append(
@@ -111,6 +136,9 @@ def measure(options: argparse.Namespace) -> list[dict]:
                 "fast_seconds": statistics.median(fast for fast, _ in times),
                 "reference_seconds": options.groups * statistics.median(slow for _, slow in times),
                 "ratio": statistics.median(ratios),
+                "fast_operations": operations(fast),
+                "reference_operations": options.groups * operations(slow),
+                "disagreement": differ,
                 "ratio_low": min(ratios),
                 "ratio_high": max(ratios),
             }
@@ -123,6 +151,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the fast path")
+    parser.add_argument("--work", default="", help="only the work whose name holds this, such as 'inner'")
     parser.add_argument("--groups", type=int, default=1, help="groups of the fast path; the reference does one, times this")
     parser.add_argument("--count", type=int, default=10, help="examples of a group")
     parser.add_argument("--length", type=int, default=28, help="tokens of an example")
@@ -138,10 +168,11 @@ def main(arguments: list[str] | None = None) -> dict:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     rows = measure(options)
-    print(f"{'work':32} {'fast':>9} {'reference':>10} {'ratio':>7}   (seconds, medians of {options.repeats})")
+    print(f"{'work':32} {'fast':>9} {'reference':>10} {'ratio':>7}   GFLOP (seconds: medians of {options.repeats})")
     for row in rows:
         spread = f"{row['ratio_low']:.1f} to {row['ratio_high']:.1f}"
-        print(f"{row['work']:32} {row['fast_seconds']:9.3f} {row['reference_seconds']:10.3f} {row['ratio']:6.1f}x  ({spread})")
+        counts = f"{row['fast_operations'] / 1e9:.1f} : {row['reference_operations'] / 1e9:.1f}, differ {row['disagreement']:.1g}"
+        print(f"{row['work']:32} {row['fast_seconds']:9.3f} {row['reference_seconds']:10.3f} {row['ratio']:6.1f}x  ({spread}); {counts}")
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     record = {"settings": settings, "sizes": SHAPES[options.shape], "torch": torch.__version__, "rows": rows}
     if options.output:

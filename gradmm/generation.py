@@ -210,23 +210,18 @@ class _Writer:
         """Continue N prompts: uniform (N, T) numbers in [0, 1) -> (N, <= T) tokens; after a text's end all are -1."""
         ids, mask = pad_left(prompts, self.model.device)
         padded = not bool(mask.all())
-        output = self.model.body(input_ids=ids, attention_mask=mask if padded else None, use_cache=True)
+        state, cache = self.model.read(ids, mask if padded else None)
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.model.device)
         chosen: list[Tensor] = []
         for step in range(uniform.shape[1]):
-            token = self._draw(output.last_hidden_state[:, -1], uniform[:, step], step)
+            token = self._draw(state, uniform[:, step], step)
             stopped = ended | self.stops[token]
             chosen.append(torch.where(stopped, -1, token))
             ended = stopped | (self.closes[token] & (step + 1 >= self.sampling.min_tokens))
             if bool(ended.all()) or step + 1 == uniform.shape[1]:
                 break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            output = self.model.body(
-                input_ids=token[:, None],
-                attention_mask=mask if padded else None,
-                past_key_values=output.past_key_values,
-                use_cache=True,
-            )
+            state, cache = self.model.read(token[:, None], mask if padded else None, cache)
         return torch.stack(chosen, dim=1)
 
     def _draw(self, state: Tensor, uniform: Tensor, step: int) -> Tensor:

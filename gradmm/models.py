@@ -93,6 +93,16 @@ class Model:
         stacks = [m for m in self.lm.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
         return getattr(stacks[0][-1], "mlp", None) if stacks else None
 
+    def read(self, ids: Tensor, mask: Tensor | None = None, cache=None):
+        """Read tokens, those of a cache before them: (N, T) ids, (N, P + T) mask or None -> (state (N, D) at the end, cache)."""
+        output = self.body(input_ids=ids, attention_mask=mask, use_cache=True, **({} if cache is None else {self._cache_name: cache}))
+        return output.last_hidden_state[:, -1], output[self._cache_name]
+
+    @cached_property
+    def _cache_name(self) -> str:
+        """What this family calls the keys and values of tokens that it has read: `cache` since transformers 5.24."""
+        return "cache" if "cache" in inspect.signature(self.lm.base_model.forward).parameters else "past_key_values"
+
     def body(self, **inputs):
         """One pass of the body; positions count the tokens that the mask keeps, so padding changes nothing."""
         mask = inputs.get("attention_mask")
@@ -242,6 +252,7 @@ def load_model(
             f"{name} is no causal language model that can be loaded ({first_line(error)}): give a hub id or a folder with "
             "config.json, model.safetensors and tokenizer files"
         ) from error
+    _align(lm)
     absent = sorted(loading["missing_keys"])
     require(
         not absent,
@@ -291,6 +302,12 @@ def _device(device) -> torch.device:
         return torch.device(device)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"the device {device!r} is not usable here ({first_line(error)}): use cpu, cuda or auto") from error
+
+
+def _align(lm: torch.nn.Module) -> None:
+    """Move weights from where the file had them to aligned memory: else the files' layout would decide on the last bits."""
+    for weights in (*lm.parameters(), *lm.buffers()):
+        weights.data = weights.data.clone()
 
 
 def _dtype(dtype) -> torch.dtype:

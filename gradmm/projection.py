@@ -152,18 +152,16 @@ def project(model: Model, tables: Tables, v: Tensor, prompts: Sequence[tuple[int
         chosen.append(token)
         if position + 1 < v.shape[1]:
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            output = model.body(input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True)
-            state = output.last_hidden_state[:, -1]
+            state, cache = model.read(token[:, None], mask, cache)
     return torch.stack(chosen, dim=1)
 
 
 def _read_prompts(model: Model, prompts: Sequence[tuple[int, ...]], rows: Tensor, padded: bool):
     """Encode each prompt once and hand its state and cache to its sequences: (state (N, D), cache, mask (N, P) or None)."""
     ids, mask = pad_left(prompts, model.device)
-    output = model.body(input_ids=ids, attention_mask=mask if padded else None, use_cache=True)
-    cache = output.past_key_values
+    state, cache = model.read(ids, mask if padded else None)
     cache.batch_select_indices(rows)
-    return output.last_hidden_state[rows, -1], cache, mask[rows] if padded else None
+    return state[rows], cache, mask[rows] if padded else None
 
 
 def _allowed_at(reading: Reading, position: int) -> Tensor:

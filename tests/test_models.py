@@ -455,3 +455,18 @@ def test_loading_is_silent_and_leaves_transformers_as_it_was(saved, capfd):
     finally:
         transformers_logging.set_verbosity(before[0])
         transformers_logging.set_tqdm_hook(before[1])
+
+
+def test_weights_are_aligned_whatever_the_layout_of_their_file(saved, tmp_path, tiny_lm, toy_tokenizer):
+    sharded = save(tiny_lm("llama", dtype=torch.float32), toy_tokenizer, tmp_path / "aligned", max_shard_size="20KB")
+    for folder in (saved(), sharded):
+        assert {weights.data_ptr() % 64 for weights in load_model(folder).lm.parameters()} == {0}
+    tied = load_model(save(tiny_lm("gpt2", dtype=torch.float32), toy_tokenizer, tmp_path / "tied"))
+    assert tied.head_weight.data_ptr() == tied.lm.get_input_embeddings().weight.data_ptr()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "phi", "gpt_neox", "qwen2"])
+def test_reading_on_from_a_cache_equals_reading_at_once(tiny_model, family):
+    model, ids = tiny_model(family), torch.arange(12).view(2, 6)
+    _, cache = model.read(ids[:, :4])
+    torch.testing.assert_close(model.read(ids[:, 4:], cache=cache)[0], model.read(ids)[0])

@@ -21,7 +21,7 @@ from gradmm.coresets import CORESETS, select_coreset
 from gradmm.errors import require
 from gradmm.examples import Example, Splits
 from gradmm.finetuning import finetune
-from gradmm.measures import measure, similarities, thinned
+from gradmm.measures import match_on, measure, similarities, thinned
 from gradmm.methods import METHODS
 from gradmm.models import Model
 from gradmm.results import Comparison
@@ -41,6 +41,7 @@ def compare(
     progress: bool = True,
     workers: int = 1,
     second: Model | None = None,
+    learners: Sequence[Model] = (),
 ) -> Comparison:
     """Make each method's examples, train on them, and judge: every seed draws real examples, texts and batches anew.
 
@@ -53,19 +54,22 @@ def compare(
         workers: processes on the CPU that share the seeds and the threads; a script that asks for several needs the usual
             `if __name__ == "__main__"`. Results are equal to the last bit where the number of threads of each is.
         second: another model for a second perplexity.
+        learners: further models, of any architecture and tokenizer, that are trained and judged on the same examples, which
+            `model` wrote or chose; see `Comparison.on`.
 
     Returns:
         Comparison.
 
     Raises:
-        UserError: an unknown method, repeated seeds, or a folder that holds a comparison with other settings.
+        UserError: an unknown method, repeated seeds, learners of one name, or a folder that holds a comparison with other settings.
     """
     begun, config = time.time(), config or ComparisonConfig()
     _check(model, methods, seeds, workers)
+    _check_learners(model, learners)
     splits = replace(splits, test=thinned(splits.test, 0, config.max_test))
-    folder = RunFolder.open(output, _identity(model, task, splits, config, second))
+    folder = RunFolder.open(output, _identity(model, task, splits, config, second, learners))
     settings = hashlib.sha256(json.dumps(folder.manifest, sort_keys=True).encode()).hexdigest()
-    bench = Bench(model, task, splits, config, {}, settings, folder.path, second)
+    bench = Bench(model, task, splits, config, {}, settings, folder.path, second, tuple(learners))
     records = {(name, seed): bench.load(name, seed) for seed in seeds for name in methods}
     pending = {seed: [name for name in methods if records[name, seed] is None] for seed in seeds}
     wanted = [name for name in CORESETS if any(name in names for names in pending.values())]
@@ -87,13 +91,21 @@ def _check(model: Model, methods: Sequence[str], seeds: Sequence[int], workers: 
     require(workers == 1 or model.device.type == "cpu", f"workers = {workers} on {model.device}: several are for the CPU, give 1")
 
 
-def _identity(model: Model, task: Task, splits: Splits, config: ComparisonConfig, second: Model | None) -> dict:
+def _check_learners(model: Model, learners: Sequence[Model]) -> None:
+    names = [one.name for one in (model, *learners)]
+    require(len(set(names)) == len(names), f"the models {', '.join(names)} must have different names: give each learner once")
+    away = [one.name for one in learners if one.device != model.device]
+    require(not away, f"the learners {', '.join(away)} are not on {model.device} as {model.name} is: load them there")
+
+
+def _identity(model: Model, task: Task, splits: Splits, config: ComparisonConfig, second: Model | None, learners: Sequence[Model]) -> dict:
     parts = [[(example.text, example.label) for example in some] for some in (splits.train, splits.validation, splits.test)]
     return {
         "config": asdict(config),
         "task": task.to_dict(),
         "model": {"name": model.name, "revision": model.revision, "fingerprint": model.fingerprint},
         "second": None if second is None else {"name": second.name, "fingerprint": second.fingerprint},
+        "learners": [{"name": one.name, "fingerprint": one.fingerprint} for one in learners],
         "data": {"source": splits.source, "fingerprint": hashlib.sha256(repr(parts).encode()).hexdigest()},
     }
 
@@ -133,23 +145,26 @@ def _run_seed(bench: Bench, methods: Sequence[str], seed: int) -> Iterator[dict]
     alike = similarities(trial, measured)
     for name, examples in sets.items():
         record = {"method": name, "seed": seed, "settings": bench.settings, "n": len(examples)}
-        record |= _trained(trial, examples)
+        record |= _trained(trial, bench.model, examples)
         record |= {key: finite_or_none(value) for key, value in measure(trial, measured[name]).items()}
         record["similarity"] = {step: finite_or_none(value) for step, value in alike[name].items()}
+        record["elsewhere"] = {
+            one.name: {**_trained(trial, one, examples), "match": match_on(one, trial, measured[name])} for one in bench.learners
+        }
         if bench.folder is not None:
             files.write_json(bench.place(name, seed), record)
         yield record
 
 
-def _trained(trial: Trial, examples: Sequence[Example]) -> dict:
-    """The figures of a fine-tuning, or of the model as it came where there are no examples."""
+def _trained(trial: Trial, model: Model, examples: Sequence[Example]) -> dict:
+    """The figures of a model's fine-tuning, or of the model as it came where there are no examples."""
     bench, splits = trial.bench, trial.bench.splits
     if not examples:
-        test = evaluate(bench.model, bench.task, splits.test)
+        test = evaluate(model, bench.task, splits.test)
         chosen = {"learning_rate": None, "step": 0, "validation_accuracy": None, "curve": []}
     else:
         config = replace(bench.config.finetuning, seed=trial.seed)
-        found = finetune(bench.model, bench.task, examples, splits.validation, splits.test, config)
+        found = finetune(model, bench.task, examples, splits.validation, splits.test, config)
         test, curve = found.test, [{key: finite_or_none(value) for key, value in row.items()} for row in found.curve]
         chosen = {"learning_rate": found.learning_rate, "step": found.step}
         chosen |= {"validation_accuracy": found.validation_accuracy, "curve": curve}

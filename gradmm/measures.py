@@ -59,6 +59,12 @@ def _match(matching: Matching, examples: Sequence[Example]) -> float:
     return statistics.fmean(matching.of_sets([e.text for e in examples], [e.label for e in examples]))
 
 
+def match_on(learner: Model, trial: Trial, examples: Sequence[Example]) -> float | None:
+    """`match` with both gradients taken from another model: does it carry over? None where there are no examples."""
+    targets = [_target(trial, learner, label) for label in range(len(trial.bench.task.labels))]
+    return _match(_matching(trial, learner, targets), examples) if examples else None
+
+
 def similarities(trial: Trial, sets: dict[str, list[Example]]) -> dict[str, dict[str, float]]:
     """How alike the gradients of each set and of the real examples are while a model trains on the real ones.
 

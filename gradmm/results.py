@@ -23,7 +23,8 @@ class Comparison:
     Attributes:
         labels: M label numbers of the test examples.
         records: one for each method and seed: method, seed, n, accuracy, macro_f1, predictions (M), learning_rate, step,
-            validation_accuracy, curve (see `finetuning.Training`), similarity ({step: cosine}) and MEASURES.
+            validation_accuracy, curve (see `finetuning.Training`), similarity ({step: cosine}), MEASURES, and `elsewhere`:
+            for each learner's name, what is its own of these.
     """
 
     task: Task
@@ -33,6 +34,15 @@ class Comparison:
     def of(self, method: str) -> list[dict]:
         """The records of a method, seed by seed."""
         return [record for record in self.records if record["method"] == method]
+
+    def on(self, learner: str) -> "Comparison":
+        """The same examples judged by another model: accuracies, curves and `match` are the learner's.
+
+        What tells of the texts alone stays the writing model's; the similarity, which is the writer's training, is left out.
+        """
+        return Comparison(
+            self.task, self.labels, [{**record, **record["elsewhere"][learner], "similarity": {}} for record in self.records]
+        )
 
     @cached_property
     def methods(self) -> dict[str, dict]:

@@ -61,6 +61,7 @@ class Bench:
         settings: SHA-256 of all that a record depends on but its method and seed.
         folder: None keeps everything in memory.
         second: a model that reads the texts but did not write them, or None.
+        learners: further models that are trained on every method's examples.
     """
 
     model: Model
@@ -71,6 +72,7 @@ class Bench:
     settings: str
     folder: Path | None
     second: Model | None
+    learners: tuple[Model, ...] = ()
 
     def place(self, method: str, seed: int) -> Path:
         """Where the record of a method and seed is written."""

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import gradmm
-from gradmm import comparison, files, methods
+from gradmm import comparison, files, measures, methods
 from gradmm.comparison import compare
 from gradmm.controls import random_directions
 from gradmm.errors import UserError
 from gradmm.evaluation import longest_shared_spans, words
 from gradmm.examples import Example, Splits, content_hash, refuse_overlap
+from gradmm.finetuning import finetune
 from gradmm.generation import Sampling
 from gradmm.measures import MEASURES
 from gradmm.methods import METHODS
@@ -154,13 +155,47 @@ def test_two_processes_give_what_one_gives(model, whole, tmp_path):
     assert two.records == [r for name in methods for r in whole[0].of(name)]
 
 
-def test_four_classes_a_head_with_bias_and_a_second_model(tiny_model, model):
+def test_four_classes_go_through_every_method_with_a_head_with_bias_and_a_second_model(tiny_model, model):
     phi = tiny_model("phi", dtype=torch.float32)
     config = replace(CONFIG, synthesis=replace(CONFIG.synthesis, n_synthetic=6))
-    methods = ("herding", "zero_shot", "prompt_only", "random_target", "gradmm")
-    found = compare(phi, FOUR, splits_of(FOUR), config, methods, (0,), progress=False, second=model)
-    assert {figures["n"] for figures in found.methods.values()} == {6}
-    assert all(figures["second_perplexity"] > 1 for figures in found.methods.values())
+    found = compare(phi, FOUR, splits_of(FOUR), config, seeds=(0,), progress=False, second=model)
+    sizes = {"none": 0, "all_real": 80, "real": 8}
+    assert {name: figures["n"] for name, figures in found.methods.items()} == {name: sizes.get(name, 6) for name in METHODS}
+    assert all(figures["second_perplexity"] > 1 for name, figures in found.methods.items() if name != "none")
+    assert {label for record in found.records for label in record["predictions"]} <= {0, 1, 2, 3}
+
+
+def test_four_classes_release_and_synthesize(model):
+    real = toy(FOUR, 0, 3)
+    found = gradmm.synthesize(model, FOUR, gradmm.release(model, FOUR, real), replace(CONFIG.synthesis, n_synthetic=8), progress=False)
+    assert sorted(found.kept["label"]) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert found.manifest["set_match"].keys() == set(FOUR.labels)
+
+
+def test_another_model_learns_from_the_same_examples(tiny_model, model, whole, tmp_path):
+    """The learner's figures are those of the same examples given to it by hand; the writer's are those without a learner."""
+    names, learner = ("none", "real", "gradmm"), tiny_model("gpt2", dtype=torch.float32)
+    found = compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False, learners=(learner,))
+    varying = {"settings": None, "elsewhere": None}
+    assert [r | varying for r in found.records] == [r | varying for name in names for r in whole[0].of(name)]
+    there = found.on(learner.name)
+    for seed in (0, 1):
+        trial = Trial(bench_of(model), seed)
+        tuning = replace(CONFIG.finetuning, seed=seed)
+        test = measures.thinned(splits_of(TWO).test, 0, CONFIG.max_test)
+        by_hand = finetune(learner, TWO, METHODS["gradmm"](trial), splits_of(TWO).validation, test, tuning)
+        assert there.of("gradmm")[seed]["predictions"] == list(by_hand.test.predictions)
+        assert there.of("gradmm")[seed]["curve"] == by_hand.curve
+    assert there.methods["none"]["match"] is None and there.methods["none"]["n"] == 0
+    assert there.methods["real"]["match"] == pytest.approx(0, abs=1e-5)
+    assert there.methods["gradmm"]["match"] != found.methods["gradmm"]["match"]
+    assert there.methods["gradmm"]["perplexity"] == found.methods["gradmm"]["perplexity"]
+    again = compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False, learners=(learner,))
+    assert again.records == found.records
+    with pytest.raises(UserError, match="learners"):
+        compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False)
+    with pytest.raises(UserError, match="must have different names"):
+        compare(model, TWO, splits_of(TWO), CONFIG, names, (0,), progress=False, learners=(model,))
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])

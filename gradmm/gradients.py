@@ -145,12 +145,16 @@ class DenseTarget:
 Target = FactorTarget | DenseTarget
 
 
+def grams(factors: Factors) -> list[Tensor]:
+    """<g_b, g_b'> of single gradients: factors (..., B, V), (..., B, D) -> (..., B, B), for weight and bias."""
+    deltas = factors.delta @ factors.delta.mT
+    weight = deltas * (factors.hidden @ factors.hidden.mT)
+    return [weight, deltas] if factors.bias else [weight]
+
+
 def group_norms(factors: Factors) -> list[Tensor]:
     """||G(X)||^2 of the mean gradient of each group: factors (..., B, V), (..., B, D) -> (...), weight and bias."""
-    deltas = factors.delta @ factors.delta.mT  # (..., B, B)
-    hiddens = factors.hidden @ factors.hidden.mT
-    weight = (deltas * hiddens).mean((-2, -1))
-    return [weight, deltas.mean((-2, -1))] if factors.bias else [weight]
+    return [gram.mean((-2, -1)) for gram in grams(factors)]
 
 
 # ---------------------------------------------------------------- distances
@@ -201,6 +205,37 @@ def match_groups(
             inners[place] = inners[place].index_copy(0, chosen, inner.mean(-1))
             target_norms[place] = target_norms[place].index_fill(0, chosen, norm.item())
     return combine(inners, norms, target_norms, distance)
+
+
+def greedy_order(factors: Factors, target: Target, count: int, distance: str = "cosine") -> list[int]:
+    """Examples in the order in which each, added to those before it, gives the group with the lowest matching loss.
+
+    Args:
+        factors: delta (N, V) and hidden (N, D), in the target's coordinates.
+        target: what the group's mean gradient shall be.
+        count: how many to choose; all N if there are fewer.
+        distance: "cosine" or "l2".
+
+    Returns:
+        Row numbers, the first chosen first; among equals the one that stands earlier.
+    """
+    inners, squares, targets = target.inner(factors), grams(factors), target.norms()
+    size, taken = len(factors.delta), torch.zeros(len(factors.delta), dtype=torch.bool, device=factors.delta.device)
+    inner, cross, norm = [0.0] * len(inners), [torch.zeros_like(row) for row in inners], [0.0] * len(inners)
+    chosen: list[int] = []
+    for members in range(1, min(count, size) + 1):
+        trial_inners = [(done + each) / members for done, each in zip(inner, inners, strict=True)]
+        trial_norms = [
+            (done + 2 * row + gram.diagonal()) / members**2 for done, row, gram in zip(norm, cross, squares, strict=True)
+        ]
+        loss = combine(trial_inners, trial_norms, targets, distance).masked_fill(taken, torch.inf)
+        best = int(loss.argmin())
+        chosen.append(best)
+        taken[best] = True
+        inner = [value[best] * members for value in trial_inners]
+        norm = [value[best] * members**2 for value in trial_norms]
+        cross = [row + gram[best] for row, gram in zip(cross, squares, strict=True)]
+    return chosen
 
 
 # ---------------------------------------------------------------- any parameters

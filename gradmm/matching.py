@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmm.gradients import Factors, Head, Space, Target, head_factors, match_groups
+from gradmm.gradients import Factors, Head, Space, Target, greedy_order, head_factors, match_groups
 from gradmm.models import Model
 from gradmm.projection import text_mask
 from gradmm.tasks import TaskTokens
@@ -81,6 +81,12 @@ class Matching:
             which = torch.tensor([number], device=self.model.device)
             values.append(match_groups(factors.unsqueeze(0), which, self.targets, self.distance, self.space).item())
         return values
+
+    @torch.no_grad()
+    def greedy(self, texts: Sequence[str], number: int, count: int) -> list[int]:
+        """Which texts of class `number` to take, one by one, so that together they match its target (`greedy_order`)."""
+        factors = self.space.restrict(self.factors(texts, [number] * len(texts)))
+        return greedy_order(factors, self.targets[number], count, self.distance)
 
     def factors(self, texts: Sequence[str], classes: Sequence[int]) -> Factors:
         """The gradients of texts as factor pairs: delta (N, V), hidden (N, D)."""

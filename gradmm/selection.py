@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from gradmm.errors import require
+from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.tasks import TaskTokens
 
-KEPT = "kept: rank {} of {} by matching loss"
+KEPT = "kept: rank {} of {} by {}"
 EMPTY = "dropped: the text is empty"
 DUPLICATE = "dropped: the same text stands earlier"
 LABEL = "dropped: the model reads it as {}, {:.0%} sure"
@@ -73,6 +74,30 @@ FILTERS: dict[str, Callable[[Tensor, Sequence[int]], list[int | None]]] = {
 }
 
 
+def rank_texts(
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], losses: Sequence[float],
+    per_class: Sequence[int],
+) -> list[float]:  # fmt: skip
+    """Every text by its own loss."""
+    return list(losses)
+
+
+def rank_groups(
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], losses: Sequence[float],
+    per_class: Sequence[int],
+) -> list[float]:  # fmt: skip
+    """The usable texts of each class in the order of `Matching.greedy`; behind them the others by their own loss."""
+    scores, barred = [len(texts) + loss for loss in losses], _unusable(texts)
+    for number, wanted in enumerate(per_class):
+        usable = [i for i, label in enumerate(classes) if label == number and misread[i] is None and i not in barred]
+        for place, row in enumerate(matching.greedy([texts[i] for i in usable], number, wanted) if usable else ()):
+            scores[usable[row]] = float(place)
+    return scores
+
+
+RANKINGS = {"text": ("matching loss", rank_texts), "group": ("the group's matching loss", rank_groups)}
+
+
 def select(
     texts: Sequence[str],
     classes: Sequence[int],
@@ -81,6 +106,7 @@ def select(
     probabilities: Tensor,
     per_class: Sequence[int],
     labels: Sequence[str],
+    criterion: str = "matching loss",
 ) -> list[Verdict]:
     """Keep the `per_class` texts of each class with the lowest score among those that passed the filter.
 
@@ -94,6 +120,7 @@ def select(
         probabilities: (N, C), for the reasons' wording.
         per_class: how many to keep of each class.
         labels: C names.
+        criterion: what the scores are, for the reasons' wording.
 
     Returns:
         N verdicts, in order.
@@ -106,7 +133,7 @@ def select(
         failed = sorted((i for i in members if misread[i] is not None), key=lambda i: (scores[i], i))
         for rank, i in enumerate(passed, 1):
             kept = rank <= wanted
-            verdicts[i] = Verdict(kept, (KEPT if kept else RANK).format(rank, len(passed), wanted))
+            verdicts[i] = Verdict(kept, (KEPT if kept else RANK).format(rank, len(passed), criterion if kept else wanted))
         for place, i in enumerate(failed, len(passed)):
             reading = LABEL.format(labels[misread[i]], float(probabilities[i, misread[i]]))
             verdicts[i] = Verdict(True, FILLED.format(len(passed), wanted)) if place < wanted else Verdict(False, reading)

@@ -29,7 +29,7 @@ from gradmm.privacy import Release
 from gradmm.projection import PROJECTIONS, Reading, Tables, allowed_tokens, project, text_mask
 from gradmm.runs import RunFolder
 from gradmm.seeds import generator
-from gradmm.selection import FILTERS, label_probabilities, select
+from gradmm.selection import FILTERS, RANKINGS, label_probabilities, select
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 ACTIVATION_NUMBERS = 40  # stored numbers a layer, token and width unit, forward and backward, by measurement
@@ -58,7 +58,9 @@ class SynthesisConfig:
             scaled to this norm (None: the mean norm of the embeddings).
         filter: a name in `selection.FILTERS`. A model that cannot yet do the task misreads the labels, and its filter then
             teaches its own mistakes: "none" by default, "label" as published.
-        perplexity_weight: ranking adds this times the log-perplexity to the matching loss.
+        ranking: a name in RANKINGS: "text" keeps the texts of each class that match the target best one by one, "group"
+            those that, added one after the other, match it best together.
+        perplexity_weight: ranking "text" adds this times the log-perplexity to the matching loss.
         groups_per_batch: groups optimised side by side; None as many as memory allows.
         seed: names every random draw.
         solver: the solver's part of these settings; follows from them.
@@ -83,6 +85,7 @@ class SynthesisConfig:
     init_candidates: int = 4
     init_norm: float | None = None
     filter: str = "none"
+    ranking: str = "text"
     perplexity_weight: float = 0.0
     groups_per_batch: int | None = None
     seed: int = 0
@@ -97,7 +100,7 @@ class SynthesisConfig:
         require(self.perplexity_weight >= 0, f"perplexity_weight = {self.perplexity_weight!r}, it must be at least 0: 0 ignores it")
         require(self.init_norm is None or self.init_norm > 0, f"init_norm = {self.init_norm!r}, it must be above 0, or None")
         require(self.early_end or self.init == "normal", "init = 'generated' writes texts of several lengths: set early_end, or init = 'normal'")
-        for name, known in (("init", INITIALISATIONS), ("projection", PROJECTIONS), ("filter", FILTERS), ("distance", DISTANCES)):
+        for name, known in (("init", INITIALISATIONS), ("projection", PROJECTIONS), ("filter", FILTERS), ("distance", DISTANCES), ("ranking", RANKINGS)):
             value = getattr(self, name)
             require(value in known, f"the {name} {value!r} is not known: use one of {', '.join(known)}")
         object.__setattr__(self, "solver", self._solver())  # checks the solver's own settings
@@ -440,9 +443,10 @@ def judge_texts(plan: Plan, texts: list[str], classes: list[int]) -> list[dict]:
         probabilities[spoken] = label_probabilities(plan.model, plan.tokens, some).cpu()
         for i, found in zip(spoken, FILTERS[plan.config.filter](probabilities[spoken], labels), strict=True):
             misread[i] = found
-    weight = plan.config.perplexity_weight
+    weight, (criterion, rank) = plan.config.perplexity_weight, RANKINGS[plan.config.ranking]
     scores = [m + weight * math.log(p) if weight else m for m, p in zip(match, perplexity, strict=True)]
-    verdicts = select(texts, classes, scores, misread, probabilities, plan.per_class, plan.task.labels)
+    scores = rank(plan.matching, texts, classes, misread, scores, plan.per_class)
+    verdicts = select(texts, classes, scores, misread, probabilities, plan.per_class, plan.task.labels, criterion)
     return [
         {
             "text": text,

@@ -11,6 +11,7 @@ from gradmm.gradients import (
     FactorTarget,
     Head,
     Space,
+    greedy_order,
     group_norms,
     head_factors,
     match_groups,
@@ -207,3 +208,27 @@ def test_an_unknown_distance_is_refused():
     factors = Factors(torch.ones(1, 1, 2), torch.ones(1, 1, 2))
     with pytest.raises(UserError, match="distance 'l1' is not known: use one of cosine, l2"):
         match_groups(factors, torch.tensor([0]), [FactorTarget(factors[0])], "l1")
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_greedy_order_equals_a_search_with_explicit_gradients(distance, bias):
+    source = torch.Generator().manual_seed(3)
+    delta, hidden = (torch.randn(9, size, generator=source, dtype=torch.float64) for size in (7, 4))
+    target = FactorTarget(Factors(*(torch.randn(3, size, generator=source, dtype=torch.float64) for size in (7, 4)), bias))
+    goal = [(target.factors.delta.mT @ target.factors.hidden) / 3, target.factors.delta.mean(0)][: 1 + bias]
+
+    def loss(rows):
+        mean = [(delta[rows].mT @ hidden[rows]) / len(rows), delta[rows].mean(0)][: 1 + bias]
+        return float(tensor_distance(mean, goal, distance))
+
+    slow = []
+    for _ in range(5):
+        slow.append(min((row for row in range(9) if row not in slow), key=lambda row: loss([*slow, row])))
+    assert greedy_order(Factors(delta, hidden, bias), target, 5, distance) == slow
+    assert sorted(greedy_order(Factors(delta, hidden, bias), target, 50, distance)) == list(range(9))
+
+
+def test_greedy_order_against_nothing_is_the_order_of_the_examples():
+    factors = Factors(torch.randn(4, 7), torch.randn(4, 3))
+    assert greedy_order(factors, DenseTarget(torch.zeros(7, 3)), 3) == [0, 1, 2]

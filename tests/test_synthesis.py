@@ -63,6 +63,22 @@ def test_the_match_column_is_the_distance_of_the_text_itself(setting):
     assert row["match"] == pytest.approx(matching.of_texts([row["text"]], [row["label"]]).item(), rel=1e-4)
 
 
+def test_ranking_by_group_keeps_what_matches_best_together(setting):
+    model, task, release = setting
+    config = replace(SMALL, ranking="group", oversample=3.0)
+    result = synthesize(model, task, release, config, progress=False)
+    matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
+    for label in (0, 1):
+        rows = [row for row in result.dataset if row["label"] == label]
+        distinct = list({row["text"]: None for row in rows if row["text"]})
+        wanted = [distinct[place] for place in matching.greedy(distinct, label, 2)]
+        kept = {row["reason"]: row["text"] for row in rows if row["kept"]}
+        assert kept == {f"kept: rank {rank} of {len(distinct)} by the group's matching loss": wanted[rank - 1] for rank in (1, 2)}
+    assert {row["text"] for row in synthesize(model, task, release, replace(config, ranking="text"), progress=False).dataset} == {
+        row["text"] for row in result.dataset
+    }
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(setting, tmp_path):
     model, task, release = setting
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -218,6 +234,7 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
         ({"length": 64}, "length = 64 with a template or prompt of"),
         ({"init_candidates": 0}, "init_candidates = 0"),
         ({"init_norm": -1}, "init_norm = -1"),
+        ({"ranking": "best"}, "the ranking 'best' is not known: use one of text, group"),
         ({"perplexity_weight": -1}, "perplexity_weight = -1"),
         ({"groups_per_batch": 0}, "groups_per_batch = 0"),
     ],

@@ -16,6 +16,8 @@ from gradmm.examples import Example, check_examples
 from gradmm.models import Model
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
+TOKENS_PER_BATCH = 1024
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -57,7 +59,7 @@ class Encoded:
         return Encoded(sequences, torch.tensor([example.label for example in examples], device=model.device))
 
 
-def evaluate(model: Model, task: Task, examples: Sequence[Example], tokens_per_batch: int = 1024) -> Evaluation:
+def evaluate(model: Model, task: Task, examples: Sequence[Example], tokens_per_batch: int = TOKENS_PER_BATCH) -> Evaluation:
     """Predict the label of each example: the likeliest of the C verbalizers after the prompt.
 
     Raises:
@@ -65,6 +67,26 @@ def evaluate(model: Model, task: Task, examples: Sequence[Example], tokens_per_b
     """
     tokens = tokenize_task(task, model.tokenizer)
     return score(model, tokens, Encoded.of(model, task, tokens, examples, "test"), tokens_per_batch)
+
+
+@torch.no_grad()
+def evaluate_calibrated(model: Model, task: Task, examples: Sequence[Example], texts: Sequence[str]) -> Evaluation:
+    """As `evaluate`, with each verbalizer's mean log-probability over unlabelled texts taken out first.
+
+    It takes the model's preference for some verbalizer away and teaches it nothing, so what a training set adds shows above
+    this and not above `evaluate` (after Zhao et al. 2021, with task texts for content-free ones).
+
+    Args:
+        texts: unlabelled and apart from the examples; their classes should be about as frequent as the examples'.
+
+    Raises:
+        UserError: as `evaluate`; no texts.
+    """
+    tokens = tokenize_task(task, model.tokenizer)
+    require(len(texts) > 0, "there are 0 texts to calibrate on, at least 1 is needed: give some, such as the validation texts")
+    hidden = model.hidden_of([tokens.sequence(text) for text in texts])
+    preference = label_logits(model, tokens, hidden).log_softmax(-1).mean(0)
+    return score(model, tokens, Encoded.of(model, task, tokens, examples, "test"), TOKENS_PER_BATCH, preference)
 
 
 def label_logits(model: Model, tokens: TaskTokens, hidden: Tensor) -> Tensor:
@@ -76,13 +98,14 @@ def label_logits(model: Model, tokens: TaskTokens, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def score(model: Model, tokens: TaskTokens, data: Encoded, tokens_per_batch: int) -> Evaluation:
+def score(model: Model, tokens: TaskTokens, data: Encoded, tokens_per_batch: int, preference: Tensor | float = 0.0) -> Evaluation:
     """As `evaluate`, of examples that are encoded already.
 
     Args:
         tokens_per_batch: tokens of one pass, padding included.
+        preference: (C,) what is taken from the logits.
     """
-    logits = label_logits(model, tokens, model.hidden_of(data.sequences, tokens_per_batch))
+    logits = label_logits(model, tokens, model.hidden_of(data.sequences, tokens_per_batch)) - preference
     labels, predictions = data.labels.tolist(), logits.argmax(-1).tolist()
     classes = list(range(len(tokens.labels)))
     return Evaluation(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
-from gradmm.classification import evaluate
+from gradmm.classification import evaluate, evaluate_calibrated
 from gradmm.errors import UserError
 from gradmm.examples import Example, load_data, sample_examples
 from gradmm.finetuning import Training, finetune, fit
@@ -51,6 +51,17 @@ def test_training_teaches_and_leaves_the_model_alone(tiny_model, task, kind):
     assert all(torch.equal(before[name], value) for name, value in model.lm.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.lm.parameters())
     assert not model.lm.training
+
+
+def test_calibration_takes_out_the_preference_for_a_verbalizer_and_nothing_else(tiny_model, task):
+    model, examples = tiny_model("phi", dtype=torch.float32), toy(task, 30, 6)
+    texts = [example.text for example in toy(task, 20, 6)]
+    before = evaluate_calibrated(model, task, examples, texts)
+    model.head_bias[tokenize_task(task, model.tokenizer).labels[-1]] += 50
+    assert set(evaluate(model, task, examples).predictions) == {len(task.labels) - 1}
+    assert evaluate_calibrated(model, task, examples, texts).predictions == before.predictions
+    with pytest.raises(UserError, match="there are 0 texts to calibrate on"):
+        evaluate_calibrated(model, task, examples, [])
 
 
 def test_same_seed_same_run_other_seed_other_run(tiny_model, task):

@@ -42,7 +42,7 @@ def finetuning(results: dict, preset: dict) -> None:
     assert all(len(method["accuracy"]["runs"]) == preset["seeds"] for method in results["methods"].values())
     assert all(0 <= method["accuracy"]["mean"] <= 1 for method in results["methods"].values())
     assert results["methods"]["gradmm"]["minus_gradmm"] is None or results["methods"]["gradmm"]["minus_gradmm"]["mean"] == 0
-    assert results["n_test"] == preset["max_test"]
+    assert results["n_test"] == preset["max_test"] and 0 < results["calibrated"] <= 1
 
 
 # A notebook without an entry still has to run, write its numbers and draw its figures.

@@ -18,15 +18,15 @@ from tqdm.auto import tqdm
 from gradmm import files
 from gradmm.classification import evaluate
 from gradmm.coresets import CORESETS, select_coreset
-from gradmm.errors import require
+from gradmm.errors import UserError, require
 from gradmm.examples import Example, Splits
 from gradmm.finetuning import finetune
-from gradmm.measures import match_on, measure, similarities, thinned
+from gradmm.measures import measure, measure_on, similarities, thinned
 from gradmm.methods import METHODS
 from gradmm.models import Model
 from gradmm.results import Comparison
 from gradmm.runs import RunFolder, finite_or_none
-from gradmm.tasks import Task
+from gradmm.tasks import Task, tokenize_task
 from gradmm.trial import Bench, ComparisonConfig, Trial
 
 
@@ -61,11 +61,12 @@ def compare(
         Comparison.
 
     Raises:
-        UserError: an unknown method, repeated seeds, learners of one name, or a folder that holds a comparison with other settings.
+        UserError: an unknown method, repeated seeds, learners of one name or for which a verbalizer is no token, or a folder that holds a
+            comparison with other settings.
     """
     begun, config = time.time(), config or ComparisonConfig()
     _check(model, methods, seeds, workers)
-    _check_learners(model, learners)
+    _check_learners(model, task, learners)
     splits = replace(splits, test=thinned(splits.test, 0, config.max_test))
     folder = RunFolder.open(output, _identity(model, task, splits, config, second, learners))
     settings = hashlib.sha256(json.dumps(folder.manifest, sort_keys=True).encode()).hexdigest()
@@ -91,11 +92,16 @@ def _check(model: Model, methods: Sequence[str], seeds: Sequence[int], workers: 
     require(workers == 1 or model.device.type == "cpu", f"workers = {workers} on {model.device}: several are for the CPU, give 1")
 
 
-def _check_learners(model: Model, learners: Sequence[Model]) -> None:
+def _check_learners(model: Model, task: Task, learners: Sequence[Model]) -> None:
     names = [one.name for one in (model, *learners)]
     require(len(set(names)) == len(names), f"the models {', '.join(names)} must have different names: give each learner once")
     away = [one.name for one in learners if one.device != model.device]
     require(not away, f"the learners {', '.join(away)} are not on {model.device} as {model.name} is: load them there")
+    for one in learners:
+        try:
+            tokenize_task(task, one.tokenizer)  # now, not after hours of writing texts that it cannot learn from
+        except UserError as error:
+            raise UserError(f"{one.name} cannot learn this task: {error}") from error
 
 
 def _identity(model: Model, task: Task, splits: Splits, config: ComparisonConfig, second: Model | None, learners: Sequence[Model]) -> dict:
@@ -146,14 +152,18 @@ def _run_seed(bench: Bench, methods: Sequence[str], seed: int) -> Iterator[dict]
     for name, examples in sets.items():
         record = {"method": name, "seed": seed, "settings": bench.settings, "n": len(examples)}
         record |= _trained(trial, bench.model, examples)
-        record |= {key: finite_or_none(value) for key, value in measure(trial, measured[name]).items()}
-        record["similarity"] = {step: finite_or_none(value) for step, value in alike[name].items()}
+        record |= _finite(measure(trial, measured[name]))
+        record["similarity"] = _finite(alike[name])
         record["elsewhere"] = {
-            one.name: {**_trained(trial, one, examples), "match": match_on(one, trial, measured[name])} for one in bench.learners
+            one.name: _trained(trial, one, examples) | _finite(measure_on(one, trial, measured[name])) for one in bench.learners
         }
         if bench.folder is not None:
             files.write_json(bench.place(name, seed), record)
         yield record
+
+
+def _finite(values: dict) -> dict:
+    return {key: finite_or_none(value) for key, value in values.items()}
 
 
 def _trained(trial: Trial, model: Model, examples: Sequence[Example]) -> dict:
@@ -165,7 +175,7 @@ def _trained(trial: Trial, model: Model, examples: Sequence[Example]) -> dict:
     else:
         config = replace(bench.config.finetuning, seed=trial.seed)
         found = finetune(model, bench.task, examples, splits.validation, splits.test, config)
-        test, curve = found.test, [{key: finite_or_none(value) for key, value in row.items()} for row in found.curve]
+        test, curve = found.test, [_finite(row) for row in found.curve]
         chosen = {"learning_rate": found.learning_rate, "step": found.step}
         chosen |= {"validation_accuracy": found.validation_accuracy, "curve": curve}
     return {"accuracy": test.accuracy, "macro_f1": test.macro_f1, "predictions": list(test.predictions), **chosen}

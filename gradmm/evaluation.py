@@ -236,11 +236,59 @@ def paired_bootstrap(
     )
     require(0 < confidence < 1, f"confidence = {confidence!r}, it must be between 0 and 1: 0.95 is usual")
     gap = a - b  # (S, M)
+    low, high = _between(_resampled(gap, seed, resamples) / gap.size, confidence)
+    return Difference(float(gap.mean()), low, high, confidence)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One gain as a share of another and the interval `low` to `high` that covers it with the confidence asked for."""
+
+    share: float
+    low: float
+    high: float
+    confidence: float
+
+
+def paired_share(
+    part: Sequence[Sequence[float]],
+    whole: Sequence[Sequence[float]],
+    seed: int = 0,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+) -> Share | None:
+    """The mean of `part` over that of `whole`, with a percentile bootstrap interval as in `paired_bootstrap`.
+
+    Args:
+        part, whole: (S, M) what run s gains on test example m, the same runs and examples in both: 1 where it is right and
+            a base is wrong, -1 the other way, 0 where they agree.
+
+    Returns:
+        Share; None where the interval of `whole` itself does not lie above 0, as a share of nothing is no number.
+
+    Raises:
+        UserError: as `paired_bootstrap`.
+    """
+    gain = paired_bootstrap(whole, numpy.zeros_like(numpy.asarray(part, dtype=float)), seed, confidence, resamples)
+    if gain.low <= 0:
+        return None
+    over, under = (numpy.asarray(gains, dtype=float) for gains in (part, whole))
+    below = _resampled(under, seed, resamples)
+    shares = _resampled(over, seed, resamples)[below > 0] / below[below > 0]
+    return Share(float(over.mean() / under.mean()), *_between(shares, confidence), confidence)
+
+
+def _resampled(gap: numpy.ndarray, seed: int, resamples: int) -> numpy.ndarray:
+    """Sums of (S, M) over runs and examples drawn with replacement: (resamples,), the same draws for each seed and shape."""
     draw = numpy.random.default_rng(stream(seed, "paired bootstrap"))
     runs, examples = gap.shape
     values = [
         draw.multinomial(runs, [1 / runs] * runs) @ gap @ draw.multinomial(examples, [1 / examples] * examples)
         for _ in range(resamples)
     ]
-    low, high = numpy.quantile(numpy.array(values) / gap.size, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Difference(float(gap.mean()), float(low), float(high), confidence)
+    return numpy.array(values)
+
+
+def _between(values: numpy.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = numpy.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

@@ -59,10 +59,17 @@ def _match(matching: Matching, examples: Sequence[Example]) -> float:
     return statistics.fmean(matching.of_sets([e.text for e in examples], [e.label for e in examples]))
 
 
-def match_on(learner: Model, trial: Trial, examples: Sequence[Example]) -> float | None:
-    """`match` with both gradients taken from another model: does it carry over? None where there are no examples."""
+def measure_on(learner: Model, trial: Trial, examples: Sequence[Example]) -> dict:
+    """What of MEASURES depends on the model that reads: another's perplexity, tokens, and `match` between its own gradients."""
+    if not examples:
+        return dict.fromkeys(("perplexity", "match", "tokens"))
+    read = perplexity(learner, [example.text for example in examples])
     targets = [_target(trial, learner, label) for label in range(len(trial.bench.task.labels))]
-    return _match(_matching(trial, learner, targets), examples) if examples else None
+    return {
+        "perplexity": read.corpus,
+        "match": _match(_matching(trial, learner, targets), examples),
+        "tokens": statistics.fmean(read.tokens),
+    }
 
 
 def similarities(trial: Trial, sets: dict[str, list[Example]]) -> dict[str, dict[str, float]]:

@@ -86,6 +86,29 @@ def selection(dataset: datasets.Dataset) -> Figure:
 def accuracies(runs: Mapping[str, Sequence[float]], chance: float | None = None) -> Figure:
     """Test accuracy of each method: one point a run, a bar for the mean and one standard deviation."""
     figure, (axes,) = _axes(1, width=6.4, height=0.5 * len(runs) + 1.2)
+    _runs(axes, runs, chance)
+    axes.set(xlim=(0, 1), xlabel="test accuracy")
+    return figure
+
+
+def by_model(panels: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, line: float | None = None, xlim: tuple | None = None) -> Figure:
+    """One quantity of each method, drawn as in `accuracies`, in a panel for each model.
+
+    Args:
+        panels: for each model, each method's runs; the same methods in all.
+        line: where a dashed line stands, such as chance.
+        xlim: ends of every panel's axis; None: from 0 to the largest value of all.
+    """
+    methods = max(map(len, panels.values()))
+    figure, axes = _axes(len(panels), height=0.5 * methods + 1.4)
+    most = max(value for runs in panels.values() for values in runs.values() for value in values)
+    for place, (name, runs) in zip(axes, panels.items(), strict=True):
+        _runs(place, runs, line)
+        place.set(title=name, xlabel=xlabel, xlim=xlim or (0, 1.05 * most))
+    return figure
+
+
+def _runs(axes: Axes, runs: Mapping[str, Sequence[float]], line: float | None) -> None:
     for place, values in enumerate(runs.values()):
         series = pandas.Series(list(values), dtype=float)
         colour = COLOURS[place % len(COLOURS)]
@@ -93,11 +116,10 @@ def accuracies(runs: Mapping[str, Sequence[float]], chance: float | None = None)
         axes.barh(place, series.mean(), xerr=spread, color=colour, alpha=0.35, height=0.6, error_kw={"ecolor": colour})
         axes.scatter(series, [place] * len(series), s=18, color=colour, marker=MARKERS[place % len(MARKERS)], zorder=3)
         axes.annotate(f"{series.mean():.3f}", (1.005, place), xycoords=("axes fraction", "data"), va="center")
-    axes.set(yticks=range(len(runs)), yticklabels=list(runs), xlim=(0, 1), xlabel="test accuracy")
+    axes.set(yticks=range(len(runs)), yticklabels=list(runs))
     axes.invert_yaxis()
-    if chance is not None:
-        axes.axvline(chance, color="#666666", linewidth=1, linestyle="--")
-    return figure
+    if line is not None:
+        axes.axvline(line, color="#666666", linewidth=1, linestyle="--")
 
 
 def lines(series: Mapping[str, pandas.Series], xlabel: str, ylabel: str) -> Figure:

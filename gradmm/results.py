@@ -11,7 +11,7 @@ from functools import cached_property
 
 import pandas
 
-from gradmm.evaluation import paired_bootstrap, summarise_runs
+from gradmm.evaluation import paired_bootstrap, paired_share, summarise_runs
 from gradmm.measures import MEASURES
 from gradmm.tasks import Task
 
@@ -36,9 +36,9 @@ class Comparison:
         return [record for record in self.records if record["method"] == method]
 
     def on(self, learner: str) -> "Comparison":
-        """The same examples judged by another model: accuracies, curves and `match` are the learner's.
+        """The same examples judged by another model: accuracies, curves, `match`, perplexity and tokens are the learner's.
 
-        What tells of the texts alone stays the writing model's; the similarity, which is the writer's training, is left out.
+        What tells of the texts alone stays; the similarity, which is the writer's training, is left out.
         """
         return Comparison(
             self.task, self.labels, [{**record, **record["elsewhere"][learner], "similarity": {}} for record in self.records]
@@ -68,6 +68,18 @@ class Comparison:
     def difference(self, first: str, second: str) -> dict[str, float]:
         """The accuracy of `first` minus that of `second`, see `evaluation.paired_bootstrap`."""
         return asdict(paired_bootstrap(self._correct(first), self._correct(second)))
+
+    def carried(self, learner: str, method: str, base: str = "none") -> dict[str, float] | None:
+        """The share of a method's gain over `base` that another model makes too, see `evaluation.paired_share`.
+
+        None where the gain on the model that wrote or chose the examples cannot be told from none.
+        """
+        share = paired_share(self.on(learner)._gain(method, base), self._gain(method, base))
+        return None if share is None else asdict(share)
+
+    def _gain(self, method: str, base: str) -> list[list[int]]:
+        pairs = zip(self._correct(method), self._correct(base), strict=True)
+        return [[int(a) - int(b) for a, b in zip(one, other, strict=True)] for one, other in pairs]
 
     def _correct(self, name: str) -> list[list[bool]]:
         return [[a == b for a, b in zip(record["predictions"], self.labels, strict=True)] for record in self.of(name)]

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import gradmm
 from gradmm import comparison, files, measures, methods
 from gradmm.comparison import compare
 from gradmm.controls import random_directions
 from gradmm.errors import UserError
-from gradmm.evaluation import longest_shared_spans, words
+from gradmm.evaluation import longest_shared_spans, perplexity, words
 from gradmm.examples import Example, Splits, content_hash, refuse_overlap
 from gradmm.finetuning import finetune
 from gradmm.generation import Sampling
@@ -189,13 +191,40 @@ def test_another_model_learns_from_the_same_examples(tiny_model, model, whole, t
     assert there.methods["none"]["match"] is None and there.methods["none"]["n"] == 0
     assert there.methods["real"]["match"] == pytest.approx(0, abs=1e-5)
     assert there.methods["gradmm"]["match"] != found.methods["gradmm"]["match"]
-    assert there.methods["gradmm"]["perplexity"] == found.methods["gradmm"]["perplexity"]
+    for seed in (0, 1):
+        texts = [example.text for example in METHODS["gradmm"](Trial(bench_of(model), seed))]
+        assert there.of("gradmm")[seed]["perplexity"] == perplexity(learner, texts).corpus != found.of("gradmm")[seed]["perplexity"]
+    assert there.methods["gradmm"]["distinct_2"] == found.methods["gradmm"]["distinct_2"]
     again = compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False, learners=(learner,))
     assert again.records == found.records
     with pytest.raises(UserError, match="learners"):
         compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False)
     with pytest.raises(UserError, match="must have different names"):
         compare(model, TWO, splits_of(TWO), CONFIG, names, (0,), progress=False, learners=(model,))
+
+
+def test_a_learner_without_a_verbalizer_is_refused_before_anything_is_written(tiny_model, model, toy_tokenizer, tmp_path):
+    known = json.loads(toy_tokenizer.backend_tokenizer.to_str())
+    del known["model"]["vocab"]["Ġgreat"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(known)), bos_token="<|endoftext|>")
+    other = replace(tiny_model("gpt2", dtype=torch.float32), name="other", tokenizer=tokenizer)
+    with pytest.raises(UserError, match=r"other cannot learn this task: .*verbalizer ' great'"):
+        compare(model, TWO, splits_of(TWO), CONFIG, ("none",), (0,), tmp_path / "run", progress=False, learners=(other,))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_carries_over_is_the_learner_s_gain_as_a_share_of_the_writer_s():
+    labels, blank = (0, 1) * 50, {"n": 0, "macro_f1": 0, "similarity": {}, "curve": [], **dict.fromkeys(MEASURES)}
+
+    def right(count):
+        return {"accuracy": count / 100, "predictions": [label if place < count else 1 - label for place, label in enumerate(labels)]}
+
+    rows = (("none", 50, 40), ("gradmm", 90, 60), ("real", 50, 60))
+    records = [blank | right(own) | {"method": m, "seed": s, "elsewhere": {"b": right(there)}} for m, own, there in rows for s in (0, 1)]
+    found = Comparison(TWO, labels, records)
+    carried = found.carried("b", "gradmm")
+    assert carried["share"] == pytest.approx(0.5) and carried["low"] < 0.5 < carried["high"]
+    assert found.carried("b", "real") is None  # on the writing model it gains nothing, of which nothing is a share
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])

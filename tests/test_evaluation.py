@@ -21,6 +21,7 @@ from gradmm.evaluation import (
     is_complete_sentence,
     longest_shared_spans,
     paired_bootstrap,
+    paired_share,
     perplexities,
     perplexity,
     self_bleu,
@@ -167,6 +168,26 @@ def test_the_interval_is_a_function_of_the_seed():
     one, two, other = (paired_bootstrap(a, b, seed=seed, resamples=300) for seed in (1, 1, 2))
     assert one == two != other
     assert one.low < one.mean < one.high
+
+
+def test_a_share_has_the_interval_that_scipy_gives_a_ratio():
+    whole, part = outcomes(7, 1, 400, 0.6) * 1.0, outcomes(8, 1, 400, 0.3) * 1.0
+    found = paired_share(part, whole, resamples=5000)
+    reference = scipy.stats.bootstrap(
+        (part[0], whole[0]), lambda x, y, axis: x.mean(axis) / y.mean(axis), paired=True, vectorized=True, method="percentile",
+        n_resamples=5000, rng=numpy.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    assert found.share == pytest.approx(part.mean() / whole.mean())
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.01)
+    everything = paired_share(whole, whole, resamples=200)
+    assert (everything.share, everything.low, everything.high) == (1, 1, 1)
+
+
+def test_a_share_of_a_gain_that_may_be_nothing_is_no_number():
+    part, nothing = outcomes(9, 3, 60, 0.5) * 1.0, numpy.tile([1.0, -1.0], (3, 30))
+    assert paired_share(part, nothing, resamples=200) is None
+    with pytest.raises(UserError, match="shapes"):
+        paired_share(part[:2], part)
 
 
 @pytest.mark.parametrize(("shape", "confidence", "match"), [((2, 9), 0.95, "shapes"), ((3, 8), 95, "confidence")])

@@ -44,6 +44,13 @@ def test_accuracies_draw_every_run_and_name_the_mean():
     assert sum(len(points.get_offsets()) for points in axes.collections if hasattr(points, "get_offsets")) >= 3
 
 
+def test_models_stand_side_by_side_over_one_range():
+    axes = plots.by_model({"a": {"real": [0.5, 0.7], "none": [0.4]}, "b": {"real": [0.9], "none": [0.2]}}, "match", line=0.5).axes
+    assert [place.get_title() for place in axes] == ["a", "b"]
+    assert [text.get_text() for text in axes[1].texts] == ["0.900", "0.200"]
+    assert len({place.get_xlim() for place in axes}) == 1 and axes[0].get_xlabel() == "match"
+
+
 def test_lines_have_names_and_units():
     (axes,) = plots.lines({"z": pandas.Series([1, 2]), "x": pandas.Series([3, 4])}, "step", "norm").axes
     assert (axes.get_xlabel(), axes.get_ylabel(), len(axes.lines)) == ("step", "norm", 2)

@@ -151,6 +151,35 @@ def bands(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str) -> 
     return figure
 
 
+def factors(frame: pandas.DataFrame, quantity: str, columns: int = 3) -> Figure:
+    """Small multiples of one quantity, a panel a factor: runs as points, means as a line, the base's value with a ring.
+
+    Args:
+        frame: from `ablation.vary`.
+        quantity: one of its columns.
+    """
+    parts = list(frame.groupby("factor", sort=False))
+    rows = -(-len(parts) // columns)
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.4 * rows), sharey=True, squeeze=False)
+    for axes in grid.flat[len(parts) :]:
+        axes.set_visible(False)
+    for axes, (name, part) in zip(grid.flat, parts, strict=False):
+        values = list(dict.fromkeys(part["value"]))
+        places = part["value"].map({value: place for place, value in enumerate(values)}).astype(int)
+        means = part.groupby(places)[quantity].mean()
+        spread = part.groupby(places)[quantity].std().fillna(0)
+        axes.fill_between(means.index, means - spread, means + spread, color=COLOURS[0], alpha=0.15, linewidth=0)
+        axes.plot(means.index, means, color=COLOURS[0])
+        axes.scatter(places, part[quantity], s=14, color=COLOURS[0], zorder=3)
+        base = sorted(set(places[part["base"]]))
+        axes.scatter(base, means[base], s=90, facecolor="none", edgecolor=COLOURS[1], linewidth=1.5, zorder=4)
+        axes.set(title=name, xticks=range(len(values)), xticklabels=[str(value).replace("_", "\n") for value in values], xlim=(-0.4, len(values) - 0.6))
+    for axes in grid[:, 0]:
+        axes.set_ylabel(quantity)
+    return figure
+
+
 def table(rows: Sequence[Mapping] | pandas.DataFrame, digits: int = 3):
     """Rows as an HTML table with whole texts; anything in a text that looks like HTML is shown, not obeyed."""
     frame = pandas.DataFrame(rows)

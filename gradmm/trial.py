@@ -24,6 +24,7 @@ class ComparisonConfig:
 
     Attributes:
         n_real: real examples that gradmm's Release is made of, all classes together.
+        space: the parameters whose gradients are matched, a name in `privacy.SPACES` that needs no public texts.
         synthesis: its n_synthetic is the budget of every method but "none", "all_real" and "real".
         finetuning: the same for every method, all real texts included: equal steps, not equal passes.
         sampling: of the zero-shot and few-shot texts.
@@ -33,6 +34,7 @@ class ComparisonConfig:
     """
 
     n_real: int = 50
+    space: str = "head"
     synthesis: SynthesisConfig = SynthesisConfig()
     finetuning: FinetuneConfig = FinetuneConfig()
     sampling: Sampling = Sampling()
@@ -110,7 +112,7 @@ class Trial:
     @cached_property
     def release(self) -> Release:
         """Their exact gradients."""
-        return release(self.bench.model, self.bench.task, self.real)
+        return release(self.bench.model, self.bench.task, self.real, space=self.bench.config.space)
 
     @cached_property
     def matched(self) -> list[Example]:

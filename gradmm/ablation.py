@@ -1,0 +1,182 @@
+"""Where the signal goes, and one factor at a time around a base setting: match, fluency and accuracy.
+
+Knows no figure. Every setting is a comparison of its own folder, so an interrupted run continues and a finished one is read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pandas
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from tqdm.auto import tqdm
+
+from gradmm.classification import label_logits
+from gradmm.comparison import compare
+from gradmm.errors import require
+from gradmm.examples import Example, Splits
+from gradmm.gradients import Factors, Head, head_factors
+from gradmm.models import Model
+from gradmm.synthesis import SynthesisConfig
+from gradmm.tasks import Task, TaskTokens, tokenize_task
+from gradmm.trial import ComparisonConfig
+
+QUANTITIES = ("accuracy", "match", "perplexity")
+_OF_COMPARISON = {"n_real", "space"}
+_OF_SYNTHESIS = {item.name for item in fields(SynthesisConfig) if item.init} - {"seed", "groups_per_batch"}
+
+
+@torch.no_grad()
+def agreement(
+    model: Model, task: Task, real: Sequence[Example], sets: Mapping[str, Sequence[Example]], public: Sequence[str]
+) -> pandas.DataFrame:
+    """How far the head's gradients of sets of examples agree with the real ones', under three losses of one model.
+
+    Per-class cosines hardly see the contrast between the classes, the sum over classes of their mean gradients, which is
+    what training on balanced data follows; and a preference for one verbalizer is common to all texts.
+
+    Args:
+        real: examples of every class.
+        sets: named sets with examples of every class.
+        public: texts over which the model's preference among the verbalizers is taken for the calibrated loss.
+
+    Returns:
+        One row for each loss and set: loss ("full vocabulary", "label tokens" as fine-tuning has it, "label tokens,
+        calibrated"), set, per_class (mean cosine), contrast (cosine), and classes (the mean cosine of the real classes'
+        gradients to each other, the same for every set).
+    """
+    tokens = tokenize_task(task, model.tokenizer)
+    rows = []
+    for loss, (head, labels) in _losses(model, tokens, public).items():
+        target = _class_means(model, tokens, head, labels, real)
+        pairs = cosine_similarity(target[:, None], target[None], dim=-1)
+        between = float((pairs.sum() - len(pairs)) / (len(pairs) * (len(pairs) - 1)))
+        for name, examples in sets.items():
+            means = _class_means(model, tokens, head, labels, examples)
+            rows.append(
+                {"loss": loss, "set": name, "per_class": float(cosine_similarity(means, target, dim=-1).mean())}
+                | {"contrast": float(cosine_similarity(means.sum(0), target.sum(0), dim=0)), "classes": between}
+            )
+    return pandas.DataFrame(rows)
+
+
+def _losses(model: Model, tokens: TaskTokens, public: Sequence[str]) -> dict[str, tuple[Head, list[int]]]:
+    """Each loss as the head over whose rows it is taken, with the classes' rows in it."""
+    chosen, classes = torch.tensor(tokens.labels, device=model.device), list(range(len(tokens.labels)))
+    weight, bias = model.head_weight[chosen], None if model.head_bias is None else model.head_bias[chosen]
+    hidden = model.hidden_of([tokens.sequence(text) for text in public])
+    preference = label_logits(model, tokens, hidden).log_softmax(-1).mean(0).to(weight.dtype)
+    return {
+        "full vocabulary": (Head(model.head_weight, model.head_bias), list(tokens.labels)),
+        "label tokens": (Head(weight, bias), classes),
+        "label tokens, calibrated": (Head(weight, -preference if bias is None else bias - preference), classes),
+    }
+
+
+def _class_means(model: Model, tokens: TaskTokens, head: Head, labels: Sequence[int], examples: Sequence[Example]) -> Tensor:
+    """The mean gradient of the head's matrix for each class, flat: (C, R D)."""
+    means = []
+    for number, row in enumerate(labels):
+        texts = [example.text for example in examples if example.label == number]
+        require(len(texts) > 0, f"a set has no example of class {number}: every set needs one of each class")
+        hidden = model.hidden_of([tokens.sequence(text) for text in texts])
+        found: Factors = head_factors(hidden, torch.full((len(texts),), row, device=hidden.device), head)
+        means.append((found.delta.mT @ found.hidden).flatten() / len(texts))
+    return torch.stack(means)
+
+
+def vary(
+    model: Model,
+    task: Task,
+    splits: Splits,
+    base: ComparisonConfig,
+    factors: Mapping[str, Sequence],
+    seeds: Sequence[int],
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> pandas.DataFrame:
+    """Run gradmm at the base and at every other value of each factor, with the same seeds.
+
+    Args:
+        base: the setting around which one factor at a time is changed.
+        factors: names of `SynthesisConfig` settings, "n_real" or "space", with the values to try; the base's own value
+            belongs to every factor and is run once.
+        seeds: as in `compare`; runs of one seed see the same real examples, but for "n_real".
+        output: a folder that receives one comparison for each setting, or None.
+        progress: whether to show a progress bar over settings.
+
+    Returns:
+        One row for each factor, value and seed: factor, value, base (whether it is the base's value), seed and QUANTITIES.
+
+    Raises:
+        UserError: an unknown factor, or a value that does not fit.
+    """
+    levels = {factor: _levels(base, factor, values) for factor, values in factors.items()}
+    configs = {"base": base}  # checked, all of them, before anything runs
+    for factor, values in levels.items():
+        configs |= {_name(base, factor, value): changed(base, factor, value) for value in values}
+    found = {}
+    for name, config in tqdm(configs.items(), desc="varying", unit="setting", disable=not progress):
+        folder = None if output is None else Path(output) / name
+        found[name] = compare(model, task, splits, config, ["gradmm"], seeds, folder, progress=False).records
+    return pandas.DataFrame(
+        {"factor": factor, "value": value, "base": value == _value(base, factor), "seed": record["seed"]}
+        | {quantity: record[quantity] for quantity in QUANTITIES}
+        for factor, values in levels.items()
+        for value in values
+        for record in found[_name(base, factor, value)]
+    )
+
+
+def changed(base: ComparisonConfig, factor: str, value) -> ComparisonConfig:
+    """The base with one factor at another value."""
+    if factor in _OF_COMPARISON:
+        return replace(base, **{factor: value})
+    return replace(base, synthesis=replace(base.synthesis, **{factor: value}))
+
+
+def effects(frame: pandas.DataFrame, quantity: str = "accuracy", confidence: float = 0.95) -> pandas.DataFrame:
+    """How far each factor moves a quantity: its lowest against its highest value, paired by seed.
+
+    The two were picked because they lie furthest apart, so an interval that leaves out zero is a hint and no proof.
+
+    Args:
+        frame: from `vary`, with at least two seeds.
+        quantity: one of QUANTITIES.
+        confidence: of the interval of the mean difference, by Student's t over seeds.
+
+    Returns:
+        One row for each factor, the furthest first: factor, lowest, highest (values), low_mean, high_mean, difference, low,
+        high.
+    """
+    rows = []
+    for factor, part in frame.groupby("factor", sort=False):
+        table = part.pivot(index="seed", columns="value", values=quantity)
+        lowest, highest = table.mean().idxmin(), table.mean().idxmax()
+        paired = table[highest] - table[lowest]
+        half = float(student.ppf((1 + confidence) / 2, len(paired) - 1) * paired.sem()) if len(paired) > 1 else float("nan")
+        rows.append(
+            {"factor": factor, "lowest": lowest, "highest": highest, "low_mean": table[lowest].mean(), "high_mean": table[highest].mean()}
+            | {"difference": paired.mean(), "low": paired.mean() - half, "high": paired.mean() + half}
+        )
+    return pandas.DataFrame(rows).sort_values("difference", ascending=False, ignore_index=True)
+
+
+def _levels(base: ComparisonConfig, factor: str, values: Sequence) -> list:
+    """The values with the base's own among them, numbers in rising order."""
+    known = sorted(_OF_COMPARISON | _OF_SYNTHESIS)
+    require(factor in known, f"the factor {factor!r} is not known: use some of {', '.join(known)}")
+    levels = list(dict.fromkeys([_value(base, factor), *values]))
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in levels)
+    return sorted(levels) if numbers else levels
+
+
+def _value(base: ComparisonConfig, factor: str):
+    return getattr(base if factor in _OF_COMPARISON else base.synthesis, factor)
+
+
+def _name(base: ComparisonConfig, factor: str, value) -> str:
+    return "base" if value == _value(base, factor) else f"{factor}={value}"

@@ -1,0 +1,72 @@
+"""One factor at a time: the base is run once, every row says what it is, and effects are paired by seed."""
+
+import pandas
+import pytest
+import torch
+from test_comparison import CONFIG, FOUR, TWO, splits_of, toy
+
+from gradmm.ablation import agreement, effects, vary
+from gradmm.errors import UserError
+from gradmm.examples import Example
+from gradmm.gradients import parameter_gradient
+from gradmm.tasks import tokenize_task
+
+FACTORS = {"rho": [0.5], "n_real": [4], "projection": ["lm_then_nearest", "nearest_then_lm"]}
+
+
+def test_one_factor_changes_at_a_time_and_the_base_is_run_once(tiny_model, tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    frame = vary(model, TWO, splits_of(TWO), CONFIG, FACTORS, (0, 1), tmp_path, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "n_real=4", "projection=nearest_then_lm", "rho=0.5"]
+    assert [tuple(row) for row in frame[["factor", "value", "base"]].drop_duplicates().itertuples(index=False)] == [
+        ("rho", 0.003, True), ("rho", 0.5, False), ("n_real", 4, False), ("n_real", 8, True),
+        ("projection", "lm_then_nearest", True), ("projection", "nearest_then_lm", False),
+    ]  # fmt: skip
+    base = frame[frame["base"]]
+    assert all(len(part.drop(columns=["factor", "value"]).drop_duplicates()) == 2 for _, part in base.groupby("factor"))
+    again = vary(model, TWO, splits_of(TWO), CONFIG, FACTORS, (0, 1), tmp_path, progress=False)
+    pandas.testing.assert_frame_equal(frame, again)
+
+
+def test_unknown_factors_and_values_that_do_not_fit_are_refused_before_anything_runs(tiny_model, tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    for factors, message in (({"rh0": [1]}, "the factor 'rh0' is not known: use some of"), ({"rho": [0.5], "top_k": [0]}, "top_k = 0")):
+        with pytest.raises(UserError, match=message):
+            vary(model, TWO, splits_of(TWO), CONFIG, factors, (0,), tmp_path / "none", progress=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_effects_are_the_furthest_values_paired_by_seed():
+    rows = [("a", value, seed, 0.5 + 0.1 * value + 0.01 * seed) for value in (0, 1, 2) for seed in (0, 1, 2)]
+    rows += [("b", value, seed, 0.6 if (seed + value) % 2 else 0.5) for value in (0, 1) for seed in (0, 1, 2)]
+    found = effects(pandas.DataFrame(rows, columns=["factor", "value", "seed", "accuracy"]))
+    first, second = found.to_dict("records")
+    assert (first["factor"], first["lowest"], first["highest"]) == ("a", 0, 2)
+    assert first["difference"] == pytest.approx(0.2) and first["low"] == pytest.approx(0.2) == first["high"]
+    assert second["low"] < 0 < second["high"]
+
+
+@pytest.mark.parametrize("task", [TWO, FOUR], ids=lambda task: task.name)
+def test_agreement_equals_gradients_taken_by_autograd(tiny_model, task):
+    model = tiny_model("phi")
+    tokens, real, other = tokenize_task(task, model.tokenizer), toy(task, 0, 3), toy(task, 9, 2)
+    texts = [example.text for example in toy(task, 20, 2)]
+    found = agreement(model, task, real, {"real": real, "other": other}, texts)
+    assert found[found["set"] == "real"][["per_class", "contrast"]].to_numpy() == pytest.approx(1.0)
+
+    def gradient(examples: list[Example], preference):
+        weight = model.head_weight[list(tokens.labels)].clone().requires_grad_(True)
+        hidden = model.hidden_of([tokens.sequence(example.text) for example in examples])
+        logits = hidden @ weight.T + model.head_bias[list(tokens.labels)] - preference
+        labels = torch.tensor([example.label for example in examples])
+        return parameter_gradient(torch.nn.functional.cross_entropy(logits, labels), [weight])[0].flatten()
+
+    hidden = model.hidden_of([tokens.sequence(text) for text in texts])
+    rows = list(tokens.labels)
+    preference = (hidden @ model.head_weight[rows].T + model.head_bias[rows]).log_softmax(-1).mean(0)
+    for loss, shift in (("label tokens", 0.0), ("label tokens, calibrated", preference)):
+        row = found[(found["set"] == "other") & (found["loss"] == loss)].iloc[0]
+        cosine = torch.nn.functional.cosine_similarity(gradient(other, shift), gradient(real, shift), dim=0)
+        assert row["contrast"] == pytest.approx(float(cosine), rel=1e-6)
+    with pytest.raises(UserError, match="a set has no example of class 0"):
+        agreement(model, task, real, {"half": [example for example in real if example.label]}, texts)

@@ -25,7 +25,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from gradmm.classification import label_logits
 from gradmm.errors import require
 from gradmm.evaluation import longest_shared_spans, words
 from gradmm.examples import Example
@@ -229,6 +228,7 @@ def _clipped(model: Model, task: Task, examples: Sequence[Example], space: Space
     classes = torch.tensor([example.label for example in examples], device=model.device)
     labels = torch.tensor(tokens.labels, device=model.device)[classes]
     hidden = model.hidden_of([tokens.sequence(example.text) for example in examples])
+    require(isinstance(space, Space), "the audit knows releases of the head's gradients, not of the body's: release in another space")
     found = space.restrict(head_factors(hidden, labels, Head(model.head_weight, model.head_bias)))
     delta = found.delta.double() * clip_scale(found, clip)[:, None]
     return Factors(delta, found.hidden.double(), found.bias), classes
@@ -313,7 +313,7 @@ def loss_scores(model: Model, task: Task, examples: Sequence[Example], reference
 @torch.no_grad()
 def _label_losses(model: Model, task: Task, examples: Sequence[Example]) -> Tensor:
     tokens = tokenize_task(task, model.tokenizer)
-    logits = label_logits(model, tokens, model.hidden_of([tokens.sequence(example.text) for example in examples]))
+    logits = model.logits_of(model.hidden_of([tokens.sequence(example.text) for example in examples]), tokens.labels)
     labels = torch.tensor([example.label for example in examples], device=logits.device)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from sklearn.metrics import f1_score
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 
 from gradmm.errors import require
 from gradmm.examples import Example, check_examples
@@ -85,16 +85,8 @@ def evaluate_calibrated(model: Model, task: Task, examples: Sequence[Example], t
     tokens = tokenize_task(task, model.tokenizer)
     require(len(texts) > 0, "there are 0 texts to calibrate on, at least 1 is needed: give some, such as the validation texts")
     hidden = model.hidden_of([tokens.sequence(text) for text in texts])
-    preference = label_logits(model, tokens, hidden).log_softmax(-1).mean(0)
+    preference = model.logits_of(hidden, tokens.labels).log_softmax(-1).mean(0)
     return score(model, tokens, Encoded.of(model, task, tokens, examples, "test"), TOKENS_PER_BATCH, preference)
-
-
-def label_logits(model: Model, tokens: TaskTokens, hidden: Tensor) -> Tensor:
-    """The logits of the verbalizers alone, in float32 at least: (N, D) -> (N, C)."""
-    rows = torch.tensor(tokens.labels, device=hidden.device)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    bias = None if model.head_bias is None else model.head_bias[rows].to(wide)
-    return linear(hidden.to(wide), model.head_weight[rows].to(wide), bias)
 
 
 @torch.no_grad()
@@ -105,7 +97,7 @@ def score(model: Model, tokens: TaskTokens, data: Encoded, tokens_per_batch: int
         tokens_per_batch: tokens of one pass, padding included.
         preference: (C,) what is taken from the logits.
     """
-    logits = label_logits(model, tokens, model.hidden_of(data.sequences, tokens_per_batch)) - preference
+    logits = model.logits_of(model.hidden_of(data.sequences, tokens_per_batch), tokens.labels) - preference
     labels, predictions = data.labels.tolist(), logits.argmax(-1).tolist()
     classes = list(range(len(tokens.labels)))
     return Evaluation(

@@ -125,6 +125,22 @@ def continue_prompts(model: Model, tokens: TaskTokens, classes: Sequence[int], u
     return ids
 
 
+def prompted_texts(model: Model, tokens: TaskTokens, per_class: int, length: int = 32, seed: int = 0) -> list[str]:
+    """Texts as the model writes them from the public prompts, class by class, cut or not: a sample of what it knows.
+
+    Args:
+        per_class: texts of each class.
+        length: tokens of a text at most; fewer where the context is shorter.
+    """
+    around = max(map(len, (tokens.start + tokens.head + tokens.tail, *tokens.prompts)))
+    length = max(1, min(length, model.context - around))
+    classes = [label for label in range(len(tokens.labels)) for _ in range(per_class)]
+    uniform = torch.stack([torch.rand(length, generator=generator(seed, "prompted texts", row)) for row in range(len(classes))])
+    sampling = Sampling(max_tokens=length, min_tokens=1)
+    ids = continue_prompts(model, tokens, classes, uniform, sampling, allowed_tokens(model))
+    return [tokens.decode(token for token in row if token >= 0) for row in ids.tolist()]
+
+
 def _write_class(writer: "_Writer", task: Task, label: int, count: int, seed: int, pool: list[str], taken: set) -> list[Example]:
     """The first `count` usable texts of a class in the order of their numbers; their hashes are added to `taken`."""
     kept: list[Example] = []

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradmm.gradients import Factors, Head, Space, Target, greedy_order, head_factors, match_groups
 from gradmm.models import Model
 from gradmm.projection import text_mask
+from gradmm.sketch import BodySketch
 from gradmm.tasks import TaskTokens
 
 ROWS_PER_BLOCK = 256  # texts whose (V,) deltas are held at once
@@ -24,7 +25,7 @@ class Matching:
     Attributes:
         model, tokens: the language model and the task in its tokens.
         targets: one per class.
-        space: the coordinates of the targets.
+        space: the coordinates of the targets: of the head, or a sketch of the body.
         distance: "cosine" or "l2".
         end: the token from which on a text is empty, or None.
     """
@@ -32,7 +33,7 @@ class Matching:
     model: Model
     tokens: TaskTokens
     targets: Sequence[Target]
-    space: Space
+    space: Space | BodySketch
     distance: str = "cosine"
     end: int | None = None
 
@@ -42,7 +43,7 @@ class Matching:
         return Head(self.model.head_weight, self.model.head_bias)
 
     def of_vectors(self, x: Tensor, ids: Tensor, classes: Tensor) -> Tensor:
-        """f of each group, with one pass of the body; differentiable in x alone.
+        """f of each group, with one pass of the body; differentiable in x alone; for targets of the head.
 
         Args:
             x: (K, B, L, D) continuous texts; the template around them is constant.
@@ -63,7 +64,7 @@ class Matching:
         """f of each text as a group of one, read from the text itself: (N,)."""
         factors, chosen = self.factors(texts, classes), torch.tensor(list(classes), device=self.model.device)
         parts = [
-            match_groups(factors[rows].unsqueeze(1), chosen[rows], self.targets, self.distance, self.space)
+            match_groups(factors[rows].unsqueeze(1), chosen[rows], self.targets, self.distance)
             for rows in torch.arange(len(texts), device=self.model.device).split(ROWS_PER_BLOCK)
         ]
         return torch.cat(parts) if parts else torch.empty(0)
@@ -79,19 +80,17 @@ class Matching:
                 continue
             factors = self.factors(members, [number] * len(members))
             which = torch.tensor([number], device=self.model.device)
-            values.append(match_groups(factors.unsqueeze(0), which, self.targets, self.distance, self.space).item())
+            values.append(match_groups(factors.unsqueeze(0), which, self.targets, self.distance).item())
         return values
 
     @torch.no_grad()
     def greedy(self, texts: Sequence[str], number: int, count: int) -> list[int]:
         """Which texts of class `number` to take, one by one, so that together they match its target (`greedy_order`)."""
-        factors = self.space.restrict(self.factors(texts, [number] * len(texts)))
-        return greedy_order(factors, self.targets[number], count, self.distance)
+        return greedy_order(self.factors(texts, [number] * len(texts)), self.targets[number], count, self.distance)
 
     def factors(self, texts: Sequence[str], classes: Sequence[int]) -> Factors:
-        """The gradients of texts as factor pairs: delta (N, V), hidden (N, D)."""
-        hidden = self.model.hidden_of([self.tokens.sequence(text) for text in texts])
-        return head_factors(hidden, self._label_tokens(torch.tensor(list(classes), device=hidden.device)), self.head)
+        """The gradients of texts as factor pairs in the targets' coordinates, see `factors_of`."""
+        return factors_of(self.model, self.tokens, self.space, [self.tokens.sequence(text) for text in texts], classes)
 
     def _label_tokens(self, classes: Tensor) -> Tensor:
         return torch.tensor(self.tokens.labels, device=classes.device)[classes]
@@ -111,3 +110,22 @@ class Matching:
             return None
         before, after = len(self.tokens.start + self.tokens.head), len(self.tokens.tail)
         return torch.nn.functional.pad(text_mask(ids, self.end), (before, after), value=1)
+
+
+def factors_of(
+    model: Model, tokens: TaskTokens, space: Space | BodySketch, sequences: Sequence[Sequence[int]], classes: Sequence[int]
+) -> Factors:
+    """Gradients of single examples in the coordinates of a release.
+
+    Args:
+        sequences: N prompts in tokens, template included.
+        classes: N class numbers.
+
+    Returns:
+        Factors: delta (N, R) and hidden (N, r) of the head, or delta (N, 1) and hidden (N, M r^2) of a sketch of the body.
+    """
+    if isinstance(space, BodySketch):
+        return space.factors(model, tokens, sequences, classes)
+    hidden = model.hidden_of(sequences)
+    labels = torch.tensor([tokens.labels[number] for number in classes], device=hidden.device)
+    return space.restrict(head_factors(hidden, labels, Head(model.head_weight, model.head_bias)))

@@ -52,7 +52,7 @@ def k_center(trial: Trial) -> list[Example]:
 
 
 def zero_shot(trial: Trial) -> list[Example]:
-    """Texts that the model writes from the public prompts, as many as gradmm writes, kept by gradmm's own filter."""
+    """Texts that the model writes from the public prompts, kept by gradmm's own label filter: no real example is looked at."""
     return _generated(trial, trial.bench.config.sampling, ())
 
 
@@ -75,8 +75,8 @@ def _fitting(trial: Trial) -> Sampling:
 
 
 def _generated(trial: Trial, sampling: Sampling, shots: Sequence[Example]) -> list[Example]:
-    bench, config = trial.bench, trial.synthesis
-    plan = Plan.of(bench.model, bench.task, trial.release, config)
+    bench, config = trial.bench, replace(trial.synthesis, distance="cosine", ranking="text", perplexity_weight=0.0)
+    plan = Plan.of(bench.model, bench.task, without_gradient(trial.release), config)
     counts = [plan.classes.count(label) * config.group_size for label in range(len(bench.task.labels))]
     most = max(counts)
     texts = generate_texts(bench.model, bench.task, most, trial.seed, sampling, shots)
@@ -92,7 +92,7 @@ def prompt_only(trial: Trial) -> list[Example]:
     stays the best, and ranking falls back to the order of writing. The label filter, which reads no target, stays.
     """
     config = replace(
-        trial.synthesis, outer_steps=1, inner_steps=1, init_candidates=1, distance="cosine", perplexity_weight=0.0
+        trial.synthesis, ranking="text", outer_steps=1, inner_steps=1, init_candidates=1, distance="cosine", perplexity_weight=0.0
     )
     return trial.write("prompt_only", without_gradient(trial.release), config)
 

@@ -73,6 +73,13 @@ class Model:
         """The output head's bias, (V,), if it has one."""
         return getattr(self.lm.get_output_embeddings(), "bias", None)
 
+    def logits_of(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        """The logits of some rows of the head, in float32 at least: (..., D) -> (..., R)."""
+        chosen = torch.tensor(list(rows), device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        bias = None if self.head_bias is None else self.head_bias[chosen].to(wide)
+        return torch.nn.functional.linear(hidden.to(wide), self.head_weight[chosen].to(wide), bias)
+
     @property
     def context(self) -> int:
         """The longest sequence in tokens."""

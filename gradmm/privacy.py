@@ -29,7 +29,9 @@ from torch import Tensor
 from gradmm import files
 from gradmm.errors import UserError, require
 from gradmm.examples import Example, check_examples
-from gradmm.gradients import DenseTarget, Factors, FactorTarget, Head, Space, Target, head_factors
+from gradmm.generation import prompted_texts
+from gradmm.gradients import DenseTarget, Factors, FactorTarget, Space, Target
+from gradmm.matching import factors_of
 from gradmm.mechanism import (
     Ledger,
     LedgerEntry,
@@ -40,10 +42,12 @@ from gradmm.mechanism import (
     total_epsilon,
 )
 from gradmm.models import Model
+from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
-SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred")
-PUBLIC_SPACES = SPACES[2:]  # made from public texts
+SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred", "body")
+PUBLIC_SPACES = ("label_rows_subspace", "label_rows_centred")  # made from public texts
+CALIBRATION_TEXTS = 64  # of each class, where the body's space is given no public texts
 DEFAULT_DIRECTIONS = 4  # keeps most of what sets the classes apart and little room for noise; notebook 04 measures it
 RANK_TOLERANCE = 1e-6
 FORMAT = "gradmm release 1"
@@ -68,7 +72,7 @@ class Release:
     """
 
     targets: tuple[Target, ...]
-    space: Space
+    space: Space | BodySketch
     space_name: str
     labels: tuple[str, ...]
     label_tokens: tuple[int, ...]
@@ -146,14 +150,16 @@ def release(
         space: "head" (V x D), "label_rows" (the C labels' rows, C x D), "label_rows_subspace" (C x r: those rows times
             the first r principal directions of the hidden states of `public_texts`) or "label_rows_centred" (C x r: the same
             without the first direction, which nearly all texts share: it takes most of the clip and says little of what
-            sets the classes apart). None takes "head", what the paper matches, without epsilon, and "label_rows" with it:
+            sets the classes apart), or "body" (a sketch of the gradients of every layer under the calibrated loss over the
+            label tokens, see `gradmm.sketch`: what fine-tuning follows, for `search = "pool"`). None takes "head", what the paper matches, without epsilon, and "label_rows" with it:
             the smaller the space, the less noise, and of the two that need no public text it keeps by far the more of
             what sets the classes apart (notebook 04 measures it). Give public texts and "label_rows_centred" to keep more.
         relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
             "add-remove" (one example comes or goes).
         calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.
         length: L, tokens of a synthetic text; public, hence needed with epsilon; None takes the real texts' mean without.
-        public_texts: texts that are not private, for the last two spaces.
+        public_texts: texts that are not private: needed for the two subspaces; for "body" what the model's preference among
+            the labels is measured on (None: texts that it writes from the public prompts).
         directions: r; None takes 4, or as many as there are texts or hidden units if fewer.
         ledger: the budget to charge; None counts this release alone.
         noise_seed: fixes the noise for a repeatable experiment; the Release is then marked as not private.
@@ -214,13 +220,15 @@ def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:
 
 def release_space(
     model: Model, tokens: TaskTokens, name: str, texts: Sequence[str] | None = None, directions: int | None = None
-) -> Space:
+) -> Space | BodySketch:
     """The coordinates of a release, see there; a function of public inputs alone."""
     require(name in SPACES, f"the release space {name!r} is not known: use one of {', '.join(SPACES)}")
     require(
-        name in PUBLIC_SPACES or (texts is None and directions is None),
+        name in PUBLIC_SPACES or (directions is None and (texts is None or name == "body")),
         f"public_texts and directions have no use in the space {name!r}: use {' or '.join(map(repr, PUBLIC_SPACES))} or leave them out",
     )
+    if name == "body":
+        return BodySketch.of(model, tokens, prompted_texts(model, tokens, CALIBRATION_TEXTS) if texts is None else list(texts))
     if name == "head":
         return Space()
     rows = torch.tensor(tokens.labels, device=model.device)
@@ -256,8 +264,10 @@ def principal_directions(
     return basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
 
 
-def _coordinates(model: Model, space: Space) -> int:
+def _coordinates(model: Model, space: Space | BodySketch) -> int:
     """How many numbers one class's target has."""
+    if isinstance(space, BodySketch):
+        return space.size(model)
     rows, width = model.head_weight.shape
     rows = rows if space.rows is None else len(space.rows)
     width = width if space.basis is None else space.basis.shape[1]
@@ -280,20 +290,17 @@ def _by_class(examples: Iterable, task: Task) -> list[list[Example]]:
     return classes
 
 
-def _factors(model: Model, tokens: TaskTokens, classes: list[list[Example]], space: Space, one_by_one: bool) -> list[Factors]:
+def _factors(model: Model, tokens: TaskTokens, classes: list[list[Example]], space: Space | BodySketch, one_by_one: bool) -> list[Factors]:
     """Each class's gradients in the release space: delta (n, R), hidden (n, r).
 
     `one_by_one` runs every text alone, so that no rounding of one example's gradient depends on another example.
     """
-    head = Head(model.head_weight, model.head_bias)
     sequences = [[tokens.sequence(example.text) for example in members] for members in classes]
     model.check_lengths([sequence for members in sequences for sequence in members])
     found = []
-    for label, members in zip(tokens.labels, sequences, strict=True):
-        parts = []
-        for part in [[sequence] for sequence in members] if one_by_one else [members]:
-            right = torch.full((len(part),), label, device=model.device)
-            parts.append(space.restrict(head_factors(model.hidden_of(part), right, head)))
+    for number, members in enumerate(sequences):
+        runs = [[sequence] for sequence in members] if one_by_one else [members]
+        parts = [factors_of(model, tokens, space, part, [number] * len(part)) for part in runs]
         pairs = Factors(torch.cat([p.delta for p in parts]), torch.cat([p.hidden for p in parts]), parts[0].bias)
         finite = pairs.delta.isfinite().all() and pairs.hidden.isfinite().all()
         require(bool(finite), f"a gradient is not finite with {model.name} in {model.dtype}: use another dtype or model")
@@ -340,7 +347,9 @@ def _fields_json(release: Release) -> str:
 
 
 def _tensors(release: Release) -> dict[str, Tensor]:
-    found = {f"space.{name}": getattr(release.space, name) for name in ("rows", "basis")}
+    found = {f"space.{name}": getattr(release.space, name, None) for name in ("rows", "basis", "preference")}
+    if isinstance(release.space, BodySketch):
+        found["space.rank"] = torch.tensor([release.space.rank])
     for number, target in enumerate(release.targets):
         if isinstance(target, FactorTarget):
             found |= {f"{number}.delta": target.factors.delta, f"{number}.hidden": target.factors.hidden}
@@ -357,7 +366,13 @@ def _assemble(values: dict, tensors: dict[str, Tensor]) -> Release:
     values |= {"labels": tuple(values["labels"]), "label_tokens": tuple(values["label_tokens"])}
     values["ledger"] = tuple(LedgerEntry(**entry) for entry in values["ledger"])
     targets = tuple(_target(tensors, number) for number in range(len(values["labels"])))
-    return Release(targets=targets, space=Space(tensors.get("space.rows"), tensors.get("space.basis")), **values)
+    return Release(targets=targets, space=_space(tensors), **values)
+
+
+def _space(tensors: dict[str, Tensor]) -> Space | BodySketch:
+    if "space.preference" in tensors:
+        return BodySketch(tensors["space.preference"], int(tensors["space.rank"]))
+    return Space(tensors.get("space.rows"), tensors.get("space.basis"))
 
 
 def _target(tensors: dict[str, Tensor], number: int) -> Target:

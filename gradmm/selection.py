@@ -33,10 +33,8 @@ class Verdict:
 @torch.no_grad()
 def label_probabilities(model: Model, tokens: TaskTokens, texts: Sequence[str]) -> Tensor:
     """The model's own probability of each label, softmax over the verbalizers: (N, C)."""
-    rows = torch.tensor(tokens.labels, device=model.device)
-    bias = None if model.head_bias is None else model.head_bias[rows]
     hidden = model.hidden_of([tokens.sequence(text) for text in texts])
-    return torch.nn.functional.linear(hidden, model.head_weight[rows], bias).float().softmax(-1)
+    return model.logits_of(hidden, tokens.labels).float().softmax(-1)
 
 
 def calibrate(probabilities: Tensor, classes: Sequence[int]) -> Tensor:

@@ -21,14 +21,15 @@ from gradmm import admm
 from gradmm.card import dataset_card
 from gradmm.errors import require
 from gradmm.evaluation import perplexities
-from gradmm.gradients import DISTANCES
+from gradmm.generation import Sampling, generate_texts
+from gradmm.gradients import DISTANCES, Space
 from gradmm.initialisation import INITIALISATIONS, Shape, best_of
 from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.privacy import Release
 from gradmm.projection import PROJECTIONS, Reading, Tables, allowed_tokens, project, text_mask
 from gradmm.runs import RunFolder
-from gradmm.seeds import generator
+from gradmm.seeds import generator, stream
 from gradmm.selection import FILTERS, RANKINGS, label_probabilities, select
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
@@ -49,6 +50,9 @@ class SynthesisConfig:
             outgrows the distance between neighbouring embeddings; f's gradients are small, so a rho as large as the
             published ones leaves generated starts as they are.
         projection, top_k: the order (a name in `projection.PROJECTIONS`) and its number of candidates.
+        search: a name in SEARCHES: "admm" moves texts towards the target (all settings of the solver, the projection and the
+            start are its own), "pool" has the model write `oversample` times as many finished texts from the public prompts
+            and leaves the rest to filter and ranking.
         length: L, tokens of a text; None takes the Release's.
         early_end, min_tokens: whether a text may end before L tokens, and not before how many.
         distance: "cosine" or "l2".
@@ -77,6 +81,7 @@ class SynthesisConfig:
     balance_rho: bool = False
     projection: str = "lm_then_nearest"
     top_k: int = 50
+    search: str = "admm"
     length: int | None = None
     early_end: bool = True
     min_tokens: int = 4
@@ -100,7 +105,7 @@ class SynthesisConfig:
         require(self.perplexity_weight >= 0, f"perplexity_weight = {self.perplexity_weight!r}, it must be at least 0: 0 ignores it")
         require(self.init_norm is None or self.init_norm > 0, f"init_norm = {self.init_norm!r}, it must be above 0, or None")
         require(self.early_end or self.init == "normal", "init = 'generated' writes texts of several lengths: set early_end, or init = 'normal'")
-        for name, known in (("init", INITIALISATIONS), ("projection", PROJECTIONS), ("filter", FILTERS), ("distance", DISTANCES), ("ranking", RANKINGS)):
+        for name, known in (("search", SEARCHES), ("init", INITIALISATIONS), ("projection", PROJECTIONS), ("filter", FILTERS), ("distance", DISTANCES), ("ranking", RANKINGS)):
             value = getattr(self, name)
             require(value in known, f"the {name} {value!r} is not known: use one of {', '.join(known)}")
         object.__setattr__(self, "solver", self._solver())  # checks the solver's own settings
@@ -131,27 +136,6 @@ def _require_count(name: str, value) -> None:
     )
 
 
-_PUBLISHED = {
-    "n_synthetic": 100,
-    "oversample": 2.0,
-    "outer_steps": 30,
-    "inner_steps": 50,
-    "rho": 0.1,
-    "lr": 0.008,
-    "top_k": 200,
-    "early_end": False,
-    "init": "normal",
-    "init_candidates": 500,
-    "init_norm": 1.4,
-    "filter": "label",
-    "perplexity_weight": 0.05,
-}
-PRESETS: dict[str, SynthesisConfig] = {
-    "paper": SynthesisConfig(projection="lm_then_nearest", **_PUBLISHED),
-    "official": SynthesisConfig(projection="nearest_then_lm", **_PUBLISHED),
-}
-
-
 @dataclass(frozen=True)
 class SynthesisResult:
     """What a synthesis gives.
@@ -176,7 +160,7 @@ def synthesize(
     model: Model,
     task: Task,
     release: Release,
-    config: SynthesisConfig = SynthesisConfig(),
+    config: SynthesisConfig | None = None,
     output: str | Path | None = None,
     progress: bool = True,
     on_step: OnStep | None = None,
@@ -200,14 +184,14 @@ def synthesize(
         UserError: `release` is no Release or belongs to another model or task; the settings do not fit the model; the
             folder holds another run's settings.
     """
-    release = _checked(release, model, task).to(model.device)
+    release, config = _checked(release, model, task).to(model.device), config or SynthesisConfig()
     plan = Plan.of(model, task, release, config)
     folder = RunFolder.open(output, plan.identity())
     if folder.finished:
         rows, history, manifest = folder.load()
         return SynthesisResult(datasets.Dataset.from_list(rows, features=_features()), history, manifest)
-    batches = _run_batches(plan, folder, progress, on_step)
-    result = _collect(plan, batches, folder)
+    written = SEARCHES[config.search](plan, folder, progress, on_step)
+    result = _collect(plan, written, folder)
     folder.finish(result.dataset.to_list(), result.history, result.manifest, dataset_card(result.manifest))
     return result
 
@@ -268,6 +252,10 @@ class Plan:
         per_class = tuple(config.n_synthetic // count + (label < config.n_synthetic % count) for label in range(count))
         classes = tuple(
             label for label in range(count) for _ in range(math.ceil(per_class[label] * config.oversample / config.group_size))
+        )
+        require(
+            config.search == "pool" or isinstance(release.space, Space),
+            "targets in the space 'body' are matched by choosing texts: set search = 'pool', or release in another space",
         )
         length = config.length or release.length
         _check_context(model, tokens, length)
@@ -335,11 +323,47 @@ def _batch_size(model: Model, tokens: TaskTokens, length: int, config: Synthesis
 # ---------------------------------------------------------------- the work
 
 
-def _run_batches(plan: Plan, folder: RunFolder, progress: bool, on_step: OnStep | None) -> list[admm.Result]:
+@dataclass(frozen=True)
+class Written:
+    """What a search gives: N texts in the order of writing with their labels and groups, its history and how groups ended."""
+
+    texts: list[str]
+    classes: list[int]
+    groups: list[int]
+    history: pandas.DataFrame
+    ended: list[dict]
+
+
+def _search_admm(plan: Plan, folder: RunFolder, progress: bool, on_step: OnStep | None) -> Written:
     """Every batch of groups from where it stands to its end."""
     total = len(plan.batches()) * plan.config.outer_steps
     with tqdm(total=total, desc="matching", unit="step", disable=not progress) as bar:
-        return [_run_batch(plan, number, groups, folder, bar, on_step) for number, groups in enumerate(plan.batches())]
+        batches = [_run_batch(plan, number, groups, folder, bar, on_step) for number, groups in enumerate(plan.batches())]
+    ids = torch.cat([result.value for result in batches]).cpu()
+    lengths = text_mask(ids, plan.reading.end).sum(-1).flatten().tolist()
+    return Written(
+        texts=[plan.tokens.decode(row[:count]) for row, count in zip(_written(ids), lengths, strict=True)],
+        classes=[label for label in plan.classes for _ in range(ids.shape[1])],
+        groups=[group for group in range(len(ids)) for _ in range(ids.shape[1])],
+        history=pandas.DataFrame(_history(plan, batches)),
+        ended=_ended(plan, batches),
+    )
+
+
+def _search_pool(plan: Plan, folder: RunFolder, progress: bool, on_step: OnStep | None) -> Written:
+    """Finished texts that the model writes freely; each class is one group."""
+    counts = [math.ceil(count * plan.config.oversample) for count in plan.per_class]
+    around = max(map(len, plan.tokens.prompts))
+    longest = max(plan.config.min_tokens, min(2 * plan.length, plan.model.context - around))
+    sampling = Sampling(max_tokens=longest, min_tokens=plan.config.min_tokens)
+    found = generate_texts(plan.model, plan.task, max(counts), stream(plan.config.seed, "pool"), sampling)
+    kept = [example for place, example in enumerate(found) if place % max(counts) < counts[example.label]]
+    classes = [example.label for example in kept]
+    ended = [{"group": number, "label": label, "reason": "the pool is written", "match": None} for number, label in enumerate(plan.task.labels)]
+    return Written([example.text for example in kept], classes, classes, pandas.DataFrame(columns=["step", "group"]), ended)
+
+
+SEARCHES = {"admm": _search_admm, "pool": _search_pool}
 
 
 def _run_batch(plan: Plan, number: int, groups: range, folder: RunFolder, bar: tqdm, on_step: OnStep | None) -> admm.Result:
@@ -393,29 +417,27 @@ def _initial(plan: Plan, groups: range, classes: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the results
 
 
-def _collect(plan: Plan, batches: list[admm.Result], folder: RunFolder) -> SynthesisResult:
-    """Texts, their scores and verdicts, the joined history and the manifest."""
-    ids = torch.cat([result.value for result in batches]).cpu()
-    classes = [label for label in plan.classes for _ in range(ids.shape[1])]
-    lengths = text_mask(ids, plan.reading.end).sum(-1).flatten().tolist()
-    texts = [plan.tokens.decode(row[:count]) for row, count in zip(_written(ids), lengths, strict=True)]
-    rows = judge_texts(plan, texts, classes)
-    history = pandas.DataFrame(_history(plan, batches))
-    reasons = [reason for result in batches for reason in result.reason]
-    groups = [
-        {"group": group, "label": plan.task.labels[label], "reason": reason, "match": match if math.isfinite(match) else None}
-        for group, (label, reason, match) in enumerate(
-            zip(plan.classes, reasons, [value for result in batches for value in result.match.tolist()], strict=True)
-        )
-    ]
+def _collect(plan: Plan, written: Written, folder: RunFolder) -> SynthesisResult:
+    """The texts' scores and verdicts, and the manifest."""
+    rows = [{**row, "group": group} for row, group in zip(judge_texts(plan, written.texts, written.classes), written.groups, strict=True)]
     kept = [row for row in rows if row["kept"]]
     manifest = {
         **folder.manifest,
-        "groups_ended": groups,
+        "groups_ended": written.ended,
         "kept": len(kept),
         "set_match": dict(zip(plan.task.labels, _set_match(plan, kept), strict=True)),
     }
-    return SynthesisResult(datasets.Dataset.from_list(rows, features=_features()), history, manifest)
+    return SynthesisResult(datasets.Dataset.from_list(rows, features=_features()), written.history, manifest)
+
+
+def _ended(plan: Plan, batches: list[admm.Result]) -> list[dict]:
+    """Why each group stopped, and its loss."""
+    reasons = [reason for result in batches for reason in result.reason]
+    matches = [value for result in batches for value in result.match.tolist()]
+    return [
+        {"group": group, "label": plan.task.labels[label], "reason": reason, "match": match if math.isfinite(match) else None}
+        for group, (label, reason, match) in enumerate(zip(plan.classes, reasons, matches, strict=True))
+    ]
 
 
 def _written(ids: Tensor) -> list[list[int]]:
@@ -486,3 +508,26 @@ def _features() -> datasets.Features:
     kinds = {"text": "string", "label": "int64", "label_name": "string", "match": "float64", "perplexity": "float64",
              "group": "int64", "kept": "bool", "reason": "string"}  # fmt: skip
     return datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
+
+
+# ---------------------------------------------------------------- published settings
+
+_PUBLISHED = {
+    "n_synthetic": 100,
+    "oversample": 2.0,
+    "outer_steps": 30,
+    "inner_steps": 50,
+    "rho": 0.1,
+    "lr": 0.008,
+    "top_k": 200,
+    "early_end": False,
+    "init": "normal",
+    "init_candidates": 500,
+    "init_norm": 1.4,
+    "filter": "label",
+    "perplexity_weight": 0.05,
+}
+PRESETS: dict[str, SynthesisConfig] = {
+    "paper": SynthesisConfig(projection="lm_then_nearest", **_PUBLISHED),
+    "official": SynthesisConfig(projection="nearest_then_lm", **_PUBLISHED),
+}

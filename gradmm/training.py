@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch.nn.functional import cross_entropy
 
-from gradmm.classification import Encoded, label_logits, score
+from gradmm.classification import Encoded, score
 from gradmm.errors import require
 from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.seeds import generator
@@ -161,7 +161,7 @@ def _step(model: Model, tokens: TaskTokens, data: Encoded, rows: list[int], opti
         with _precision(model, config):
             hidden = model.last_hidden(model.embed(ids), mask)
         labels = data.labels[[rows[place] for place in piece]]
-        loss = cross_entropy(label_logits(model, tokens, hidden), labels, reduction="sum") / len(rows)
+        loss = cross_entropy(model.logits_of(hidden, tokens.labels), labels, reduction="sum") / len(rows)
         loss.backward()
         total += float(loss.detach())
     torch.nn.utils.clip_grad_norm_(model.lm.parameters(), config.gradient_clip)

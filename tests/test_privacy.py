@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from test_sketch import literal
 
 from gradmm import mechanism, privacy
 from gradmm.errors import UserError
@@ -78,7 +79,13 @@ def test_a_release_names_what_it_belongs_to(model):
 
 def spaces() -> dict[str, dict]:
     public = {"public_texts": PUBLIC, "directions": 3}
-    return {"head": {}, "label_rows": {}, "label_rows_subspace": public, "label_rows_centred": public}
+    return {"head": {}, "label_rows": {}, "label_rows_subspace": public, "label_rows_centred": public, "body": {"public_texts": PUBLIC}}
+
+
+def in_space(space: privacy.Space, weight: torch.Tensor, bias: list[torch.Tensor]) -> list[torch.Tensor]:
+    weight = weight if space.rows is None else weight[space.rows]
+    weight = weight if space.basis is None else weight @ space.basis
+    return [weight, *(b if space.rows is None else b[space.rows] for b in bias)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])
@@ -96,9 +103,10 @@ def test_the_targets_are_clipped_sums_plus_the_planned_noise(tiny_model, kind, s
         total = None
         for example in (e for e in EXAMPLES if e.label == label):
             weight, *bias = explicit_gradients(model, example)
-            weight = weight if found.space.rows is None else weight[found.space.rows]
-            weight = weight if found.space.basis is None else weight @ found.space.basis
-            parts = [weight, *(b if found.space.rows is None else b[found.space.rows] for b in bias)]
+            if space == "body":
+                parts = [literal(model, tokenize_task(TASK, model.tokenizer), found.space, example.text, label)[None]]
+            else:
+                parts = in_space(found.space, weight, bias)
             scale = min(1.0, clip / torch.cat([part.flatten() for part in parts]).norm().item())
             total = [scale * p for p in parts] if total is None else [t + scale * p for t, p in zip(total, parts, strict=True)]
         for value, released in zip(total, (target.weight, target.bias), strict=False):

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other.
 ORDER = """
-    errors seeds files admm card runs gradients tasks examples models projection matching mechanism privacy selection coresets
-    generation initialisation classification training finetuning evaluation audit fidelity synthesis trial controls methods measures
+    errors seeds files admm card runs gradients tasks examples models projection sketch matching generation mechanism privacy selection coresets
+    initialisation classification training finetuning evaluation audit fidelity synthesis trial controls methods measures
     results comparison ablation demo_text demo plots reference batch
 """.split()
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

@@ -79,6 +79,30 @@ def test_ranking_by_group_keeps_what_matches_best_together(setting):
     }
 
 
+@pytest.mark.parametrize("space", ["head", "body"])
+def test_a_pool_holds_finished_texts_and_the_target_chooses(setting, tmp_path, space):
+    model, task, _ = setting
+    release = gradmm.release(model, task, REAL, space=space)
+    config = replace(SMALL, search="pool", ranking="group", oversample=4.0, length=12)
+    result = synthesize(model, task, release, config, tmp_path / "a", progress=False)
+    assert len(result.dataset) == 16 and len(result.kept) == 4 and result.kept["label"].count(0) == 2
+    assert all(row["text"][-1] in ".!?" and row["group"] == row["label"] for row in result.dataset)
+    matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
+    first = [row["text"] for row in result.dataset if row["label"] == 0]
+    assert [row["text"] for row in result.kept if row["label"] == 0] == [first[row] for row in sorted(matching.greedy(first, 0, 2))]
+    again = synthesize(model, task, release, config, tmp_path / "a", progress=False)
+    assert again.dataset.to_list() == result.dataset.to_list() and again.history.empty
+    synthesize(model, task, release, config, tmp_path / "b", progress=False)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_the_body_is_matched_by_choosing_alone(setting, tmp_path):
+    model, task, _ = setting
+    with pytest.raises(UserError, match="targets in the space 'body' are matched by choosing texts: set search = 'pool'"):
+        synthesize(model, task, gradmm.release(model, task, REAL, space="body"), SMALL, tmp_path / "none", progress=False)
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(setting, tmp_path):
     model, task, release = setting
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

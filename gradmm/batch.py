@@ -1,0 +1,475 @@
+"""Notebooks executed by papermill, several at a time; what has not changed since the last time is not executed again.
+
+    python -m gradmm.batch --preset demo notebooks/*.ipynb
+
+Knows nothing of what a notebook computes. A notebook's parameters come from `params/<preset>/<notebook>.yaml` beside it; a
+`sweep` (parameter -> list of values) executes it once for each combination. Beside each executed notebook stands a stamp,
+`<notebook>.json`: what it depends on (its cells, its parameters and the local files that they name, the package, the
+versions), how it ended and how long it took.
+"""
+
+import argparse
+import ast
+import difflib
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+import yaml
+from tqdm.auto import tqdm
+
+from gradmm import files, runs
+from gradmm.errors import UserError, first_line, require
+
+BACKENDS = ("loky", "threading", "dask")
+PACKAGE = Path(__file__).parent
+LONGEST_NAME = 80
+LONGEST_NOTE = 300
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook to be executed with one set of parameters.
+
+    Attributes:
+        notebook: as it is stored.
+        parameters: those that are set; the notebook's defaults hold for the others.
+        target: where the executed notebook goes.
+        parts: what the result depends on: name -> digest.
+    """
+
+    notebook: Path
+    parameters: dict[str, Any]
+    target: Path
+    parts: dict[str, str]
+
+    @property
+    def stamp(self) -> Path:
+        """The JSON file beside the executed notebook."""
+        return self.target.with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        name: of the executed notebook, without its ending.
+        state: "executed", "unchanged" or "failed".
+        seconds: of the execution, wall clock.
+        note: what failed, or why it was executed again.
+    """
+
+    name: str
+    state: str
+    seconds: float
+    note: str = ""
+
+
+def plan(
+    notebooks: Sequence[str | Path],
+    output: str | Path,
+    preset: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    sweep: Mapping[str, Sequence] | None = None,
+    fresh: bool = False,
+) -> list[Job]:
+    """Decide what is to be executed, with which parameters, into which files; nothing is written.
+
+    Args:
+        notebooks: paths; without a file for it in the preset a notebook is left out.
+        output: the folder of the executed notebooks.
+        preset: a folder's name in `params` beside the notebook; None keeps the defaults.
+        parameters: further parameters, over those of the preset.
+        sweep: parameter -> values, over the preset's own `sweep`; one job for each combination.
+        fresh: whether each job's parameter `output` ends in a folder named after all that it depends on, so that nothing
+            that other code or settings have finished there is read back.
+
+    Returns:
+        The jobs, in the order of the notebooks.
+
+    Raises:
+        UserError: no such notebook or preset, a parameter that a notebook does not have, or two jobs for one file.
+    """
+    require(len(notebooks) > 0, "no notebook is given: name at least one, such as notebooks/00-quickstart.ipynb")
+    jobs = []
+    for notebook in map(Path, notebooks):
+        require(notebook.suffix == ".ipynb" and notebook.is_file(), f"{notebook} is no notebook: give the path of an .ipynb file")
+        values = {} if preset is None else _preset(notebook, preset)
+        if values is not None:
+            grid = _grid({**(values.pop("sweep", None) or {}), **(sweep or {})}, notebook)
+            jobs += _jobs(notebook, {**values, **(parameters or {})}, grid, Path(output), fresh)
+    require(bool(jobs), f"the preset {preset!r} has no file for {', '.join(Path(n).stem for n in notebooks)}: write one, or name another notebook")
+    targets = [job.target for job in jobs]
+    twice = sorted({str(target) for target in targets if targets.count(target) > 1})
+    require(not twice, f"{', '.join(twice)} would be written twice: give each notebook once, and a sweep's values once")
+    return jobs
+
+
+def _preset(notebook: Path, preset: str) -> dict[str, Any] | None:
+    """The preset's parameters of a notebook, or None where it has none."""
+    folder = notebook.parent / "params"
+    known = sorted(path.name for path in folder.glob("*") if path.is_dir())
+    require(preset in known, f"there is no preset {preset!r} in {folder}: {_near(preset, known, 'the presets are')}")
+    path = folder / preset / f"{notebook.stem}.yaml"
+    return read_parameters(path) if path.is_file() else None
+
+
+def read_parameters(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of parameters.
+
+    Raises:
+        UserError: no mapping, or a number such as 1e-5, which YAML takes for text.
+    """
+    values = files.read_yaml(Path(path))
+    values = {} if values is None else values
+    require(isinstance(values, dict) and all(isinstance(name, str) for name in values), f"{path} holds no parameters: write lines such as `seed: 1`")
+    for name, item in _leaves(values):
+        if _is_hidden_number(item):
+            raise UserError(f"{path} gives {name} = {item!r}, which YAML reads as text: write {_number(item)}")
+    return values
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(the nearest name, value) of everything in nested mappings and lists."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, str(key))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item, name)
+    else:
+        yield name, value
+
+
+def _is_hidden_number(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) is not None
+
+
+def _number(text: str) -> str:
+    head, tail = re.split("[eE]", text)
+    return f"{head}.0e{tail if tail[0] in '+-' else '+' + tail}"
+
+
+def _grid(sweep: Mapping[str, Sequence], notebook: Path) -> list[dict[str, Any]]:
+    """Every combination of the values; one empty combination without a sweep."""
+    require(isinstance(sweep, Mapping), f"the sweep of {notebook} is {sweep!r}: give each parameter a list of values")
+    for name, values in sweep.items():
+        require(isinstance(values, list) and bool(values), f"the sweep over {name} has the values {values!r}: give a list of at least one")
+        require(name != "output", "a sweep cannot go over output: each of its runs has its own")
+    return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+
+
+def _jobs(notebook: Path, values: dict, grid: list[dict], output: Path, fresh: bool) -> list[Job]:
+    """One notebook's jobs: one for each combination of the grid, each with results of its own."""
+    known = _parameters_of(notebook)
+    jobs = []
+    for combination in grid:
+        chosen = {**values, **combination}
+        _check_names(notebook, chosen, known)
+        label = _label(combination)
+        job = Job(notebook, chosen, output / f"{notebook.stem}{'--' * bool(label)}{label}.ipynb", _parts(notebook, chosen))
+        own = [part for part in (label, _digest(job.parts)[:8] if fresh else "") if part]
+        if own and "output" in known:
+            base = chosen.get("output", known["output"])
+            job = replace(job, parameters={**chosen, "output": "/".join([str(base).rstrip("/"), *own])})
+        jobs.append(job)
+    return jobs
+
+
+def _check_names(notebook: Path, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for name in values:
+        require(name in known, f"{notebook} has no parameter {name!r}: {_near(name, list(known), 'it has')}")
+
+
+def _near(name: str, known: Sequence[str], otherwise: str) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"{otherwise} {', '.join(known) or 'none'}"
+
+
+def _label(combination: Mapping[str, Any]) -> str:
+    """A file name that tells the combinations of a grid apart."""
+    whole = ",".join(f"{name}={value}" for name, value in combination.items())
+    plain = re.sub(r"[^\w.,=+-]+", "-", whole)
+    return plain if plain == whole and len(whole) <= LONGEST_NAME else f"{plain[:LONGEST_NAME]}-{_digest(whole)[:8]}"
+
+
+def _parameters_of(notebook: Path) -> dict[str, Any]:
+    """The notebook's parameters with their defaults; a default that is no plain value stays text."""
+    try:
+        found = _papermill().inspect_notebook(str(notebook))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a broken file makes nbformat or papermill raise
+        raise UserError(f"{notebook} could not be read as a notebook ({first_line(error)}): open and save it in JupyterLab") from error
+    return {name: _literal(item["default"]) for name, item in found.items()}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _papermill():
+    try:
+        import papermill
+    except ImportError as error:
+        raise UserError("papermill is not installed: install the extra with pip install 'gradmm[notebooks]'") from error
+    return papermill
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _parts(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, str]:
+    """All that a result depends on; outputs and the metadata that an editor leaves in a notebook are not part of it."""
+    cells = files.read_json(notebook, files.MAX_TEXT_BYTES)["cells"]
+    kept = [(cell["cell_type"], "".join(cell["source"]), cell.get("metadata", {}).get("tags")) for cell in cells]
+    named = {name: _state_of(value) for name, value in parameters.items() if name != "output" and isinstance(value, str)}
+    return {
+        "notebook": _digest(kept),
+        "parameters": _digest(parameters),
+        "the files that parameters name": _digest(named),
+        "package": _package(),
+        "versions": _digest(_versions()),
+    }
+
+
+def _state_of(name: str) -> list[tuple]:
+    """Path, size and time of change of a local file, or of each file in a folder."""
+    path = Path(name)
+    held = [path] if path.is_file() else sorted(path.rglob("*")) if name and path.is_dir() else []
+    return [(str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in held if one.is_file()]
+
+
+@cache
+def _package() -> str:
+    """A digest of the package's code and data."""
+    held = sorted([*PACKAGE.glob("*.py"), *(path for path in (PACKAGE / "data").rglob("*") if path.is_file())])
+    return _digest([(path.relative_to(PACKAGE).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in held])
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Python's version and those of what the package and its notebooks need."""
+    try:
+        lines = [line for line in metadata.requires("gradmm") or [] if "extra ==" not in line or "notebooks" in line.split(";")[1]]
+    except metadata.PackageNotFoundError:  # run from a checkout
+        lines = []
+    found = runs.versions()
+    for name in sorted({re.match(r"[\w.-]+", line)[0] for line in lines} - {"gradmm"}):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def changes(job: Job) -> list[str] | None:
+    """What differs from the job's last execution: none of it (an empty list), some, or None where there is no whole one."""
+    if not (job.stamp.is_file() and job.target.is_file()):
+        return None
+    held = _read_stamp(job)
+    if held.get("state") != "executed" or held.get("executed") != hashlib.sha256(job.target.read_bytes()).hexdigest():
+        return None
+    return [name for name, digest in job.parts.items() if held.get("parts", {}).get(name) != digest]
+
+
+def _read_stamp(job: Job) -> dict:
+    try:
+        held = files.read_json(job.stamp) if job.stamp.is_file() else {}
+    except UserError:  # a broken stamp says nothing: execute again
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def execute(job: Job) -> Outcome:
+    """Execute one notebook; the result and its stamp are replaced as whole files, whether it fails or not.
+
+    A cell that fails ends the notebook, which keeps that cell with its error. Nothing is raised.
+    """
+    begun, note = time.monotonic(), ""
+    try:
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".running-", dir=job.target.parent) as folder:
+            draft = Path(folder) / job.target.name
+            note = _run_papermill(job, draft)
+            if draft.is_file():
+                files.replace_file(job.target, lambda temporary: temporary.write_bytes(draft.read_bytes()))
+        outcome = Outcome(job.target.stem, "failed" if note else "executed", time.monotonic() - begun, note)
+        _write_stamp(job, outcome)
+    except Exception as error:  # one job's trouble, such as a full disk, is not the others'
+        return Outcome(job.target.stem, "failed", time.monotonic() - begun, first_line(error))
+    return outcome
+
+
+def _run_papermill(job: Job, draft: Path) -> str:
+    """What went wrong, in one line; empty if nothing."""
+    papermill = _papermill()
+    try:
+        papermill.execute_notebook(str(job.notebook), str(draft), job.parameters, kernel_name="python3", progress_bar=False)
+    except papermill.exceptions.PapermillExecutionError as error:
+        lines = str(error.evalue).strip().splitlines() or [""]
+        return f"In [{error.exec_count}]: {error.ename}: {lines[0]}"[:LONGEST_NOTE]
+    except Exception as error:  # a kernel that cannot start or dies
+        return first_line(error)[:LONGEST_NOTE]
+    return ""
+
+
+def _write_stamp(job: Job, outcome: Outcome) -> None:
+    held = {
+        "notebook": job.notebook.as_posix(),
+        "parameters": job.parameters,
+        "state": outcome.state,
+        "note": outcome.note,
+        "seconds": round(outcome.seconds, 3),
+        "versions": _versions(),
+        "parts": job.parts,
+        "executed": hashlib.sha256(job.target.read_bytes()).hexdigest() if job.target.is_file() else None,
+    }
+    files.write_json(job.stamp, json.loads(json.dumps(held, default=str)))
+
+
+def run(jobs: Sequence[Job], processes: int | None = None, backend: str = "loky", progress: bool = True) -> list[Outcome]:
+    """Execute those of the jobs that have changed, several at a time, what took longest the last time first.
+
+    Args:
+        jobs: from `plan`.
+        processes: how many at a time; None takes the number of cores, one where there is a GPU.
+        backend: of joblib: "loky" (processes), "threading", or "dask" (the cluster that DASK_SCHEDULER_ADDRESS names, or one
+            on this machine; its workers must see the same files under the same paths).
+        progress: whether to show a progress bar.
+
+    Returns:
+        One outcome for each job, in their order.
+
+    Raises:
+        UserError: an unknown backend, or one that is not installed.
+    """
+    require(backend in BACKENDS, f"the backend {backend!r} is not known: use one of {', '.join(BACKENDS)}")
+    require(processes is None or processes >= 1, f"jobs = {processes}, it must be at least 1")
+    joblib, found = _joblib(), {}
+    pending = []
+    for job in jobs:
+        changed = changes(job)
+        if changed == []:
+            found[job.target] = Outcome(job.target.stem, "unchanged", 0.0)
+        else:
+            pending.append((job, f"changed: {', '.join(changed)}" if changed else ""))
+    pending.sort(key=lambda pair: -_read_stamp(pair[0]).get("seconds", math.inf))
+    count = min(processes or _default_processes(), max(len(pending), 1))
+    with _cluster(backend), joblib.parallel_config(backend, n_jobs=count), tqdm(total=len(jobs), unit="notebook", disable=not progress) as bar:
+        bar.update(len(found))
+        parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
+        for target, outcome in parallel(joblib.delayed(_executed)(job, note) for job, note in pending):
+            found[target] = outcome
+            bar.set_postfix_str(f"{outcome.name} {outcome.state}")
+            bar.update()
+    return [found[job.target] for job in jobs]
+
+
+def _executed(job: Job, note: str) -> tuple[Path, Outcome]:
+    outcome = execute(job)
+    return job.target, replace(outcome, note=outcome.note or note)
+
+
+def _joblib():
+    try:
+        import joblib
+    except ImportError as error:
+        raise UserError("joblib is not installed: install the extra with pip install 'gradmm[notebooks]'") from error
+    return joblib
+
+
+def _cluster(backend: str) -> AbstractContextManager:
+    if backend != "dask":
+        return nullcontext()
+    try:
+        return importlib.import_module("distributed").Client()
+    except ImportError as error:
+        raise UserError("the backend dask needs the package distributed: pip install distributed, or use loky") from error
+
+
+def _default_processes() -> int:
+    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """The outcomes as a table of plain text."""
+    rows = [{"notebook": o.name, "state": o.state, "seconds": f"{o.seconds:.1f}" if o.seconds else "", "note": o.note} for o in outcomes]
+    frame = pandas.DataFrame(rows)
+    return "\n".join(line.rstrip() for line in frame.to_string(index=False, justify="left", formatters=_left(frame)).splitlines())
+
+
+def _left(frame: pandas.DataFrame) -> dict:
+    """Formatters that pad texts on the right; the seconds stay flush right."""
+    widths = {name: max([len(name), *frame[name].str.len()]) for name in frame if name != "seconds"}
+    return {name: f"{{:<{width}}}".format for name, width in widths.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: 0 all well, 1 a notebook failed, 2 the request cannot be met."""
+    given = _parser().parse_args(arguments)
+    try:
+        sweep = None if given.sweep is None else read_parameters(given.sweep)
+        sweep = sweep if sweep is None else sweep.get("sweep", sweep)
+        values = {name: _from_command_line(text) for name, text in given.parameter}
+        jobs = plan(given.notebooks, given.output, given.preset, values, sweep, given.fresh)
+        outcomes = run(jobs, given.jobs, given.backend)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped; what was executed is kept, and the same command continues.\n")
+        return 130
+    left = sorted({Path(name).stem for name in given.notebooks} - {job.notebook.stem for job in jobs})
+    sys.stdout.write(f"\n{summary(outcomes)}\n" + (f"Not in the preset {given.preset}: {', '.join(left)}\n" if left else ""))
+    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if failed:
+        sys.stdout.write(f"{len(failed)} of {len(outcomes)} failed; the failing cells are in {given.output}\n")
+    return 1 if failed else 0
+
+
+def _from_command_line(text: str) -> Any:
+    """A value as YAML reads it; 1e-5 is a number here."""
+    try:
+        return float(text) if _is_hidden_number(text) else yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m gradmm.batch", description="Execute notebooks with papermill, several at a time.")
+    parser.add_argument("notebooks", nargs="+", help="paths of notebooks")
+    parser.add_argument("--preset", help="a folder in params/ beside the notebooks, such as smoke or demo; without it the defaults hold")
+    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set one parameter, over the preset")
+    parser.add_argument("--sweep", metavar="FILE", help="a YAML file: parameter -> list of values; one executed notebook for each combination")
+    parser.add_argument("--output", default="book/executed", help="folder of the executed notebooks (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, help="notebooks at a time (default: the number of cores, 1 with a GPU)")
+    parser.add_argument("--backend", default="loky", help=f"of joblib: {', '.join(BACKENDS)} (default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="each notebook's results in a folder named after all that they depend on")
+    return parser
+
+
+if __name__ == "__main__":
+    # By its name, so that worker processes find the same functions and classes and not those of `__main__`.
+    sys.exit(importlib.import_module("gradmm.batch").main())

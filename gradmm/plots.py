@@ -122,6 +122,19 @@ def _runs(axes: Axes, runs: Mapping[str, Sequence[float]], line: float | None) -
         axes.axvline(line, color="#666666", linewidth=1, linestyle="--")
 
 
+def levels(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
+    """Several quantities on one scale: one point a value, a bar to the median, which is written beside it."""
+    figure, (axes,) = _axes(1, width=6.4, height=0.4 * len(values) + 1.2)
+    for place, points in enumerate(values.values()):
+        middle = pandas.Series(list(points), dtype=float).median()
+        axes.barh(place, middle, color=COLOURS[0], alpha=0.3, height=0.6)
+        axes.scatter(points, [place] * len(points), s=16, color=COLOURS[0], zorder=3)
+        axes.annotate(f"{middle:.4f}", (1.01, place), xycoords=("axes fraction", "data"), va="center")
+    axes.set(yticks=range(len(values)), yticklabels=list(values), xlim=(0, None), xlabel=xlabel)
+    axes.invert_yaxis()
+    return figure
+
+
 def lines(series: Mapping[str, pandas.Series], xlabel: str, ylabel: str) -> Figure:
     """Several curves over one axis, told apart by colour and marker."""
     figure, (axes,) = _axes(1, width=6.4)

@@ -59,7 +59,16 @@ def privacy(results: dict, preset: dict) -> None:
     assert {row["auc"] for row in results["membership"] if row["published"] == "the private texts" and row["attack"] == "3-grams"} == {1.0}
 
 
-CHECKS = {"00-quickstart": quickstart, "02-synthesis": synthesis, "03-finetuning": finetuning, "04-privacy": privacy}
+def ablations(results: dict, preset: dict) -> None:
+    assert {row["factor"] for row in results["factors"]} == set(preset["factors"])
+    assert len(results["factors"]) == 2 * len(preset["factors"]) * preset["seeds"]
+    assert all(len({row["accuracy"] for row in results["factors"] if row["base"] and row["seed"] == seed}) == 1 for seed in results["seeds"])
+    assert {row["set"] for row in results["agreement"]} >= {"gradmm", "zero-shot texts", "other real texts"}
+    assert all(-1.001 <= row[name] <= 1.001 for row in results["agreement"] for name in ("per_class", "contrast", "classes"))
+    assert set(results["effects"]) == {"accuracy", "match", "perplexity"} and len(results["stages"]) == 8
+
+
+CHECKS = {"00-quickstart": quickstart, "02-synthesis": synthesis, "03-finetuning": finetuning, "04-privacy": privacy, "05-ablations": ablations}
 
 
 def execute(notebook: Path, preset: dict, folder: Path):

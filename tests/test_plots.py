@@ -51,6 +51,23 @@ def test_models_stand_side_by_side_over_one_range():
     assert len({place.get_xlim() for place in axes}) == 1 and axes[0].get_xlabel() == "match"
 
 
+def test_levels_write_the_median_beside_their_points():
+    (axes,) = plots.levels({"x": [0.1, 0.3, 0.2], "z": [0.5]}, "loss").axes
+    assert [text.get_text() for text in axes.texts] == ["0.2000", "0.5000"] and axes.get_xlabel() == "loss"
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["x", "z"]
+
+
+def test_a_panel_a_factor_with_the_base_ringed():
+    rows = [("rho", value, value == 0.1, 0.5 + value) for value in (0.1, 0.2) for _ in range(2)] + [("init", "normal", True, 0.6)]
+    panels = plots.factors(pandas.DataFrame(rows, columns=["factor", "value", "base", "accuracy"]), "accuracy").axes
+    shown = [axes for axes in panels if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == ["rho", "init"]
+    assert [text.get_text() for text in shown[0].get_xticklabels()] == ["0.1", "0.2"]
+    assert list(shown[0].lines[0].get_ydata()) == pytest.approx([0.6, 0.7])
+    rings = [points for points in shown[0].collections if points.get_sizes().tolist() == [90]]
+    assert rings[0].get_offsets().tolist() == [[0, pytest.approx(0.6)]]
+
+
 def test_lines_have_names_and_units():
     (axes,) = plots.lines({"z": pandas.Series([1, 2]), "x": pandas.Series([3, 4])}, "step", "norm").axes
     assert (axes.get_xlabel(), axes.get_ylabel(), len(axes.lines)) == ("step", "norm", 2)

@@ -193,6 +193,24 @@ def factors(frame: pandas.DataFrame, quantity: str, columns: int = 3) -> Figure:
     return figure
 
 
+def bounds(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str, ylabel: str) -> Figure:
+    """Measured curves and, dashed in the same colour, what bounds each of them; a panel for each title, log scale.
+
+    Args:
+        panels: for each title, each curve's frame: x as the index, columns `measured` and `bound`.
+    """
+    figure, axes = _axes(len(panels))
+    for place, (title, curves) in zip(axes, panels.items(), strict=True):
+        for number, (name, frame) in enumerate(curves.items()):
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            every = max(1, len(frame) // 12)
+            place.plot(frame.index, frame["measured"], label=name, color=colour, marker=marker, markersize=4, markevery=every)
+            place.plot(frame.index, frame["bound"], color=colour, linestyle="--", linewidth=1.2)
+        place.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log")
+        place.legend(title="dashed: the bound")
+    return figure
+
+
 def table(rows: Sequence[Mapping] | pandas.DataFrame, digits: int = 3):
     """Rows as an HTML table with whole texts; anything in a text that looks like HTML is shown, not obeyed."""
     frame = pandas.DataFrame(rows)

@@ -88,3 +88,12 @@ def test_bands_have_a_panel_for_each_quantity_and_no_band_of_one_run():
     assert (len(left.lines), len(right.lines)) == (2, 1) and left.get_ylabel() == "accuracy" and right.get_xlabel() == "examples"
     low, high = (extreme(left.collections[0].get_paths()[0].vertices[:, 1]) for extreme in (min, max))
     assert (low, high) == pytest.approx((0.4, 0.6))
+
+
+def test_bounds_are_dashed_beside_what_they_bound():
+    frame = pandas.DataFrame({"measured": [1.0, 0.1], "bound": [1.0, 0.5]}, index=[0, 1])
+    left, right = plots.bounds({"one": {"a": frame, "b": frame}, "other": {"a": frame}}, "step", "gap").axes
+    assert (len(left.lines), len(right.lines), left.get_title(), left.get_yscale()) == (4, 2, "one", "log")
+    measured, bound = left.lines[:2]
+    assert measured.get_color() == bound.get_color() and (measured.get_linestyle(), bound.get_linestyle()) == ("-", "--")
+    assert list(bound.get_ydata()) == [1.0, 0.5]

@@ -68,7 +68,24 @@ def ablations(results: dict, preset: dict) -> None:
     assert set(results["effects"]) == {"accuracy", "match", "perplexity"} and len(results["stages"]) == 8
 
 
-CHECKS = {"00-quickstart": quickstart, "02-synthesis": synthesis, "03-finetuning": finetuning, "04-privacy": privacy, "05-ablations": ablations}
+def theory(results: dict, preset: dict) -> None:
+    assert {row["B"] for row in results["closed_form"]} == set(preset["group_sizes"])
+    assert all(row[name] < 1e-10 for row in results["closed_form"] for name in row if name.endswith("relative error"))
+    small = results["admm"]
+    assert max(small["last"]["box"][name] for name in ("primal", "dual")) < 0.02 < small["last"]["corners"]["primal"]
+    assert small["optimum"]["box"] < small["optimum"]["corners"] and abs(small["excess"]["box"]) < 1e-3
+    assert all(row["last z is the optimum"] <= row["best z is the optimum"] for row in small["by_rho"])
+    runs = results["descent"]["runs"]
+    assert len(runs) == 3 * len(preset["error_shares"]) and all(row["holds"] and row["gap"] <= row["bound"] + 1e-12 for row in runs)
+    assert all(last["measured"] <= last["bound"] + 1e-12 for last in results["descent"]["relative"].values())
+    assert all(row["final gap"] <= row["bound"] and row["largest share of the drift bound"] <= 1 + 1e-9 for row in results["examples"])
+    paths = results["language_model"]["paths"]
+    assert [len(path) for path in paths.values()] == [preset["path_steps"] + 1] * 4
+    assert all(row["error"] == 0 for row in paths["the real ones"]) and all(row["error"] > 0 for row in paths["gradmm"])
+    assert results["privacy"]["delta_at_epsilon"] == pytest.approx(1e-5, rel=1e-6) and results["privacy"]["excess"] <= 1e-12
+
+
+CHECKS = {"00-quickstart": quickstart, "01-theory": theory, "02-synthesis": synthesis, "03-finetuning": finetuning, "04-privacy": privacy, "05-ablations": ablations}
 
 
 def execute(notebook: Path, preset: dict, folder: Path):

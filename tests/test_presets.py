@@ -1,0 +1,53 @@
+"""The presets: they name parameters that exist, with values of the kind the notebook expects, and the paper's name all."""
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from gradmm import batch
+
+ROOT = Path(__file__).resolve().parents[1]
+PARAMS = ROOT / "notebooks" / "params"
+PRESETS = sorted(PARAMS.glob("*/*.yaml"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def defaults(notebook: Path) -> dict:
+    (cell,) = (cell for cell in nbformat.read(notebook, as_version=4).cells if "parameters" in cell.metadata.get("tags", []))
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_preset_names_parameters_of_its_notebook_with_values_of_their_kind(path):
+    known, given = defaults(ROOT / "notebooks" / f"{path.stem}.ipynb"), batch.read_parameters(path)
+    assert set(given) <= set(known)
+    for name, value in given.items():
+        kinds = {type(known[name]), float} if type(known[name]) in (int, float) else {type(known[name])}
+        assert value is None or known[name] is None or type(value) in kinds, f"{name} = {value!r}, the default is {known[name]!r}"
+
+
+@pytest.mark.parametrize("path", [path for path in PRESETS if path.parent.name.startswith("paper-")], ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_paper_preset_names_every_parameter_and_says_what_it_takes(path):
+    assert set(batch.read_parameters(path)) == set(defaults(ROOT / "notebooks" / f"{path.stem}.ipynb"))
+    comment = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert "Machine:" in " ".join(comment) and "GB" in " ".join(comment) and "hour" in " ".join(comment)
+
+
+def test_results_of_one_preset_do_not_meet_those_of_another():
+    places = [batch.read_parameters(path).get("output") for path in PRESETS if path.parent.name != "smoke"]
+    assert None not in places and len(set(places)) == len(places)
+    assert all(place == f"results/{path.parent.name}/{path.stem}" for place, path in zip(places, (p for p in PRESETS if p.parent.name != "smoke"), strict=True))
+
+
+@pytest.mark.parametrize("preset", ["smoke", "demo"])
+def test_every_notebook_has_a_preset(preset):
+    held = {path.stem for path in (PARAMS / preset).glob("*.yaml")}
+    missing = [path.stem for path in NOTEBOOKS if path.stem not in held]
+    assert not missing, f"write notebooks/params/{preset}/{missing[0]}.yaml: the book and the tests run every notebook with a preset of its own"
+
+
+def test_the_readme_names_every_preset():
+    text = (PARAMS / "README.md").read_text(encoding="utf-8")
+    assert not [path.name for path in PARAMS.iterdir() if path.is_dir() and f"`{path.name}`" not in text]

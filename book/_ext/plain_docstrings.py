@@ -1,0 +1,42 @@
+"""Lets sphinx read docstrings that are written to be read as they stand: indented formulas and bare `*`, `|` and `_`.
+
+Backticks hold code and are left alone (`default_role` is code). A block that is indented under no section of its own is a
+formula or a listing and becomes a literal block.
+"""
+
+import re
+
+SECTION = re.compile(r"^(Args|Attributes|Example|Examples|Note|Raises|Returns|Yields):$")
+SPECIAL = re.compile(r"(`[^`]*`)|(\*+|\|+|(?<=\w)_(?!\w))")
+
+
+def escape(line: str) -> str:
+    """The line with what is markup outside backticks made plain."""
+    return SPECIAL.sub(lambda found: found[1] or "".join("\\" + sign for sign in found[2]), line)
+
+
+def plain(lines: list[str]) -> list[str]:
+    """The docstring's lines as reStructuredText that says the same."""
+    written, literal, section = [], False, False
+    for place, line in enumerate(lines):
+        indented, after_blank = line.startswith("    "), place > 0 and not lines[place - 1].strip()
+        if line.strip() and not indented:
+            literal, section = False, bool(SECTION.match(line))
+        elif indented and after_blank and not (section or literal):
+            literal = True
+            written += ["::", ""]
+        written.append(line if literal else escape(line))
+    return written
+
+
+def rewrite(app, what, name, obj, options, lines) -> None:
+    """Sphinx's hook; a colon in a property's first line would name a type to napoleon."""
+    lines[:] = plain(lines)
+    if what == "property" and lines:
+        lines[0] = lines[0].replace(": ", " – ")
+
+
+def setup(app):
+    """Work on the lines before napoleon does."""
+    app.connect("autodoc-process-docstring", rewrite, priority=100)
+    return {"parallel_read_safe": True}

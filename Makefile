@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PAPERMILL = $(BIN)/papermill --kernel python3
-NOTEBOOKS := $(notdir $(basename $(wildcard notebooks/*.ipynb)))
 # Notebooks that `make test` runs as they are stored; the suite runs the others with their smoke presets.
 FAST := $(wildcard notebooks/00-quickstart.ipynb)
 
@@ -31,13 +30,11 @@ lint: $(VENV)/.installed-test
 lab: $(VENV)/.installed-notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
-book: $(NOTEBOOKS:%=book/executed/%.ipynb) $(VENV)/.installed-book
-	$(BIN)/jupyter-book build book -W -n --keep-going
+# Executes what has changed, then builds; the toc's entries and the config's paths are relative to this folder.
+book: $(VENV)/.installed-book
+	$(BIN)/python -m gradmm.batch --preset demo --fresh --output book/executed notebooks/*.ipynb
+	$(BIN)/jupyter-book build . --path-output book --config book/_config.yml --toc book/_toc.yml -W --keep-going -n
 	@echo "Open book/_build/html/index.html"
-
-book/executed/%.ipynb: notebooks/%.ipynb $(wildcard gradmm/*.py) | $(VENV)/.installed-book
-	@mkdir -p book/executed
-	$(PAPERMILL) $< $@ $(addprefix -f ,$(wildcard notebooks/params/demo/$*.yaml))
 
 # One stamp for each extra: installed once, and again when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python

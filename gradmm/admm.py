@@ -47,6 +47,8 @@ class Config:
         patience: stop a group when its tokens did not change this many times in a row; 0 never does.
         balance: residual balancing, "off" or "on": rho is doubled (halved) when the primal (dual) residual is
             `balance_ratio` times the other; every rho is in the history.
+        groups_per_pass: groups that the objective sees at once, which bounds the memory; None: all. With 1, every number of
+            a group is computed by itself, so that not even its rounding depends on the groups beside it.
     """
 
     rho: float = 0.1
@@ -58,6 +60,7 @@ class Config:
     patience: int = 0
     balance: bool = False
     balance_ratio: float = 10.0
+    groups_per_pass: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("rho", "lr", "balance_ratio"):
@@ -66,6 +69,10 @@ class Config:
         for name in ("outer_steps", "inner_steps"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, f"{name} = {value!r}, it must be a whole number of at least 1: try 10")
+        require(
+            self.groups_per_pass is None or (isinstance(self.groups_per_pass, int) and self.groups_per_pass >= 1),
+            f"groups_per_pass = {self.groups_per_pass!r}, it must be a whole number of at least 1, or None for all groups at once",
+        )
         require(self.clip is None or _positive(self.clip), f"clip = {self.clip!r}, it must be above 0, or None for no clipping")
         require(self.tolerance >= 0, f"tolerance = {self.tolerance!r}, it must be at least 0: 0 never stops early")
         require(self.patience >= 0, f"patience = {self.patience!r}, it must be at least 0: 0 never stops early")
@@ -163,7 +170,7 @@ def solve(
         result = _finish(_advance(objective, project, result, config), config)
         if callback is not None and callback(result):
             return _stop_all(result, STOPPED.format(result.state.step))
-    return _close(objective, project, result)
+    return _close(objective, project, result, config)
 
 
 def step(objective: Objective, project: Project, state: State, config: Config) -> tuple[State, dict[str, Tensor]]:
@@ -174,24 +181,15 @@ def step(objective: Objective, project: Project, state: State, config: Config) -
         stationarity, inner_gradient, changed (share of tokens), rho.
     """
     groups = state.active.nonzero().squeeze(-1)
-    x, lam, rho, old = state.x[groups], state.lam[groups], state.rho[groups], state.ids[groups]
-    wide = rho.view(-1, 1, 1, 1)
-    z, ids = project(x + lam / wide, groups)
-    with torch.no_grad():
-        match_z = objective(z, ids, groups)
-    new, inner_gradient = _minimise(lambda value: objective(value, ids, groups), x, z, lam, wide, config)
-    match_x, gradient = _value_and_gradient(lambda value: objective(value, ids, groups), new)
-    lam = lam + wide * (new - z)
-    measures = {
-        "match_x": match_x,
-        "match_z": match_z,
-        "primal": _norm(new - z),
-        "dual": _norm(wide * (new - x)),
-        "stationarity": _norm(gradient + lam),
-        "inner_gradient": inner_gradient,
-        "changed": (ids != old).to(x.dtype).mean((1, 2)),
-        "rho": rho,
-    }
+    x, lam, rho = state.x[groups], state.lam[groups], state.rho[groups]
+    z, ids = project(x + lam / rho.view(-1, 1, 1, 1), groups)
+    parts = [
+        _move(lambda value, some=some: objective(value, ids[some], groups[some]), x[some], z[some], lam[some], rho[some], config)
+        for some in _passes(len(groups), config, groups.device)
+    ]
+    new, lam = (torch.cat([part[place] for part in parts]) for place in (0, 1))
+    measures = {name: torch.cat([part[2][name] for part in parts]) for name in parts[0][2]}
+    measures |= {"changed": (ids != state.ids[groups]).to(x.dtype).mean((1, 2)), "rho": rho}
     moved = replace(
         state,
         x=state.x.index_copy(0, groups, new),
@@ -201,6 +199,30 @@ def step(objective: Objective, project: Project, state: State, config: Config) -
         step=state.step + 1,
     )
     return moved, measures
+
+
+def _passes(count: int, config: Config, device: torch.device) -> tuple[Tensor, ...]:
+    """The places of the groups that the objective sees at once."""
+    return torch.arange(count, device=device).split(config.groups_per_pass or count)
+
+
+def _move(f, x: Tensor, z: Tensor, lam: Tensor, rho: Tensor, config: Config) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x, then lam, of the groups of one pass: (x, lam, measurements)."""
+    wide = rho.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        match_z = f(z)
+    new, inner_gradient = _minimise(f, x, z, lam, wide, config)
+    match_x, gradient = _value_and_gradient(f, new)
+    lam = lam + wide * (new - z)
+    measures = {
+        "match_x": match_x,
+        "match_z": match_z,
+        "primal": _norm(new - z),
+        "dual": _norm(wide * (new - x)),
+        "stationarity": _norm(gradient + lam),
+        "inner_gradient": inner_gradient,
+    }
+    return new, lam, measures
 
 
 def _minimise(f, x: Tensor, z: Tensor, lam: Tensor, rho: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -280,7 +302,7 @@ def _balancing(primal: float, dual: float, ratio: float) -> float:
     return 0.5 if dual > ratio * primal else 1.0
 
 
-def _close(objective: Objective, project: Project, result: Result) -> Result:
+def _close(objective: Objective, project: Project, result: Result, config: Config) -> Result:
     """Project the last x of each group too: without it the work of the last inner steps would be lost."""
     state = result.state
     sound = torch.isfinite(state.x).flatten(1).all(1) & torch.isfinite(state.lam).flatten(1).all(1)
@@ -289,7 +311,8 @@ def _close(objective: Objective, project: Project, result: Result) -> Result:
         return result
     with torch.no_grad():
         z, ids = project(state.x[groups] + state.lam[groups] / state.rho[groups].view(-1, 1, 1, 1), groups)
-        return _keep_better(result, groups, ids, objective(z, ids, groups))
+        values = [objective(z[some], ids[some], groups[some]) for some in _passes(len(groups), config, groups.device)]
+        return _keep_better(result, groups, ids, torch.cat(values))
 
 
 def _keep_better(result: Result, groups: Tensor, ids: Tensor, match: Tensor) -> Result:

@@ -55,7 +55,9 @@ INITIALISATIONS = {"generated": generated, "normal": normal}
 
 
 @torch.no_grad()
-def best_of(name: str, candidates: int, matching: Matching, reading: Reading, shape: Shape, classes: Tensor, sources) -> Tensor:
+def best_of(
+    name: str, candidates: int, matching: Matching, reading: Reading, shape: Shape, classes: Tensor, sources, groups_per_pass: int | None = None
+) -> Tensor:
     """Each group's best of several draws by matching loss: (K, B, L, D).
 
     Args:
@@ -63,14 +65,20 @@ def best_of(name: str, candidates: int, matching: Matching, reading: Reading, sh
         candidates: number of draws; one alone is not evaluated.
         classes: (K,) each group's class.
         sources: K generators.
+        groups_per_pass: groups whose loss is taken at once; None: all.
     """
+
+    def values(x: Tensor, ids: Tensor) -> Tensor:
+        passes = torch.arange(len(classes), device=classes.device).split(groups_per_pass or len(classes))
+        return torch.cat([matching.of_vectors(x[some], ids[some], classes[some]) for some in passes])
+
     best, ids = INITIALISATIONS[name](matching, reading, shape, classes.tolist(), sources)
     if candidates == 1:
         return best
-    lowest = matching.of_vectors(best, ids, classes)
+    lowest = values(best, ids)
     for _ in range(candidates - 1):
         x, ids = INITIALISATIONS[name](matching, reading, shape, classes.tolist(), sources)
-        value = matching.of_vectors(x, ids, classes)
+        value = values(x, ids)
         best = torch.where((value < lowest).view(-1, 1, 1, 1), x, best)
         lowest = torch.minimum(value, lowest)
     return best

@@ -7,7 +7,7 @@ Letters: K groups, B examples of a group, L tokens, D width, C classes.
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -33,8 +33,8 @@ from gradmm.seeds import generator, stream
 from gradmm.selection import FILTERS, RANKINGS, label_probabilities, select
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
-ACTIVATION_NUMBERS = 40  # stored numbers a layer, token and width unit, forward and backward, by measurement
-DEFAULT_MEMORY = 4 << 30  # bytes of activations that one batch of groups may take where the device does not say
+ACTIVATION_NUMBERS = 24  # numbers a layer, token and width unit held between forward and backward: 10 to 22 by family, measured
+TEXTS_PER_BATCH = {"cpu": 64, "other": 256}  # rows of a projection beyond which a step costs in proportion
 OnStep = Callable[[int, admm.Result], None]
 
 
@@ -65,7 +65,9 @@ class SynthesisConfig:
         ranking: a name in RANKINGS: "text" keeps the texts of each class that match the target best one by one, "group"
             those that, added one after the other, match it best together.
         perplexity_weight: ranking "text" adds this times the log-perplexity to the matching loss.
-        groups_per_batch: groups optimised side by side; None as many as memory allows.
+        groups_per_batch: the unit of work: groups that are projected together, saved together and given to one process
+            together. None follows from the number and size of the groups (`work_units`), never from the memory or the
+            number of processes, so that none of these can change a result.
         seed: names every random draw.
         solver: the solver's part of these settings; follows from them.
     """
@@ -223,7 +225,8 @@ class Plan:
         length: tokens of a text.
         classes: the label number of each group.
         per_class: how many texts of each class are kept.
-        batch: groups that are optimised side by side.
+        batch: groups of a unit of work.
+        solver: the solver's settings, with the groups that the model sees at once.
     """
 
     model: Model
@@ -238,6 +241,7 @@ class Plan:
     classes: tuple[int, ...]
     per_class: tuple[int, ...]
     batch: int
+    solver: admm.Config
 
     @staticmethod
     def of(model: Model, task: Task, release: Release, config: SynthesisConfig) -> "Plan":
@@ -260,6 +264,7 @@ class Plan:
         length = config.length or release.length
         _check_context(model, tokens, length)
         end = _end_token(model, config)
+        batch, together = work_units(model, len(tokens.start + tokens.head + tokens.tail) + length, config, len(classes))
         return Plan(
             model=model,
             task=task,
@@ -272,7 +277,8 @@ class Plan:
             length=length,
             classes=classes,
             per_class=per_class,
-            batch=config.groups_per_batch or _batch_size(model, tokens, length, config, len(classes)),
+            batch=batch,
+            solver=replace(config.solver, groups_per_pass=together),
         )
 
     def identity(self) -> dict:
@@ -287,6 +293,7 @@ class Plan:
             "length": self.length,
             "groups": len(self.classes),
             "groups_per_batch": self.batch,
+            "groups_per_pass": self.solver.groups_per_pass,
         }  # fmt: skip
 
     def batches(self) -> list[range]:
@@ -311,13 +318,27 @@ def _check_context(model: Model, tokens: TaskTokens, length: int) -> None:
     )
 
 
-def _batch_size(model: Model, tokens: TaskTokens, length: int, config: SynthesisConfig, groups: int) -> int:
-    """As many groups as keep the activations within half of the free memory; at least one."""
-    settings = model.lm.config
-    positions = len(tokens.start + tokens.head + tokens.tail) + length
-    numbers = ACTIVATION_NUMBERS * settings.num_hidden_layers * settings.hidden_size * positions * config.group_size
-    free = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else DEFAULT_MEMORY
-    return min(groups, max(1, int(free // (numbers * model.embedding.element_size()))))
+def work_units(model: Model, positions: int, config: SynthesisConfig, groups: int) -> tuple[int, int]:
+    """The groups of a batch, and the groups that the model sees at once in the solver's inner steps.
+
+    Both follow from settings and shapes alone. Batches are as equal as can be and have about the rows from which on a step
+    of the projection costs in proportion. On a CPU an inner step sees one group: more are no faster there, and so nothing
+    that is computed of a group depends on the others, to the last bit. Elsewhere it sees as many groups as keep the
+    activations within the size of the weights, and at least one.
+
+    Args:
+        positions: tokens of a text with its template.
+        groups: all groups of the run.
+    """
+    kind = "cpu" if model.device.type == "cpu" else "other"
+    most = max(1, TEXTS_PER_BATCH[kind] // config.group_size)
+    batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
+    if kind == "cpu":
+        return batch, 1
+    shape = model.lm.config
+    numbers = ACTIVATION_NUMBERS * shape.num_hidden_layers * shape.hidden_size * positions * config.group_size
+    weights = sum(weight.numel() for weight in model.lm.parameters())
+    return batch, min(batch, max(1, weights // numbers))
 
 
 # ---------------------------------------------------------------- the work
@@ -370,13 +391,13 @@ def _run_batch(plan: Plan, number: int, groups: range, folder: RunFolder, bar: t
     classes = torch.tensor([plan.classes[group] for group in groups], device=plan.model.device)
     begin = folder.load_result(number, plan.model.device)
     if begin is None:
-        begin = admm.start(_initial(plan, groups, classes), plan.config.solver)
+        begin = admm.start(_initial(plan, groups, classes), plan.solver)
     bar.update(begin.state.step)
     result = admm.solve(
         lambda x, ids, which: plan.matching.of_vectors(x, ids, classes[which]),
         _projection(plan, classes),
         begin,
-        plan.config.solver,
+        plan.solver,
         _report(number, folder, bar, on_step),
     )
     folder.save_result(number, result)
@@ -411,7 +432,8 @@ def _initial(plan: Plan, groups: range, classes: Tensor) -> Tensor:
     config = plan.config
     sources = [generator(config.seed, "initial x", group) for group in groups]
     shape = Shape(config.group_size, plan.length, config.init_norm)
-    return best_of(config.init, config.init_candidates, plan.matching, plan.reading, shape, classes, sources)
+    together = plan.solver.groups_per_pass
+    return best_of(config.init, config.init_candidates, plan.matching, plan.reading, shape, classes, sources, together)
 
 
 # ---------------------------------------------------------------- the results

@@ -214,3 +214,24 @@ def test_bad_settings_are_refused_by_name(settings):
 def test_a_start_that_is_not_finite_is_refused():
     with pytest.raises(UserError, match="not finite"):
         admm.start(torch.full((1, 1, 1, 1), torch.nan), admm.Config())
+
+
+def test_the_number_of_groups_in_a_pass_changes_no_number():
+    codes, centres = draw(12, 3), draw(5, 2, 2, 3, seed=1)
+    seen, results = [], []
+    for size in (None, 1, 2):
+        config = admm.Config(rho=1.0, outer_steps=4, inner_steps=5, lr=0.05, groups_per_pass=size)
+        f = quadratic(centres)
+
+        def counted(x, ids, groups, f=f):
+            seen.append(len(x))
+            return f(x, ids, groups)
+
+        results.append(admm.solve(counted, nearest(codes), admm.start(draw(5, 2, 2, 3, seed=2), config), config))
+        assert set(seen) == {None: {5}, 1: {1}, 2: {2, 1}}[size]
+        seen.clear()
+    for other in results[1:]:
+        assert torch.equal(other.value, results[0].value)
+        torch.testing.assert_close(other.state.x, results[0].state.x)
+    with pytest.raises(UserError, match="groups_per_pass = 0, it must be a whole number of at least 1"):
+        admm.Config(groups_per_pass=0)

@@ -15,7 +15,7 @@ import torch
 import gradmm
 from gradmm.errors import UserError
 from gradmm.matching import Matching
-from gradmm.synthesis import PRESETS, SynthesisConfig, synthesize
+from gradmm.synthesis import PRESETS, SynthesisConfig, synthesize, work_units
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
@@ -186,10 +186,42 @@ def test_the_published_settings_run_too(setting):
     assert {len(tokens.encode(row["text"])) for row in result.dataset} - {5} == set() or result.manifest["length"] == 5
 
 
-def test_batches_of_groups_are_independent_up_to_rounding(setting):
+@pytest.mark.parametrize("init", ["generated", "normal"])
+def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init):
+    model = tiny_model(kind, dtype=torch.float32)
+    release, config = gradmm.release(model, TASK, REAL), replace(SMALL, init=init, n_synthetic=7, inner_steps=3, outer_steps=3)
+    runs = [synthesize(model, TASK, release, replace(config, groups_per_batch=size), progress=False) for size in (1, 2, 3, 6)]
+    for other in runs[1:]:
+        assert other.dataset.to_list() == runs[0].dataset.to_list()
+        assert _sorted(other.history).equals(_sorted(runs[0].history))
+        assert other.manifest["groups_ended"] == runs[0].manifest["groups_ended"]
+
+
+def _sorted(history):
+    return history.drop(columns="seconds").sort_values(["group", "step"], ignore_index=True)
+
+
+def test_a_group_that_stops_changes_no_byte_of_the_others(setting, monkeypatch):
     model, task, release = setting
-    one, two = (synthesize(model, task, release, replace(SMALL, groups_per_batch=n), progress=False) for n in (1, 4))
-    assert one.dataset["text"] == two.dataset["text"]
+    whole = synthesize(model, task, release, SMALL, progress=False)
+    sound = Matching.of_vectors
+    monkeypatch.setattr(Matching, "of_vectors", lambda self, x, ids, classes: sound(self, x, ids, classes).where(classes == 1, torch.nan))
+    without = synthesize(model, task, release, SMALL, progress=False)
+    assert len(without.history) < len(whole.history)
+    ours, theirs = (_sorted(run.history[run.history["label"] == "good"]) for run in (without, whole))
+    assert ours.equals(theirs)
+
+
+def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
+    model, task, release = setting
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: pytest.fail("memory was asked for"))
+    assert work_units(model, 40, SynthesisConfig(group_size=10), 20) == (5, 1)
+    assert work_units(model, 40, SynthesisConfig(group_size=10), 21) == (6, 1)
+    assert work_units(model, 40, SynthesisConfig(group_size=100), 3) == (1, 1)
+    assert work_units(model, 40, SynthesisConfig(group_size=10, groups_per_batch=7), 20) == (7, 1)
+    assert work_units(model, 40, SynthesisConfig(group_size=10, groups_per_batch=70), 20) == (20, 1)
+    manifest = synthesize(model, task, release, SMALL, progress=False).manifest
+    assert (manifest["groups_per_batch"], manifest["groups_per_pass"]) == (4, 1)
 
 
 def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):

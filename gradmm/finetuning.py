@@ -16,7 +16,7 @@ from gradmm.examples import Example, refuse_overlap
 from gradmm.models import Model
 from gradmm.seeds import generator
 from gradmm.tasks import Task, tokenize_task
-from gradmm.training import FinetuneConfig, train_at_rate, trainable_copy
+from gradmm.training import FinetuneConfig, finish, learnt_weights, restart, train_at_rate, trainable_copy
 
 Progress = Callable[[dict], None]
 
@@ -104,7 +104,7 @@ def fit(
     config: FinetuneConfig,
     progress: Progress | None = None,
 ) -> Training:
-    """Train all parameters of a copy of the model at each rate, and keep the best rate and step.
+    """Train a copy of the model, all of it or `config.adapter`, at each rate, and keep the best rate and step.
 
     The loss is the cross-entropy over the C label tokens at the last position. Dropout is off, as it is where gradients
     are matched, so a result is a function of the examples and the settings. The best is the highest validation accuracy;
@@ -118,17 +118,16 @@ def fit(
     data = Encoded.of(model, task, tokens, train, "train")
     looks = Encoded.of(model, task, tokens, _drawn(validation, task, config), "validation")
     best, weights, curve = None, None, []
-    trained = trainable_copy(model)
+    trained = trainable_copy(model, config)
     for rate in config.learning_rates:
-        trained.lm.load_state_dict(model.lm.state_dict())
+        restart(trained, model, config)
         for row in train_at_rate(trained, tokens, data, looks, rate, config):
             curve.append(row)
             if progress is not None:
                 progress(row)
             if best is None or (-row["validation_accuracy"], row["step"]) < (-best["validation_accuracy"], best["step"]):
-                best, weights = row, {name: value.clone() for name, value in trained.lm.state_dict().items()}
-    trained.lm.load_state_dict(weights)
-    trained.lm.requires_grad_(False)
+                best, weights = row, learnt_weights(trained)
+    finish(trained, weights, config)
     fingerprint = _identity(model, config, train, validation)
     named = replace(trained, name=f"{model.name}, fine-tuned", revision=None, fingerprint=fingerprint)
     return Training(named, best["learning_rate"], best["step"], best["validation_accuracy"], curve)

@@ -100,7 +100,7 @@ def _training(trial: Trial) -> Iterator[tuple[int, Model]]:
     """(step, the model as it is then) of the fine-tuning on the real examples."""
     bench, steps = trial.bench, trial.bench.config.similarity_steps
     config = replace(bench.config.finetuning, seed=trial.seed, patience=None, eval_every=math.gcd(*steps) or 1)
-    tokens, model = tokenize_task(bench.task, bench.model.tokenizer), trainable_copy(bench.model)
+    tokens, model = tokenize_task(bench.task, bench.model.tokenizer), trainable_copy(bench.model, config)
     data = Encoded.of(bench.model, bench.task, tokens, trial.real, "real")
     for row in train_at_rate(model, tokens, data, data, config.learning_rates[-1], config):
         if row["step"] in steps:

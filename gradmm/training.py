@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from gradmm.adapters import ADAPTERS, add_lora, fold_lora, start_lora
 from gradmm.classification import Encoded, score
 from gradmm.errors import require
 from gradmm.models import Model, batches_by_length, pad_left
@@ -35,6 +37,9 @@ class FinetuneConfig:
         tokens_per_batch: tokens of one pass, padding included; a step's batch is cut in pieces of similar length, which
             changes speed and memory but not the gradient.
         autocast: compute in bfloat16 with weights kept in float32 (float64 models are left alone); seldom faster on a CPU.
+        adapter: what learns: None is every parameter, "lora" a LoRA adapter beside every linear layer but the head, which wants
+            rates about ten times higher and needs the extra `gradmm[lora]`.
+        adapter_rank: rank of the adapter's matrices.
         seed: names every random draw.
     """
 
@@ -49,6 +54,8 @@ class FinetuneConfig:
     max_validation: int | None = 300
     tokens_per_batch: int = 512
     autocast: bool = False
+    adapter: str | None = None
+    adapter_rank: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,7 +65,7 @@ class FinetuneConfig:
             f"learning_rates = {rates!r}, each must be above 0 and below 1: give a list such as [0.00005, 0.0002]",
         )
         object.__setattr__(self, "learning_rates", tuple(float(rate) for rate in rates))
-        for name in ("steps", "batch_size", "eval_every", "tokens_per_batch", "patience", "max_validation"):
+        for name in ("steps", "batch_size", "eval_every", "tokens_per_batch", "patience", "max_validation", "adapter_rank"):
             value = getattr(self, name)
             optional = name in ("patience", "max_validation") and value is None
             require(
@@ -69,6 +76,7 @@ class FinetuneConfig:
             value = getattr(self, name)
             require(value >= 0, f"{name} = {value!r}, it must be at least 0: the default is {_default(name)}")
         require(self.gradient_clip > 0, f"gradient_clip = {self.gradient_clip!r}, it must be above 0: the default is 1.0")
+        require(self.adapter in (None, *ADAPTERS), f"the adapter {self.adapter!r} is not known: use None or one of {', '.join(ADAPTERS)}")
 
     @staticmethod
     def from_dict(values: dict) -> "FinetuneConfig":
@@ -83,12 +91,43 @@ def _default(name: str):
     return next(item.default for item in fields(FinetuneConfig) if item.name == name)
 
 
-def trainable_copy(model: Model) -> Model:
-    """A copy of the model whose parameters learn; half precision would lose small updates, so it becomes float32."""
+def trainable_copy(model: Model, config: FinetuneConfig | None = None) -> Model:
+    """A copy of the model that learns; half precision would lose small updates, so it becomes float32.
+
+    Args:
+        config: its `adapter` says what learns; None: every parameter.
+
+    Raises:
+        UserError: an adapter whose package is not installed.
+    """
     lm = copy.deepcopy(model.lm).eval()
     if model.dtype in (torch.float16, torch.bfloat16):
         lm = lm.float()
-    return replace(model, lm=lm.requires_grad_(True))
+    lm.requires_grad_(config is None or config.adapter is None)
+    if config is not None and config.adapter == "lora":
+        add_lora(lm, config.adapter_rank, config.seed)
+    return replace(model, lm=lm)
+
+
+def restart(trained: Model, model: Model, config: FinetuneConfig) -> None:
+    """Give a `trainable_copy` of a model the weights of step 0 again."""
+    if config.adapter == "lora":
+        start_lora(trained.lm, config.seed)
+    else:
+        trained.lm.load_state_dict(model.lm.state_dict())
+
+
+def learnt_weights(trained: Model) -> dict[str, Tensor]:
+    """Copies of the weights that learn, by name."""
+    return {name: weights.detach().clone() for name, weights in trained.lm.named_parameters() if weights.requires_grad}
+
+
+def finish(trained: Model, weights: dict[str, Tensor], config: FinetuneConfig) -> None:
+    """Give a `trainable_copy` the `learnt_weights` of some step, and make of it a model like any other that learns no more."""
+    trained.lm.load_state_dict(weights, strict=False)
+    if config.adapter == "lora":
+        fold_lora(trained.lm)
+    trained.lm.requires_grad_(False)
 
 
 def train_at_rate(model: Model, tokens: TaskTokens, data: Encoded, looks: Encoded, rate: float, config: FinetuneConfig) -> Iterator[dict]:
@@ -103,7 +142,8 @@ def train_at_rate(model: Model, tokens: TaskTokens, data: Encoded, looks: Encode
         A row of `Training.curve` at each look; the run ends early where it diverges or runs out of patience.
     """
     fused = model.device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(model.lm.parameters(), lr=rate, weight_decay=config.weight_decay, fused=fused)
+    learning = [weights for weights in model.lm.parameters() if weights.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=config.weight_decay, fused=fused)
     order = _order(len(data.sequences), config)
     losses: list[float] = []
     best, waited = -1.0, 0

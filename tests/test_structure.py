@@ -14,7 +14,7 @@ PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other.
 ORDER = """
     errors seeds files admm card runs gradients tasks examples models projection sketch matching generation mechanism privacy selection coresets
-    initialisation classification training finetuning theory evaluation audit fidelity synthesis trial controls methods measures
+    initialisation classification adapters training finetuning theory evaluation audit fidelity synthesis trial controls methods measures
     results comparison ablation demo_text demo plots reference batch
 """.split()
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

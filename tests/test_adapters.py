@@ -1,0 +1,72 @@
+"""LoRA: only the adapter learns, the base stays, and what comes out is a model like any other."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gradmm.classification import evaluate
+from gradmm.errors import UserError
+from gradmm.examples import Example
+from gradmm.finetuning import fit
+from gradmm.tasks import Task
+from gradmm.training import FinetuneConfig, trainable_copy
+
+TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was", ("a", "the"))
+CONFIG = FinetuneConfig(steps=8, batch_size=4, learning_rates=(1e-2, 5e-2), eval_every=2, warmup=1, adapter="lora", adapter_rank=2)
+TRAIN = [Example(f"the {word} {noun}", label) for label, word in enumerate(("red", "blue")) for noun in ("cat", "dog", "movie")]
+
+
+def state(lm) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in lm.state_dict().items()}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_without_peft_the_extra_is_named(tiny_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"adapter = 'lora' needs the package peft: install it with pip install 'gradmm\[lora\]'"):
+        trainable_copy(tiny_model("llama"), CONFIG)
+
+
+@pytest.mark.parametrize(("settings", "message"), [({"adapter": "lorra"}, "use None or one of lora"), ({"adapter_rank": 0}, "adapter_rank = 0")])
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(UserError, match=message):
+        replace(CONFIG, **settings)
+
+
+def test_the_adapter_alone_learns_from_step_0_of_the_model(tiny_model, kind):
+    pytest.importorskip("peft", reason="the extra lora is not installed", exc_type=ImportError)
+    model = tiny_model(kind, dtype=torch.float32)
+    copy = trainable_copy(model, CONFIG)
+    learning = {name for name, weights in copy.lm.named_parameters() if weights.requires_grad}
+    assert learning and all(".lora_" in name for name in learning)
+    ids = [[3, 4, 5], [7, 8]]
+    assert torch.equal(copy.hidden_of(ids), model.hidden_of(ids))
+
+
+def test_training_leaves_the_model_and_gives_one_like_it(tiny_model, kind):
+    pytest.importorskip("peft", reason="the extra lora is not installed", exc_type=ImportError)
+    model = tiny_model(kind, dtype=torch.float32)
+    before, drawn = state(model.lm), torch.random.get_rng_state()
+    # The labels that the model does not give, so that a later step than 0 is the best one.
+    guesses = evaluate(model, TASK, TRAIN).predictions
+    train = [replace(example, label=1 - guess) for example, guess in zip(TRAIN, guesses, strict=True)]
+    found, again = (fit(model, TASK, train, train, CONFIG) for _ in range(2))
+    assert same(before, state(model.lm)) and torch.equal(drawn, torch.random.get_rng_state())
+    assert found.curve == again.curve and same(state(found.model.lm), state(again.model.lm))
+    after = state(found.model.lm)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert found.step > 0 and after.keys() == before.keys() and changed
+    assert all(before[name].ndim == 2 and not {"wte", "wpe", "embed_tokens", "embed_in", "lm_head"} & set(name.split(".")) for name in changed)
+    assert evaluate(found.model, TASK, train).accuracy == pytest.approx(found.validation_accuracy)
+
+
+def test_another_seed_starts_another_adapter(tiny_model):
+    pytest.importorskip("peft", reason="the extra lora is not installed", exc_type=ImportError)
+    model = tiny_model("llama", dtype=torch.float32)
+    one, two, other = (state(trainable_copy(model, replace(CONFIG, seed=seed)).lm) for seed in (1, 1, 2))
+    assert same(one, two) and not same(one, other)

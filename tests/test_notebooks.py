@@ -85,7 +85,30 @@ def theory(results: dict, preset: dict) -> None:
     assert results["privacy"]["delta_at_epsilon"] == pytest.approx(1e-5, rel=1e-6) and results["privacy"]["excess"] <= 1e-12
 
 
-CHECKS = {"00-quickstart": quickstart, "01-theory": theory, "02-synthesis": synthesis, "03-finetuning": finetuning, "04-privacy": privacy, "05-ablations": ablations}
+def transfer(results: dict, preset: dict) -> None:
+    assert list(results["methods"]) == ["demo", "demo-b"] and results["writer"] == "demo" and results["n_test"] == preset["max_test"]
+    writer, learner = results["methods"].values()
+    for name, figures in learner.items():
+        assert len(figures["accuracy"]["runs"]) == preset["seeds"] and figures["n"] == writer[name]["n"]
+        assert name == "none" or figures["perplexity"] != writer[name]["perplexity"]  # each model reads for itself
+    assert writer["real"]["match"] == pytest.approx(0, abs=1e-4) and learner["real"]["match"] == pytest.approx(0, abs=1e-4)
+    gain = learner["gradmm"]["accuracy"]["mean"] - learner["none"]["accuracy"]["mean"]
+    assert learner["gradmm"]["minus_none"]["mean"] == pytest.approx(gain)
+    for share in filter(None, results["carried"]["demo-b"].values()):
+        assert share["low"] <= share["share"] <= share["high"]
+    advantage = writer["prompt_only"]["match"] - writer["gradmm"]["match"]
+    assert results["match_advantage"]["demo"]["prompt_only"]["mean"] == pytest.approx(advantage)
+
+
+CHECKS = {
+    "00-quickstart": quickstart,
+    "01-theory": theory,
+    "02-synthesis": synthesis,
+    "03-finetuning": finetuning,
+    "04-privacy": privacy,
+    "05-ablations": ablations,
+    "06-transfer": transfer,
+}
 
 
 def execute(notebook: Path, preset: dict, folder: Path):
@@ -114,6 +137,22 @@ def test_every_notebook_has_a_preset_and_every_check_a_notebook():
 def test_an_unknown_parameter_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no parameter outer_stepps"):
         execute(NOTEBOOKS[0], {"outer_stepps": 1}, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.parametrize("name", ["03-finetuning", "06-transfer"])
+def test_the_same_seeds_give_the_same_numbers(name, quiet):
+    """Byte for byte, by one kernel after the other; what depends on the clock stays out of this file."""
+    few = {"methods": ["none", "prompt_only", "zero_shot", "gradmm"], "seeds": 5, "n_synthetic": 4, "max_test": 20}
+    preset = files.read_yaml(PRESETS / f"{name}.yaml") | few | ({"budgets": []} if name == "03-finetuning" else {})
+    written = []
+    for number in (1, 2):
+        (quiet / str(number)).mkdir()
+        execute(ROOT / "notebooks" / f"{name}.ipynb", preset, quiet / str(number))
+        (place,) = (quiet / str(number)).rglob(f"{name}.json")
+        written.append(place.read_bytes())
+    assert len(json.loads(written[0])["seeds"]) == 5 and written[0] == written[1]
 
 
 @pytest.mark.slow

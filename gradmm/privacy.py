@@ -45,7 +45,8 @@ from gradmm.models import Model
 from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
-SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred", "body")
+HEAD_SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred")  # coordinates of the head's gradient
+SPACES = (*HEAD_SPACES, "body")
 PUBLIC_SPACES = ("label_rows_subspace", "label_rows_centred")  # made from public texts
 CALIBRATION_TEXTS = 64  # of each class, where the body's space is given no public texts
 DEFAULT_DIRECTIONS = 4  # keeps most of what sets the classes apart and little room for noise; notebook 04 measures it

@@ -100,6 +100,16 @@ def transfer(results: dict, preset: dict) -> None:
     assert results["match_advantage"]["demo"]["prompt_only"]["mean"] == pytest.approx(advantage)
 
 
+def paper(results: dict, preset: dict) -> None:
+    assert results["own_runs"] == [] and all(claim["own"] is None for claim in results["claims"])  # no records in an empty folder
+    assert [claim["verified"] for claim in results["claims"]].count(False) >= 1 and "transfer" in results["experiments"]
+    assert list(results["methods"]) == ["demo", "demo-b"] and results["n_test"] == preset["max_test"]
+    runs = [one["accuracy"]["runs"] for by_method in results["methods"].values() for one in by_method.values()]
+    runs += [one["runs"] for one in results["private"].values()]
+    assert all(len(values) == preset["seeds"] and all(0 <= value <= 1 for value in values) for values in runs)
+    assert len(results["answers"]) == 5 and {row["holds here"] for row in results["answers"]} <= {"yes", "no, worse", "not shown"}
+
+
 CHECKS = {
     "00-quickstart": quickstart,
     "01-theory": theory,
@@ -108,6 +118,7 @@ CHECKS = {
     "04-privacy": privacy,
     "05-ablations": ablations,
     "06-transfer": transfer,
+    "08-paper": paper,
 }
 
 

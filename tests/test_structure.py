@@ -15,7 +15,7 @@ PACKAGE = ROOT / "gradmm"
 ORDER = """
     errors seeds files admm card runs gradients tasks examples models projection sketch matching generation mechanism privacy selection coresets
     initialisation classification adapters training finetuning theory evaluation audit fidelity synthesis trial controls methods measures
-    results comparison ablation demo_text demo plots reference batch
+    results comparison ablation demo_text demo plots paper reference batch
 """.split()
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -1,0 +1,146 @@
+"""The paper's experiments and claims, each with where it was read, and what one's own runs gave beside them.
+
+Knows no model and runs nothing: claims are the package's data, own figures the JSON files that the notebooks wrote.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from gradmm import files
+from gradmm.errors import require
+
+DATA = Path(__file__).resolve().parent / "data" / "paper.yaml"
+KINDS = ("accuracy", "gain", "statement")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment of the paper and the preset that repeats it.
+
+    Attributes:
+        name: how claims refer to it.
+        question: what it asks.
+        preset, notebook: what to run.
+        models: hub ids, the writer first.
+        data: a registered task's name.
+        expected: time on the machines named, by arithmetic, not measured.
+        memory: of the GPU.
+    """
+
+    name: str
+    question: str
+    preset: str
+    notebook: str
+    models: str
+    data: str
+    expected: str
+    memory: str
+
+    @property
+    def command(self) -> str:
+        """The shell command that runs it, from the repository's root."""
+        return f"python -m gradmm.batch --preset {self.preset} --output results/executed notebooks/{self.notebook}.ipynb"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What somebody says that an experiment shows.
+
+    Attributes:
+        claim: in words.
+        experiments: names of the experiments that it is about.
+        kind: "accuracy" (a share of test examples), "gain" (an accuracy minus the best of some others, the largest over the
+            experiments), or "statement" (no figure).
+        by: who claims it.
+        where: where it was read.
+        verified: whether that place is the paper itself.
+        method: whose accuracy; None for a statement.
+        over: for a gain, the methods compared with.
+        value: the figure, a share of 1; None for a statement.
+    """
+
+    claim: str
+    experiments: tuple[str, ...]
+    kind: str
+    by: str
+    where: str
+    verified: bool
+    method: str | None = None
+    over: tuple[str, ...] = ()
+    value: float | None = None
+
+
+@cache
+def _data() -> Mapping:
+    return files.read_yaml(DATA)
+
+
+def experiments() -> tuple[Experiment, ...]:
+    """The paper's experiments."""
+    return tuple(Experiment(name, **values) for name, values in _data()["experiments"].items())
+
+
+def claims() -> tuple[Claim, ...]:
+    """The claims, figures first."""
+    rows = _data()["claims"]
+    return tuple(Claim(**{**row, "experiments": tuple(row["experiments"]), "over": tuple(row.get("over", ()))}) for row in rows)
+
+
+def own_runs(folder: str | Path) -> list[dict]:
+    """The accuracies in JSON files that notebooks wrote, copied to `<folder>/<preset>/<notebook>.json`.
+
+    Returns:
+        For each file, model and method: record (path without the suffix), experiment (a name, or None where the path is no
+        experiment's), model (None where the file has one only), method, accuracy (mean), runs (how many). A file without
+        accuracies gives no row, and a folder that is not there none at all.
+
+    Raises:
+        UserError: a file that is not JSON, or holds no object.
+    """
+    folder = Path(folder)
+    known = {f"{one.preset}/{one.notebook}": one.name for one in experiments()}
+    rows = []
+    for path in sorted(folder.rglob("*.json")):
+        values = files.read_json(path, files.MAX_TEXT_BYTES)
+        require(isinstance(values, dict), f"{path} holds no JSON object: copy the file that a notebook wrote")
+        record = path.relative_to(folder).with_suffix("").as_posix()
+        start = {"record": record, "experiment": known.get(record)}
+        rows += [{**start, **row} for row in _accuracies(values)]
+    return rows
+
+
+def _accuracies(values: Mapping) -> list[dict]:
+    """Rows of model, method, accuracy and runs, from any notebook's results."""
+    found = []
+    for name, figures in dict(values.get("methods") or {}).items():
+        by_method, model = ({name: figures}, None) if "accuracy" in figures else (figures, name)
+        found += [(model, method, one["accuracy"]["runs"]) for method, one in by_method.items()]
+    private: dict[str, list[float]] = {}
+    for row in values.get("utility") or []:
+        private.setdefault(f"gradmm, epsilon {row['epsilon']:g}", []).append(row["accuracy"])
+    found += [(None, method, runs) for method, runs in (private | dict(values.get("controls") or {})).items()]
+    return [
+        {"model": model, "method": method, "accuracy": statistics.fmean(runs), "runs": len(runs)} for model, method, runs in found if runs
+    ]
+
+
+def own_figure(claim: Claim, rows: Sequence[Mapping]) -> float | None:
+    """What a claim's figure is in one's own runs.
+
+    Args:
+        rows: from `own_runs`.
+
+    Returns:
+        A share of 1; None for a statement, or where the runs are missing.
+    """
+    require(claim.kind in KINDS, f"the kind {claim.kind!r} of a claim is not known: use one of {', '.join(KINDS)}")
+    found = []
+    for name in claim.experiments:
+        held = {row["method"]: row["accuracy"] for row in rows if row["experiment"] == name and row["model"] is None}
+        if claim.kind == "statement" or not {claim.method, *claim.over} <= set(held):
+            continue
+        found.append(held[claim.method] - max((held[other] for other in claim.over), default=0.0))
+    return max(found, default=None)

@@ -62,6 +62,15 @@ def load_data(data: str | Path, task: Task | None = None) -> tuple[Task, Splits]
 
     Raises:
         UserError: no such data, a broken row (file and line), an empty text, an unknown label, or one class only.
+
+    Example:
+        >>> import gradmm
+        >>> task, data = gradmm.load_data("demo")
+        >>> task.labels, task.verbalizers
+        (('negative', 'positive'), (' bad', ' great'))
+        >>> gradmm.load_data("nowhere")
+        Traceback (most recent call last):
+        gradmm.errors.UserError: there is no data 'nowhere': give a folder with train.jsonl, demo, or one of ...
     """
     folder = DEMO if str(data) == "demo" else Path(data)
     if folder.is_dir():

@@ -81,6 +81,16 @@ def finetune(
     Raises:
         UserError: a train or validation text that is in the test set, no examples, an unknown label, or a text that is too
             long.
+
+    Example:
+        >>> import gradmm
+        >>> task, data = gradmm.load_data("demo")
+        >>> model = gradmm.load_model("demo", device="cpu")
+        >>> real = gradmm.sample_examples(data.train, 4, task, seed=0)
+        >>> config = gradmm.FinetuneConfig(steps=2, learning_rates=[0.0002], max_validation=10)
+        >>> found = gradmm.finetune(model, task, real, data.validation, data.test[:20], config)
+        >>> 0 <= found.accuracy <= 1 and found.step <= 2
+        True
     """
     config = config or FinetuneConfig()
     refuse_overlap([*train, *validation], test)

@@ -244,6 +244,12 @@ def load_model(
     Raises:
         UserError: not found, no safetensors weights (pickles are never read), no output head, an unknown device or dtype,
             weights that are missing from the files, a revision of a folder, or a model that `wrap_model` refuses.
+
+    Example:
+        >>> import gradmm
+        >>> model = gradmm.load_model("demo", device="cpu")
+        >>> model.name, model.context
+        ('demo', 128)
     """
     device, dtype = _device(device), _dtype(dtype)
     folder, found = _folder(str(name), revision)

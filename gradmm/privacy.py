@@ -171,6 +171,16 @@ def release(
     Raises:
         UserError: an argument out of range, an example without text or label, an empty class, a gradient that is not finite,
             or a budget that does not suffice. Nothing is released and nothing spent then; no message holds private text.
+
+    Example:
+        >>> import gradmm
+        >>> task, data = gradmm.load_data("demo")
+        >>> model = gradmm.load_model("demo", device="cpu")
+        >>> real = gradmm.sample_examples(data.train, 4, task, seed=0)
+        >>> gradmm.release(model, task, real).statement
+        'not private: the gradients of the real examples as they are'
+        >>> gradmm.release(model, task, real, epsilon=1.0, delta=1e-5, length=16).private
+        True
     """
     tokens = tokenize_task(task, model.tokenizer)
     _check_arguments(epsilon, delta, length, ledger, noise_seed)

@@ -185,6 +185,16 @@ def synthesize(
     Raises:
         UserError: `release` is no Release or belongs to another model or task; the settings do not fit the model; the
             folder holds another run's settings.
+
+    Example:
+        >>> import gradmm
+        >>> task, data = gradmm.load_data("demo")
+        >>> model = gradmm.load_model("demo", device="cpu")
+        >>> target = gradmm.release(model, task, gradmm.sample_examples(data.train, 4, task, seed=0))
+        >>> config = gradmm.SynthesisConfig(n_synthetic=2, group_size=1, outer_steps=1, inner_steps=1)
+        >>> result = gradmm.synthesize(model, task, target, config, progress=False)
+        >>> len(result.dataset), [row["label_name"] for row in result.kept]
+        (4, ['negative', 'positive'])
     """
     release, config = _checked(release, model, task).to(model.device), config or SynthesisConfig()
     plan = Plan.of(model, task, release, config)

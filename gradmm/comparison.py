@@ -19,7 +19,7 @@ from gradmm import files
 from gradmm.classification import evaluate
 from gradmm.coresets import CORESETS, select_coreset
 from gradmm.errors import UserError, require
-from gradmm.examples import Example, Splits
+from gradmm.examples import Example, Splits, without_overlap
 from gradmm.finetuning import finetune
 from gradmm.measures import measure, measure_on, similarities, thinned
 from gradmm.methods import METHODS
@@ -146,11 +146,13 @@ def _run_whole_seed(bench: Bench, methods: Sequence[str], seed: int) -> list[dic
 def _run_seed(bench: Bench, methods: Sequence[str], seed: int) -> Iterator[dict]:
     """All examples first, so that one training serves every gradient similarity; then one method after the other."""
     trial = Trial(bench, seed)
-    sets = {name: METHODS[name](trial) for name in methods}
+    made = {name: METHODS[name](trial) for name in methods}
+    sets = {name: without_overlap(examples, bench.splits.test) for name, examples in made.items()}
     measured = {name: thinned(examples, seed) for name, examples in sets.items()}
     alike = similarities(trial, measured)
     for name, examples in sets.items():
         record = {"method": name, "seed": seed, "settings": bench.settings, "n": len(examples)}
+        record["in_test"] = len(made[name]) - len(examples)  # written by chance as they stand in the test set, and left out
         record |= _trained(trial, bench.model, examples)
         record |= _finite(measure(trial, measured[name]))
         record["similarity"] = _finite(alike[name])

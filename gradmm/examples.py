@@ -146,6 +146,12 @@ def refuse_overlap(seen: Iterable[Example], test: Iterable[Example]) -> None:
     )
 
 
+def without_overlap(written: Iterable[Example], test: Iterable[Example]) -> list[Example]:
+    """The examples whose text is not in the test set: a model may by chance write a text that stands there word for word."""
+    hashes = {content_hash(example.text) for example in test}
+    return [example for example in written if content_hash(example.text) not in hashes]
+
+
 def check_examples(rows: Iterable, task: Task, where: str = "row") -> list[Example]:
     """Rows with `text` and `label` (dicts or Examples) as Examples.
 

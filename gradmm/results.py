@@ -22,9 +22,10 @@ class Comparison:
 
     Attributes:
         labels: M label numbers of the test examples.
-        records: one for each method and seed: method, seed, n, accuracy, macro_f1, predictions (M), learning_rate, step,
-            validation_accuracy, curve (see `finetuning.Training`), similarity ({step: cosine}), MEASURES, and `elsewhere`:
-            for each learner's name, what is its own of these.
+        records: one for each method and seed: method, seed, n, in_test (texts left out because a model wrote a test text word
+            for word), accuracy, macro_f1, predictions (M), learning_rate, step, validation_accuracy, curve (see
+            `finetuning.Training`), similarity ({step: cosine}), MEASURES, and `elsewhere`: for each learner's name, what is
+            its own of these.
     """
 
     task: Task

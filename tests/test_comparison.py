@@ -291,6 +291,14 @@ def test_no_method_sees_the_test_set(model):
         refuse_overlap(method(trial), trial.bench.splits.test)
 
 
+def test_a_text_that_stands_in_the_test_set_by_chance_is_left_out_and_counted(model, monkeypatch):
+    splits, config = splits_of(TWO), replace(CONFIG, max_test=None)
+    chance = [Example(splits.test[0].text.upper(), 0), *splits.train[:3]]
+    monkeypatch.setitem(METHODS, "zero_shot", lambda trial: chance)
+    found = compare(model, TWO, splits, config, ["real", "zero_shot"], (0,), progress=False)
+    assert [(record["n"], record["in_test"]) for record in found.records] == [(CONFIG.n_real, 0), (3, 1)]
+
+
 def test_the_longest_shared_span_of_real_examples_is_their_longest(whole, model):
     real = Trial(bench_of(model), 0).real
     spans = longest_shared_spans([words(e.text) for e in real], [words(e.text) for e in real])

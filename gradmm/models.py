@@ -186,7 +186,7 @@ def _last_position_only(mlp: torch.nn.Module | None) -> Iterator[None]:
     def narrow(states, *others, **named):
         last = None
         if not others and not named and states.ndim == 3:  # BLOOM's block, for one, takes the residual too
-            last = whole(states[:, -1:])
+            last = whole(states[:, -1:].contiguous())  # of a view, a linear layer would copy its weights for every row
         if not isinstance(last, Tensor):  # a mixture of experts may give its routing back
             return whole(states, *others, **named)
         return torch.nn.functional.pad(last, (0, 0, states.shape[1] - 1, 0))

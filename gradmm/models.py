@@ -239,7 +239,8 @@ def load_model(
         name: a hub id, a local folder, "demo" or "demo-b" (the small models shipped with the package).
         revision: a hub commit, tag or branch; the commit found is recorded in `Model.revision`.
         device: default "cuda" if there is one, else "cpu".
-        dtype: "float32" (default), "bfloat16" or "float64".
+        dtype: "float32" (default), "bfloat16", "float64", or "auto": bfloat16 where the device multiplies it fast (see
+            `fast_dtype`), else float32. Only float32 and float64 on a CPU give the same bytes on every run of a machine type.
 
     Raises:
         UserError: not found, no safetensors weights (pickles are never read), no output head, an unknown device or dtype,
@@ -251,7 +252,8 @@ def load_model(
         >>> model.name, model.context
         ('demo', 128)
     """
-    device, dtype = _device(device), _dtype(dtype)
+    device = _device(device)
+    dtype = _dtype(dtype, device)
     folder, found = _folder(str(name), revision)
     _refuse_pickles(folder, str(name))
     try:
@@ -284,6 +286,7 @@ def wrap_model(lm, tokenizer, name: str, revision: str | None = None, fingerprin
             depends on later tokens, or a tokenizer with more tokens than the model.
     """
     lm.requires_grad_(False).eval()
+    quicken_attention(lm)
     model = Model(lm, tokenizer, name, revision, fingerprint or _hash_state(lm))
     _check_head(model)
     held = model.embedding.shape[0]
@@ -292,6 +295,13 @@ def wrap_model(lm, tokenizer, name: str, revision: str | None = None, fingerprin
         f"the tokenizer of {name} has {len(tokenizer)} tokens, its model {held}: give the tokenizer that belongs to it",
     )
     return model
+
+
+def quicken_attention(lm) -> None:
+    """Plain products for the attention of a model in bfloat16 on a CPU, where the fused kernel spends its time converting."""
+    weights = next(lm.parameters())
+    if (weights.device.type, weights.dtype) == ("cpu", torch.bfloat16) and getattr(lm.config, "_attn_implementation", None) == "sdpa":
+        lm.set_attn_implementation("eager")
 
 
 @contextmanager
@@ -323,9 +333,23 @@ def _align(lm: torch.nn.Module) -> None:
         weights.data = weights.data.clone()
 
 
-def _dtype(dtype) -> torch.dtype:
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """The type in which a device multiplies matrices fastest without losing what the method needs.
+
+    bfloat16 on a GPU that computes in it and on a processor with AMX or AVX-512 instructions for it; float32 elsewhere. The
+    solver's state, the matching sums and every training stay in float32.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    found = torch.cpu.get_capabilities() if torch.device(device).type == "cpu" else {}
+    return torch.bfloat16 if found.get("amx_bf16") or found.get("avx512_bf16") else torch.float32
+
+
+def _dtype(dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return fast_dtype(device)
     found = DTYPES.get(dtype or "float32", dtype)
-    require(found in DTYPES.values(), f"the dtype {dtype!r} is not usable: use one of {', '.join(DTYPES)}")
+    require(found in DTYPES.values(), f"the dtype {dtype!r} is not usable: use one of {', '.join(DTYPES)} or auto")
     return found
 
 

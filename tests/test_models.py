@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from gradmm import models
 from gradmm.errors import UserError
-from gradmm.models import batches_by_length, load_model, pad_left, wrap_model
+from gradmm.models import batches_by_length, fast_dtype, load_model, pad_left, wrap_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SMALL = {
@@ -154,6 +154,20 @@ def test_half_precision_files_load_as_float32(tmp_path, tiny_lm, toy_tokenizer, 
     assert {parameter.dtype for parameter in model.lm.parameters()} == {torch.float32}
     assert torch.equal(model.embedding, tiny_lm("llama").to(stored).float().get_input_embeddings().weight)
     assert model.hidden_of(SEQUENCES).isfinite().all()
+
+
+@pytest.mark.parametrize("feature, expected", [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx512_f", torch.float32)])
+def test_auto_is_bfloat16_where_the_processor_is_made_for_it(saved, monkeypatch, feature, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": False, feature: True})
+    model = load_model(saved("llama"), device="cpu", dtype="auto")
+    assert model.dtype == expected
+    assert model.lm.config._attn_implementation == ("eager" if expected == torch.bfloat16 else "sdpa")
+
+
+@pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_on_a_gpu_asks_for_bfloat16_without_emulation(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert fast_dtype("cuda") == expected
 
 
 def test_bfloat16_is_near_float32(saved, kind):
@@ -426,7 +440,7 @@ def test_a_device_that_is_not_here_is_refused(device):
 
 @pytest.mark.parametrize("dtype", ["float16", "half", "int8", torch.float16, torch.int8, 32])
 def test_a_dtype_that_is_not_used_is_refused(dtype):
-    with pytest.raises(UserError, match="the dtype .* is not usable: use one of float32, float64, bfloat16"):
+    with pytest.raises(UserError, match="the dtype .* is not usable: use one of float32, float64, bfloat16 or auto"):
         load_model("anything", dtype=dtype)
 
 

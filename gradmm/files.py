@@ -68,10 +68,10 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str]) -> Path:
 
 
 def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
-    """Read a safetensors file: (tensors, metadata)."""
+    """Read a safetensors file: (tensors, metadata); each tensor in memory of its own, so that no place in a file decides on last bits."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is no whole safetensors file ({error}): remove it and run again") from error
 

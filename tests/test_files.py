@@ -193,3 +193,10 @@ def test_named_draws_depend_on_the_name_and_not_on_the_order():
     assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
     assert len({stream(*name) for name in names}) == len(names)
     assert all(0 <= stream(*name) < 2**63 for name in names)
+
+
+def test_tensors_are_read_into_aligned_memory(tmp_path):
+    held = {"a": torch.ones(3), "b": torch.ones(64, 64)}
+    for header in ("x", "xx", "xxx" * 7):  # of different lengths, so that the tensors lie at different places of the file
+        found, _ = files.read_tensors(files.write_tensors(tmp_path / "t.safetensors", held, {"header": header}))
+        assert not [name for name, tensor in found.items() if tensor.data_ptr() % 64]

@@ -406,7 +406,7 @@ def _cluster(backend: str) -> AbstractContextManager:
     try:
         return importlib.import_module("distributed").Client()
     except ImportError as error:
-        raise UserError("the backend dask needs the package distributed: pip install distributed, or use loky") from error
+        raise UserError("the backend dask needs the package distributed: install the extra with pip install 'gradmm[distributed]', or use loky") from error
 
 
 def _default_processes() -> int:

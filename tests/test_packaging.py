@@ -51,7 +51,7 @@ def test_every_import_is_declared():
 
 def test_the_tests_need_nothing_undeclared():
     extras = PROJECT["optional-dependencies"]
-    assert distributions_imported("tests") <= names(PROJECT["dependencies"] + extras["notebooks"] + extras["test"])
+    assert distributions_imported("tests") <= names(PROJECT["dependencies"] + extras["notebooks"] + extras["distributed"] + extras["test"])
 
 
 @pytest.mark.parametrize("line", [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])])

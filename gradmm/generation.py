@@ -4,14 +4,14 @@ Knows prompts, not gradients. Each text is drawn from its own random numbers, so
 written beside it (up to rounding in the model's arithmetic). Letters: N texts, T steps, V vocabulary, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gradmm.errors import UserError, require
+from gradmm.errors import require
 from gradmm.examples import Example, content_hash
 from gradmm.models import Model, pad_left
 from gradmm.projection import allowed_tokens
@@ -62,6 +62,23 @@ class Sampling:
         )
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Texts written side by side: the tries `first` to `first + size - 1` of a class."""
+
+    label: int
+    first: int
+    size: int
+
+
+Share = Callable[[Sequence[Batch], Callable[[Batch], list[str]]], list[list[str]]]
+
+
+def in_turn(batches: Sequence[Batch], write: Callable[[Batch], list[str]]) -> list[list[str]]:
+    """Every batch written here, one after the other."""
+    return [write(batch) for batch in batches]
+
+
 def generate_texts(
     model: Model,
     task: Task,
@@ -70,6 +87,7 @@ def generate_texts(
     sampling: Sampling | None = None,
     shots: Sequence[Example] = (),
     allowed: Tensor | None = None,
+    share: Share = in_turn,
 ) -> list[Example]:
     """Write `n_per_class` distinct, finished texts of each class.
 
@@ -82,6 +100,8 @@ def generate_texts(
     Args:
         shots: labelled real examples to draw shots from; none for zero-shot.
         allowed: (V,) bool, tokens that a text may hold; None takes `projection.allowed_tokens`.
+        share: writes the batches of a round, all classes' together; they do not depend on one another, so it may share them
+            out. The batches follow from the settings and from what earlier rounds gave.
 
     Returns:
         C * n_per_class examples, class by class, in the order of their numbers.
@@ -97,11 +117,31 @@ def generate_texts(
     require(not bare, f"the labels {bare} have 0 of the {len(shots)} shots: give at least one of each class")
     tokens = tokenize_task(task, model.tokenizer)
     writer = _Writer.of(model, tokens, sampling, allowed_tokens(model) if allowed is None else allowed)
-    taken = {content_hash(example.text) for example in shots}
-    written = []
-    for label, pool in enumerate(pools):
-        written += _write_class(writer, task, label, n_per_class, seed, pool, taken)
-    return written
+
+    def write(batch: Batch) -> list[str]:
+        draws = [generator(seed, f"generation {batch.label}", unit) for unit in range(batch.first, batch.first + batch.size)]
+        return writer.write(batch.label, pools[batch.label], draws)
+
+    tries: list[list[str]] = [[] for _ in pools]
+    kept = _first_usable(tries, n_per_class, shots)
+    for _ in range(sampling.rounds):
+        batches = [
+            batch
+            for label, texts in enumerate(tries)
+            for batch in _next_batches(label, len(texts), n_per_class - len(kept[label]), sampling.batch_size)
+        ]
+        if not batches:
+            break
+        for batch, texts in zip(batches, share(batches, write), strict=True):
+            tries[batch.label] += texts
+        kept = _first_usable(tries, n_per_class, shots)
+    for name, texts, found in zip(task.labels, tries, kept, strict=True):
+        require(
+            len(found) == n_per_class,
+            f"{len(found)} of {n_per_class} texts of {name!r} came out finished and distinct after {len(texts)} tries: raise "
+            "max_tokens, temperature or rounds, or ask for fewer",
+        )
+    return [example for found in kept for example in found]
 
 
 @torch.no_grad()
@@ -141,26 +181,23 @@ def prompted_texts(model: Model, tokens: TaskTokens, per_class: int, length: int
     return [tokens.decode(token for token in row if token >= 0) for row in ids.tolist()]
 
 
-def _write_class(writer: "_Writer", task: Task, label: int, count: int, seed: int, pool: list[str], taken: set) -> list[Example]:
-    """The first `count` usable texts of a class in the order of their numbers; their hashes are added to `taken`."""
-    kept: list[Example] = []
-    number = 0
-    for _ in range(writer.sampling.rounds):
-        for _ in range(0, count - len(kept), writer.sampling.batch_size):
-            size = min(writer.sampling.batch_size, max(count - len(kept), SPARE))
-            draws = [generator(seed, f"generation {label}", unit) for unit in range(number, number + size)]
-            number += size
-            for text in writer.write(label, pool, draws):
-                digest = content_hash(text)
-                if text and digest not in taken and len(kept) < count:
-                    taken.add(digest)
-                    kept.append(Example(text, label))
-        if len(kept) == count:
-            return kept
-    raise UserError(
-        f"{len(kept)} of {count} texts of {task.labels[label]!r} came out finished and distinct after {number} tries: raise "
-        "max_tokens, temperature or rounds, or ask for fewer"
-    )
+def _next_batches(label: int, tried: int, missing: int, most: int) -> list[Batch]:
+    """A round of a class: some more tries than texts are missing, in batches that follow from these numbers alone."""
+    sizes = [min(most, max(missing, SPARE))] * -(-missing // most)
+    return [Batch(label, tried + sum(sizes[:place]), size) for place, size in enumerate(sizes)]
+
+
+def _first_usable(tries: Sequence[Sequence[str]], count: int, shots: Sequence[Example]) -> list[list[Example]]:
+    """The first `count` usable texts of each class in the order of their numbers, none twice and no shot."""
+    taken = {content_hash(example.text) for example in shots}
+    kept: list[list[Example]] = [[] for _ in tries]
+    for label, texts in enumerate(tries):
+        for text in texts:
+            digest = content_hash(text)
+            if text and digest not in taken and len(kept[label]) < count:
+                taken.add(digest)
+                kept[label].append(Example(text, label))
+    return kept
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from gradmm.errors import UserError, first_line, require
+from gradmm.sharding import launched
 
 DATA = Path(__file__).parent / "data" / "demo"
 BUILT_IN = {"demo": DATA / "model", "demo-b": DATA / "model-b"}
@@ -238,7 +239,8 @@ def load_model(
     Args:
         name: a hub id, a local folder, "demo" or "demo-b" (the small models shipped with the package).
         revision: a hub commit, tag or branch; the commit found is recorded in `Model.revision`.
-        device: default "cuda" if there is one, else "cpu".
+        device: default "cuda" if there is one, else "cpu"; "cuda" is the GPU of this process's number where a launcher started
+            several on this machine, else the first.
         dtype: "float32" (default), "bfloat16", "float64", or "auto": bfloat16 where the device multiplies it fast (see
             `fast_dtype`), else float32. Only float32 and float64 on a CPU give the same bytes on every run of a machine type.
 
@@ -318,8 +320,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _device(device) -> torch.device:
+    _, processes, number = launched()
+    gpu = f"cuda:{number}" if processes > 1 else "cuda"
     if device in (None, "", "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(gpu if torch.cuda.is_available() else "cpu")
+    device = gpu if str(device) == "cuda" else device
     try:
         torch.zeros(1, device=device).item()
         return torch.device(device)

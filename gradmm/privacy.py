@@ -42,6 +42,7 @@ from gradmm.mechanism import (
     total_epsilon,
 )
 from gradmm.models import Model
+from gradmm.sharding import launched
 from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
@@ -223,6 +224,12 @@ def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:
     )
     alone = [name for name, value in (("delta", delta), ("ledger", ledger), ("noise_seed", noise_seed)) if value is not None]
     require(epsilon is not None or not alone, f"{', '.join(alone)} without epsilon, nothing would be private: give epsilon, or leave them out")
+    processes = launched()[1]
+    require(
+        epsilon is None or noise_seed is not None or processes == 1,
+        f"epsilon = {epsilon} in {processes} processes would draw and spend the noise {processes} times: release in one process, "
+        "save the Release, and load it in the others with load_release",
+    )
     require(noise_seed is None or isinstance(noise_seed, int), f"noise_seed = {noise_seed!r}: give a whole number, or None for privacy")
 
 

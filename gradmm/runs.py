@@ -108,7 +108,7 @@ class RunFolder:
 
     def load_result(self, batch: int, device: torch.device) -> admm.Result | None:
         """A batch's last saved result, or None."""
-        place = self._place(batch)
+        place = self.place(batch)
         if place is None or not place.exists():
             return None
         tensors, metadata = files.read_tensors(place)
@@ -124,10 +124,21 @@ class RunFolder:
 
     def save_result(self, batch: int, result: admm.Result) -> None:
         """Save a batch as it stands."""
-        place = self._place(batch)
+        place = self.place(batch)
         if place is not None:
             files.write_tensors(place, *_tensors_of(result))
             self._saved = time.monotonic()
+
+    def load_texts(self, unit: int) -> list[str] | None:
+        """A unit of written texts, or None."""
+        place = self.texts_place(unit)
+        return None if place is None or not place.exists() else files.read_json(place, files.MAX_TEXT_BYTES)
+
+    def save_texts(self, unit: int, texts: list[str]) -> None:
+        """Save a unit of written texts."""
+        place = self.texts_place(unit)
+        if place is not None:
+            files.write_json(place, texts)
 
     def finish(self, rows: list[dict], history: pandas.DataFrame, manifest: dict, card: str) -> None:
         """Write the results with their README and take the unfinished batches away."""
@@ -144,11 +155,16 @@ class RunFolder:
         files.write_json_lines(self.path / "timings.jsonl", _plain(history.filter(["step", "group", *CLOCK_COLUMNS])))
         files.write_text(self.path / "README.md", card)
         files.write_json(self.path / "manifest.json", manifest)
-        for leftover in self.path.glob("batch-*.safetensors"):
+        for leftover in (*self.path.glob("batch-*.safetensors"), *self.path.glob("texts-*.json")):
             leftover.unlink()
 
-    def _place(self, batch: int) -> Path | None:
+    def place(self, batch: int) -> Path | None:
+        """Where a batch is saved."""
         return None if self.path is None else self.path / f"batch-{batch:04d}.safetensors"
+
+    def texts_place(self, unit: int) -> Path | None:
+        """Where a unit of written texts is saved."""
+        return None if self.path is None else self.path / f"texts-{unit:04d}.json"
 
 
 def _numbers(row: dict) -> dict:

@@ -6,7 +6,7 @@ Letters: K groups, B examples of a group, L tokens, D width, C classes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gradmm import admm
+from gradmm import admm, sharding
 from gradmm.card import dataset_card
 from gradmm.errors import require
 from gradmm.evaluation import perplexities
-from gradmm.generation import Sampling, generate_texts
+from gradmm.generation import Batch, Sampling, generate_texts
 from gradmm.gradients import DISTANCES, Space
 from gradmm.initialisation import INITIALISATIONS, Shape, best_of
 from gradmm.matching import Matching
@@ -31,6 +31,7 @@ from gradmm.projection import PROJECTIONS, Reading, Tables, allowed_tokens, proj
 from gradmm.runs import RunFolder
 from gradmm.seeds import generator, stream
 from gradmm.selection import FILTERS, RANKINGS, label_probabilities, select
+from gradmm.sharding import Crew
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 ACTIVATION_NUMBERS = 24  # numbers a layer, token and width unit held between forward and backward: 10 to 22 by family, measured
@@ -176,6 +177,8 @@ def synthesize(
         config: the settings.
         output: a folder that receives `synthetic.jsonl`, `history.jsonl`, `manifest.json`, `README.md` and unfinished work.
             Unfinished work of the same settings is continued, finished work read back. None keeps everything in memory.
+            Processes that a launcher started (`gradmm.sharding`) share the work and all return the whole result; they need
+            a folder that each of them sees.
         progress: whether to show a progress bar.
         on_step: sees the number of the batch and the solver's Result after every outer step.
 
@@ -198,11 +201,24 @@ def synthesize(
     """
     release, config = _checked(release, model, task).to(model.device), config or SynthesisConfig()
     plan = Plan.of(model, task, release, config)
-    folder = RunFolder.open(output, plan.identity())
+    plan.check_processes()
+    with sharding.crew(output) as crew:
+        folder = crew.after_first("open", lambda: _open(plan, output, crew))
+        written = None if folder.finished else SEARCHES[config.search](plan, folder, crew, progress and crew.leads, on_step)
+        return crew.after_first("close", lambda: _conclude(plan, written, folder))
+
+
+def _open(plan: "Plan", output: str | Path | None, crew: Crew) -> RunFolder:
+    if not crew.leads:
+        crew.find(Path(output) / "manifest.json")
+    return RunFolder.open(output, plan.identity())
+
+
+def _conclude(plan: "Plan", written: "Written | None", folder: RunFolder) -> SynthesisResult:
+    """The results, read back where they are finished, by another process or an earlier run; else judged and saved."""
     if folder.finished:
         rows, history, manifest = folder.load()
         return SynthesisResult(datasets.Dataset.from_list(rows, features=_features()), history, manifest)
-    written = SEARCHES[config.search](plan, folder, progress, on_step)
     result = _collect(plan, written, folder)
     folder.finish(result.dataset.to_list(), result.history, result.manifest, dataset_card(result.manifest))
     return result
@@ -306,6 +322,15 @@ class Plan:
             "groups_per_pass": self.solver.groups_per_pass,
         }  # fmt: skip
 
+    def check_processes(self) -> None:
+        """Refuse more processes than there are units of work for."""
+        count, units = sharding.launched()[1], len(self.batches())
+        require(
+            self.config.search == "pool" or count <= units,
+            f"{count} processes would share {units} units of work of up to {self.batch} groups: set groups_per_batch to at most "
+            f"{max(1, len(self.classes) // count)}, or launch {units} at most",
+        )
+
     def batches(self) -> list[range]:
         """The numbers of the groups of each batch."""
         return [range(first, min(first + self.batch, len(self.classes))) for first in range(0, len(self.classes), self.batch)]
@@ -365,11 +390,21 @@ class Written:
     ended: list[dict]
 
 
-def _search_admm(plan: Plan, folder: RunFolder, progress: bool, on_step: OnStep | None) -> Written:
+def _search_admm(plan: Plan, folder: RunFolder, crew: Crew, progress: bool, on_step: OnStep | None) -> Written:
     """Every batch of groups from where it stands to its end."""
-    total = len(plan.batches()) * plan.config.outer_steps
+    numbers = range(len(plan.batches()))
+    total = len(numbers[crew.rank :: crew.count]) * plan.config.outer_steps
+
+    def read(number: int) -> admm.Result:
+        crew.find(folder.place(number))
+        return folder.load_result(number, plan.model.device)
+
     with tqdm(total=total, desc="matching", unit="step", disable=not progress) as bar:
-        batches = [_run_batch(plan, number, groups, folder, bar, on_step) for number, groups in enumerate(plan.batches())]
+
+        def run(number: int) -> admm.Result:
+            return _run_batch(plan, number, folder, bar, _report(number, folder, crew, bar, on_step))
+
+        batches = crew.share("batches", numbers, run, read)
     ids = torch.cat([result.value for result in batches]).cpu()
     lengths = text_mask(ids, plan.reading.end).sum(-1).flatten().tolist()
     return Written(
@@ -381,13 +416,14 @@ def _search_admm(plan: Plan, folder: RunFolder, progress: bool, on_step: OnStep 
     )
 
 
-def _search_pool(plan: Plan, folder: RunFolder, progress: bool, on_step: OnStep | None) -> Written:
+def _search_pool(plan: Plan, folder: RunFolder, crew: Crew, progress: bool, on_step: OnStep | None) -> Written:
     """Finished texts that the model writes freely; each class is one group."""
     counts = [math.ceil(count * plan.config.oversample) for count in plan.per_class]
     around = max(map(len, plan.tokens.prompts))
     longest = max(plan.config.min_tokens, min(2 * plan.length, plan.model.context - around))
     sampling = Sampling(max_tokens=longest, min_tokens=plan.config.min_tokens)
-    found = generate_texts(plan.model, plan.task, max(counts), stream(plan.config.seed, "pool"), sampling)
+    share = _TextUnits(folder, crew)
+    found = generate_texts(plan.model, plan.task, max(counts), stream(plan.config.seed, "pool"), sampling, share=share)
     kept = [example for place, example in enumerate(found) if place % max(counts) < counts[example.label]]
     classes = [example.label for example in kept]
     ended = [{"group": number, "label": label, "reason": "the pool is written", "match": None} for number, label in enumerate(plan.task.labels)]
@@ -397,7 +433,34 @@ def _search_pool(plan: Plan, folder: RunFolder, progress: bool, on_step: OnStep 
 SEARCHES = {"admm": _search_admm, "pool": _search_pool}
 
 
-def _run_batch(plan: Plan, number: int, groups: range, folder: RunFolder, bar: tqdm, on_step: OnStep | None) -> admm.Result:
+@dataclass
+class _TextUnits:
+    """Shares the batches of texts of each round out to the processes; a unit is a batch, numbered through all rounds."""
+
+    folder: RunFolder
+    crew: Crew
+    given: int = 0
+
+    def __call__(self, batches: Sequence[Batch], write: Callable[[Batch], list[str]]) -> list[list[str]]:
+        first = self.given
+        self.given += len(batches)
+
+        def work(unit: int) -> list[str]:
+            texts = self.folder.load_texts(unit)
+            if texts is None:
+                texts = write(batches[unit - first])
+                self.folder.save_texts(unit, texts)
+            return texts
+
+        def read(unit: int) -> list[str]:
+            self.crew.find(self.folder.texts_place(unit))
+            return self.folder.load_texts(unit)
+
+        return self.crew.share(f"texts {first}", range(first, self.given), work, read)
+
+
+def _run_batch(plan: Plan, number: int, folder: RunFolder, bar: tqdm, report: Callable[[admm.Result], None]) -> admm.Result:
+    groups = plan.batches()[number]
     classes = torch.tensor([plan.classes[group] for group in groups], device=plan.model.device)
     begin = folder.load_result(number, plan.model.device)
     if begin is None:
@@ -408,7 +471,7 @@ def _run_batch(plan: Plan, number: int, groups: range, folder: RunFolder, bar: t
         _projection(plan, classes),
         begin,
         plan.solver,
-        _report(number, folder, bar, on_step),
+        report,
     )
     folder.save_result(number, result)
     return result
@@ -427,8 +490,9 @@ def _projection(plan: Plan, classes: Tensor) -> admm.Project:
     return projected
 
 
-def _report(number: int, folder: RunFolder, bar: tqdm, on_step: OnStep | None) -> Callable[[admm.Result], None]:
+def _report(number: int, folder: RunFolder, crew: Crew, bar: tqdm, on_step: OnStep | None) -> Callable[[admm.Result], None]:
     def report(result: admm.Result) -> None:
+        crew.check()
         if on_step is not None:
             on_step(number, result)
         bar.update(1)

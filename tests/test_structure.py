@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other.
 ORDER = """
-    errors seeds files admm card runs gradients tasks examples models projection sketch matching generation mechanism privacy selection coresets
+    errors seeds files sharding admm card runs gradients tasks examples models projection sketch matching generation mechanism privacy selection coresets
     initialisation classification adapters training finetuning theory evaluation audit fidelity synthesis trial controls methods measures
-    results comparison ablation demo_text demo plots paper reference batch
+    results comparison ablation demo_text demo plots paper reference batch shard
 """.split()
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -1,0 +1,216 @@
+"""One synthesis by several processes: who does which unit of work, and how they wait for one another.
+
+Knows neither texts nor gradients. A launcher (`accelerate launch`, `torchrun`) starts one program several times and tells each
+by RANK, WORLD_SIZE and LOCAL_RANK which one it is. Units of work follow from settings alone, each process does every
+WORLD_SIZE-th, and results travel through the output folder, which all must see; the store at MASTER_ADDR carries no more than
+who has come where, who is alive and who has failed. So no result depends on how many processes there are, no process waits
+for one that is gone, and unfinished work is continued by any number of processes.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed
+
+from gradmm.errors import UserError, first_line, require
+
+POLL = 0.05
+BEAT = 2.0  # seconds between two signs of life
+SILENCE = 120.0  # without one for so long, a process counts as gone
+ARRIVAL = 1800.0  # what a process may take to come here at all: models are loaded before
+VISIBLE = 120.0  # what a shared folder may take to show another machine's file
+T = TypeVar("T")
+
+
+def launched() -> tuple[int, int, int]:
+    """What a launcher says: this process's number, how many there are, its number on this machine; (0, 1, 0) without one.
+
+    Raises:
+        UserError: the launcher's variables are no such numbers.
+    """
+    values = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    if not all(values):
+        return 0, 1, 0
+    values.append(os.environ.get("LOCAL_RANK") or values[0])
+    require(
+        all(value.isdecimal() for value in values) and int(values[0]) < int(values[1]),
+        f"RANK, WORLD_SIZE, LOCAL_RANK = {', '.join(values)} do not say which of how many processes this is: unset them, or "
+        "start with accelerate launch or torchrun",
+    )
+    return tuple(map(int, values))
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes that do one synthesis; by default one alone, which never waits.
+
+    Attributes:
+        rank: this process's number.
+        count: how many there are.
+        store: where they leave word for one another; None for one alone.
+    """
+
+    rank: int = 0
+    count: int = 1
+    store: torch.distributed.Store | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def share(self, place: str, units: Sequence[int], work: Callable[[int], T], read: Callable[[int], T]) -> list[T]:
+        """Every unit's result, in order.
+
+        Args:
+            place: a name that is met once.
+            work: computes a unit and leaves it in the output folder; called for this process's own.
+            read: reads a unit that another process left there; called when all are done.
+        """
+        own = {}
+        for unit in units[self.rank :: self.count]:
+            self.check()
+            own[unit] = work(unit)
+        self.meet(f"{place}, done")
+        found = [own[unit] if unit in own else read(unit) for unit in units]
+        self.meet(f"{place}, read")  # until here nobody clears anything away
+        return found
+
+    def after_first(self, place: str, call: Callable[[], T]) -> T:
+        """The call's result: the leading process calls first, the others when it has."""
+        if self.leads:
+            result = call()
+            self.meet(place)
+            return result
+        self.meet(place)
+        return call()
+
+    def meet(self, place: str) -> None:
+        """Wait until every process has come to this place.
+
+        Raises:
+            UserError: one has failed, or gives no sign of life.
+        """
+        if self.store is not None:
+            self._tell(f"{place}/{self.rank}")
+            self._await(place, range(self.count))
+
+    def check(self) -> None:
+        """Raise UserError if another process has failed."""
+        if self.store is not None:
+            with self._reached():
+                failed = self.store.get("failed").decode() if self.store.check(["failed"]) else ""
+            require(not failed, f"{failed}: what was finished is kept in the output folder, mend it and start again")
+
+    def find(self, path: Path) -> None:
+        """Wait until a file that another process has written can be seen.
+
+        Raises:
+            UserError: it does not appear.
+        """
+        deadline = time.monotonic() + VISIBLE
+        while self.store is not None and not path.exists():
+            self.check()
+            require(
+                time.monotonic() < deadline,
+                f"{path} was written by another process and cannot be seen by process {self.rank} of {self.count} after "
+                f"{VISIBLE:.0f} seconds: give an output folder that all of them share",
+            )
+            time.sleep(POLL)
+
+    def _tell(self, name: str, word: str = "") -> None:
+        with self._reached():
+            self.store.set(name, word)
+
+    def _await(self, place: str, ranks: Sequence[int]) -> None:
+        """Until these have come; a sign of life is whatever is new in `alive/<rank>`."""
+        seen: dict[int, tuple[bytes, float]] = {}
+        for rank in ranks:
+            while True:
+                self.check()
+                with self._reached():
+                    if self.store.check([f"{place}/{rank}"]):
+                        break
+                    sign = self.store.get(f"alive/{rank}") if self.store.check([f"alive/{rank}"]) else b""
+                last, since = seen.get(rank, (None, 0.0))
+                if sign != last:
+                    seen[rank] = last, since = sign, time.monotonic()
+                limit = SILENCE if sign else ARRIVAL
+                require(
+                    time.monotonic() - since < limit,
+                    f"process {rank} of {self.count} gave no sign of life for {limit:.0f} seconds: what was finished is kept in "
+                    "the output folder, see to that process and start again",
+                )
+                time.sleep(POLL)
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # the store's own errors are RuntimeErrors
+            raise UserError(
+                f"process {self.rank} of {self.count} has lost the others at {os.environ.get('MASTER_ADDR')} ({first_line(error)}): what "
+                "was finished is kept in the output folder, start again"
+            ) from error
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Show signs of life; tell the others of a failure; at the end the leader, who may hold the store, leaves last."""
+        over = threading.Event()
+        pulse = threading.Thread(target=self._beat, args=(over,), daemon=True)
+        pulse.start()
+        try:
+            yield
+            if self.leads:
+                self._await("left", range(1, self.count))
+        except BaseException as error:
+            with suppress(RuntimeError):  # the store may be what has failed
+                if not self.store.check(["failed"]):
+                    self.store.set("failed", f"process {self.rank} of {self.count} ended ({first_line(error)})")
+            raise
+        finally:
+            over.set()
+            pulse.join()
+        if not self.leads:
+            self._tell(f"left/{self.rank}")
+
+    def _beat(self, over: threading.Event) -> None:
+        number = 0
+        while True:
+            try:
+                self.store.set(f"alive/{self.rank}", str(number))
+            except RuntimeError:  # the store is gone, which the main thread will notice
+                return
+            number += 1
+            if over.wait(BEAT):
+                return
+
+
+@contextmanager
+def crew(output: str | Path | None) -> Iterator[Crew]:
+    """The processes of this synthesis, as the launcher started them; an error within ends them all.
+
+    Every process must come here equally often and in the same order.
+
+    Raises:
+        UserError: several processes without an output folder, or they do not find one another.
+    """
+    rank, count, _ = launched()
+    if count == 1:
+        yield Crew()
+        return
+    require(output is not None, f"{count} processes were launched and share one synthesis through its folder: give output, a folder that all of them see")
+    meeting = Crew(rank, count)
+    with meeting._reached():
+        base, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
+        visit = base.add(f"gradmm/visits/{rank}", 1)
+    here = Crew(rank, count, torch.distributed.PrefixStore(f"gradmm/{visit}", base))
+    with here._at_work():
+        yield here

@@ -1,0 +1,267 @@
+"""Several processes give the bytes of one, whichever dies; none waits for one that is gone."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import gradmm
+from gradmm import models, shard, sharding
+from gradmm.errors import UserError
+from gradmm.sharding import Crew
+from gradmm.synthesis import SynthesisConfig, synthesize
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {"n_synthetic": 8, "oversample": 1.5, "group_size": 2, "outer_steps": 3, "inner_steps": 2, "top_k": 10, "init_candidates": 2}
+CONFIGS = {
+    "admm": SynthesisConfig(**TINY, groups_per_batch=1, length=8),
+    "pool": SynthesisConfig(**TINY | {"n_synthetic": 140}, search="pool", ranking="group", length=12),  # 105 a class: two batches each
+}
+SIZE = {"n": 8, "seed": 0}
+
+
+def problem():
+    """The embedded model and task with a Release of a few examples."""
+    task, data = gradmm.load_data("demo")
+    model = gradmm.load_model("demo", device="cpu")
+    return model, task, gradmm.release(model, task, gradmm.sample_examples(data.train, task=task, **SIZE))
+
+
+def files_of(folder: Path) -> dict[str, object]:
+    """Every file but the clock readings."""
+    held = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("timings.jsonl", "manifest.json")}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return {**held, "manifest.json": {name: value for name, value in manifest.items() if name != "clock"}}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """Both searches by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name, config in CONFIGS.items():
+        synthesize(*problem(), config, folder / name, progress=False)
+    return folder
+
+
+# ---------------------------------------------------------------- one process
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert sharding.launched() == (0, 1, 0)
+    with sharding.crew(None) as crew:
+        assert crew.leads and crew.share("x", range(3), lambda unit: unit**2, None) == [0, 1, 4]
+        assert crew.after_first("y", lambda: 5) == 5
+
+
+def launch(monkeypatch, rank: int, count: int, local: int = 0) -> None:
+    for name, value in (("RANK", rank), ("WORLD_SIZE", count), ("LOCAL_RANK", local)):
+        monkeypatch.setenv(name, str(value))
+
+
+def test_the_launcher_s_variables_decide_on_number_and_gpu(monkeypatch):
+    launch(monkeypatch, 3, 4, 1)
+    assert sharding.launched() == (3, 4, 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert models._device("auto") == torch.device("cuda:1")
+    launch(monkeypatch, 4, 4)
+    with pytest.raises(UserError, match=r"RANK, WORLD_SIZE, LOCAL_RANK = 4, 4, 0 do not say which of how many"):
+        sharding.launched()
+
+
+def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    model, task, release = problem()
+    real = [{"text": "a fine story", "label": 0}, {"text": "a sad story", "label": 1}]
+    launch(monkeypatch, 0, 2)
+    with pytest.raises(UserError, match="2 processes were launched and share one synthesis through its folder: give output"):
+        synthesize(model, task, release, CONFIGS["admm"], progress=False)
+    launch(monkeypatch, 0, 9)
+    with pytest.raises(UserError, match="9 processes would share 6 units of work of up to 1 groups: set groups_per_batch .* or launch 6 at most"):
+        synthesize(model, task, release, CONFIGS["admm"], tmp_path / "run", progress=False)
+    with pytest.raises(UserError, match="epsilon = 1.0 in 9 processes would draw and spend the noise 9 times"):
+        gradmm.release(model, task, real, epsilon=1.0, delta=1e-5, length=8)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_gives_what_python_gives(alone, tmp_path, capsys):
+    release = problem()[2].save(tmp_path / "release.safetensors")
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(TINY | {"groups_per_batch": 1, "length": 8}))
+    given = ["--release", str(release), "--output", str(tmp_path / "run"), "--device", "cpu", "--quiet", "--settings"]
+    assert shard.main([*given, str(tmp_path / "settings.yaml")]) == 0
+    assert files_of(tmp_path / "run") == files_of(alone / "admm") and "8 of 12 texts are kept in" in capsys.readouterr().out
+    (tmp_path / "other.yaml").write_text("sede: 1\n")
+    assert shard.main([*given, str(tmp_path / "other.yaml")]) == 2
+    assert "unknown setting 'sede'" in capsys.readouterr().err
+    assert shard.settings("official", None) == gradmm.PRESETS["official"]
+
+
+# ---------------------------------------------------------------- a crew of threads
+
+
+def together(*tasks) -> list:
+    """Each task's result or exception, called with a crew member of its own, side by side."""
+    store = torch.distributed.HashStore()
+
+    def one(rank: int):
+        crew = Crew(rank, len(tasks), store)
+        try:
+            with crew._at_work():
+                return tasks[rank](crew)
+        except (UserError, ArithmeticError) as error:
+            return error
+
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        return list(pool.map(one, range(len(tasks))))
+
+
+def test_units_are_shared_out_and_everyone_has_all_results():
+    done: dict[int, int] = {}
+
+    def task(crew):
+        def work(unit):
+            done[unit] = crew.rank
+            return unit**2
+
+        return crew.share("squares", range(5), work, lambda unit: unit**2 if unit in done else None)
+
+    assert together(task, task, task) == [[0, 1, 4, 9, 16]] * 3
+    assert done == {0: 0, 1: 1, 2: 2, 3: 0, 4: 1}
+
+
+def test_the_leader_goes_first():
+    calls = []
+
+    def task(crew):
+        return crew.after_first("open", lambda: time.sleep(0.2 if crew.leads else 0) or calls.append(crew.rank))
+
+    together(task, task, task)
+    assert len(calls) == 3 and calls[0] == 0
+
+
+def test_a_failure_ends_the_others_with_its_reason():
+    def failing(crew):
+        raise ZeroDivisionError("no such thing")
+
+    first, second = together(lambda crew: crew.meet("end"), failing)
+    assert isinstance(second, ZeroDivisionError)
+    assert str(first).startswith("process 1 of 2 ended (ZeroDivisionError: no such thing): what was finished is kept")
+    first, second = together(failing, lambda crew: crew.share("x", range(4), lambda unit: time.sleep(0.1), None))
+    assert isinstance(first, ZeroDivisionError) and "process 0 of 2 ended" in str(second)
+
+
+def test_a_process_without_a_sign_of_life_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(sharding, "SILENCE", 0.3)
+    store = torch.distributed.HashStore()
+    store.set("alive/1", "7")
+    with pytest.raises(UserError, match="process 1 of 2 gave no sign of life for 0 seconds: what was finished is kept"):
+        Crew(0, 2, store).meet("end")
+    monkeypatch.setattr(sharding, "ARRIVAL", 0.2)
+    with pytest.raises(UserError, match="process 1 of 2 gave no sign of life"):
+        Crew(0, 2, torch.distributed.HashStore()).meet("end")
+
+
+def test_a_slow_process_is_waited_for(monkeypatch):
+    monkeypatch.setattr(sharding, "SILENCE", 0.4)
+    monkeypatch.setattr(sharding, "BEAT", 0.05)
+    assert together(lambda crew: crew.meet("end"), lambda crew: time.sleep(1.0) or crew.meet("end")) == [None, None]
+
+
+def test_a_folder_that_is_not_shared_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(sharding, "VISIBLE", 0.2)
+    with pytest.raises(UserError, match=r"batch was written by another process and cannot be seen by process 1 of 2 .*share"):
+        Crew(1, 2, torch.distributed.HashStore()).find(tmp_path / "batch")
+
+
+# ---------------------------------------------------------------- two processes
+
+PROGRAM = """
+import os, signal, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+import gradmm.runs, test_sharding
+gradmm.runs.SNAPSHOT_SECONDS = 0.0
+mode, output = sys.argv[2], sys.argv[3]
+if mode == "whole":
+    import accelerate
+    state = accelerate.PartialState(cpu=True)
+    assert (state.backend, state.num_processes) == ("gloo", 2)
+steps = []
+def on_step(batch, result):
+    steps.append(batch)
+    if mode != "whole" and os.environ["RANK"] == "1" and len(steps) == 5:  # in the second of three batches
+        if mode == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ArithmeticError("something broke")
+for name in test_sharding.CONFIGS if mode == "whole" else ["admm"]:
+    result = test_sharding.synthesize(*test_sharding.problem(), test_sharding.CONFIGS[name], f"{output}/{name}", False, on_step)
+    assert len(result.kept) == test_sharding.CONFIGS[name].n_synthetic
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def program(folder: Path) -> Path:
+    (folder / "program.py").write_text(PROGRAM)
+    return folder / "program.py"
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def accelerated(folder: Path, mode: str) -> subprocess.CompletedProcess:
+    """Two processes on the CPU; `--multi_gpu` is what accelerate calls its launcher of several processes (`--cpu` starts one)."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    command += [program(folder), Path(__file__).parent, mode, folder]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=240, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bytes_of_one(alone, tmp_path):
+    ended = accelerated(tmp_path, "whole")
+    assert ended.returncode == 0, ended.stderr
+    for name in CONFIGS:
+        assert files_of(tmp_path / name) == files_of(alone / name)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_one_process_continues_to_the_same_bytes(alone, tmp_path):
+    ended = accelerated(tmp_path, "kill")
+    assert ended.returncode != 0 and "SIGKILL" in ended.stderr
+    held = {path.name for path in (tmp_path / "admm").iterdir()}
+    assert json.loads((tmp_path / "admm" / "manifest.json").read_text())["status"] == "running" and "batch-0001.safetensors" in held
+    steps = []
+    synthesize(*problem(), CONFIGS["admm"], tmp_path / "admm", False, lambda batch, result: steps.append(batch))
+    assert 0 < steps.count(3) < 3 and 1 not in steps  # batch 1 was whole, batch 3 begun
+    assert files_of(tmp_path / "admm") == files_of(alone / "admm")
+
+
+@pytest.mark.slow
+def test_without_accelerate_a_failure_ends_the_other_process_too(tmp_path):
+    port = str(free_port())
+    running = [
+        subprocess.Popen(
+            [sys.executable, program(tmp_path), Path(__file__).parent, "fail", tmp_path], stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+            env={**environment(), "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [1, 1]
+    assert "UserError: process 1 of 2 ended (ArithmeticError: something broke): what was finished is kept" in errors[0]
+    assert errors[1].rstrip().endswith("ArithmeticError: something broke")

@@ -1,0 +1,113 @@
+"""Records: results worth keeping, each with the settings, the machine, the versions and the commit that they came from.
+
+A record is one JSON object. Knows no model and nothing of what was measured.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradmm import files, runs
+from gradmm.errors import UserError, first_line, require
+
+KEYS = ("settings", "machine", "versions", "commit", "results")
+PACKAGE = Path(__file__).resolve().parent
+COMMIT_VARIABLE = "GRADMM_COMMIT"
+
+
+def write_record(path: str | Path, results: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Write results as one whole file, with what they came from.
+
+    Args:
+        path: of the JSON file; an older record there is replaced.
+        results: numbers, texts, lists and mappings of these; units belong into the names.
+        settings: likewise; all that somebody needs in order to get the same results.
+
+    Raises:
+        UserError: something that JSON cannot hold (a tensor, infinity, not a number), or a file that cannot be written.
+    """
+    whole = {"settings": settings, "machine": machine(), "versions": runs.versions(), "commit": commit(), "results": results}
+    try:
+        plain = json.loads(json.dumps(whole, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot hold these results or settings ({first_line(error)}): give finite numbers, texts, lists and mappings") from error
+    files.write_json(Path(path), plain)
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read a record: a mapping with `settings`, `machine`, `versions`, `commit` and `results`, see `write_record`.
+
+    Raises:
+        UserError: no such file, not JSON, or one of these is missing.
+    """
+    held = files.read_json(Path(path), files.MAX_TEXT_BYTES)
+    missing = [key for key in KEYS if key not in held] if isinstance(held, dict) else list(KEYS)
+    require(not missing, f"{path} is no record, it has no {', '.join(missing)}: write it with gradmm.records.write_record")
+    return held
+
+
+def read_records(folder: str | Path, prefix: str) -> dict[str, dict[str, Any]]:
+    """Read every `<prefix>*.json` of a folder: file name without its ending -> record, sorted by name.
+
+    A folder that is not there has no records.
+
+    Raises:
+        UserError: one of the files is no record.
+    """
+    return {path.stem: read_record(path) for path in sorted(Path(folder).glob("*.json")) if path.name.startswith(prefix)}
+
+
+def machine() -> dict[str, Any]:
+    """What the program runs on: system, processor, cores it may use, memory in bytes, GPU; no host name.
+
+    What cannot be told is None, and so is `gpu` without one.
+    """
+    has_gpu = torch.cuda.is_available()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory(),
+        "gpu": torch.cuda.get_device_name() if has_gpu else None,
+        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if has_gpu else None,
+    }
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # no Linux
+        return platform.processor() or None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not told by this system
+        return None
+
+
+def commit() -> str:
+    """The commit that the package was read from, with `-dirty` where tracked files differ from it.
+
+    Outside a git checkout it is what the environment variable GRADMM_COMMIT says, and "unknown" without that.
+    """
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return os.environ.get(COMMIT_VARIABLE, "unknown")
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or "unknown"
+
+
+def _git(*arguments: str) -> str | None:
+    """What a git command about the package's folder says, or None if it fails or there is no git."""
+    try:
+        done = subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -52,6 +52,15 @@ def bench() -> Path:
     return BENCH
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder of this run of the tests, the same for all worker processes."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def _configuration(kind: str, tied: bool) -> transformers.PretrainedConfig:
     config = transformers.AutoConfig.for_model(kind)
     common = {

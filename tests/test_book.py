@@ -3,25 +3,20 @@
 import re
 from pathlib import Path
 
-import yaml
+import executing
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "book"
 
 
-def pages() -> list[str]:
-    toc = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
-    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
-
-
 def test_the_table_of_contents_lists_every_notebook_in_order():
-    listed = [page.removeprefix("book/executed/") for page in pages() if page.startswith("book/executed/")]
+    listed = [page.removeprefix("book/executed/") for page in executing.pages() if page.startswith("book/executed/")]
     stored = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
     assert listed == stored, "each notebook needs a line `- file: book/executed/NAME` in book/_toc.yml"
 
 
 def test_every_other_page_exists():
-    assert not [page for page in pages() if not page.startswith("book/executed/") and not (ROOT / f"{page}.md").is_file()]
+    assert not [page for page in executing.pages() if not page.startswith("book/executed/") and not (ROOT / f"{page}.md").is_file()]
 
 
 def test_every_room_is_in_the_api_reference():

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-import papermill
+import executing
+import nbformat
 import pytest
 
 from gradmm import demo_text, files
@@ -122,24 +123,6 @@ CHECKS = {
 }
 
 
-def execute(notebook: Path, preset: dict, folder: Path):
-    """Run a notebook in an empty folder; a parameter that it does not have, which papermill lets pass, is an error."""
-    unknown = set(preset) - set(papermill.inspect_notebook(str(notebook)))
-    if unknown:
-        raise ValueError(f"{notebook.name} has no parameter {', '.join(sorted(unknown))}")
-    return papermill.execute_notebook(
-        str(notebook), str(folder / notebook.name), preset, cwd=str(folder), kernel_name="python3", progress_bar=False
-    )
-
-
-@pytest.fixture
-def quiet(monkeypatch, tmp_path) -> Path:
-    """An empty folder for a kernel that needs no network, takes one core and leaves nothing in the user's home."""
-    for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path / ".ipython")}.items():
-        monkeypatch.setenv(name, value)
-    return tmp_path
-
-
 def test_every_notebook_has_a_preset_and_every_check_a_notebook():
     names = [path.stem for path in NOTEBOOKS]
     assert names == sorted(path.stem for path in PRESETS.glob("*.yaml")) and set(CHECKS) <= set(names)
@@ -147,21 +130,22 @@ def test_every_notebook_has_a_preset_and_every_check_a_notebook():
 
 def test_an_unknown_parameter_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no parameter outer_stepps"):
-        execute(NOTEBOOKS[0], {"outer_stepps": 1}, tmp_path)
+        executing.execute(NOTEBOOKS[0], {"outer_stepps": 1}, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
 @pytest.mark.parametrize("name", ["03-finetuning", "06-transfer"])
-def test_the_same_seeds_give_the_same_numbers(name, quiet):
+def test_the_same_seeds_give_the_same_numbers(name, tmp_path):
     """Byte for byte, by one kernel after the other; what depends on the clock stays out of this file."""
     few = {"methods": ["none", "prompt_only", "zero_shot", "gradmm"], "seeds": 5, "n_synthetic": 4, "max_test": 20}
     preset = files.read_yaml(PRESETS / f"{name}.yaml") | few | ({"budgets": []} if name == "03-finetuning" else {})
     written = []
     for number in (1, 2):
-        (quiet / str(number)).mkdir()
-        execute(ROOT / "notebooks" / f"{name}.ipynb", preset, quiet / str(number))
-        (place,) = (quiet / str(number)).rglob(f"{name}.json")
+        (tmp_path / str(number)).mkdir()
+        with executing.quiet(tmp_path):
+            executing.execute(ROOT / "notebooks" / f"{name}.ipynb", preset, tmp_path / str(number))
+        (place,) = (tmp_path / str(number)).rglob(f"{name}.json")
         written.append(place.read_bytes())
     assert len(json.loads(written[0])["seeds"]) == 5 and written[0] == written[1]
 
@@ -169,10 +153,11 @@ def test_the_same_seeds_give_the_same_numbers(name, quiet):
 @pytest.mark.slow
 @pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_writes_its_numbers(path, quiet):
+def test_a_notebook_runs_and_writes_its_numbers(path, shared_folder):
     preset = files.read_yaml(PRESETS / f"{path.stem}.yaml")
-    executed = execute(path, preset, quiet)
-    (written,) = quiet.rglob(f"{path.stem}.json")
+    folder = executing.smoke_run(path.stem, shared_folder)
+    executed = nbformat.read(folder / path.name, as_version=4)
+    (written,) = folder.rglob(f"{path.stem}.json")
     results = json.loads(written.read_text(encoding="utf-8"))
     assert results
     if path.stem in CHECKS:

@@ -1,0 +1,115 @@
+"""Notebooks executed and the book built for the tests: once, whatever the number of tests and worker processes that ask."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from unittest import mock
+
+import filelock
+import papermill
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SMOKE = ROOT / "notebooks" / "params" / "smoke"
+BUILT = ROOT / "book" / "_build" / "html"
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def execute(notebook: Path, preset: dict, folder: Path):
+    """Run a notebook in an empty folder; a parameter that it does not have, which papermill lets pass, is an error."""
+    unknown = set(preset) - set(papermill.inspect_notebook(str(notebook)))
+    if unknown:
+        raise ValueError(f"{notebook.name} has no parameter {', '.join(sorted(unknown))}")
+    return papermill.execute_notebook(
+        str(notebook), str(folder / notebook.name), preset, cwd=str(folder), kernel_name="python3", progress_bar=False
+    )
+
+
+def quiet(folder: Path) -> AbstractContextManager:
+    """While it lasts, kernels need no network, take one core and leave nothing in the user's home."""
+    return mock.patch.dict(os.environ, {**QUIET, "IPYTHONDIR": str(folder / ".ipython")})
+
+
+def smoke_run(name: str, shared: Path) -> Path:
+    """The folder of a notebook's run at its smoke preset: the executed copy and what it wrote.
+
+    Args:
+        name: of the notebook, without its ending.
+        shared: a folder that all workers see; who comes second waits for the first and takes what is there.
+    """
+    folder = shared / "executed" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(shared / f"{name}.lock"):
+        if not (folder / "whole").exists():
+            preset = yaml.safe_load((SMOKE / f"{name}.yaml").read_text(encoding="utf-8"))
+            with quiet(folder):
+                execute(ROOT / "notebooks" / f"{name}.ipynb", preset, folder)
+            (folder / "whole").touch()
+    return folder
+
+
+def pages() -> list[str]:
+    """The pages of the book, in the order of its table of contents: paths from the root, without endings."""
+    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
+    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+
+
+def is_current(built: Path = BUILT) -> bool:
+    """Whether the pages that `make book` built are newer than all that they are made of."""
+    if not (built / "index.html").is_file():
+        return False
+    sources = [
+        *(ROOT / "gradmm").rglob("*.py"),
+        *(ROOT / "notebooks").rglob("*.*"),
+        *(path for path in (ROOT / "book").rglob("*.*") if "_build" not in path.parts and path.suffix != ".pyc"),
+    ]
+    return max(path.stat().st_mtime for path in built.rglob("*.html")) > max(path.stat().st_mtime for path in sources)
+
+
+def stage(root: Path, executed: Iterable[Path]) -> None:
+    """Lay out what the book is built from, with these executed notebooks, in a folder of its own."""
+    shutil.copytree(ROOT / "book", root / "book", ignore=shutil.ignore_patterns("_build", "executed", "__pycache__"))
+    (root / "notebooks" / "params").mkdir(parents=True)
+    shutil.copy(ROOT / "notebooks" / "params" / "README.md", root / "notebooks" / "params")
+    (root / "book" / "executed").mkdir()
+    for notebook in executed:
+        shutil.copy(notebook, root / "book" / "executed")
+
+
+def can_build() -> bool:
+    """Whether jupyter-book is installed."""
+    return importlib.util.find_spec("jupyter_book") is not None
+
+
+def build(root: Path) -> Path:
+    """Build the book that is laid out in a folder, as `make book` does, and give the folder of its pages.
+
+    A warning is an error: RuntimeError with the build's last lines.
+    """
+    command = [sys.executable, "-m", "jupyter_book", "build", str(root), "--path-output", str(root / "book")]
+    command += ["--config", str(root / "book" / "_config.yml"), "--toc", str(root / "book" / "_toc.yml"), "-W", "--keep-going", "-n"]
+    environment = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the book does not build:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return root / "book" / "_build" / "html"
+
+
+def smoke_book(shared: Path) -> Path:
+    """The folder of the built pages: those of `make book` where they are current, else built here from the smoke runs."""
+    if is_current():
+        return BUILT
+    root = shared / "book"
+    with filelock.FileLock(shared / "book.lock"):
+        if not (root / "whole").exists():
+            shutil.rmtree(root, ignore_errors=True)
+            stage(root, [smoke_run(path.stem, shared) / path.name for path in NOTEBOOKS])
+            build(root)
+            (root / "whole").touch()
+    return root / "book" / "_build" / "html"

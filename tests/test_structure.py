@@ -15,7 +15,7 @@ PACKAGE = ROOT / "gradmm"
 ORDER = """
     errors seeds files sharding admm card runs records gradients tasks examples models projection sketch matching generation mechanism privacy selection coresets
     initialisation classification adapters training finetuning theory evaluation audit fidelity synthesis trial controls methods measures
-    results comparison ablation demo_text demo plots paper reference batch shard
+    results comparison ablation demo_text demo plots paper floors performance reference batch shard
 """.split()
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

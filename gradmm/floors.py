@@ -1,0 +1,311 @@
+r"""What each phase of a synthesis must compute and move, whatever the code: the floor under its time.
+
+Arithmetic alone: knows shapes, no clock and no machine. Operations are those of matrix products, a multiplication and an
+addition counted as two. Bytes are what no cache of the processor can hold from one pass to the next: every weight once a
+pass, the keys and values read back, candidates' rows, the optimiser's state. Activations and logits may stay where they
+were made, so they count nothing. What is left out makes a floor lower, never higher.
+
+What *must* be computed: of the last layer, keys and values at every position and the rest at the last one; nothing for a
+template's tokens before the text, whose keys and values are constants. A backward pass to the inputs costs a forward pass,
+because the weights are frozen; attention costs twice. Attention is counted over the whole rectangle of queries and keys,
+as kernels compute it at these lengths.
+
+Letters: K groups, B texts of a group, N texts, L tokens, T positions, D width, V vocabulary, n real examples, k candidates.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from gradmm.errors import require
+from gradmm.gradients import FactorTarget
+from gradmm.models import Model
+from gradmm.sketch import linear_maps
+from gradmm.synthesis import Plan
+from gradmm.training import FinetuneConfig
+
+PHASES = ("target", "initialisation", "inner steps", "projection", "filter")
+ADAMW_NUMBERS = 10  # of a parameter: read forward and backward; its gradient written; weight, gradient and two moments read, three written
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of matrix products, and bytes to or from memory."""
+
+    operations: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.operations + other.operations, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.operations * times, self.bytes * times)
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class Body:
+    """What the cost of a language model follows from.
+
+    Attributes:
+        width, vocabulary: D and V.
+        layers: the numbers in the linear maps of each layer.
+        keys: the numbers in the key and value maps of one layer.
+        cached: keys and values of a token in one layer, in numbers.
+        attended: heads times their width.
+        outside: the numbers in the body's linear maps outside its layers.
+        parameters: all of the model.
+        largest: (inputs, outputs) of the largest linear map.
+        number: bytes of a number.
+    """
+
+    width: int
+    vocabulary: int
+    layers: tuple[int, ...]
+    keys: int
+    cached: int
+    attended: int
+    outside: int
+    parameters: int
+    largest: tuple[int, int]
+    number: int = 4
+
+    @staticmethod
+    def of(model: Model) -> "Body":
+        """Read it off a model's modules and configuration; the model may be on the device "meta".
+
+        Raises:
+            UserError: a model whose layers stand in no list.
+        """
+        stacks = [part for part in model.lm.base_model.modules() if isinstance(part, torch.nn.ModuleList) and len(part)]
+        require(bool(stacks), f"{model.name} has no list of layers to count: give a transformer")
+        maps = [sum(_numbers(part) for part in layer.modules()) for layer in stacks[0]]
+        config = model.lm.config.get_text_config()
+        heads = config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        cached = 2 * head * (getattr(config, "num_key_value_heads", None) or heads)
+        vocabulary, width = model.head_weight.shape
+        return Body(
+            width=width,
+            vocabulary=vocabulary,
+            layers=tuple(maps),
+            keys=cached * config.hidden_size,
+            cached=cached,
+            attended=heads * head,
+            outside=sum(map(_numbers, linear_maps(model))) - sum(maps),
+            parameters=sum(weights.numel() for weights in model.lm.parameters()),
+            largest=max((_sides(part) for part in linear_maps(model)), key=lambda sides: sides[0] * sides[1]),
+            number=model.head_weight.element_size(),
+        )
+
+    @staticmethod
+    def of_config(config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> "Body":
+        """Of an architecture alone: no weight is made."""
+        with torch.device("meta"):
+            lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return Body.of(Model(lm, None, config.model_type, None, ""))
+
+    def forward(self, texts: int, positions: int, before: int = 0, all_positions: bool = False) -> Work:
+        """One pass of the body.
+
+        Args:
+            texts, positions: N and T.
+            before: positions whose keys and values are known.
+            all_positions: whether the states of all positions are wanted, or the last one's alone.
+        """
+        maps, attention = self._parts(texts, positions, before, all_positions)
+        return Work(maps + attention, self._weights())
+
+    def backward(self, texts: int, positions: int, before: int = 0) -> Work:
+        """From the last position's states to the inputs, after `forward` without `all_positions`."""
+        maps, attention = self._parts(texts, positions, before, False)
+        return Work(maps + 2 * attention, self._weights())
+
+    def weight_gradients(self, texts: int, positions: int) -> Work:
+        """Those of the linear maps, after `backward`; their bytes are the optimiser's."""
+        return Work(self._parts(texts, positions, 0, False)[0])
+
+    def head(self, states: int) -> Work:
+        """The logits of some states, or the states' gradient from the logits'."""
+        return Work(2 * states * self.vocabulary * self.width, self.vocabulary * self.width * self.number)
+
+    def walk(self, texts: int, length: int, prompt: int, prompts: int, candidates: int = 0) -> Work:
+        """L tokens of N texts, each token by one step with the cache of those before it.
+
+        Args:
+            prompt: tokens of a prompt.
+            prompts: number of prompts, each read once.
+            candidates: k rows of a table that each token's vector is compared with.
+        """
+        steps, read = length - 1, sum(range(prompt + 1, prompt + length))  # the last token is read by nobody
+        maps = 2 * texts * (sum(self.layers) + self.outside)
+        attention = 4 * texts * self.attended * len(self.layers)
+        cache = texts * self.cached * len(self.layers) * self.number
+        moving = Work(steps * maps + read * attention, steps * self._weights() + read * cache)
+        rows = Work(2 * texts * candidates * self.width, min(texts * candidates, self.vocabulary) * self.width * self.number)
+        return self.forward(prompts, prompt) + moving + length * (self.head(texts) + rows)
+
+    def _parts(self, texts: int, positions: int, before: int, all_positions: bool) -> tuple[float, float]:
+        """Operations of the linear maps and of attention, forward."""
+        whole = 2 * positions * (sum(self.layers) + self.outside)
+        square = 4 * positions * (before + positions) * self.attended
+        if all_positions:
+            return texts * whole, texts * square * len(self.layers)
+        idle = 2 * (positions - 1) * (self.layers[-1] - self.keys)
+        narrow = 4 * (before + positions) * self.attended
+        return texts * (whole - idle), texts * (square * (len(self.layers) - 1) + narrow)
+
+    def _weights(self) -> float:
+        return (sum(self.layers) + self.outside) * self.number
+
+
+def _numbers(part: torch.nn.Module) -> int:
+    return part.weight.numel() if isinstance(part, (torch.nn.Linear, Conv1D)) else 0
+
+
+def _sides(part: torch.nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear map; GPT-2's hold their matrix the other way round."""
+    return tuple(part.weight.shape) if isinstance(part, Conv1D) else tuple(part.weight.shape[::-1])
+
+
+# ---------------------------------------------------------------- a synthesis
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a synthesis is asked for; the defaults are the paper's setting with phi-1.5's tokens for SST-2.
+
+    Attributes:
+        groups, count, length: K, B and L; every text is taken to have all L tokens.
+        before, after: tokens of the template before and after a text.
+        prompt, classes: tokens of a generation prompt, and how many there are.
+        real: real examples of all classes together, as long as the texts; 0: a target held as a matrix.
+        outer_steps, inner_steps, candidates: of the search: candidates of each position.
+        draws: starts that each group takes the best of.
+        written: whether a start is a text that the model writes, or random vectors.
+    """
+
+    groups: int = 20
+    count: int = 10
+    length: int = 25
+    before: int = 1
+    after: int = 2
+    prompt: int = 8
+    classes: int = 2
+    real: int = 50
+    outer_steps: int = 30
+    inner_steps: int = 50
+    candidates: int = 200
+    draws: int = 500
+    written: bool = False
+
+    @staticmethod
+    def of(plan: Plan) -> "Job":
+        """What a plan is going to do."""
+        tokens, config = plan.tokens, plan.config
+        return Job(
+            groups=len(plan.classes),
+            count=config.group_size,
+            length=plan.length,
+            before=len(tokens.start + tokens.head),
+            after=len(tokens.tail),
+            prompt=max(map(len, tokens.prompts)),
+            classes=len(tokens.labels),
+            real=sum(len(target.factors.delta) for target in plan.release.targets if isinstance(target, FactorTarget)),
+            outer_steps=config.outer_steps,
+            inner_steps=config.inner_steps,
+            candidates=config.top_k,
+            draws=config.init_candidates,
+            written=config.init == "generated",
+        )
+
+    @property
+    def texts(self) -> int:
+        """N, of all groups."""
+        return self.groups * self.count
+
+    @property
+    def positions(self) -> int:
+        """T, those that are no constants: a text and what follows it."""
+        return self.length + self.after
+
+
+def target(body: Body, job: Job) -> Work:
+    """The gradients of the real examples and their norm."""
+    norm = Work(2 * job.real * (job.real / job.classes) * (body.vocabulary + body.width))
+    return body.forward(job.real, job.positions, job.before) + body.head(job.real) + norm
+
+
+def initialisation(body: Body, job: Job) -> Work:
+    """Starts drawn, and each one's matching loss if there is a choice."""
+    loss = evaluation(body, job) if job.draws > 1 else Work()
+    written = body.walk(job.texts, job.length, job.prompt, job.classes) if job.written else Work()
+    return job.draws * (loss + written)
+
+
+def evaluation(body: Body, job: Job) -> Work:
+    """The matching loss of every group."""
+    return body.forward(job.texts, job.positions, job.before) + body.head(job.texts) + _matching(body, job, job.count)
+
+
+def inner_step(body: Body, job: Job) -> Work:
+    """The matching loss of every group and its gradient in x."""
+    backward = body.backward(job.texts, job.positions, job.before) + body.head(job.texts) + _matching(body, job, job.count)
+    return evaluation(body, job) + backward
+
+
+def projection(body: Body, job: Job) -> Work:
+    """Every position of every text replaced by a token."""
+    return body.walk(job.texts, job.length, job.prompt, job.classes, job.candidates)
+
+
+def judgement(body: Body, job: Job) -> Work:
+    """Each text's matching loss and label from one pass, and its perplexity from another."""
+    read = body.forward(job.texts, job.positions, job.before) + body.head(job.texts) + _matching(body, job, 1)
+    return read + body.forward(job.texts, job.length, all_positions=True) + body.head(job.texts * job.length)
+
+
+def synthesis(body: Body, job: Job) -> dict[str, Work]:
+    """Each of PHASES of a whole synthesis, all its steps together; the last x is projected too."""
+    parts = {
+        "target": target(body, job),
+        "initialisation": initialisation(body, job),
+        "inner steps": job.outer_steps * job.inner_steps * inner_step(body, job),
+        "projection": (job.outer_steps + 1) * projection(body, job),
+        "filter": judgement(body, job),
+    }
+    return {name: parts[name] for name in PHASES}
+
+
+def _matching(body: Body, job: Job, together: int) -> Work:
+    """The distances of N gradients, in sets of `together`, to the target, one way; backward costs the same."""
+    sides = body.vocabulary + body.width
+    numbers = job.real * sides if job.real else job.classes * body.vocabulary * body.width
+    inner = job.real / job.classes * sides if job.real else body.vocabulary * body.width
+    return Work(2 * job.texts * (inner + together * sides), 4 * numbers)
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+def finetuning(body: Body, config: FinetuneConfig, lengths: Mapping[str, float], looks: int, validation: int) -> Work:
+    """All parameters trained at one rate for all its steps, and the looks at validation examples.
+
+    Args:
+        lengths: mean positions of a "train" and a "validation" example.
+        looks, validation: how many looks, at how many examples.
+    """
+    texts, positions = config.batch_size, lengths["train"]
+    passes = (body.forward(texts, positions), body.backward(texts, positions), body.weight_gradients(texts, positions))
+    step = Work(sum(part.operations for part in passes), 4 * ADAMW_NUMBERS * body.parameters)
+    return config.steps * step + looks * body.forward(validation, lengths["validation"])
+
+
+def products(body: Body, job: Job) -> list[tuple[int, int, int]]:
+    """(rows, inputs, outputs) of products that the phases are made of: the largest map, for a group and for all, and the head."""
+    group = job.count * job.positions
+    return [(group, *body.largest), (group * job.groups, *body.largest), (job.texts, body.width, body.vocabulary)]

@@ -1,0 +1,194 @@
+"""How fast this machine is, how long each phase takes, and the share of its floor that it reaches.
+
+Knows no phase's arithmetic (`gradmm.floors` counts it) and no algorithm: it times the functions that the pipeline calls.
+Times are wall seconds; on a GPU every clock waits for the work that it has seen begin.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear
+
+from gradmm import admm, synthesis
+from gradmm.errors import require
+from gradmm.examples import Example
+from gradmm.floors import Work
+from gradmm.models import DTYPES, Model
+from gradmm.privacy import release
+from gradmm.synthesis import SynthesisConfig, SynthesisResult, synthesize
+from gradmm.tasks import Task
+
+SHORTEST = 0.02  # seconds of a timing: shorter work is repeated within it
+BANDWIDTH_BYTES = 1 << 28  # of each vector: far more than a processor's caches hold
+# Where the pipeline spends a phase's time, as (room, function): none of them is called within another.
+CLOCKED = {
+    "initialisation": (synthesis, "best_of"),
+    "inner steps": (admm, "_minimise"),
+    "projection": (synthesis, "project"),
+    "filter": (synthesis, "judge_texts"),
+}
+
+
+def wait(device: torch.device | str) -> None:
+    """Until the device has done what it was given."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device | str) -> float:
+    """Wall seconds of one call and of the work that it gave the device."""
+    wait(device)
+    begun = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - begun
+
+
+# ---------------------------------------------------------------- the machine
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine reaches on plain work of one type.
+
+    Attributes:
+        matmul: operations a second: the highest over `products`.
+        bandwidth: bytes a second to and from memory: the higher of copy and triad.
+        products: for each (rows, inputs, outputs), the median operations a second.
+        streams: bytes a second of "copy" (b = a) and "triad" (c = a + 3 b).
+        device, dtype, threads: on what.
+    """
+
+    matmul: float
+    bandwidth: float
+    products: dict[tuple[int, int, int], float]
+    streams: dict[str, float]
+    device: str
+    dtype: str
+    threads: int
+
+
+def measure_rates(
+    device: torch.device | str,
+    dtype: str,
+    products: Sequence[tuple[int, int, int]],
+    repeats: int = 5,
+    stream_bytes: int = BANDWIDTH_BYTES,
+) -> Rates:
+    """Measure a machine with the threads that torch has now.
+
+    Args:
+        dtype: a name in `models.DTYPES`.
+        products: (rows, inputs, outputs) of the products, such as `floors.products` gives.
+        repeats: timings of which the median counts.
+        stream_bytes: of each vector that is copied; it should be far above the caches.
+
+    Raises:
+        UserError: an unknown type, no products, or fewer than one repeat.
+    """
+    require(dtype in DTYPES, f"the dtype {dtype!r} is not usable: use one of {', '.join(DTYPES)}")
+    require(len(products) > 0 and repeats >= 1, f"{len(products)} products, {repeats} repeats: give at least one of each")
+    reached = {size: _product_rate(size, device, DTYPES[dtype], repeats) for size in dict.fromkeys(products)}
+    streams = _stream_rates(device, repeats, stream_bytes)
+    return Rates(max(reached.values()), max(streams.values()), reached, streams, str(device), dtype, torch.get_num_threads())
+
+
+@torch.no_grad()
+def _product_rate(size: tuple[int, int, int], device, dtype: torch.dtype, repeats: int) -> float:
+    rows, inputs, outputs = size
+    x, weight = (torch.randn(count, inputs, device=device).to(dtype) for count in (rows, outputs))
+    return 2 * rows * inputs * outputs / _median_seconds(lambda: linear(x, weight), device, repeats)
+
+
+@torch.no_grad()
+def _stream_rates(device, repeats: int, size: int) -> dict[str, float]:
+    a, b, c = (torch.ones(size // 4, device=device) for _ in range(3))
+    copied = _median_seconds(lambda: b.copy_(a), device, repeats)
+    added = _median_seconds(lambda: torch.add(a, b, alpha=3.0, out=c), device, repeats)
+    return {"copy": 2 * size / copied, "triad": 3 * size / added}
+
+
+def _median_seconds(call: Callable[[], object], device, repeats: int) -> float:
+    """Of one call, after a first that warms up; short calls are timed many at once."""
+    call()
+    once = seconds_of(call, device)
+    times = max(1, round(SHORTEST / max(once, 1e-9)))
+    return statistics.median(seconds_of(lambda: [call() for _ in range(times)], device) / times for _ in range(repeats))
+
+
+# ---------------------------------------------------------------- the phases
+
+
+@contextmanager
+def clocks(device: torch.device | str) -> Iterator[dict[str, float]]:
+    """Within this, the seconds of every phase in CLOCKED add up in the dictionary that it gives."""
+    spent = dict.fromkeys(CLOCKED, 0.0)
+    with ExitStack() as replaced:
+        for phase, (room, name) in CLOCKED.items():
+            function = getattr(room, name)
+            replaced.callback(setattr, room, name, function)
+            setattr(room, name, _clocked(function, phase, spent, device))
+        yield spent
+
+
+def _clocked(function: Callable, phase: str, spent: dict[str, float], device) -> Callable:
+    def timed(*given, **named):
+        wait(device)
+        begun = time.perf_counter()
+        try:
+            return function(*given, **named)
+        finally:
+            wait(device)
+            spent[phase] += time.perf_counter() - begun
+
+    return timed
+
+
+def time_synthesis(
+    model: Model, task: Task, examples: Sequence[Example], config: SynthesisConfig
+) -> tuple[SynthesisResult, dict[str, float]]:
+    """Release and synthesize in this process, in memory.
+
+    Returns:
+        The result, and the seconds of `floors.PHASES`, of "other" (plans, diagnostics, bookkeeping) and of the "whole".
+    """
+    begun = time.perf_counter()
+    made = release(model, task, examples)
+    wait(model.device)
+    target = time.perf_counter() - begun
+    with clocks(model.device) as spent:
+        result = synthesize(model, task, made, config, progress=False)
+        wait(model.device)
+    whole = time.perf_counter() - begun
+    return result, {"target": target, **spent, "other": whole - target - sum(spent.values()), "whole": whole}
+
+
+# ---------------------------------------------------------------- both together
+
+
+def floor_seconds(work: Work, rates: Rates) -> float:
+    """What the machine needs for the operations or for the bytes, whichever takes longer."""
+    return max(work.operations / rates.matmul, work.bytes / rates.bandwidth)
+
+
+def shares(works: Mapping[str, Work], seconds: Mapping[str, float], rates: Rates) -> list[dict]:
+    """For each phase: its operations, bytes, floor and what sets it, measured seconds, and floor / measured."""
+    rows = []
+    for phase, work in works.items():
+        floor = floor_seconds(work, rates)
+        rows.append(
+            {
+                "phase": phase,
+                "operations": work.operations,
+                "bytes": work.bytes,
+                "bound by": "arithmetic" if work.operations / rates.matmul >= work.bytes / rates.bandwidth else "memory",
+                "floor_seconds": floor,
+                "seconds": seconds[phase],
+                "share": floor / seconds[phase],
+            }
+        )
+    return rows

@@ -1,0 +1,63 @@
+"""The clocks see every phase and go away again; rates and shares are what they say."""
+
+import pytest
+import torch
+
+from gradmm import admm, floors, performance, synthesis
+from gradmm.errors import UserError
+from gradmm.examples import Example
+from gradmm.synthesis import SynthesisConfig
+from gradmm.tasks import Task
+
+TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a film was"))
+REAL = [Example("a dull plot", 0), Example("a fine film", 1)]
+SMALL = SynthesisConfig(n_synthetic=2, oversample=1, group_size=1, length=6, outer_steps=2, inner_steps=2, early_end=False, init="normal", top_k=5)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def rates(request) -> performance.Rates:
+    return performance.measure_rates("cpu", request.param, [(8, 32, 64), (8, 32, 97), (8, 32, 64)], repeats=3, stream_bytes=1 << 20)
+
+
+def test_rates_are_positive_and_the_best_of_what_was_measured(rates):
+    assert set(rates.products) == {(8, 32, 64), (8, 32, 97)} and set(rates.streams) == {"copy", "triad"}
+    assert rates.matmul == max(rates.products.values()) > min(rates.products.values()) > 0
+    assert rates.bandwidth == max(rates.streams.values()) > min(rates.streams.values()) > 0
+    assert rates.threads == torch.get_num_threads() and rates.device == "cpu"
+
+
+@pytest.mark.parametrize(("change", "named"), [({"dtype": "int4"}, "int4"), ({"products": []}, "0 products"), ({"repeats": 0}, "0 repeats")])
+def test_what_cannot_be_measured_is_refused(change, named):
+    with pytest.raises(UserError, match=named):
+        performance.measure_rates(**{"device": "cpu", "dtype": "float32", "products": [(1, 1, 1)], "repeats": 1} | change)
+
+
+def test_the_phases_add_up_to_the_whole(tiny_model):
+    result, seconds = performance.time_synthesis(tiny_model(dtype=torch.float32), TASK, REAL, SMALL)
+    assert set(seconds) == {*floors.PHASES, "other", "whole"} and len(result.dataset) == 2
+    assert all(seconds[phase] > 0 for phase in floors.PHASES) and seconds["other"] > 0
+    assert sum(value for name, value in seconds.items() if name != "whole") == pytest.approx(seconds["whole"])
+
+
+def test_clocks_count_every_call_and_leave_no_trace():
+    before = [getattr(room, name) for room, name in performance.CLOCKED.values()]
+    with pytest.raises(TypeError), performance.clocks("cpu") as spent:
+        assert synthesis.project is not before[2]
+        admm._minimise()  # fails, and its time counts all the same
+    assert [getattr(room, name) for room, name in performance.CLOCKED.values()] == before
+    assert spent["inner steps"] > 0 and spent["projection"] == 0
+
+
+def test_a_clock_changes_no_text(tiny_model):
+    model = tiny_model(dtype=torch.float32)
+    timed, _ = performance.time_synthesis(model, TASK, REAL, SMALL)
+    plain = synthesis.synthesize(model, TASK, performance.release(model, TASK, REAL), SMALL, progress=False)
+    assert timed.dataset.to_list() == plain.dataset.to_list()
+
+
+def test_a_floor_is_set_by_arithmetic_or_by_memory():
+    rates = performance.Rates(100.0, 10.0, {}, {}, "cpu", "float32", 1)
+    works = {"a": floors.Work(400.0, 10.0), "b": floors.Work(100.0, 30.0)}
+    first, second = performance.shares(works, {"a": 8.0, "b": 4.0}, rates)
+    assert (first["bound by"], first["floor_seconds"], first["share"]) == ("arithmetic", 4.0, 0.5)
+    assert (second["bound by"], second["floor_seconds"], second["share"]) == ("memory", 3.0, 0.75)

@@ -1,0 +1,85 @@
+"""The benchmarks run at the shape tiny, and what they write is what they say; how fast, only a quiet machine can tell."""
+
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradmm import floors, records
+
+FOLDER = Path(__file__).parent / "benchmarks"
+FEW = ["--shape", "tiny", "--groups", "1", "--count", "2", "--top-k", "5", "--real", "4", "--candidates", "2", "--threads", "1"]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The factory `benchmark(name)` of a script as a module."""
+    monkeypatch.syspath_prepend(FOLDER)
+    threads = torch.get_num_threads()
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+
+
+def whole(benchmark, path, *more):
+    script = benchmark("whole_synthesis")
+    script.main([*FEW, "--length", "5", "--inner-steps", "3", "--repeats", "2", "--output", str(path), *more])
+    return records.read_record(path)
+
+
+def test_both_sides_do_the_same_synthesis(benchmark, tmp_path, capsys):
+    record = whole(benchmark, tmp_path / "performance-tiny-cpu.json")
+    found = record["results"]
+    assert set(found["phases"]) == {*floors.PHASES, "other", "whole"} and found["same_tokens"] == 1
+    assert found["groups"] == 2 and found["literal"] == "one group measured, times 2 groups; its target once for each of 2 classes"
+    for row in found["phases"].values():
+        assert len(row["ratio"]["runs"]) == 2 and row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
+    for row in found["floors"]:
+        assert row["share"] == pytest.approx(row["floor_seconds"] / found["phases"][row["phase"]]["fast_seconds"]["median"])
+        assert 0 < row["share"] < 1
+    assert found["memory"]["peak"] > found["memory"]["weights"] > 0
+    assert record["settings"]["sizes"]["width"] == 64 and record["settings"]["inner_steps"] == 3
+    printed = capsys.readouterr().out
+    assert "one group measured" in printed and all(phase in printed for phase in floors.PHASES)
+
+
+def test_a_quick_reference_says_how_it_was_scaled(benchmark, tmp_path):
+    found = whole(benchmark, tmp_path / "quick.json", "--quick", "--dtype", "bfloat16")["results"]
+    assert found["literal"].endswith("1 x 2 steps and 2 projections scaled to 2 x 3 and 3") and found["same_tokens"] is None
+
+
+def test_one_group_becomes_all_of_them(benchmark, tmp_path):
+    script = benchmark("whole_synthesis")
+    options = script.parse(["--shape", "tiny", "--groups", "3", "--outer-steps", "4", "--inner-steps", "5"])
+    plan = type("Plan", (), {"config": script.settings_of(options), "classes": range(6)})
+    spent = {"target": 1.0, "initialisation": 1.0, "inner steps": 1.0, "projection": 1.0, "filter": 1.0, "other": 1.0}
+    found = script.extrapolate(spent, {"outer_steps": 1, "inner_steps": 2}, plan)
+    assert found == {"target": 2, "initialisation": 6, "inner steps": 60, "projection": 15, "filter": 6, "other": 15, "whole": 104}
+
+
+def test_words_are_read_as_they_are_written(benchmark):
+    tokenizer = benchmark("whole_synthesis").word_tokenizer(50)
+    assert len(tokenizer) == 50 and tokenizer("w11 w49", add_special_tokens=False)["input_ids"] == [11, 49]
+    assert tokenizer.decode([11, 49]) == "w11 w49" and tokenizer.eos_token_id == 0
+
+
+def test_a_line_is_no_deviation_and_a_bend_is(benchmark):
+    fit = benchmark("scaling").fit
+    assert fit([1, 2, 4, 8], [3.0, 4.0, 6.0, 10.0]) == pytest.approx({"start_seconds": 2, "slope_seconds": 1, "worst_percent": 0}, abs=1e-9)
+    assert fit([1, 2, 4, 8], [1.0, 4.0, 16.0, 64.0])["worst_percent"] > 10
+
+
+def test_scaling_times_every_size(benchmark, tmp_path):
+    script = benchmark("scaling")
+    script.main([*FEW, "--settings", "inner_steps", "groups", "--outer-steps", "1", "--length", "5", "--repeats", "1", "--output", str(tmp_path / "s.json")])
+    found = records.read_record(tmp_path / "s.json")["results"]
+    assert list(found) == ["inner_steps", "groups"] and found["groups"]["sizes"] == [1, 2, 4, 6, 8]
+    for row in found.values():
+        assert all(seconds > 0 for seconds in row["seconds"]) and math.isfinite(row["worst_percent"]) and row["slope_seconds"] > 0
+
+
+def test_one_step_and_one_projection_against_the_literal_ones(benchmark, tmp_path):
+    rows = benchmark("against_reference").main(["--shape", "tiny", "--count", "2", "--length", "4", "--top-k", "5", "--repeats", "1"])["rows"]
+    assert [row["work"] for row in rows] == ["inner step", "projection, lm_then_nearest", "projection, nearest_then_lm"]
+    assert rows[0]["disagreement"] < 1e-3 and rows[1]["disagreement"] == rows[2]["disagreement"] == 0

@@ -211,6 +211,47 @@ def bounds(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str, yl
     return figure
 
 
+def shares(values: Mapping[str, Mapping[str, float]], xlabel: str) -> Figure:
+    """What share of something each of several items reaches: bars from 0 to 100% side by side, their values written beside them.
+
+    Args:
+        values: for each series, each item's share; the same items in all.
+    """
+    items = list(next(iter(values.values())))
+    figure, (axes,) = _axes(1, width=6.4, height=0.3 * len(items) * len(values) + 1.4)
+    height = 0.8 / len(values)
+    for number, (name, some) in enumerate(values.items()):
+        places = [row + (number - (len(values) - 1) / 2) * height for row in range(len(items))]
+        axes.barh(places, [some[item] for item in items], height=0.9 * height, label=name, color=COLOURS[number], hatch="/" * 3 * (number % 2), edgecolor="white")
+        for place, item in zip(places, items, strict=True):
+            axes.annotate(f"{some[item]:.0%}", (some[item], place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set(yticks=range(len(items)), yticklabels=items, xlim=(0, 1), xlabel=xlabel)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.invert_yaxis()
+    axes.legend()
+    return figure
+
+
+def growth(panels: Mapping[str, Mapping]) -> Figure:
+    """Seconds against a size: every run, medians, and the line fitted to them; a panel for each setting.
+
+    Args:
+        panels: for each setting, a row of `performance.time_growth`.
+    """
+    figure, axes = _axes(len(panels), width=3.2, height=3.0)
+    for place, (name, row) in zip(axes, panels.items(), strict=True):
+        for run in row["runs"]:
+            place.scatter(row["sizes"], run, s=10, color=COLOURS[0], alpha=0.4)
+        place.scatter(row["sizes"], row["seconds"], s=30, color=COLOURS[0], zorder=3, label="median")
+        ends = [min(row["sizes"]), max(row["sizes"])]
+        line = [row["start_seconds"] + row["slope_seconds"] * size for size in ends]
+        place.plot(ends, line, color=COLOURS[1], linestyle="--", label=f"line, within {row['worst_percent']:.0f}%")
+        place.set(xlabel=name, ylim=(0, None), xlim=(0, None))
+        place.legend(fontsize=8)
+    axes[0].set_ylabel("seconds")
+    return figure
+
+
 def table(rows: Sequence[Mapping] | pandas.DataFrame, digits: int = 3):
     """Rows as an HTML table with whole texts; anything in a text that looks like HTML is shown, not obeyed."""
     frame = pandas.DataFrame(rows)

@@ -64,17 +64,11 @@ def test_words_are_read_as_they_are_written(benchmark):
     assert tokenizer.decode([11, 49]) == "w11 w49" and tokenizer.eos_token_id == 0
 
 
-def test_a_line_is_no_deviation_and_a_bend_is(benchmark):
-    fit = benchmark("scaling").fit
-    assert fit([1, 2, 4, 8], [3.0, 4.0, 6.0, 10.0]) == pytest.approx({"start_seconds": 2, "slope_seconds": 1, "worst_percent": 0}, abs=1e-9)
-    assert fit([1, 2, 4, 8], [1.0, 4.0, 16.0, 64.0])["worst_percent"] > 10
-
-
 def test_scaling_times_every_size(benchmark, tmp_path):
     script = benchmark("scaling")
-    script.main([*FEW, "--settings", "inner_steps", "groups", "--outer-steps", "1", "--length", "5", "--repeats", "1", "--output", str(tmp_path / "s.json")])
+    script.main([*FEW, "--settings", "inner_steps", "n_synthetic", "--outer-steps", "1", "--length", "5", "--repeats", "1", "--output", str(tmp_path / "s.json")])
     found = records.read_record(tmp_path / "s.json")["results"]
-    assert list(found) == ["inner_steps", "groups"] and found["groups"]["sizes"] == [1, 2, 4, 6, 8]
+    assert list(found) == ["inner_steps", "n_synthetic"] and found["n_synthetic"]["sizes"] == [4, 8, 16, 24, 32]
     for row in found.values():
         assert all(seconds > 0 for seconds in row["seconds"]) and math.isfinite(row["worst_percent"]) and row["slope_seconds"] > 0
 

@@ -97,3 +97,18 @@ def test_bounds_are_dashed_beside_what_they_bound():
     measured, bound = left.lines[:2]
     assert measured.get_color() == bound.get_color() and (measured.get_linestyle(), bound.get_linestyle()) == ("-", "--")
     assert list(bound.get_ydata()) == [1.0, 0.5]
+
+
+def test_shares_are_written_beside_their_bars():
+    (axes,) = plots.shares({"float32": {"a": 0.5, "b": 0.255}, "bfloat16": {"a": 0.1, "b": 1.0}}, "share").axes
+    assert [text.get_text() for text in axes.texts] == ["50%", "26%", "10%", "100%"] and axes.get_xlabel() == "share"
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"] and len(axes.patches) == 4
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["float32", "bfloat16"]
+
+
+def test_growth_draws_every_run_and_the_line():
+    row = {"sizes": [1, 2, 8], "runs": [[3.0, 4.0, 10.0], [3.0, 4.0, 10.2]], "seconds": [3.0, 4.0, 10.1], "start_seconds": 2.0, "slope_seconds": 1.0, "worst_percent": 1.2}
+    left, right = plots.growth({"steps": row, "length": row}).axes
+    assert (left.get_xlabel(), right.get_xlabel(), left.get_ylabel()) == ("steps", "length", "seconds")
+    assert list(left.lines[0].get_ydata()) == [3.0, 10.0] and len(left.collections) == 3
+    assert "within 1%" in left.get_legend().get_texts()[1].get_text()

@@ -2,54 +2,27 @@
 
 Groups, outer steps, inner steps and length each grow by a factor of 8 while the others stay where they are. A whole
 synthesis is timed at every size, a line is fitted to the medians, and the worst deviation from it is given, in percent of
-the line. Rounds go through all sizes, so that a slow minute of the machine meets all of them.
+the line. Groups grow through the number of texts, `n_synthetic`, at a constant number of texts a group.
 """
 
 import argparse
-import statistics
+from dataclasses import replace
 from pathlib import Path
 
-import numpy
 import torch
 from against_reference import SHAPES
 from whole_synthesis import TASK, settings_of, worded_examples, worded_model
 
 from gradmm import performance, records
-from gradmm.models import Model
 
 FACTORS = (1, 2, 4, 6, 8)
-# From where each setting grows; groups are those of each of the two classes.
-STARTS = {"groups": 1, "outer_steps": 1, "inner_steps": 4, "length": 8}
+STARTS = {"n_synthetic": None, "outer_steps": 1, "inner_steps": 4, "length": 8}  # from where each setting grows
 
 
-def fit(sizes: list[float], seconds: list[float]) -> dict[str, float]:
-    """The line through timings, with the same weight for the same share: start, slope, and the worst deviation in percent.
-
-    A line's deviations are taken as shares of it, so a constant cost (reading the settings, the prompts) is no deviation.
-    """
-    weights = 1 / numpy.asarray(seconds)
-    slope, start = numpy.polyfit(sizes, seconds, 1, w=weights)
-    line = start + slope * numpy.asarray(sizes)
-    worst = float(numpy.abs(numpy.asarray(seconds) / line - 1).max())
-    return {"start_seconds": float(start), "slope_seconds": float(slope), "worst_percent": 100 * worst}
-
-
-def measure(model: Model, options: argparse.Namespace) -> dict:
-    """For each setting its sizes, median seconds and fitted line."""
-    found = {}
-    for name in options.settings:
-        sizes = [STARTS[name] * factor for factor in FACTORS]
-        runs = [[one(model, options, name, size) for size in sizes] for _ in range(options.repeats)]
-        seconds = [statistics.median(column) for column in zip(*runs, strict=True)]
-        found[name] = {"sizes": sizes, "seconds": seconds, "runs": runs, **fit(sizes, seconds)}
-    return found
-
-
-def one(model: Model, options: argparse.Namespace, name: str, size: int) -> float:
-    """Seconds of a whole synthesis with one setting changed."""
-    changed = argparse.Namespace(**vars(options) | {name: size})
-    examples = worded_examples(options.shape, options.real, changed.length)
-    return performance.time_synthesis(model, TASK, examples, settings_of(changed))[1]["whole"]
+def growth(options: argparse.Namespace) -> dict[str, list[int]]:
+    """Every setting's sizes; `n_synthetic` counts whole groups of both classes."""
+    starts = {**STARTS, "n_synthetic": len(TASK.labels) * options.count}
+    return {name: [starts[name] * factor for factor in FACTORS] for name in options.settings}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -77,9 +50,10 @@ def main(arguments: list[str] | None = None) -> dict:
     """Measure, print, save; returns the results."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    model = worded_model(options.shape, options.device, options.dtype)
-    one(model, options, "groups", 1)  # so that no library loads within a timing
-    results = measure(model, options)
+    model, examples = worded_model(options.shape, options.device, options.dtype), worded_examples(options.shape, options.real, options.length)
+    config = replace(settings_of(options), n_synthetic=len(TASK.labels) * options.groups * options.count, oversample=1.0)
+    performance.time_synthesis(model, TASK, examples, replace(config, outer_steps=1, inner_steps=1))  # so that no library loads within a timing
+    results = performance.time_growth(model, TASK, examples, config, growth(options), options.repeats)
     print(f"shape {options.shape}, {options.device}, {options.dtype}; medians of {options.repeats}")
     for name, row in results.items():
         points = ", ".join(f"{size}: {seconds:.2f} s" for size, seconds in zip(row["sizes"], row["seconds"], strict=True))

@@ -215,16 +215,16 @@ def shares(values: Mapping[str, Mapping[str, float]], xlabel: str) -> Figure:
     """What share of something each of several items reaches: bars from 0 to 100% side by side, their values written beside them.
 
     Args:
-        values: for each series, each item's share; the same items in all.
+        values: for each series, each item's share; an item that a series lacks has no bar there.
     """
-    items = list(next(iter(values.values())))
+    items = list(dict.fromkeys(item for some in values.values() for item in some))
     figure, (axes,) = _axes(1, width=6.4, height=0.3 * len(items) * len(values) + 1.4)
     height = 0.8 / len(values)
     for number, (name, some) in enumerate(values.items()):
-        places = [row + (number - (len(values) - 1) / 2) * height for row in range(len(items))]
-        axes.barh(places, [some[item] for item in items], height=0.9 * height, label=name, color=COLOURS[number], hatch="/" * 3 * (number % 2), edgecolor="white")
-        for place, item in zip(places, items, strict=True):
-            axes.annotate(f"{some[item]:.0%}", (some[item], place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+        places = [items.index(item) + (number - (len(values) - 1) / 2) * height for item in some]
+        axes.barh(places, list(some.values()), height=0.9 * height, label=name, color=COLOURS[number], hatch="/" * 3 * (number % 2), edgecolor="white")
+        for place, share in zip(places, some.values(), strict=True):
+            axes.annotate(f"{share:.0%}", (share, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set(yticks=range(len(items)), yticklabels=items, xlim=(0, 1), xlabel=xlabel)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.invert_yaxis()
@@ -245,7 +245,7 @@ def growth(panels: Mapping[str, Mapping]) -> Figure:
         place.scatter(row["sizes"], row["seconds"], s=30, color=COLOURS[0], zorder=3, label="median")
         ends = [min(row["sizes"]), max(row["sizes"])]
         line = [row["start_seconds"] + row["slope_seconds"] * size for size in ends]
-        place.plot(ends, line, color=COLOURS[1], linestyle="--", label=f"line, within {row['worst_percent']:.0f}%")
+        place.plot(ends, line, color=COLOURS[1], linestyle="--", label=f"line, within {row['worst_percent']:.1f}%")
         place.set(xlabel=name, ylim=(0, None), xlim=(0, None))
         place.legend(fontsize=8)
     axes[0].set_ylabel("seconds")

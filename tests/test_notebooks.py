@@ -101,6 +101,22 @@ def transfer(results: dict, preset: dict) -> None:
     assert results["match_advantage"]["demo"]["prompt_only"]["mean"] == pytest.approx(advantage)
 
 
+def performance(results: dict, preset: dict) -> None:
+    assert set(results["operations"]) == {"demo", "phi"} and set(results["rates"]) == {"float32", "bfloat16"}
+    assert results["operations"]["phi"]["inner steps"] > 1e4 * results["operations"]["demo"]["inner steps"]
+    assert all(rate[name] > 0 for rate in results["rates"].values() for name in ("matmul", "bandwidth"))
+    phases = ["target", "initialisation", "inner steps", "projection", "filter"]
+    assert [row["phase"] for row in results["floors"]["float32"]] == [*phases, "fine-tuning"]
+    for dtype, rows in results["floors"].items():
+        assert all(0 < row["share"] < 1 and row["seconds"] == results["seconds"][dtype][row["phase"]] for row in rows)
+    assert results["literal"][1]["they differ by"] == "0e+00" and all(row["ratio"] > 0 for row in results["literal"])
+    assert results["records"] == results["gpu_records"] == []  # no records in an empty folder
+    assert {name: row["sizes"] for name, row in results["growth"].items()} == preset["growth"]
+    assert len(results["types"]) == 2 * preset["seeds"] and all(0 <= row["accuracy"] <= 1 for row in results["types"])
+    assert {row["same texts"] for row in results["types"] if row["type"] == "float32"} == {1.0}
+    assert results["memory"]["weights"]["float32"] == 2 * results["memory"]["weights"]["bfloat16"] < results["memory"]["peak"]["process"]
+
+
 def paper(results: dict, preset: dict) -> None:
     assert results["own_runs"] == [] and all(claim["own"] is None for claim in results["claims"])  # no records in an empty folder
     assert [claim["verified"] for claim in results["claims"]].count(False) >= 1 and "transfer" in results["experiments"]
@@ -119,6 +135,7 @@ CHECKS = {
     "04-privacy": privacy,
     "05-ablations": ablations,
     "06-transfer": transfer,
+    "07-performance": performance,
     "08-paper": paper,
 }
 

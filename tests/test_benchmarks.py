@@ -49,6 +49,13 @@ def test_a_quick_reference_says_how_it_was_scaled(benchmark, tmp_path):
     assert found["literal"].endswith("1 x 2 steps and 2 projections scaled to 2 x 3 and 3") and found["same_tokens"] is None
 
 
+def test_another_family_is_measured_the_same_way(benchmark, tmp_path, monkeypatch):
+    shapes = benchmark("against_reference").SHAPES
+    assert shapes["phi-1.5"]["family"] == "phi"
+    monkeypatch.setitem(shapes, "tiny", shapes["tiny"] | {"family": "phi"})
+    assert whole(benchmark, tmp_path / "phi.json", "--repeats", "1")["results"]["same_tokens"] == 1
+
+
 def test_one_group_becomes_all_of_them(benchmark, tmp_path):
     script = benchmark("whole_synthesis")
     options = script.parse(["--shape", "tiny", "--groups", "3", "--outer-steps", "4", "--inner-steps", "5"])

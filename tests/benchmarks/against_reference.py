@@ -27,16 +27,17 @@ from gradmm.tasks import TaskTokens
 SHAPES = {
     "tiny": {"vocabulary": 500, "width": 64, "layers": 2, "heads": 2, "context": 128},
     "small": {"vocabulary": 20_000, "width": 512, "layers": 6, "heads": 8, "context": 128},
-    "phi-1.5": {"vocabulary": 51_200, "width": 2048, "layers": 24, "heads": 32, "context": 2048},
+    "phi-1.5": {"vocabulary": 51_200, "width": 2048, "layers": 24, "heads": 32, "context": 2048, "family": "phi"},
 }
 PROMPT, TAIL, LABEL, REAL = tuple(range(1, 7)), (7, 8), 9, 50
 
 
 def random_model(shape: str, device: str, dtype: str = "float32") -> Model:
-    """A Llama of random weights in one of SHAPES: always the same, rounded to `dtype`."""
+    """A model of random weights in one of SHAPES, a Llama where no family is named: always the same, rounded to `dtype`."""
     size = SHAPES[shape]
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    config = transformers.AutoConfig.for_model(
+        size.get("family", "llama"),
         vocab_size=size["vocabulary"],
         hidden_size=size["width"],
         intermediate_size=4 * size["width"],
@@ -47,7 +48,7 @@ def random_model(shape: str, device: str, dtype: str = "float32") -> Model:
         bos_token_id=0,
         eos_token_id=0,
     )
-    lm = transformers.LlamaForCausalLM(config).to(device, DTYPES[dtype]).eval().requires_grad_(False)
+    lm = transformers.AutoModelForCausalLM.from_config(config).to(device, DTYPES[dtype]).eval().requires_grad_(False)
     quicken_attention(lm)
     return Model(lm, None, shape, None, "random")
 

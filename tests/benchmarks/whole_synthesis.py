@@ -158,8 +158,7 @@ def extrapolate(spent: dict[str, float], steps: dict[str, int], plan: Plan) -> d
 
 def measure(options: argparse.Namespace) -> dict:
     """The record's results."""
-    literal = worded_model(options.shape, options.device)
-    model = literal if options.dtype == "float32" else worded_model(options.shape, options.device, options.dtype)
+    model = worded_model(options.shape, options.device, options.dtype)
     examples, config = worded_examples(options.shape, options.real, options.length), settings_of(options)
     plan = Plan.of(model, TASK, release(model, TASK, examples), config)
     steps = QUICK if options.quick else {"outer_steps": options.outer_steps, "inner_steps": options.inner_steps}
@@ -167,13 +166,14 @@ def measure(options: argparse.Namespace) -> dict:
     rates = performance.measure_rates(options.device, options.dtype, floors.products(body, job), options.repeats)
     small = dataclasses.replace(config, n_synthetic=2, oversample=1, outer_steps=1, inner_steps=1, init_candidates=1)
     performance.time_synthesis(model, TASK, examples, small)  # so that no library loads within a timing
-    fast, slow, memory = [], [], {}
+    fast, slow, memory, literal = [], [], {}, None
     for number in range(options.repeats):
         if number == 0 and model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         result, seconds = performance.time_synthesis(model, TASK, examples, config)
-        memory = memory or peak(model)
         fast.append(seconds)
+        if literal is None:  # the peak before the other side takes memory
+            memory, literal = peak(model), model if options.dtype == "float32" else worded_model(options.shape, options.device)
         ids, spent = literal_group(literal, plan, examples, steps)
         slow.append(extrapolate(spent, steps, plan))
     middle = {phase: statistics.median(row[phase] for row in fast) for phase in fast[0]}

@@ -233,3 +233,25 @@ def shares(works: Mapping[str, Work], seconds: Mapping[str, float], rates: Rates
             }
         )
     return rows
+
+
+def summary(record: Mapping) -> dict:
+    """A row of a table for a record of `tests/benchmarks/whole_synthesis.py`: what ran where, its seconds, ratio, shares and peak."""
+    said, found, machine = record["settings"], record["results"], record["machine"]
+    whole, share = found["phases"]["whole"], {row["phase"]: row["share"] for row in found["floors"]}
+    ratio = whole["ratio"]
+    return {
+        "shape": said["shape"],
+        "type": said["dtype"],
+        "on": f"{machine['processor']}, {machine['threads']} thread(s)" if said["device"] == "cpu" else machine["gpu"],
+        "groups": found["groups"],
+        "steps": f"{said['outer_steps']} x {said['inner_steps']}",
+        "seconds": whole["fast_seconds"]["median"],
+        "against the literal method": f"{ratio['median']:.1f}x ({ratio['low']:.1f} to {ratio['high']:.1f})",
+        "floor, inner steps": f"{share['inner steps']:.0%}",
+        "floor, projection": f"{share['projection']:.0%}",
+        "peak, GB": found["memory"]["peak"] / 1e9,
+        "weights, GB": found["memory"]["weights"] / 1e9,
+        "torch": record["versions"]["torch"],
+        "commit": record["commit"][:10],
+    }

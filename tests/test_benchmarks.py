@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradmm import floors, records
+from gradmm import floors, performance, records
 
 FOLDER = Path(__file__).parent / "benchmarks"
 FEW = ["--shape", "tiny", "--groups", "1", "--count", "2", "--top-k", "5", "--real", "4", "--candidates", "2", "--threads", "1"]
@@ -40,6 +40,10 @@ def test_both_sides_do_the_same_synthesis(benchmark, tmp_path, capsys):
         assert 0 < row["share"] < 1
     assert found["memory"]["peak"] > found["memory"]["weights"] > 0
     assert record["settings"]["sizes"]["width"] == 64 and record["settings"]["inner_steps"] == 3
+    row = performance.summary(record)
+    assert (row["shape"], row["type"], row["groups"], row["steps"]) == ("tiny", "float32", 2, "2 x 3")
+    assert row["on"].endswith(", 1 thread(s)") and row["seconds"] == found["phases"]["whole"]["fast_seconds"]["median"]
+    assert row["against the literal method"].startswith(f"{found['phases']['whole']['ratio']['median']:.1f}x (") and "%" in row["floor, projection"]
     printed = capsys.readouterr().out
     assert "one group measured" in printed and all(phase in printed for phase in floors.PHASES)
 

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 
 from gradmm import files, runs
 from gradmm.errors import UserError, first_line, require
+from gradmm.locks import alone
 
 BACKENDS = ("loky", "threading", "dask")
 PACKAGE = Path(__file__).parent
@@ -310,7 +311,7 @@ def execute(job: Job) -> Outcome:
     begun, note = time.monotonic(), ""
     try:
         job.target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".running-", dir=job.target.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".running-", suffix=files.UNFINISHED, dir=job.target.parent) as folder:
             draft = Path(folder) / job.target.name
             note = _run_papermill(job, draft)
             if draft.is_file():
@@ -363,12 +364,19 @@ def run(jobs: Sequence[Job], processes: int | None = None, backend: str = "loky"
         One outcome for each job, in their order.
 
     Raises:
-        UserError: an unknown backend, or one that is not installed.
+        UserError: an unknown backend, one that is not installed, or another batch at work in the same output folder.
     """
     require(backend in BACKENDS, f"the backend {backend!r} is not known: use one of {', '.join(BACKENDS)}")
     require(processes is None or processes >= 1, f"jobs = {processes}, it must be at least 1")
-    joblib, found = _joblib(), {}
-    pending = []
+    joblib = _joblib()
+    with ExitStack() as held:
+        for folder in sorted({job.target.parent for job in jobs}):
+            held.enter_context(alone(folder))
+        return _run_changed(joblib, jobs, processes, backend, progress)
+
+
+def _run_changed(joblib, jobs: Sequence[Job], processes: int | None, backend: str, progress: bool) -> list[Outcome]:
+    found, pending = {}, []
     for job in jobs:
         changed = changes(job)
         if changed == []:

@@ -21,6 +21,7 @@ from gradmm.coresets import CORESETS, select_coreset
 from gradmm.errors import UserError, require
 from gradmm.examples import Example, Splits, without_overlap
 from gradmm.finetuning import finetune
+from gradmm.locks import alone
 from gradmm.measures import measure, measure_on, similarities, thinned
 from gradmm.methods import METHODS
 from gradmm.models import Model
@@ -62,25 +63,33 @@ def compare(
 
     Raises:
         UserError: an unknown method, repeated seeds, learners of one name or for which a verbalizer is no token, or a folder that holds a
-            comparison with other settings.
+            comparison with other settings or another run at work.
     """
     begun, config = time.time(), config or ComparisonConfig()
     _check(model, methods, seeds, workers)
     _check_learners(model, task, learners)
     splits = replace(splits, test=thinned(splits.test, 0, config.max_test))
-    folder = RunFolder.open(output, _identity(model, task, splits, config, second, learners))
-    settings = hashlib.sha256(json.dumps(folder.manifest, sort_keys=True).encode()).hexdigest()
-    bench = Bench(model, task, splits, config, {}, settings, folder.path, second, tuple(learners))
-    records = {(name, seed): bench.load(name, seed) for seed in seeds for name in methods}
-    pending = {seed: [name for name in methods if records[name, seed] is None] for seed in seeds}
-    wanted = [name for name in CORESETS if any(name in names for names in pending.values())]
-    bench = replace(bench, coresets={name: select_coreset(model, task, splits.train, config.synthesis.n_synthetic, name) for name in wanted})
-    for record in _run(bench, {seed: names for seed, names in pending.items() if names}, len(records), progress, workers):
-        records[record["method"], record["seed"]] = record
-    if folder.path is not None:
-        clock = {"seconds": round(time.time() - begun, 3)}
-        files.write_json(folder.path / "manifest.json", {**folder.manifest, "status": "complete", "clock": clock})
+    with alone(output):
+        folder = RunFolder.open(output, _identity(model, task, splits, config, second, learners))
+        settings = hashlib.sha256(json.dumps(folder.manifest, sort_keys=True).encode()).hexdigest()
+        bench = Bench(model, task, splits, config, {}, settings, folder.path, second, tuple(learners))
+        if folder.path is not None:
+            files.remove_unfinished(folder.path / "records")
+        records = {(name, seed): bench.load(name, seed) for seed in seeds for name in methods}
+        missing = {seed: [name for name in methods if records[name, seed] is None] for seed in seeds}
+        for record in _run(_with_coresets(bench, missing), {seed: names for seed, names in missing.items() if names}, len(records), progress, workers):
+            records[record["method"], record["seed"]] = record
+        if folder.path is not None and (any(missing.values()) or not folder.finished):
+            clock = {"seconds": round(time.time() - begun, 3)}
+            files.write_json(folder.path / "manifest.json", {**folder.manifest, "status": "complete", "clock": clock})
     return Comparison(task, tuple(example.label for example in splits.test), [records[name, seed] for name in methods for seed in seeds])
+
+
+def _with_coresets(bench: Bench, missing: dict[int, list[str]]) -> Bench:
+    """The bench with the coresets that are needed, chosen once for all seeds."""
+    wanted = [name for name in CORESETS if any(name in names for names in missing.values())]
+    count = bench.config.synthesis.n_synthetic
+    return replace(bench, coresets={name: select_coreset(bench.model, bench.task, bench.splits.train, count, name) for name in wanted})
 
 
 def _check(model: Model, methods: Sequence[str], seeds: Sequence[int], workers: int) -> None:

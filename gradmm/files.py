@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from gradmm.errors import UserError, first_line, require
 
 MAX_TEXT_BYTES = 1 << 30
 MAX_SETTINGS_BYTES = 1 << 20
+UNFINISHED = ".unfinished"
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> Path:
@@ -27,7 +29,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> Path:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -44,6 +46,15 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> Path:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Take away the temporary files and folders that killed processes left in a folder that nobody writes into now."""
+    for left in Path(folder).glob(f".*{UNFINISHED}"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:

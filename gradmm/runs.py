@@ -8,6 +8,7 @@ import json
 import platform
 import resource
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -73,7 +74,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the folder holds the whole results of this run."""
-        return self.path is not None and files.read_json(self.path / "manifest.json").get("status") == "complete"
+        return self.path is not None and self._held().get("status") == "complete"
 
     def load(self) -> tuple[list[dict], pandas.DataFrame, dict]:
         """The rows, history and manifest of a finished run."""
@@ -82,13 +83,24 @@ class RunFolder:
             for name in ("synthetic.jsonl", "history.jsonl", "timings.jsonl")
         )
         joined = [{**row, **clock} for row, clock in zip(history, clocks, strict=True)]
-        return rows, pandas.DataFrame(joined), files.read_json(self.path / "manifest.json", files.MAX_TEXT_BYTES)
+        self._remove_leftovers()
+        return rows, pandas.DataFrame(joined), self._held()
+
+    def _held(self) -> dict:
+        """The manifest that the folder holds; the groups of a finished run may make it long."""
+        return files.read_json(self.path / "manifest.json", files.MAX_TEXT_BYTES)
+
+    def _remove_leftovers(self) -> None:
+        """Take unfinished work away: a run killed at its very end leaves it beside its results."""
+        with suppress(OSError):  # results on a read-only disk are read all the same
+            for leftover in (*self.path.glob("batch-*.safetensors"), *self.path.glob("texts-*.json")):
+                leftover.unlink(missing_ok=True)
 
     def _claim(self) -> None:
         place = self.path / "manifest.json"
         require(not self.path.exists() or self.path.is_dir(), f"{self.path} is a file: give a folder for the output")
         if place.exists():
-            self._compare(files.read_json(place))
+            self._compare(self._held())
             return
         held = sorted(path.name for path in self.path.glob("*")) if self.path.exists() else []
         clash = [name for name in held if name in ("README.md", "synthetic.jsonl", "history.jsonl", "timings.jsonl")]
@@ -155,8 +167,7 @@ class RunFolder:
         files.write_json_lines(self.path / "timings.jsonl", _plain(history.filter(["step", "group", *CLOCK_COLUMNS])))
         files.write_text(self.path / "README.md", card)
         files.write_json(self.path / "manifest.json", manifest)
-        for leftover in (*self.path.glob("batch-*.safetensors"), *self.path.glob("texts-*.json")):
-            leftover.unlink()
+        self._remove_leftovers()
 
     def place(self, batch: int) -> Path | None:
         """Where a batch is saved."""

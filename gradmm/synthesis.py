@@ -24,6 +24,7 @@ from gradmm.evaluation import perplexities
 from gradmm.generation import Batch, Sampling, generate_texts
 from gradmm.gradients import DISTANCES, Space
 from gradmm.initialisation import INITIALISATIONS, Shape, best_of
+from gradmm.locks import alone
 from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.privacy import Release
@@ -187,7 +188,7 @@ def synthesize(
 
     Raises:
         UserError: `release` is no Release or belongs to another model or task; the settings do not fit the model; the
-            folder holds another run's settings.
+            folder holds another run's settings, or another run is at work in it.
 
     Example:
         >>> import gradmm
@@ -202,7 +203,7 @@ def synthesize(
     release, config = _checked(release, model, task).to(model.device), config or SynthesisConfig()
     plan = Plan.of(model, task, release, config)
     plan.check_processes()
-    with sharding.crew(output) as crew:
+    with sharding.crew(output) as crew, alone(output if crew.leads else None):
         folder = crew.after_first("open", lambda: _open(plan, output, crew))
         written = None if folder.finished else SEARCHES[config.search](plan, folder, crew, progress and crew.leads, on_step)
         return crew.after_first("close", lambda: _conclude(plan, written, folder))

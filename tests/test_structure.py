@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other.
 ORDER = """
-    errors seeds files sharding admm card runs records gradients tasks examples models projection sketch matching generation mechanism privacy selection coresets
+    errors seeds files locks sharding admm card runs records gradients tasks examples models projection sketch matching generation mechanism privacy selection coresets
     initialisation classification adapters training finetuning theory evaluation audit fidelity synthesis trial controls methods measures
     results comparison ablation demo_text demo plots paper floors performance reference batch shard
 """.split()
@@ -59,7 +59,7 @@ def test_a_room_imports_only_from_rooms_above(room):
     assert inside <= set(ORDER[: ORDER.index(room)])
 
 
-@pytest.mark.parametrize("room", sorted({"errors", "seeds", "files", "admm", "runs", "gradients"} & set(ROOMS)))
+@pytest.mark.parametrize("room", sorted({"errors", "seeds", "files", "locks", "admm", "runs", "gradients"} & set(ROOMS)))
 def test_the_mathematics_knows_no_language_model(room):
     assert not {name.split(".")[0] for name in imported(parse(room))} & LANGUAGE
 

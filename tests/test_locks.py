@@ -1,0 +1,141 @@
+"""One run at a time in an output folder: the second is refused, a killed one keeps nobody out, nothing is left behind."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from test_comparison import CONFIG, TWO, splits_of
+from test_synthesis import REAL, SMALL, TASK
+
+import gradmm
+from gradmm import batch, files, locks
+from gradmm.comparison import compare
+from gradmm.errors import UserError
+
+HOLDER = """
+import sys, time
+from gradmm.locks import alone
+with alone(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+IN_USE = "is in use by another run: wait for its end, or choose another output folder"
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_model):
+    model = tiny_model("llama", dtype=torch.float32)
+    return model, TASK, gradmm.release(model, TASK, REAL)
+
+
+def test_a_held_folder_is_refused_and_free_again_afterwards(tmp_path):
+    with locks.alone(tmp_path / "run"):
+        with pytest.raises(UserError, match=f"run {IN_USE}"), locks.alone(tmp_path / "run"):
+            pytest.fail("two runs hold one folder")
+        with locks.alone(tmp_path / "other"), locks.alone(None):
+            pass
+    with locks.alone(tmp_path / "run"):
+        pass
+    assert os.listdir(tmp_path / "run") == []
+
+
+def test_an_error_lets_go(tmp_path):
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), locks.alone(tmp_path):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_a_killed_process_keeps_nobody_out_and_its_unfinished_files_go(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=IN_USE), locks.alone(tmp_path):
+            pytest.fail("two processes hold one folder")
+        (tmp_path / f".rows.jsonl.x7{files.UNFINISHED}").write_text("half a li")
+        (tmp_path / f".running-x7{files.UNFINISHED}").mkdir()
+        (tmp_path / "mine.unfinished").write_text("kept")
+        holder.send_signal(signal.SIGKILL)
+    assert (tmp_path / locks.NAME).exists()
+    with locks.alone(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [locks.NAME, "mine.unfinished"]
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_what_cannot_be_written_is_used_unheld(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(locks.os, "open", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    with locks.alone(tmp_path), locks.alone(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_used_unheld(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    with locks.alone(tmp_path):
+        assert os.listdir(tmp_path) == [locks.NAME]
+
+
+def test_no_two_threads_are_ever_inside_together(tmp_path):
+    """The file's name comes and goes with its holder, which is where two holders could slip in."""
+    inside, most, held = [0], [0], [0]
+    start = threading.Barrier(4)
+
+    def work():
+        start.wait()
+        for _ in range(200):
+            try:
+                with locks.alone(tmp_path):
+                    inside[0] += 1
+                    most[0], held[0] = max(most[0], inside[0]), held[0] + 1
+                    os.stat(tmp_path)
+                    inside[0] -= 1
+            except UserError:
+                continue
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and held[0] >= 1
+
+
+def test_a_second_synthesis_comparison_and_batch_are_refused_and_change_nothing(setting, tmp_path, monkeypatch):
+    model, task, release = setting
+    notebook = tmp_path / "one.ipynb"
+    notebook.write_text("{}")
+    job = batch.Job(notebook, {}, tmp_path / "run" / "one.ipynb", {})
+    second = {
+        "synthesis": lambda: gradmm.synthesize(model, task, release, SMALL, tmp_path / "run", progress=False),
+        "comparison": lambda: compare(model, TWO, splits_of(TWO), CONFIG, ["none"], (0,), tmp_path / "run", progress=False),
+        "batch": lambda: batch.run([job], 1, progress=False),
+    }
+    with locks.alone(tmp_path / "run"):
+        for run in second.values():
+            with pytest.raises(UserError, match=IN_USE):
+                run()
+        assert os.listdir(tmp_path / "run") == [locks.NAME]
+
+
+def test_a_finished_run_on_a_read_only_disk_is_read_back(setting, tmp_path, monkeypatch):
+    model, task, release = setting
+    first = gradmm.synthesize(model, task, release, SMALL, tmp_path / "a", progress=False)
+    compared = compare(model, TWO, splits_of(TWO), CONFIG, ["none"], (0,), tmp_path / "b", progress=False)
+
+    def read_only(*args, **named):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for module, name in ((locks.os, "open"), (files.tempfile, "mkstemp"), (files.os, "replace"), (Path, "unlink")):
+        monkeypatch.setattr(module, name, read_only)
+    again = gradmm.synthesize(model, task, release, SMALL, tmp_path / "a", progress=False)
+    assert again.dataset.to_list() == first.dataset.to_list() and again.manifest == first.manifest
+    assert compare(model, TWO, splits_of(TWO), CONFIG, ["none"], (0,), tmp_path / "b", progress=False).records == compared.records
+    with pytest.raises(UserError, match=r"manifest\.json could not be written .Read-only file system.: free space or choose another output folder"):
+        gradmm.synthesize(model, task, release, SMALL, tmp_path / "c", progress=False)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from gradmm.errors import require
+from gradmm.errors import is_number, is_whole, require, shown
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -65,21 +65,22 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("rho", "lr", "balance_ratio"):
             value = getattr(self, name)
-            require(_positive(value), f"{name} = {value!r}, it must be a finite number above 0: try {type(self).__dict__[name]}")
+            require(_positive(value), f"{name} = {shown(value)}, it must be a finite number above 0: try {type(self).__dict__[name]}")
         for name in ("outer_steps", "inner_steps"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, f"{name} = {value!r}, it must be a whole number of at least 1: try 10")
+            require(is_whole(value) and value >= 1, f"{name} = {shown(value)}, it must be a whole number of at least 1: try 10")
         require(
             self.groups_per_pass is None or (isinstance(self.groups_per_pass, int) and self.groups_per_pass >= 1),
             f"groups_per_pass = {self.groups_per_pass!r}, it must be a whole number of at least 1, or None for all groups at once",
         )
-        require(self.clip is None or _positive(self.clip), f"clip = {self.clip!r}, it must be above 0, or None for no clipping")
-        require(self.tolerance >= 0, f"tolerance = {self.tolerance!r}, it must be at least 0: 0 never stops early")
-        require(self.patience >= 0, f"patience = {self.patience!r}, it must be at least 0: 0 never stops early")
+        require(self.clip is None or _positive(self.clip), f"clip = {shown(self.clip)}, it must be above 0, or None for no clipping")
+        for name in ("tolerance", "patience"):
+            value = getattr(self, name)
+            require(is_number(value) and value >= 0, f"{name} = {shown(value)}, it must be at least 0: 0 never stops early")
 
 
 def _positive(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return is_number(value) and value > 0
 
 
 @dataclass(frozen=True)

@@ -110,12 +110,12 @@ def plan(
     """
     require(len(notebooks) > 0, "no notebook is given: name at least one, such as notebooks/00-quickstart.ipynb")
     jobs = []
-    for notebook in map(Path, notebooks):
+    for notebook in (files.as_path(one, "the notebook") for one in notebooks):
         require(notebook.suffix == ".ipynb" and notebook.is_file(), f"{notebook} is no notebook: give the path of an .ipynb file")
         values = {} if preset is None else _preset(notebook, preset)
         if values is not None:
             grid = _grid({**(values.pop("sweep", None) or {}), **(sweep or {})}, notebook)
-            jobs += _jobs(notebook, {**values, **(parameters or {})}, grid, Path(output), fresh)
+            jobs += _jobs(notebook, {**values, **(parameters or {})}, grid, files.as_path(output, "the output folder"), fresh)
     require(bool(jobs), f"the preset {preset!r} has no file for {', '.join(Path(n).stem for n in notebooks)}: write one, or name another notebook")
     targets = [job.target for job in jobs]
     twice = sorted({str(target) for target in targets if targets.count(target) > 1})
@@ -138,7 +138,7 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no mapping, or a number such as 1e-5, which YAML takes for text.
     """
-    values = files.read_yaml(Path(path))
+    values = files.read_yaml(files.as_path(path, "the parameter file"))
     values = {} if values is None else values
     require(isinstance(values, dict) and all(isinstance(name, str) for name in values), f"{path} holds no parameters: write lines such as `seed: 1`")
     for name, item in _leaves(values):
@@ -461,7 +461,7 @@ def _from_command_line(text: str) -> Any:
     """A value as YAML reads it; 1e-5 is a number here."""
     try:
         return float(text) if _is_hidden_number(text) else yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2020-13-45
         return text
 
 

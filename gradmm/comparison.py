@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from gradmm import files
 from gradmm.classification import evaluate
 from gradmm.coresets import CORESETS, select_coreset
-from gradmm.errors import UserError, require
+from gradmm.errors import UserError, is_whole, require, shown
 from gradmm.examples import Example, Splits, without_overlap
 from gradmm.finetuning import finetune
 from gradmm.locks import alone
@@ -96,8 +96,9 @@ def _check(model: Model, methods: Sequence[str], seeds: Sequence[int], workers: 
     unknown = [name for name in methods if name not in METHODS]
     require(not unknown and len(methods) > 0, f"the methods {unknown} are not known: use some of {', '.join(METHODS)}")
     require(len(set(methods)) == len(methods), f"methods = {list(methods)} names one twice: give each once")
+    require(all(map(is_whole, seeds)), f"seeds = {shown(list(seeds))}, they must be whole numbers: give such as [0, 1, 2]")
     require(len(set(seeds)) == len(seeds) > 0, f"seeds = {list(seeds)}, they must differ and be at least one: give such as [0, 1, 2]")
-    require(isinstance(workers, int) and workers >= 1, f"workers = {workers!r}, it must be a whole number of at least 1: give 1 or 2")
+    require(is_whole(workers) and workers >= 1, f"workers = {workers!r}, it must be a whole number of at least 1: give 1 or 2")
     require(workers == 1 or model.device.type == "cpu", f"workers = {workers} on {model.device}: several are for the CPU, give 1")
 
 

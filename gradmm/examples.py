@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from gradmm import files
-from gradmm.errors import UserError, first_line, require
+from gradmm.errors import UserError, first_line, require, shown
 from gradmm.seeds import generator
-from gradmm.tasks import DEMO, TASKS, HubSource, Task, load_task, shown
+from gradmm.tasks import DEMO, TASKS, HubSource, Task, load_task
 
 SPLITS = ("train", "validation", "test")
 CARVED_SHARE = 0.1
@@ -72,14 +72,14 @@ def load_data(data: str | Path, task: Task | None = None) -> tuple[Task, Splits]
         Traceback (most recent call last):
         gradmm.errors.UserError: there is no data 'nowhere': give a folder with train.jsonl, demo, or one of ...
     """
-    folder = DEMO if str(data) == "demo" else Path(data)
+    folder = DEMO if str(data) == "demo" else files.as_path(data, "the data")
     if folder.is_dir():
         task = load_task(folder) if task is None else task
         rows, source = _folder_rows(folder, task), folder.resolve().name
     else:
         require(
             str(data) in TASKS or (task is not None and task.hub is not None),
-            f"there is no data {str(data)!r}: give a folder with train.jsonl, demo, or one of {', '.join(TASKS)}",
+            f"there is no data {shown(str(data))}: give a folder with train.jsonl, demo, or one of {', '.join(TASKS)}",
         )
         task = load_task(str(data)) if task is None else task
         rows, source = _hub_rows(TASKS[str(data)] if str(data) in TASKS else task, task)

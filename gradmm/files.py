@@ -12,11 +12,31 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gradmm.errors import UserError, first_line, require
+from gradmm.errors import UserError, first_line, require, shown
 
 MAX_TEXT_BYTES = 1 << 30
 MAX_SETTINGS_BYTES = 1 << 20
 UNFINISHED = ".unfinished"
+
+
+def as_path(value: Any, what: str) -> Path:
+    """The path that a user gave; what no file can be called is refused, whether or not there is such a file.
+
+    Args:
+        what: what the path is for, as an error names it.
+
+    Raises:
+        UserError: no text, or a path that is too long, holds a null character or may not be looked at.
+    """
+    require(isinstance(value, str | Path), f"{what} is {shown(value)}: give a path or a name as text")
+    try:
+        os.lstat(value)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise UserError(f"{what} {shown(str(value))} is no usable path ({problem}): give another one") from error
+    return Path(value)
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> Path:
@@ -113,14 +133,20 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read one YAML value with the safe loader; a syntax error names file and line."""
+    """Read one YAML value with the safe loader; a syntax error names file and line.
+
+    Aliases are refused: a few lines of them stand for more values than a memory holds.
+    """
     text = read_text(path, MAX_SETTINGS_BYTES)
     try:
-        return yaml.safe_load(text)
+        aliases = [event for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent)] if "*" in text else []
+        if not aliases:
+            return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
         mark = getattr(error, "problem_mark", None)
         line, problem = mark.line + 1 if mark else 1, getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{path}, line {line} is not YAML ({problem}): mend that line") from error
+    raise UserError(f"{path}, line {aliases[0].start_mark.line + 1} has the alias *{aliases[0].anchor}: write the value itself there")
 
 
 def _parse_json(text: str, path: Path, number: int) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gradmm.errors import require
+from gradmm.errors import is_number, is_whole, require, shown
 from gradmm.examples import Example, content_hash
 from gradmm.models import Model, pad_left
 from gradmm.projection import allowed_tokens
@@ -48,13 +48,14 @@ class Sampling:
     rounds: int = 8
 
     def __post_init__(self) -> None:
-        require(self.temperature > 0, f"temperature = {self.temperature!r}, it must be above 0: 1 samples from the model")
-        require(0 < self.top_p <= 1, f"top_p = {self.top_p!r}, it must be above 0 and at most 1: 0.95 is usual")
+        warmth = self.temperature
+        require(is_number(warmth) and warmth > 0, f"temperature = {shown(warmth)}, it must be above 0: 1 samples from the model")
+        require(is_number(self.top_p) and 0 < self.top_p <= 1, f"top_p = {shown(self.top_p)}, it must be above 0 and at most 1: 0.95 is usual")
         for name in ("max_tokens", "min_tokens", "shots", "batch_size", "rounds"):
             value = getattr(self, name)
             require(
-                isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-                f"{name} = {value!r}, it must be a whole number of at least 1: the default is {Sampling.__dict__[name]}",
+                is_whole(value) and value >= 1,
+                f"{name} = {shown(value)}, it must be a whole number of at least 1: the default is {Sampling.__dict__[name]}",
             )
         require(
             self.min_tokens <= self.max_tokens,

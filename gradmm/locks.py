@@ -30,7 +30,7 @@ def alone(folder: str | Path | None) -> Iterator[None]:
     Raises:
         UserError: another run holds the folder.
     """
-    handle = None if folder is None else _acquire(Path(folder))
+    handle = None if folder is None else _acquire(files.as_path(folder, "the output folder"))
     if handle is None:
         yield
         return

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from gradmm.errors import UserError, first_line, require
+from gradmm import files
+from gradmm.errors import UserError, first_line, require, shown
 from gradmm.sharding import launched
 
 DATA = Path(__file__).parent / "data" / "demo"
@@ -256,6 +257,7 @@ def load_model(
     """
     device = _device(device)
     dtype = _dtype(dtype, device)
+    require(isinstance(name, str | Path) and str(name) != "", f"the model is {shown(name)}: give a hub id, a folder, or demo")
     folder, found = _folder(str(name), revision)
     _refuse_pickles(folder, str(name))
     try:
@@ -276,8 +278,8 @@ def load_model(
         f"{name} lacks {len(absent)} of its weights, such as {absent[:1]}, which would be random: give the whole model, "
         "saved with its output head",
     )
-    shown = str(name) if found or str(name) in BUILT_IN else Path(folder).resolve().name
-    return wrap_model(lm.to(device), tokenizer, shown, found, _hash_files(folder))
+    called = str(name) if found or str(name) in BUILT_IN else Path(folder).resolve().name
+    return wrap_model(lm.to(device), tokenizer, called, found, _hash_files(folder))
 
 
 def wrap_model(lm, tokenizer, name: str, revision: str | None = None, fingerprint: str | None = None) -> Model:
@@ -360,7 +362,7 @@ def _dtype(dtype, device: torch.device) -> torch.dtype:
 
 def _folder(name: str, revision: str | None) -> tuple[Path, str | None]:
     """A model's local folder, from the hub if need be, and the hub's commit."""
-    local = BUILT_IN.get(name, Path(name))
+    local = BUILT_IN.get(name) or files.as_path(name, "the model")
     if local.is_dir():
         require(not revision, f"{name} is a folder, which has no revision {revision!r}: leave the revision out")
         return local, None

@@ -4,9 +4,16 @@ import hashlib
 
 import torch
 
+from gradmm.errors import require, shown
+
 
 def stream(seed: int, purpose: str, unit: int | str = 0) -> int:
-    """The 63-bit seed of the named stream; different names give unrelated streams."""
+    """The 63-bit seed of the named stream; different names give unrelated streams.
+
+    Raises:
+        UserError: a seed that is no whole number.
+    """
+    require(hasattr(seed, "__index__"), f"seed = {shown(seed)}, it must be a whole number: give such as 0")
     digest = hashlib.sha256(f"{seed}/{purpose}/{unit}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

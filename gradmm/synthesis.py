@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from gradmm import admm, sharding
 from gradmm.card import dataset_card
-from gradmm.errors import require
+from gradmm.errors import is_number, is_whole, require, shown
 from gradmm.evaluation import perplexities
 from gradmm.generation import Batch, Sampling, generate_texts
 from gradmm.gradients import DISTANCES, Space
@@ -105,13 +105,20 @@ class SynthesisConfig:
             _require_count(name, getattr(self, name))
         for name in ("length", "groups_per_batch"):
             _require_count(name, 1 if getattr(self, name) is None else getattr(self, name))
-        require(self.oversample >= 1, f"oversample = {self.oversample!r}, it must be at least 1: 1.5 writes half as many again")
-        require(self.perplexity_weight >= 0, f"perplexity_weight = {self.perplexity_weight!r}, it must be at least 0: 0 ignores it")
-        require(self.init_norm is None or self.init_norm > 0, f"init_norm = {self.init_norm!r}, it must be above 0, or None")
+        for name, least, mend in (("oversample", 1, "1.5 writes half as many again"), ("perplexity_weight", 0, "0 ignores it")):
+            value = getattr(self, name)
+            require(is_number(value) and value >= least, f"{name} = {shown(value)}, it must be at least {least}: {mend}")
+        require(
+            self.init_norm is None or (is_number(self.init_norm) and self.init_norm > 0),
+            f"init_norm = {shown(self.init_norm)}, it must be above 0, or None: None takes the mean norm of the embeddings",
+        )
+        for name in ("early_end", "balance_rho"):
+            require(isinstance(getattr(self, name), bool), f"{name} = {shown(getattr(self, name))}, it must be True or False: give one of them")
+        require(is_whole(self.seed), f"seed = {shown(self.seed)}, it must be a whole number: give such as 0")
         require(self.early_end or self.init == "normal", "init = 'generated' writes texts of several lengths: set early_end, or init = 'normal'")
         for name, known in (("search", SEARCHES), ("init", INITIALISATIONS), ("projection", PROJECTIONS), ("filter", FILTERS), ("distance", DISTANCES), ("ranking", RANKINGS)):
             value = getattr(self, name)
-            require(value in known, f"the {name} {value!r} is not known: use one of {', '.join(known)}")
+            require(isinstance(value, str) and value in known, f"the {name} {shown(value)} is not known: use one of {', '.join(known)}")
         object.__setattr__(self, "solver", self._solver())  # checks the solver's own settings
 
     def _solver(self) -> admm.Config:
@@ -135,8 +142,8 @@ class SynthesisConfig:
 
 def _require_count(name: str, value) -> None:
     require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-        f"{name} = {value!r}, it must be a whole number of at least 1: give {SynthesisConfig.__dict__[name] or 1}",
+        is_whole(value) and value >= 1,
+        f"{name} = {shown(value)}, it must be a whole number of at least 1: give {SynthesisConfig.__dict__[name] or 1}",
     )
 
 

@@ -6,13 +6,12 @@ An example reads `template.format(text=...)` followed by its label's verbalizer,
 
 import hashlib
 import json
-import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from gradmm import files
-from gradmm.errors import UserError, require
+from gradmm.errors import UserError, require, shown
 
 SLOT = "{text}"
 PROBE = "some words"
@@ -138,13 +137,6 @@ class Task:
     def to_dict(self) -> dict:
         """The task as plain values, for manifests and YAML."""
         return asdict(self)
-
-
-def shown(value) -> str:
-    """A value as an error names it: its repr, cut short (input may be huge)."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 60
-    return short.repr(value)
 
 
 def _runs_on(before: str, after: str) -> bool:
@@ -339,14 +331,14 @@ def load_task(task: "str | Path | Task | Mapping") -> Task:
         return _task_from_mapping(task, str(task.get("name", "task")))
     if str(task) == "demo":
         return _task_from_folder(DEMO)
-    path = Path(task)
+    path = files.as_path(task, "the task")
     if path.is_dir():
         return _task_from_folder(path)
     if path.is_file():
         return _task_from_mapping(files.read_yaml(path), path.stem)
     require(
         str(task) in TASKS,
-        f"there is no task {str(task)!r}: give one of {', '.join(['demo', *TASKS])}, a YAML file, or a folder with train.jsonl",
+        f"there is no task {shown(str(task))}: give one of {', '.join(['demo', *TASKS])}, a YAML file, or a folder with train.jsonl",
     )
     return TASKS[str(task)]
 

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from gradmm.adapters import ADAPTERS, add_lora, fold_lora, start_lora
 from gradmm.classification import Encoded, score
-from gradmm.errors import require
+from gradmm.errors import is_number, is_whole, require, shown
 from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
@@ -61,22 +61,27 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         rates = self.learning_rates
         require(
-            not isinstance(rates, str | float | int) and len(rates) > 0 and all(0 < rate < 1 for rate in rates),
-            f"learning_rates = {rates!r}, each must be above 0 and below 1: give a list such as [0.00005, 0.0002]",
+            isinstance(rates, list | tuple) and len(rates) > 0 and all(is_number(rate) and 0 < rate < 1 for rate in rates),
+            f"learning_rates = {shown(rates)}, each must be above 0 and below 1: give a list such as [0.00005, 0.0002]",
         )
         object.__setattr__(self, "learning_rates", tuple(float(rate) for rate in rates))
         for name in ("steps", "batch_size", "eval_every", "tokens_per_batch", "patience", "max_validation", "adapter_rank"):
             value = getattr(self, name)
             optional = name in ("patience", "max_validation") and value is None
             require(
-                optional or (isinstance(value, int) and not isinstance(value, bool) and value >= 1),
-                f"{name} = {value!r}, it must be a whole number of at least 1: the default is {_default(name)}",
+                optional or (is_whole(value) and value >= 1),
+                f"{name} = {shown(value)}, it must be a whole number of at least 1: the default is {_default(name)}",
             )
         for name in ("warmup", "weight_decay"):
             value = getattr(self, name)
-            require(value >= 0, f"{name} = {value!r}, it must be at least 0: the default is {_default(name)}")
-        require(self.gradient_clip > 0, f"gradient_clip = {self.gradient_clip!r}, it must be above 0: the default is 1.0")
-        require(self.adapter in (None, *ADAPTERS), f"the adapter {self.adapter!r} is not known: use None or one of {', '.join(ADAPTERS)}")
+            require(is_number(value) and value >= 0, f"{name} = {shown(value)}, it must be at least 0: the default is {_default(name)}")
+        require(
+            is_number(self.gradient_clip) and self.gradient_clip > 0,
+            f"gradient_clip = {shown(self.gradient_clip)}, it must be above 0: the default is 1.0",
+        )
+        require(isinstance(self.autocast, bool), f"autocast = {shown(self.autocast)}, it must be True or False: give one of them")
+        require(is_whole(self.seed), f"seed = {shown(self.seed)}, it must be a whole number: give such as 0")
+        require(self.adapter in (None, *ADAPTERS), f"the adapter {shown(self.adapter)} is not known: use None or one of {', '.join(ADAPTERS)}")
 
     @staticmethod
     def from_dict(values: dict) -> "FinetuneConfig":

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 
 from gradmm import files
-from gradmm.errors import require
+from gradmm.errors import is_whole, require, shown
 from gradmm.examples import Example, Splits, check_examples, sample_examples
 from gradmm.generation import Sampling
 from gradmm.models import Model
-from gradmm.privacy import Release, release
+from gradmm.privacy import SPACES, Release, release
 from gradmm.synthesis import SynthesisConfig, synthesize
 from gradmm.tasks import Task
 from gradmm.training import FinetuneConfig
@@ -42,16 +42,21 @@ class ComparisonConfig:
     similarity_steps: tuple[int, ...] = (0, 10, 50)
 
     def __post_init__(self) -> None:
-        steps, last = tuple(self.similarity_steps), self.finetuning.steps
+        require(is_whole(self.n_real) and self.n_real >= 1, f"n_real = {shown(self.n_real)}, it must be a whole number of at least 1: give such as 50")
         require(
-            all(isinstance(step, int) and 0 <= step <= last for step in steps) and len(steps) > 0,
-            f"similarity_steps = {steps}, each must be a whole number from 0 to the fine-tuning's {last} steps: give such as (0, {last})",
+            isinstance(self.space, str) and self.space in SPACES,
+            f"the space {shown(self.space)} is not known: use one of {', '.join(SPACES)}",
+        )
+        steps, last = self.similarity_steps, self.finetuning.steps
+        require(
+            isinstance(steps, list | tuple) and all(is_whole(step) and 0 <= step <= last for step in steps) and len(steps) > 0,
+            f"similarity_steps = {shown(steps)}, each must be a whole number from 0 to the fine-tuning's {last} steps: give such as (0, {last})",
         )
         require(
-            self.max_test is None or (isinstance(self.max_test, int) and self.max_test >= 1),
-            f"max_test = {self.max_test!r}, it must be a whole number of at least 1, or None for all",
+            self.max_test is None or (is_whole(self.max_test) and self.max_test >= 1),
+            f"max_test = {shown(self.max_test)}, it must be a whole number of at least 1, or None for all",
         )
-        object.__setattr__(self, "similarity_steps", steps)
+        object.__setattr__(self, "similarity_steps", tuple(steps))
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,10 @@
 Knows the manifest alone, so it can say nothing that the manifest does not hold. The clock is left out.
 """
 
+import html
 from collections.abc import Mapping, Sequence
+
+from gradmm.markup import code, literal
 
 COLUMNS = """
 | column | meaning |
@@ -36,16 +39,16 @@ def dataset_card(manifest: Mapping) -> str:
     parts = [
         "---\ntags:\n- synthetic\ntask_categories:\n- text-classification\nconfigs:\n- config_name: default\n"
         "  data_files: synthetic.jsonl\n---",
-        f"# Synthetic texts for {_plain(task['name'])}",
-        f"{manifest['kept']} synthetic texts with the labels {', '.join(map(_plain, task['labels']))}, in `synthetic.jsonl`, "
+        f"# Synthetic texts for {literal(task['name'])}",
+        f"{manifest['kept']} synthetic texts with the labels {', '.join(map(literal, task['labels']))}, in `synthetic.jsonl`, "
         "one JSON object a line. They were written so that the gradient of the fine-tuning loss on them is close to a target "
         "gradient (Nguyen et al. 2025, arXiv 2502.17607).",
         f"## Privacy\n\n{_privacy(release)}",
         "## How it was made",
         _table(("setting", "value"), [
-            ("model", f"{_plain(model['name'])}{revision}, {model['dtype']}, fingerprint {model['fingerprint'][:16]}"),
-            ("prompt", f"`{task['template']}` followed by one of {', '.join(f'`{v}`' for v in task['verbalizers'])}"),
-            ("generation prompts", ", ".join(f"`{prompt}`" for prompt in task["generation_prompts"])),
+            ("model", f"{literal(model['name'])}{revision}, {model['dtype']}, fingerprint {model['fingerprint'][:16]}"),
+            ("prompt", f"{code(task['template'])} followed by one of {', '.join(map(code, task['verbalizers']))}"),
+            ("generation prompts", ", ".join(map(code, task["generation_prompts"]))),
             ("tokens of a text", manifest["length"]),
             *((name, value) for name, value in manifest["config"].items() if name != "solver"),  # follows from the others
             *((f"version of {name}", version) for name, version in manifest["versions"].items()),
@@ -60,26 +63,26 @@ def dataset_card(manifest: Mapping) -> str:
 def _privacy(release: Mapping) -> str:
     if not release["private"]:
         said = (
-            f"**This data set is not private.** The release behind it says: {release['statement']}. Treat the texts as if the "
+            f"**This data set is not private.** The release behind it says: {_plain(release['statement'])}. Treat the texts as if the "
             "real ones could be read from them."
         )
         return said if not release["ledger"] else f"{said} Planned, but not granted:\n\n{_ledger(release['ledger'])}"
     return (
-        f"What the set tells of the real examples comes from one release with {release['statement']}. All else is made of "
+        f"What the set tells of the real examples comes from one release with {_plain(release['statement'])}. All else is made of "
         "public inputs. The guarantee does not cover choices that somebody made by looking at the same examples, nor other "
         f"releases of them outside this ledger:\n\n{_ledger(release['ledger'])}"
     )
 
 
 def _ledger(entries: Sequence[Mapping]) -> str:
-    return _table(LEDGER_COLUMNS, [[entry[name] for name in LEDGER_COLUMNS] for entry in entries])
+    return _table(LEDGER_COLUMNS, [[_plain(entry[name]) for name in LEDGER_COLUMNS] for entry in entries])
+
+
+def _plain(value) -> str:
+    """What a Release says in its own words, without tags."""
+    return " ".join(html.escape(str(value), quote=False).split()).replace("|", "\\|")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(_plain(value) for value in line)} |" for line in lines)
-
-
-def _plain(value) -> str:
-    """A value that cannot break a table or a heading."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -14,6 +14,7 @@ import torch
 
 from gradmm import files
 from gradmm.errors import UserError, first_line, require, shown
+from gradmm.markup import check_name
 from gradmm.seeds import generator
 from gradmm.tasks import DEMO, TASKS, HubSource, Task, load_task
 
@@ -75,7 +76,7 @@ def load_data(data: str | Path, task: Task | None = None) -> tuple[Task, Splits]
     folder = DEMO if str(data) == "demo" else files.as_path(data, "the data")
     if folder.is_dir():
         task = load_task(folder) if task is None else task
-        rows, source = _folder_rows(folder, task), folder.resolve().name
+        rows, source = _folder_rows(folder, task), check_name(folder.resolve().name, "the data's folder")
     else:
         require(
             str(data) in TASKS or (task is not None and task.hub is not None),

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from gradmm import files
 from gradmm.errors import UserError, first_line, require, shown
+from gradmm.markup import check_name
 from gradmm.sharding import launched
 
 DATA = Path(__file__).parent / "data" / "demo"
@@ -278,7 +279,7 @@ def load_model(
         f"{name} lacks {len(absent)} of its weights, such as {absent[:1]}, which would be random: give the whole model, "
         "saved with its output head",
     )
-    called = str(name) if found or str(name) in BUILT_IN else Path(folder).resolve().name
+    called = str(name) if found or str(name) in BUILT_IN else check_name(Path(folder).resolve().name, "the model's folder")
     return wrap_model(lm.to(device), tokenizer, called, found, _hash_files(folder))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gradmm import files
 from gradmm.errors import UserError, require, shown
+from gradmm.markup import check_name
 
 SLOT = "{text}"
 PROBE = "some words"
@@ -96,6 +97,7 @@ class Task:
 
     def _check_labels(self) -> None:
         require(isinstance(self.name, str) and self.name != "", f"a task has the name {shown(self.name)}: give a short text")
+        check_name(self.name, "the task's name")
         count = len(self.labels)
         require(count >= 2, f"task {self.name!r} has {count} class(es), at least 2 are needed: name the other labels")
         require(len(set(self.labels)) == count, f"task {self.name!r} repeats a label in {self.labels}: name each once")

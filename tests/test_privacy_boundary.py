@@ -167,4 +167,4 @@ def test_a_card_is_one_table_whatever_the_task_is_called(model, tmp_path):
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     manifest["task"] |= {"name": "a | b\n# c", "labels": ["x|y", "z"]}
     card = dataset_card(manifest)
-    assert "# Synthetic texts for a \\| b # c\n" in card and "x\\|y" in card
+    assert "# Synthetic texts for a \\| b \\# c\n" in card and "x\\|y" in card

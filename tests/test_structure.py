@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other.
 ORDER = """
-    errors seeds files locks sharding admm card runs records gradients tasks examples models projection sketch matching generation mechanism privacy selection coresets
+    errors markup seeds files locks sharding admm card runs records gradients tasks examples models projection sketch matching generation mechanism privacy selection coresets
     initialisation classification adapters training finetuning theory evaluation audit fidelity synthesis trial controls methods measures
     results comparison ablation demo_text demo plots paper floors performance reference batch shard
 """.split()

@@ -1,0 +1,189 @@
+"""Nothing gets in: words of others are shown and not obeyed, no name leaves the output folder, nothing calls the network."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from test_comparison import CONFIG, TWO, splits_of
+from test_notebooks import PRESETS, execute
+from test_synthesis import REAL, SMALL, TASK
+
+import gradmm
+from gradmm import ablation, files, markup, plots
+from gradmm.comparison import compare
+from gradmm.errors import UserError
+from gradmm.tasks import Task
+
+ROOT = Path(__file__).resolve().parents[1]
+EVIL = [
+    "<script>alert(1)</script>",
+    "`<script>alert(1)</script>`",
+    "``` \n<script>alert(1)</script>\n```",
+    "| a |\n\n<img src=x onerror=alert(1)>",
+    "[here](javascript:alert(1)) <javascript:alert(1)>",
+    "\\`<script>alert(1)</script>\\`",
+    "&lt;b&gt; <b>bold</b> *stars* _lines_ $x$ {role}`y`",
+    "</td></tr></table><script>alert(1)</script>",
+    "\u202e<script\u0000>alert(1)</script>",
+]
+TAGS = ("<script", "<img", "<b>", "<td><script", 'href="javascript', "onerror=alert(1)>")
+
+
+def rendered(text: str) -> str:
+    """Markdown as the book and JupyterLab render it: with HTML let through, tables on."""
+    return MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+
+
+def obeyed(page: str) -> list[str]:
+    return [tag for tag in TAGS if tag in page.lower()]
+
+
+def test_the_check_sees_what_it_forbids():
+    assert obeyed(rendered(EVIL[0])) and obeyed(rendered(f"| a |\n|---|\n| {EVIL[0]} |")) and obeyed(rendered(f"`{EVIL[1]}`"))
+
+
+# ---------------------------------------------------------------- words of others
+
+
+@pytest.mark.parametrize("text", EVIL)
+@pytest.mark.parametrize("show", [markup.literal, markup.code])
+def test_words_of_others_are_shown_and_not_obeyed(text, show):
+    for around in ("{}", "**{}**", "*{}* and {}", "# {}", "- {}", "| a | b |\n|---|---|\n| {} | {} |"):
+        assert not obeyed(rendered(around.format(show(text), show(text))))
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.lists(st.sampled_from(["<script>", "`", "``", "\\", "\n", "|", "*", "_", "[", "](javascript:x)", "&lt;", " ", "a", "$"]), max_size=12).map("".join))
+def test_no_mixture_of_marks_breaks_out(text):
+    page = rendered(f"see {markup.literal(text)} and {markup.code(text)} end\n\n| a |\n|---|\n| {markup.literal(text)} {markup.code(text)} |")
+    assert not obeyed(page) and "<em>" not in page and "<strong>" not in page and "<a " not in page
+
+
+def test_plain_words_look_as_they_did():
+    assert markup.literal("rotten_tomatoes by microsoft/phi-1_5, 3.5% (a + b)!") == "rotten_tomatoes by microsoft/phi-1_5, 3.5% (a + b)!"
+    assert markup.code("{text} it was") == "`{text} it was`" and markup.code("a\nb `c`") == "`` a\\nb `c` ``"
+
+
+@pytest.mark.parametrize("text", EVIL)
+def test_tables_show_tags(text):
+    assert not obeyed(plots.table([{"text": text, "match": 0.5}]).to_html())
+    assert not obeyed(plots.table([{text: "as a column's name"}]).to_html())
+
+
+@pytest.mark.parametrize("name", ["<script>", "a`b", "[x](y)", "two\nlines", "\u202eback", "nul\0"])
+def test_a_name_that_could_be_obeyed_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match="the task's name .* holds .*: give it a name without them"):
+        Task(name, ("bad", "good"), (" bad", " great"))
+    if "\0" not in name and "/" not in name:
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [{"text": f"words {n}", "label": n % 2} for n in range(40)]
+        files.write_json_lines(folder / "train.jsonl", rows)
+        with pytest.raises(UserError, match="the data's folder .* holds"):
+            gradmm.load_data(folder, TWO)
+
+
+def test_a_card_of_an_evil_task_is_harmless(tiny_model, tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    task = replace(TASK, labels=(EVIL[0], EVIL[3]), template="<b>` {text} it was", generation_prompts=(EVIL[1], "a | b"))
+    rows = [{**row, "label": row["label"]} for row in REAL]
+    gradmm.synthesize(model, task, gradmm.release(model, task, rows), SMALL, tmp_path, progress=False)
+    page = rendered((tmp_path / "README.md").read_text().split("---\n", 2)[2])
+    assert not obeyed(page) and page.count("<table>") == 2
+
+
+def evil_data(folder: Path) -> Path:
+    """The demo's rows with tags among the words, and a task whose labels, template and prompts hold tags."""
+    task, splits = gradmm.load_data("demo")
+    draw = random.Random(0)
+    for split in ("train", "validation", "test"):
+        some = getattr(splits, split)[:120]
+        rows = [{"text": f"{draw.choice(EVIL)} {example.text}"[:90], "label": example.label} for example in some]
+        files.write_json_lines(folder / f"{split}.jsonl", rows)
+    evil = {"labels": [EVIL[0], EVIL[3]], "verbalizers": list(task.verbalizers), "template": "{text} `<script>alert(2)</script>\n" + task.template.removeprefix("{text}").strip()}
+    files.write_json(folder / "task.yaml", {**evil, "generation_prompts": list(task.generation_prompts)})  # JSON is YAML
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["00-quickstart", "02-synthesis"])
+def test_an_executed_notebook_shows_tags_of_the_data(name, tmp_path, monkeypatch):
+    for variable, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path / ".ipython"), "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(variable, value)
+    preset = files.read_yaml(PRESETS / f"{name}.yaml") | {"data": str(evil_data(tmp_path / "data"))}
+    executed = execute(ROOT / "notebooks" / f"{name}.ipynb", preset, tmp_path)
+    shown = [output["data"] for cell in executed.cells for output in cell.get("outputs", []) if "data" in output]
+    pages = [data["text/html"] for data in shown if "text/html" in data] + [rendered(data["text/markdown"]) for data in shown if "text/markdown" in data]
+    assert len(pages) >= 3 and not [found for page in pages if (found := obeyed(page))]
+    assert [page for page in pages if "&lt;script&gt;" in page]
+
+
+# ---------------------------------------------------------------- paths
+
+
+def outside(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"run"}
+
+
+def test_no_setting_or_name_writes_outside_the_output_folder(tiny_model, tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    task = replace(TASK, name="../../task", labels=("../../bad", "/good"))
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    gradmm.synthesize(model, task, gradmm.release(model, task, REAL), SMALL, tmp_path / "a" / "b" / "run", progress=False)
+    for act in (
+        lambda: compare(model, TWO, splits_of(TWO), CONFIG, ("../none",), (0,), tmp_path / "a" / "b" / "run2", progress=False),
+        lambda: compare(model, TWO, splits_of(TWO), CONFIG, ("none",), ("../../0",), tmp_path / "a" / "b" / "run2", progress=False),
+        lambda: ablation.vary(model, TWO, splits_of(TWO), CONFIG, {"space": ["../../../x"]}, (0,), tmp_path / "a" / "b" / "run2", progress=False),
+        lambda: ablation.vary(model, TWO, splits_of(TWO), CONFIG, {"early_end": ["../../../x"]}, (0,), tmp_path / "a" / "b" / "run2", progress=False),
+    ):
+        with pytest.raises(UserError):
+            act()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["run"]
+
+
+# ---------------------------------------------------------------- the network
+
+OFFLINE = """
+import json, socket, sys
+def refuse(self, address, *rest):
+    if self.family != getattr(socket, "AF_UNIX", None):
+        raise AssertionError(f"a call to {address}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = socket.gethostbyname = lambda *where, **how: (_ for _ in ()).throw(AssertionError(f"a look-up of {where}"))
+import gradmm
+from gradmm import evaluation
+from gradmm.generation import Sampling, generate_texts
+task, data = gradmm.load_data(sys.argv[1])
+model = gradmm.load_model(sys.argv[2], device="cpu")
+real = gradmm.sample_examples(data.train, 4, task, seed=0)
+target = gradmm.release(model, task, real, epsilon=1.0, delta=1e-5, length=8)
+config = gradmm.SynthesisConfig(n_synthetic=2, group_size=1, outer_steps=1, inner_steps=1)
+result = gradmm.synthesize(model, task, target, config, sys.argv[3], progress=False)
+plain = generate_texts(model, task, 1, 0, Sampling(max_tokens=24))
+tuning = gradmm.FinetuneConfig(steps=1, learning_rates=[2e-4], max_validation=4)
+found = gradmm.finetune(model, task, real, data.validation, data.test[:4], tuning)
+evaluation.perplexity(model, [one.text for one in plain])
+print(json.dumps({"kept": len(result.kept), "accuracy": found.accuracy}))
+"""
+
+
+@pytest.mark.slow
+def test_with_local_model_and_data_nothing_calls_the_network(tmp_path):
+    from gradmm.tasks import DEMO
+
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hub")}
+    command = [sys.executable, "-c", OFFLINE, str(DEMO), str(DEMO / "model"), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["kept"] == 2

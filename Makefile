@@ -6,7 +6,7 @@ PAPERMILL = $(BIN)/papermill --kernel python3
 # Notebooks that `make test` runs as they are stored; the suite runs the others with their smoke presets.
 FAST := $(wildcard notebooks/00-quickstart.ipynb)
 
-.PHONY: quickstart test lint lab book clean
+.PHONY: quickstart test test-oldest lint lab book clean
 .DELETE_ON_ERROR:
 
 # Nothing here needs the hub: the embedded default model and data are enough.
@@ -23,6 +23,12 @@ quickstart: $(VENV)/.installed-notebooks
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(if $(FAST),$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 600 $(FAST))
+
+# The suite in an environment of its own with the lowest minor versions that pyproject.toml admits.
+test-oldest:
+	@mkdir -p $(VENV)-oldest
+	sed -nE 's/^    "([A-Za-z-]+)>=([0-9.]+[0-9]).*/\1==\2.*/p' pyproject.toml > $(VENV)-oldest/constraints.txt
+	PIP_CONSTRAINT=$(VENV)-oldest/constraints.txt $(MAKE) test VENV=$(VENV)-oldest
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -47,5 +53,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) results runs build dist book/_build book/executed *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest results runs build dist book/_build book/executed *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find gradmm tests notebooks -name __pycache__ -prune -exec rm -rf {} +

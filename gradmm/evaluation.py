@@ -21,7 +21,7 @@ from gradmm.generation import CLOSERS, SENTENCE_ENDS
 from gradmm.models import TOKENS_PER_BATCH, Model, batches_by_length, pad_left
 from gradmm.seeds import generator, stream
 
-LOGITS_AT_ONCE = 1 << 26  # numbers held at once; bounds memory, not results
+LOGITS_AT_ONCE = 1 << 22  # numbers held at once; bounds memory, not results
 PAIRS = ("()", "[]", "“”", "«»")
 
 # ---------------------------------------------------------------- perplexity

@@ -62,11 +62,11 @@ class Matching:
     @torch.no_grad()
     def of_texts(self, texts: Sequence[str], classes: Sequence[int]) -> Tensor:
         """f of each text as a group of one, read from the text itself: (N,)."""
-        factors, chosen = self.factors(texts, classes), torch.tensor(list(classes), device=self.model.device)
-        parts = [
-            match_groups(factors[rows].unsqueeze(1), chosen[rows], self.targets, self.distance)
-            for rows in torch.arange(len(texts), device=self.model.device).split(ROWS_PER_BLOCK)
-        ]
+        parts = []
+        for first in range(0, len(texts), ROWS_PER_BLOCK):
+            some, chosen = texts[first : first + ROWS_PER_BLOCK], list(classes[first : first + ROWS_PER_BLOCK])
+            which = torch.tensor(chosen, device=self.model.device)
+            parts.append(match_groups(self.factors(some, chosen).unsqueeze(1), which, self.targets, self.distance))
         return torch.cat(parts) if parts else torch.empty(0)
 
     @torch.no_grad()

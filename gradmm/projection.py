@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from gradmm.errors import require
 from gradmm.models import Model, pad_left
 
+ROWS_PER_BLOCK = 4096
 GATHERED_NUMBERS = 1 << 26  # candidates' rows held at once; bounds memory, not results
 
 
@@ -31,8 +32,9 @@ class Tables:
     @staticmethod
     def of(model: Model) -> "Tables":
         """The tables of a model."""
-        wide = torch.promote_types(model.dtype, torch.float32)
-        return Tables(model.head_weight, model.head_bias, model.embedding, model.embedding.to(wide).square().sum(-1))
+        wide, table = torch.promote_types(model.dtype, torch.float32), model.embedding
+        squares = [some.to(wide).square().sum(-1) for some in table.split(ROWS_PER_BLOCK)]  # in blocks: no second table
+        return Tables(model.head_weight, model.head_bias, table, torch.cat(squares))
 
 
 Choose = Callable[[Tables, Tensor, Tensor, Tensor, int], Tensor]

@@ -33,9 +33,9 @@ from gradmm.runs import RunFolder
 from gradmm.seeds import generator, stream
 from gradmm.selection import FILTERS, RANKINGS, label_probabilities, select
 from gradmm.sharding import Crew
+from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
-ACTIVATION_NUMBERS = 24  # numbers a layer, token and width unit held between forward and backward: 10 to 22 by family, measured
 TEXTS_PER_BATCH = {"cpu": 64, "other": 256}  # rows of a projection beyond which a step costs in proportion
 OnStep = Callable[[int, admm.Result], None]
 
@@ -330,6 +330,21 @@ class Plan:
             "groups_per_pass": self.solver.groups_per_pass,
         }  # fmt: skip
 
+    def expected_bytes(self) -> dict[str, int]:
+        """What the run takes by the rule of `sizing.expected_bytes`."""
+        work = Work(
+            groups=len(self.classes),
+            count=self.config.group_size,
+            length=self.length,
+            positions=len(self.tokens.start + self.tokens.head + self.tokens.tail) + self.length,
+            prompt=max(map(len, self.tokens.prompts)),
+            batch=self.batch,
+            together=self.solver.groups_per_pass,
+            top_k=self.config.top_k,
+            targets=sum(target.numbers for target in self.release.targets),
+        )
+        return expected_bytes(ModelShape.of(self.model), work)
+
     def check_processes(self) -> None:
         """Refuse more processes than there are units of work for."""
         count, units = sharding.launched()[1], len(self.batches())
@@ -378,10 +393,7 @@ def work_units(model: Model, positions: int, config: SynthesisConfig, groups: in
     batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
     if kind == "cpu":
         return batch, 1
-    shape = model.lm.config
-    numbers = ACTIVATION_NUMBERS * shape.num_hidden_layers * shape.hidden_size * positions * config.group_size
-    weights = sum(weight.numel() for weight in model.lm.parameters())
-    return batch, min(batch, max(1, weights // numbers))
+    return batch, groups_at_once(ModelShape.of(model), positions, config.group_size, batch)
 
 
 # ---------------------------------------------------------------- the work
@@ -527,6 +539,7 @@ def _collect(plan: Plan, written: Written, folder: RunFolder) -> SynthesisResult
     kept = [row for row in rows if row["kept"]]
     manifest = {
         **folder.manifest,
+        "expected_bytes": plan.expected_bytes(),
         "groups_ended": written.ended,
         "kept": len(kept),
         "set_match": dict(zip(plan.task.labels, _set_match(plan, kept), strict=True)),

@@ -1,0 +1,65 @@
+"""Memory by arithmetic: phi-1.5 fits a 24 GB card, and what is measured at a tiny shape lies below what is expected."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradmm
+from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
+from gradmm.synthesis import SynthesisConfig, synthesize
+from gradmm.tasks import Task
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+PHI = ModelShape(layers=24, width=2048, inner=8192, vocabulary=51_200, weights=1_418_270_720, bytes=2)
+TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
+REAL = [{"text": text, "label": label} for label, text in enumerate(("a dull plot", "a fine film"))]
+
+
+def paper_work(shape: ModelShape) -> Work:
+    """20 groups of 10 on a GPU, 50 real examples with targets in the full head."""
+    together = groups_at_once(shape, 36, 10, 20)
+    targets = 50 * (shape.vocabulary + shape.width)
+    return Work(groups=20, count=10, length=28, positions=36, prompt=8, batch=20, together=together, top_k=200, targets=targets)
+
+
+def test_phi_in_bfloat16_fits_a_card_of_24_gigabytes():
+    expected = expected_bytes(PHI, paper_work(PHI))
+    assert 2 * PHI.weights < expected["peak"] < 24e9
+    assert expected_bytes(replace(PHI, bytes=4), paper_work(PHI))["peak"] < 24e9
+    assert groups_at_once(PHI, 36, 10, 20) == 3
+
+
+def test_an_inner_step_stays_within_the_size_of_the_weights_and_sees_a_group_at_least():
+    for size in range(1, 30):
+        work = paper_work(PHI)
+        expected = expected_bytes(PHI, replace(work, count=size, together=groups_at_once(PHI, 36, size, 20)))
+        assert expected["inner_steps"] < 1.5 * expected["weights"]
+    assert groups_at_once(replace(PHI, weights=1), 36, 10, 20) == 1
+
+
+def test_more_of_anything_never_takes_less():
+    work = paper_work(PHI)
+    for name in ("groups", "count", "length", "positions", "prompt", "batch", "together", "top_k", "targets"):
+        assert expected_bytes(PHI, replace(work, **{name: 2 * getattr(work, name)}))["peak"] >= expected_bytes(PHI, work)["peak"]
+
+
+def test_the_manifest_says_what_the_run_was_expected_to_take(tiny_model, kind):
+    model = tiny_model(kind, dtype=torch.float32)
+    config = SynthesisConfig(n_synthetic=2, group_size=1, oversample=1, outer_steps=1, inner_steps=1, top_k=5, length=5)
+    expected = synthesize(model, TASK, gradmm.release(model, TASK, REAL), config, progress=False).manifest["expected_bytes"]
+    assert expected["weights"] == sum(weight.numel() for weight in model.lm.parameters()) * 4
+    assert expected["targets"] == 2 * (97 + 32) * 4 and expected["peak"] > expected["weights"]
+
+
+@pytest.mark.slow
+def test_a_measured_peak_is_near_the_expected_one(tmp_path):
+    """Within a factor of 2: the allocator keeps pages, the interpreter loads code, and phases do not peak at once."""
+    command = [sys.executable, BENCHMARKS / "memory.py", "--shape", "tiny", "--dtype", "float32", "--output", tmp_path / "record.json"]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=300)
+    (row,) = json.loads((tmp_path / "record.json").read_text())["rows"]
+    assert row["texts"] == 200 and 0.5 < row["peak_over_weights"] / row["expected_over_weights"] < 2

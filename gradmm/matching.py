@@ -53,11 +53,30 @@ class Matching:
         Returns:
             (K,).
         """
-        groups, count, length, _ = x.shape
+        return match_groups(self._factors_of_vectors(x, ids, classes), classes, self.targets, self.distance, self.space)
+
+    @torch.no_grad()
+    def greedy_of_vectors(self, x: Tensor, ids: Tensor, number: int, count: int, at_once: int) -> list[int]:
+        """Which of N continuous texts of class `number` to take, as `greedy`, with one pass of the body for each.
+
+        Args:
+            x, ids: (N, L, D) and (N, L), see `of_vectors`.
+            at_once: texts of one pass.
+        """
+        label = torch.tensor([number], device=x.device)
+        parts = [
+            self.space.restrict(self._factors_of_vectors(some.unsqueeze(0), where.unsqueeze(0), label)[0])
+            for some, where in zip(x.split(at_once), ids.split(at_once), strict=True)
+        ]
+        factors = Factors(torch.cat([part.delta for part in parts]), torch.cat([part.hidden for part in parts]), parts[0].bias)
+        return greedy_order(factors, self.targets[number], count, self.distance)
+
+    def _factors_of_vectors(self, x: Tensor, ids: Tensor, classes: Tensor) -> Factors:
+        """The gradients of the texts of K groups over the whole head: (K, B, L, D), (K, B, L), (K,) -> (K, B, V), (K, B, D)."""
+        groups, count, _, _ = x.shape
         hidden = self.model.last_hidden(self._around(x.flatten(0, 1)), self._mask(ids.flatten(0, 1)))
         labels = self._label_tokens(classes)[:, None].expand(groups, count)
-        factors = head_factors(hidden.view(groups, count, -1), labels, self.head)
-        return match_groups(factors, classes, self.targets, self.distance, self.space)
+        return head_factors(hidden.view(groups, count, -1), labels, self.head)
 
     @torch.no_grad()
     def of_texts(self, texts: Sequence[str], classes: Sequence[int]) -> Tensor:

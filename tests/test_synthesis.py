@@ -186,10 +186,10 @@ def test_the_published_settings_run_too(setting):
     assert {len(tokens.encode(row["text"])) for row in result.dataset} - {5} == set() or result.manifest["length"] == 5
 
 
-@pytest.mark.parametrize("init", ["generated", "normal"])
-def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init):
+@pytest.mark.parametrize(("init", "choice"), [("generated", "best"), ("normal", "best"), ("generated", "greedy")])
+def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init, choice):
     model = tiny_model(kind, dtype=torch.float32)
-    release, config = gradmm.release(model, TASK, REAL), replace(SMALL, init=init, n_synthetic=7, inner_steps=3, outer_steps=3)
+    release, config = gradmm.release(model, TASK, REAL), replace(SMALL, init=init, init_choice=choice, n_synthetic=7, inner_steps=3, outer_steps=3)
     runs = [synthesize(model, TASK, release, replace(config, groups_per_batch=size), progress=False) for size in (1, 2, 3, 6)]
     for other in runs[1:]:
         assert other.dataset.to_list() == runs[0].dataset.to_list()
@@ -289,6 +289,7 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
         ({"length": 0}, "length = 0"),
         ({"length": 64}, "length = 64 with a template or prompt of"),
         ({"init_candidates": 0}, "init_candidates = 0"),
+        ({"init_choice": "worst"}, "the init_choice 'worst' is not known: use one of best, greedy"),
         ({"init_norm": -1}, "init_norm = -1"),
         ({"ranking": "best"}, "the ranking 'best' is not known: use one of text, group"),
         ({"perplexity_weight": -1}, "perplexity_weight = -1"),

@@ -28,7 +28,7 @@ BUILT_IN = {"demo": DATA / "model", "demo-b": DATA / "model-b"}
 SAFE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 HEAD_SCALE = 1000.0
 
 

@@ -101,11 +101,7 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
         "projection": _walk(shape, work, rows, 3)
         + min(GATHERED_NUMBERS, rows * work.top_k * shape.width) * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
         + 4 * work.batch * state,
-        "judging": _body_pass(shape, min(TOKENS_PER_BATCH, texts * work.positions))
-        + max(
-            min(LOGITS_AT_ONCE, texts * work.positions * shape.vocabulary) * (2 * shape.wide + shape.bytes),
-            min(ROWS_PER_BLOCK, texts) * shape.vocabulary * (3 * shape.wide + shape.bytes),
-        ),
+        "judging": _judging(shape, texts, work.positions),
     }
     return {**held, **phases, "peak": sum(held.values()) + max(phases.values())}
 
@@ -122,6 +118,13 @@ def _walk(shape: ModelShape, work: Work, rows: int, blocks: int) -> int:
     return cached + blocks * rows * shape.vocabulary * shape.wide
 
 
-def _body_pass(shape: ModelShape, tokens: int) -> int:
-    """A pass without gradients: four blocks of a feed-forward block's width and eight of the hidden width."""
-    return tokens * (4 * shape.inner + 8 * shape.width) * shape.bytes
+def _judging(shape: ModelShape, texts: int, positions: int) -> int:
+    """The largest of: a pass without gradients (four blocks of a feed-forward block's width and eight of the hidden width);
+    its states with a block of logits in two types and their logarithms; a block of texts' logits, probabilities and deltas."""
+    tokens, some = min(TOKENS_PER_BATCH, texts * positions), min(ROWS_PER_BLOCK, texts)
+    states = 2 * tokens * shape.width * shape.bytes
+    return max(
+        tokens * (4 * shape.inner + 8 * shape.width) * shape.bytes,
+        states + min(LOGITS_AT_ONCE, tokens * shape.vocabulary) * (2 * shape.wide + shape.bytes),
+        states + some * shape.vocabulary * (3 * shape.wide + shape.bytes),
+    )

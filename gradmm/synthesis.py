@@ -63,7 +63,7 @@ class SynthesisConfig:
         init_candidates, init_norm: draws of each group, and the norm that random vectors are scaled to (None: the mean norm of
             the embeddings).
         init_choice: "best" starts a group as its draw with the lowest matching loss, as published; "greedy" puts it together
-            from the texts of all its draws, which at the same cost starts lower: 25 draws do as well as the best of 500.
+            from the texts of all its draws, which at the same cost starts lower; 25 draws for 500 cost a twentieth.
         filter: a name in `selection.FILTERS`. A model that cannot yet do the task misreads the labels, and its filter then
             teaches its own mistakes: "none" by default, "label" as published.
         ranking: a name in RANKINGS: "text" keeps the texts of each class that match the target best one by one, "group"

@@ -27,7 +27,7 @@ SHORTEST = 0.02  # seconds of a timing: shorter work is repeated within it
 BANDWIDTH_BYTES = 1 << 28  # of each vector: far more than a processor's caches hold
 # Where the pipeline spends a phase's time, as (room, function): none of them is called within another.
 CLOCKED = {
-    "initialisation": (synthesis, "best_of"),
+    "initialisation": (synthesis, "_initial"),
     "inner steps": (admm, "_minimise"),
     "projection": (synthesis, "project"),
     "filter": (synthesis, "judge_texts"),

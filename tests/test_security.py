@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from executing import SMOKE, execute
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from test_comparison import CONFIG, TWO, splits_of
-from test_notebooks import PRESETS, execute
 from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
@@ -119,7 +119,7 @@ def evil_data(folder: Path) -> Path:
 def test_an_executed_notebook_shows_tags_of_the_data(name, tmp_path, monkeypatch):
     for variable, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path / ".ipython"), "PYTHONPATH": str(ROOT)}.items():
         monkeypatch.setenv(variable, value)
-    preset = files.read_yaml(PRESETS / f"{name}.yaml") | {"data": str(evil_data(tmp_path / "data"))}
+    preset = files.read_yaml(SMOKE / f"{name}.yaml") | {"data": str(evil_data(tmp_path / "data"))}
     executed = execute(ROOT / "notebooks" / f"{name}.ipynb", preset, tmp_path)
     shown = [output["data"] for cell in executed.cells for output in cell.get("outputs", []) if "data" in output]
     pages = [data["text/html"] for data in shown if "text/html" in data] + [rendered(data["text/markdown"]) for data in shown if "text/markdown" in data]

@@ -255,5 +255,5 @@ def growth(panels: Mapping[str, Mapping]) -> Figure:
 def table(rows: Sequence[Mapping] | pandas.DataFrame, digits: int = 3):
     """Rows as an HTML table with whole texts; anything in a text that looks like HTML is shown, not obeyed."""
     frame = pandas.DataFrame(rows)
-    styled = frame.style.format(precision=digits, escape="html").hide(axis="index")
+    styled = frame.style.format(precision=digits, escape="html").format_index(precision=digits, escape="html", axis="columns").hide(axis="index")
     return styled.set_properties(**{"text-align": "left", "white-space": "normal"})

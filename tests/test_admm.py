@@ -235,3 +235,108 @@ def test_the_number_of_groups_in_a_pass_changes_no_number():
         torch.testing.assert_close(other.state.x, results[0].state.x)
     with pytest.raises(UserError, match="groups_per_pass = 0, it must be a whole number of at least 1"):
         admm.Config(groups_per_pass=0)
+
+
+# ---------------------------------------------------------------- the bookkeeping, number by number
+
+
+def scripted(*steps):
+    """A projection that returns the given tokens (L,) one step after the other; a token is its own embedding."""
+    order = iter(steps)
+
+    def project(v, groups):
+        ids = torch.tensor(next(order)).expand(v.shape[:3])
+        return ids.to(v.dtype).unsqueeze(-1).expand(v.shape), ids
+
+    return project
+
+
+def flat(x, ids, groups):
+    """A loss that is the same everywhere."""
+    return (x * 0).sum((1, 2, 3)) + 0.5
+
+
+def test_the_defaults_are_the_published_ones():
+    config = admm.Config()
+    assert (config.rho, config.outer_steps, config.inner_steps, config.lr, config.clip) == (0.1, 30, 50, 0.008, 1.0)
+    assert (config.tolerance, config.patience, config.balance, config.balance_ratio, config.groups_per_pass) == (0.0, 0, False, 10.0, None)
+
+
+def test_a_start_is_as_said():
+    x = draw(2, 3, 4, 5)
+    begin = admm.start(x, admm.Config(rho=0.7))
+    state = begin.state
+    assert torch.equal(state.x, x) and state.x is not x and not state.z.any() and not state.lam.any() and state.step == 0
+    assert state.rho.tolist() == [0.7, 0.7] and state.rho.dtype == WIDE and state.active.tolist() == [True, True]
+    assert torch.equal(state.ids, torch.full((2, 3, 4), -1)) and torch.equal(begin.value, state.ids) and begin.stable.tolist() == [0, 0]
+    assert begin.match.tolist() == [math.inf, math.inf] and begin.reason == ("", "") and begin.history == []
+
+
+def test_a_converged_group_stops_at_the_first_step_within_the_tolerance():
+    centres = torch.tensor([0.5, 0.2], dtype=WIDE).view(2, 1, 1, 1).expand(2, 1, 2, 3).clone()
+    config = admm.Config(rho=1.0, outer_steps=300, inner_steps=60, lr=0.01, clip=None, tolerance=0.01)
+    result = admm.solve(quadratic(centres), lambda v, groups: (v, v.long()[..., 0]), admm.start(draw(2, 1, 2, 3), config), config)
+    assert result.reason == (admm.CONVERGED,) * 2
+    for group in (0, 1):
+        worst = [max(row["primal"], row["dual"]) / math.sqrt(6) for row in result.history if row["group"] == group]
+        assert worst[-1] <= 0.01 < min(worst[:-1])
+
+
+def test_balancing_follows_the_larger_residual_beyond_the_ratio():
+    pairs = [(10.1, 1.0), (10.0, 1.0), (1.0, 1.0), (1.0, 10.0), (1.0, 10.1), (0.0, 0.0)]
+    assert [admm._balancing(primal, dual, 10.0) for primal, dual in pairs] == [2.0, 1.0, 1.0, 1.0, 0.5, 1.0]
+
+
+def test_the_share_of_changed_tokens_and_patience():
+    config = admm.Config(outer_steps=9, inner_steps=1, patience=2)
+    tokens = scripted([1, 2], [1, 3], [1, 3], [4, 3], [4, 3], [4, 3], [4, 3])
+    result = admm.solve(flat, tokens, admm.start(torch.zeros(1, 1, 2, 1, dtype=WIDE), config), config)
+    assert [row["changed"] for row in result.history] == [1.0, 0.5, 0.0, 0.5, 0.0, 0.0]
+    assert result.reason == (admm.STABLE.format(2),) and result.stable.tolist() == [2]
+    assert [(row["step"], row["group"]) for row in result.history] == [(step, 0) for step in range(1, 7)]
+
+
+def test_among_equal_projections_the_first_is_kept():
+    config = admm.Config(outer_steps=3, inner_steps=1)
+    result = admm.solve(flat, scripted([1], [2], [3], [4]), admm.start(torch.zeros(1, 1, 1, 1, dtype=WIDE), config), config)
+    assert result.value.item() == 1 and result.match.item() == 0.5
+
+
+def test_the_last_inner_gradient_is_recorded_before_it_is_clipped():
+    centres = torch.full((1, 1, 1, 1), 50.0, dtype=WIDE)
+    config = admm.Config(rho=1e-3, outer_steps=1, inner_steps=1, lr=0.01, clip=0.25)
+    start = admm.start(torch.zeros_like(centres), config)
+    result = admm.solve(quadratic(centres), nearest(torch.zeros(1, 1, dtype=WIDE)), start, config)
+    assert result.history[0]["inner_gradient"] == pytest.approx(100.0) and result.history[0]["seconds"] > 0
+    free = admm.Config(rho=1e-3, outer_steps=1, inner_steps=3, lr=0.01, clip=None)
+    moved = admm.solve(quadratic(centres), nearest(torch.zeros(1, 1, dtype=WIDE)), start, free)
+    assert moved.state.x.item() == pytest.approx(0.03, rel=1e-3)  # Adam's first steps are of size lr
+
+
+def test_a_callback_sees_every_step_and_keeps_earlier_reasons():
+    def poisoned(x, ids, groups):
+        return flat(x, ids, groups) * torch.where(groups == 0, torch.nan, 1.0)
+
+    config, seen = admm.Config(outer_steps=5, inner_steps=1), []
+    start = admm.start(torch.zeros(2, 1, 1, 1, dtype=WIDE), config)
+    result = admm.solve(poisoned, scripted(*[[1]] * 9), start, config, lambda r: seen.append(r.state.step) or len(seen) == 3)
+    assert seen == [1, 2, 3] and result.reason == (admm.NON_FINITE.format(1), admm.STOPPED.format(3))
+    assert not result.state.active.any()
+    assert [row["group"] for row in result.history] == [0, 1, 1, 1]
+    whole = admm.solve(poisoned, scripted(*[[1]] * 9), start, config, lambda r: None)
+    assert whole.reason[1] == admm.STEP_LIMIT.format(5)
+
+
+def test_a_projection_sees_x_plus_the_scaled_dual_of_the_groups_that_move():
+    asked, codes, centres = [], draw(4, 2), draw(2, 1, 2, 2, seed=1)
+
+    def watched(v, groups):
+        asked.append((v.clone(), groups.tolist()))
+        return nearest(codes)(v, groups)
+
+    config = admm.Config(rho=0.5, outer_steps=2, inner_steps=2, lr=0.1)
+    states = []
+    admm.solve(quadratic(centres), watched, admm.start(draw(2, 1, 2, 2), config), config, lambda r: states.append(r.state))
+    for (v, groups), state in zip(asked[1:], states, strict=True):
+        assert groups == [0, 1]
+        torch.testing.assert_close(v, state.x + state.lam / 0.5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradmm import reference
+from gradmm import projection, reference
 from gradmm.errors import UserError
 from gradmm.projection import PROJECTIONS, Reading, Tables, allowed_tokens, project, text_mask
 
@@ -93,3 +93,31 @@ def test_bad_settings_are_one_sentence(tiny_model):
         project(model, Tables.of(model), vectors(model, 1, 3), [()], rows, reading)
     with pytest.raises(UserError, match="exceed the context of 64"):
         project(model, Tables.of(model), vectors(model, 1, 64), [(0,)], rows, reading)
+
+
+@pytest.mark.parametrize("order", PROJECTIONS)
+def test_blocks_of_candidates_change_no_token(tiny_model, order, monkeypatch):
+    model, rows = tiny_model("phi"), torch.zeros(7, dtype=torch.long)
+    v, reading = vectors(model, 7, 3), Reading(order, 6, every(model))
+    whole = project(model, Tables.of(model), v, PROMPTS, rows, reading)
+    for numbers in (1, 6 * 32, 2 * 6 * 32, 3 * 6 * 32 + 5):
+        monkeypatch.setattr(projection, "GATHERED_NUMBERS", numbers)
+        assert torch.equal(project(model, Tables.of(model), v, PROMPTS, rows, reading), whole)
+
+
+def test_a_prompt_and_text_may_fill_the_context(tiny_model):
+    model = tiny_model("llama")
+    ids = project(model, Tables.of(model), vectors(model, 1, 63), [(0,)], torch.tensor([0]), Reading("lm_then_nearest", 5, every(model)))
+    assert ids.shape == (1, 63)
+
+
+def test_the_end_is_allowed_from_min_tokens_on_and_the_callers_mask_stays(tiny_model):
+    allowed = every(tiny_model("llama"))
+    reading = Reading("lm_then_nearest", 5, allowed, end=3, min_tokens=2)
+    assert [bool(projection._allowed_at(reading, position)[3]) for position in range(4)] == [False, False, True, True]
+    assert bool(allowed.all()) and projection._allowed_at(Reading("lm_then_nearest", 5, allowed), 0) is allowed
+
+
+def test_what_is_printable():
+    assert all(map(projection._printable, ["a", " a", "the end", "é", "日本", "!", "שלום"]))
+    assert not any(map(projection._printable, ["", " ", "\n", "a\n", "\t", "\ufffd", "a\ufffd", "\u202e", "\u200b", "\x07", "a\u0000"]))

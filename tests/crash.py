@@ -30,7 +30,7 @@ from gradmm.comparison import compare
 from gradmm.models import Model, wrap_model
 
 CLOCKS = ("clock", "seconds", "executed")  # of manifests and stamps; an executed notebook holds its times
-WRITES = {"synthesis": 14, "comparison": 30, "batch": 4}  # files that an uninterrupted run writes, about
+WRITES = {"synthesis": 14, "comparison": 22, "batch": 4}  # of the files that an uninterrupted run writes
 METHODS, SEEDS = ("real", "gradmm"), (0, 1)
 
 

@@ -86,7 +86,7 @@ def test_identical_synthetic_texts_are_kept_once(model, monkeypatch):
 
 
 def test_bfloat16_moves_the_demo_s_loss_and_gradient_little(demo):
-    """The bounds that the book states: 0.01 of a loss between 0 and 2, a tenth of the gradient's norm."""
+    """The bounds that the book states: 0.01 of a loss between 0 and 2, a twentieth of the gradient's norm."""
     task, real, models = demo
     values, slopes = [], []
     draw = torch.randn(2, 4, 12, models["float32"].embedding.shape[1], generator=torch.Generator().manual_seed(0))
@@ -99,7 +99,7 @@ def test_bfloat16_moves_the_demo_s_loss_and_gradient_little(demo):
         slopes.append(torch.autograd.grad(value.sum(), x)[0].flatten(1))
     apart, turned = (values[0] - values[1]).abs().max().item(), ((slopes[0] - slopes[1]).norm(dim=1) / slopes[0].norm(dim=1)).max().item()
     print(json.dumps({"loss": apart, "gradient": turned}))
-    assert apart < 0.01 and turned < 0.1
+    assert apart < 0.01 and turned < 0.05
 
 
 @pytest.mark.slow
@@ -121,5 +121,5 @@ def test_how_far_apart_runs_with_other_threads_or_types_are(demo):
         same = sum(a == b for a, b in zip(base.dataset["text"], found[name].dataset["text"], strict=True)) / len(base.dataset)
         apart = [abs(a - found[name].manifest["set_match"][label]) for label, a in base.manifest["set_match"].items()]
         print(json.dumps({"run": name, "same texts": same, "set match apart": apart, "set match": base.manifest["set_match"]}))
-        assert max(apart) < 0.05
+        assert max(apart) < 0.01
         assert same >= (0.5 if name == "two threads" else 0)

@@ -5,6 +5,8 @@ Ito's; methods differ by marker as well as by colour.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 
 import datasets
 import matplotlib.pyplot as plt
@@ -12,9 +14,13 @@ import pandas
 from matplotlib import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SHORT = 20  # letters of a table's entry that stays on one line
+CHANGED = "style='background:rgba(230,159,0,0.3);color:inherit;border-bottom:2px solid #D55E00'"
+TEXT = "style='text-align:left;white-space:pre-wrap'"
 STYLE = {
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
@@ -58,8 +64,15 @@ def convergence(history: pandas.DataFrame) -> Figure:
     left.set(xlabel="outer step", ylabel="matching loss (1 - cosine)", title="Loss", ylim=(0, None))
     right.set(xlabel="outer step", ylabel="norm", title="Residuals", yscale="log")
     for axes in (left, right):
+        _whole_steps(axes, history["step"])
         axes.legend()
     return figure
+
+
+def _whole_steps(axes: Axes, steps: Sequence) -> None:
+    """Ticks at whole numbers alone, where what is counted comes in whole numbers."""
+    if pandas.api.types.is_integer_dtype(pandas.Index(steps)) and axes.get_xscale() == "linear":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _band(axes: Axes, history: pandas.DataFrame, column: str, label: str, place: int) -> None:
@@ -141,6 +154,7 @@ def lines(series: Mapping[str, pandas.Series], xlabel: str, ylabel: str) -> Figu
     for place, (name, values) in enumerate(series.items()):
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         axes.plot(values.index, values, label=name, color=colour, marker=marker, markersize=4)
+        _whole_steps(axes, values.index)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend()
     return figure
@@ -159,6 +173,7 @@ def bands(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str) -> 
             colour, spread = COLOURS[number % len(COLOURS)], frame["std"].astype(float).fillna(0)
             place.plot(frame.index, frame["mean"], label=name, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4)
             place.fill_between(frame.index, frame["mean"] - spread, frame["mean"] + spread, color=colour, alpha=0.15, linewidth=0)
+            _whole_steps(place, frame.index)
         place.set(xlabel=xlabel, ylabel=ylabel)
         place.legend()
     return figure
@@ -253,7 +268,53 @@ def growth(panels: Mapping[str, Mapping]) -> Figure:
 
 
 def table(rows: Sequence[Mapping] | pandas.DataFrame, digits: int = 3):
-    """Rows as an HTML table with whole texts; anything in a text that looks like HTML is shown, not obeyed."""
+    """Rows as an HTML table with whole texts; anything in a text that looks like HTML is shown, not obeyed.
+
+    A column of short entries is not broken into lines, and what was not measured is a dash.
+    """
     frame = pandas.DataFrame(rows)
-    styled = frame.style.format(precision=digits, escape="html").format_index(precision=digits, escape="html", axis="columns").hide(axis="index")
-    return styled.set_properties(**{"text-align": "left", "white-space": "normal"})
+    short = [name for name in frame if frame[name].map(_length).max() <= SHORT]
+    styled = frame.style.format(precision=digits, escape="html", na_rep="–").hide(axis="index")
+    styled = styled.format_index(precision=digits, escape="html", axis="columns")
+    styled = styled.set_properties(**{"text-align": "left", "white-space": "normal"})
+    return styled.set_properties(subset=short, **{"white-space": "nowrap"})
+
+
+def _length(value) -> int:
+    return len(value) if isinstance(value, str) else 0
+
+
+@dataclass(frozen=True)
+class Markup:
+    """HTML that a notebook shows as it is."""
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def evolution(texts: Mapping[object, Sequence[str]], heading: str = "step") -> Markup:
+    """One text from step to step, a row a step; tokens that differ from the row above are underlined on a tinted ground.
+
+    The marks can be told from the other tokens in grey, and on light and dark pages alike. Text is shown, never obeyed.
+
+    Args:
+        texts: for each step its tokens, as the tokenizer spells them, from left to right.
+        heading: of the steps' column.
+    """
+    rows, above = [], None
+    for step, tokens in texts.items():
+        changed = [above is not None and (place >= len(above) or above[place] != token) for place, token in enumerate(tokens)]
+        pieces = (_piece(token, moved) for token, moved in zip(tokens, changed, strict=True))
+        count = "" if above is None else f"{sum(changed)} of {len(tokens)}"
+        rows.append(f"<tr><td>{escape(str(step))}</td><td style='white-space:nowrap'>{count}</td><td {TEXT}>{''.join(pieces)}</td></tr>")
+        above = tokens
+    head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in (heading, "tokens changed", "text"))
+    return Markup(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>")
+
+
+def _piece(token: str, changed: bool) -> str:
+    """A token's HTML; ends of lines are made visible so that a row stays a row."""
+    shown = escape(token.replace("\r", "").replace("\n", "↵"))
+    return f"<mark {CHANGED}>{shown}</mark>" if changed else f"<span>{shown}</span>"

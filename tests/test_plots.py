@@ -112,3 +112,26 @@ def test_growth_draws_every_run_and_the_line():
     assert (left.get_xlabel(), right.get_xlabel(), left.get_ylabel()) == ("steps", "length", "seconds")
     assert list(left.lines[0].get_ydata()) == [3.0, 10.0] and len(left.collections) == 3
     assert "within 1.2%" in left.get_legend().get_texts()[1].get_text()
+
+
+def test_what_was_not_measured_is_a_dash_and_short_columns_stay_on_a_line():
+    html = plots.table([{"a": None, "b": "short", "c": "long enough to need two lines"}, {"a": 0.5, "b": "x", "c": "y"}]).to_html()
+    assert ">–<" in html and ">nan<" not in html and ">0.500<" in html
+    assert html.count("white-space: nowrap") >= 1 and "white-space: normal" in html
+
+
+def test_steps_are_whole_numbers():
+    curve = pandas.Series([0.1, 0.2], index=[1, 2])
+    (axes,) = plots.lines({"a": curve}, "outer step", "loss").axes
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    (axes,) = plots.lines({"a": curve.set_axis([0.1, 0.2])}, "rate", "loss").axes
+    assert not all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+def test_a_text_from_step_to_step_marks_what_changed_and_obeys_nothing():
+    shown = plots.evolution({1: [" good", " <b>", "\n"], 2: [" bad", " <b>", "\n", "!"]})._repr_html_()
+    first, second = shown.split("<tr><td>")[1:]
+    assert "<mark" not in first and second.count("<mark") == 2 and "2 of 4" in second
+    assert "> bad</mark>" in second and ">!</mark>" in second
+    assert "<b>" not in shown and "&lt;b&gt;" in shown and "↵" in shown
+    assert "color:inherit" in second and "border-bottom" in second  # legible on any ground, and in grey

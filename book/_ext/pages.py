@@ -4,7 +4,10 @@ Launch buttons appear when `_config.yml` names `repository: {url: ...}` and `lau
 stored, in `notebooks/`: the executed copies that the pages are made of are not in the repository.
 """
 
+import re
+import struct
 from html import escape
+from pathlib import Path
 
 from sphinx.errors import ExtensionError
 
@@ -46,6 +49,17 @@ def stored(button: dict) -> dict:
     return {**button, "url": button["url"].replace(EXECUTED, STORED)} if "url" in button else button
 
 
+def mark_wide(app, body: str) -> str:
+    """The page with `data-wide` at every figure of more than one panel: a narrow screen shows those in a box that scrolls."""
+    places = {name: Path(app.srcdir, source) for source, name in app.builder.images.items()}
+
+    def mark(found: re.Match) -> str:
+        width, height = struct.unpack(">II", places[found[2]].read_bytes()[16:24]) if found[2] in places else (1, 1)
+        return f"<img data-wide {found[1]}" if width > 2 * height else found[0]
+
+    return re.sub(r'<img ([^>]*src="[^"]*/([^"/]+\.png)")', mark, body)
+
+
 def finish(app, pagename, templatename, context, doctree) -> None:
     """Sphinx's hook, after the theme has put its buttons together."""
     keep_local(context)
@@ -56,7 +70,7 @@ def finish(app, pagename, templatename, context, doctree) -> None:
             group["buttons"] = [stored(button) for button in group["buttons"]]
     place = {"source": f"{context['pathto']('_sources', 1)}/{context['sourcename']}", "reproduce": context["pathto"]("book/reproduce")}
     name = pagename.removeprefix(EXECUTED)
-    context["body"] += BLOCK.format(name=escape(name), **{key: escape(value) for key, value in place.items()})
+    context["body"] = mark_wide(app, context["body"]) + BLOCK.format(name=escape(name), **{key: escape(value) for key, value in place.items()})
 
 
 def setup(app):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from gradmm import files
+from gradmm import files, records
 from gradmm.errors import require
 
 DATA = Path(__file__).resolve().parent / "data" / "paper.yaml"
@@ -90,7 +90,7 @@ def claims() -> tuple[Claim, ...]:
 
 
 def own_runs(folder: str | Path) -> list[dict]:
-    """The accuracies in JSON files that notebooks wrote, copied to `<folder>/<preset>/<notebook>.json`.
+    """The accuracies in JSON files that notebooks wrote, copied to `<folder>/<preset>/<notebook>.json`, and in records.
 
     Returns:
         For each file, model and method: record (path without the suffix), experiment (a name, or None where the path is no
@@ -106,6 +106,7 @@ def own_runs(folder: str | Path) -> list[dict]:
     for path in sorted(folder.rglob("*.json")):
         values = files.read_json(path, files.MAX_TEXT_BYTES)
         require(isinstance(values, dict), f"{path} holds no JSON object: copy the file that a notebook wrote")
+        values = values["results"] if set(records.KEYS) <= set(values) else values
         record = path.relative_to(folder).with_suffix("").as_posix()
         start = {"record": record, "experiment": known.get(record)}
         rows += [{**start, **row} for row in _accuracies(values)]

@@ -5,7 +5,7 @@ Letters: M test examples.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -88,15 +88,11 @@ class Comparison:
     def verdict(self, first: str, second: str) -> str:
         """Whether `first` beats `second`, as a sentence; only an interval that leaves out 0 decides."""
         gap, (one, other) = self.difference(first, second), (self.methods[name]["accuracy"]["mean"] for name in (first, second))
-        word = "beats" if gap["low"] > 0 else "is beaten by" if gap["high"] < 0 else "cannot be told from"
-        return (
-            f"{first} ({one:.3f}) {word} {second} ({other:.3f}): difference {gap['mean']:+.3f}, "
-            f"{gap['confidence']:.0%} interval {gap['low']:+.3f} to {gap['high']:+.3f}"
-        )
+        return _sentence(first, one, second, other, gap)
 
     def table(self) -> pandas.DataFrame:
         """One row for each method."""
-        return pandas.DataFrame([_table_row(name, figures) for name, figures in self.methods.items()])
+        return table_of(self.methods)
 
     def curves(self) -> pandas.DataFrame:
         """Every look of every fine-tuning: method, seed and the columns of `finetuning.Training.curve`."""
@@ -124,6 +120,34 @@ class Comparison:
         curves = self.curves()
         some = curves[(curves["method"] == method) & (curves["learning_rate"] == learning_rate)]
         return some.pivot(index="step", columns="seed", values=column).astype(float).dropna()
+
+
+def table_of(methods: Mapping[str, Mapping]) -> pandas.DataFrame:
+    """One row for each method.
+
+    Args:
+        methods: `Comparison.methods`, or what a notebook's JSON holds of it.
+    """
+    return pandas.DataFrame([_table_row(name, figures) for name, figures in methods.items()])
+
+
+def verdicts_of(methods: Mapping[str, Mapping]) -> list[str]:
+    """Whether each method beats gradmm, a sentence each; only an interval that leaves out 0 decides. None without gradmm.
+
+    Args:
+        methods: as in `table_of`.
+    """
+    means = {name: figures["accuracy"]["mean"] for name, figures in methods.items()}
+    gaps = {name: figures["minus_gradmm"] for name, figures in methods.items() if figures["minus_gradmm"] is not None}
+    return [_sentence(name, means[name], "gradmm", means["gradmm"], gap) for name, gap in gaps.items()]
+
+
+def _sentence(first: str, one: float, second: str, other: float, gap: Mapping[str, float]) -> str:
+    word = "beats" if gap["low"] > 0 else "is beaten by" if gap["high"] < 0 else "cannot be told from"
+    return (
+        f"{first} ({one:.3f}) {word} {second} ({other:.3f}): difference {gap['mean']:+.3f}, "
+        f"{gap['confidence']:.0%} interval {gap['low']:+.3f} to {gap['high']:+.3f}"
+    )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -92,7 +92,7 @@ def build(root: Path) -> Path:
 
     A warning is an error: RuntimeError with the build's last lines.
     """
-    command = [sys.executable, "-m", "jupyter_book", "build", str(root), "--path-output", str(root / "book")]
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(root), "--path-output", str(root / "book")]
     command += ["--config", str(root / "book" / "_config.yml"), "--toc", str(root / "book" / "_toc.yml"), "-W", "--keep-going", "-n"]
     environment = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)

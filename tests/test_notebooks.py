@@ -7,7 +7,7 @@ import executing
 import nbformat
 import pytest
 
-from gradmm import demo_text, files
+from gradmm import demo_text, files, records
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -165,6 +165,31 @@ def test_the_same_seeds_give_the_same_numbers(name, tmp_path):
         (place,) = (tmp_path / str(number)).rglob(f"{name}.json")
         written.append(place.read_bytes())
     assert len(json.loads(written[0])["seeds"]) == 5 and written[0] == written[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+def test_recorded_comparisons_are_shown_as_they_stand(tmp_path, shared_folder):
+    """The last section of 03-finetuning by itself, on records made from the smoke run; by default there are none."""
+    folder = executing.smoke_run("03-finetuning", shared_folder)
+    (written,) = folder.rglob("03-finetuning.json")
+    results = json.loads(written.read_text(encoding="utf-8"))
+    for name in ("rotten_tomatoes", "sst2"):
+        records.write_record(tmp_path / "records" / f"03-finetuning-{name}.json", results, {"seeds": 2, "data": name})
+    notebook = nbformat.read(ROOT / "notebooks" / "03-finetuning.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    start = [place for place, cell in enumerate(code) if cell.source.startswith("recorded = ")][0]
+    notebook.cells = [*code[:2], *code[start:]]
+    nbformat.write(notebook, tmp_path / "section.ipynb")
+    with executing.quiet(tmp_path):
+        (tmp_path / "run").mkdir()
+        executed = executing.execute(tmp_path / "section.ipynb", {"records": str(tmp_path / "records")}, tmp_path / "run")
+    shown = [data for cell in executed.cells for output in cell.get("outputs", []) if (data := output.get("data"))]
+    assert sum("image/png" in data for data in shown) == 1 and sum("text/html" in data for data in shown) == 2
+    text = "\n".join(data.get("text/markdown", "") for data in shown)
+    assert "**sst2**: 2 seed(s), 40 test texts" in text and "**rotten_tomatoes**" in text and f"commit `{records.commit()[:12]}`" in text
+    real = results["methods"]["real"]
+    assert text.count(f"- real ({real['accuracy']['mean']:.3f})") == 2 and f"difference {real['minus_gradmm']['mean']:+.3f}" in text
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gradmm import PRESETS, paper
+from gradmm import PRESETS, paper, records
 from gradmm.errors import UserError
 
 PARAMS = Path(__file__).resolve().parents[1] / "notebooks" / "params"
@@ -70,6 +70,16 @@ def test_own_runs_are_read_from_every_notebook_s_results(tmp_path):
     figures = [paper.own_figure(claim, rows) for claim in paper.claims()]
     assert figures == [0.75, 0.75, 0.25, None, None, None]  # no zero-shot texts in these runs, and two statements
     assert [paper.own_figure(claim, []) for claim in paper.claims()] == [None] * 6
+
+
+def test_a_record_is_read_like_the_results_that_it_holds(tmp_path):
+    records.write_record(tmp_path / "paper-sst2" / "03-finetuning.json", {"methods": methods(gradmm=0.75)}, {"seeds": 2})
+    records.write_record(tmp_path / "03-finetuning-sst2.json", {"methods": methods(gradmm=0.5)}, {"seeds": 2})
+    records.write_record(tmp_path / "07-matching.json", {"seconds": [1.0]}, {})
+    rows = paper.own_runs(tmp_path)
+    assert [(row["record"], row["experiment"], row["accuracy"]) for row in rows] == [
+        ("03-finetuning-sst2", None, 0.5), ("paper-sst2/03-finetuning", "sst2", 0.75)
+    ]  # fmt: skip
 
 
 def test_what_is_no_record_is_refused(tmp_path):

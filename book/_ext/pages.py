@@ -42,6 +42,7 @@ def keep_local(context: dict) -> None:
         if "thebe" not in f"{script.filename} {body}":
             kept.setdefault((str(script.filename), body), script)
     context["script_files"] = list(kept.values())
+    context["css_files"] = [sheet for sheet in context.get("css_files", []) if "thebe" not in str(sheet.filename)]
 
 
 def stored(button: dict) -> dict:

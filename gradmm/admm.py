@@ -130,6 +130,9 @@ def start(x: Tensor, config: Config) -> Result:
 
     Args:
         x: (K, B, L, D) initial values, finite.
+
+    Raises:
+        UserError: x has a value that is not finite.
     """
     require(bool(torch.isfinite(x).all()), "the initial x has values that are not finite: start from finite embeddings")
     groups = x.shape[0]
@@ -165,6 +168,16 @@ def solve(
 
     Returns:
         Result.
+
+    >>> import torch
+    >>> config = Config(rho=1.0, outer_steps=5, inner_steps=5, lr=0.1)
+    >>> def objective(x, ids, groups):  # pulls every number to 0.9
+    ...     return (x - 0.9).square().sum((1, 2, 3))
+    >>> def project(v, groups):  # whole numbers alone are allowed
+    ...     return v.round(), v.round().long().squeeze(-1)
+    >>> result = solve(objective, project, start(torch.zeros(1, 1, 2, 1), config), config)
+    >>> result.value, result.reason
+    (tensor([[[1, 1]]]), ('step limit: all 5 outer steps were taken',))
     """
     result = begin
     while result.state.active.any():

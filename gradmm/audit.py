@@ -330,7 +330,11 @@ def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
 
 
 def neighbour_scores(texts: Sequence[str], synthetic: Sequence[str]) -> list[float]:
-    """Each text's cosine to its nearest synthetic text, over TF-IDF of letter 3- to 5-grams fitted on the synthetic texts."""
+    """Each text's cosine to its nearest synthetic text, over TF-IDF of letter 3- to 5-grams fitted on the synthetic texts.
+
+    Raises:
+        UserError: no synthetic text has a letter.
+    """
     require(any(text.strip() for text in synthetic), "there is no synthetic text to compare with: give at least one")
     vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
     known = vectors.fit_transform(synthetic)

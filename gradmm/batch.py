@@ -422,7 +422,11 @@ def _default_processes() -> int:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """The outcomes as a table of plain text."""
+    """The outcomes as a table of plain text.
+
+    >>> summary([Outcome("00-quickstart", "executed", 12.34), Outcome("01-theory", "unchanged", 0.0)]).splitlines()[1]
+    '00-quickstart executed  12.3'
+    """
     rows = [{"notebook": o.name, "state": o.state, "seconds": f"{o.seconds:.1f}" if o.seconds else "", "note": o.note} for o in outcomes]
     frame = pandas.DataFrame(rows)
     return "\n".join(line.rstrip() for line in frame.to_string(index=False, justify="left", formatters=_left(frame)).splitlines())

@@ -51,7 +51,11 @@ class Encoded:
 
     @staticmethod
     def of(model: Model, task: Task, tokens: TaskTokens, examples: Sequence[Example], what: str) -> "Encoded":
-        """Encode and check examples once."""
+        """Encode and check examples once.
+
+        Raises:
+            UserError: no examples, a label that the task does not have, or a text too long for the model.
+        """
         require(len(examples) > 0, f"there are 0 {what} examples, at least 1 is needed: give some")
         examples = check_examples(examples, task, f"{what} example")
         sequences = [tokens.sequence(example.text) for example in examples]

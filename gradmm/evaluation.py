@@ -111,7 +111,11 @@ def words(text: str) -> list[str]:
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """The share of the texts' word n-grams that are distinct (Li et al. 2016); 0 where no text has n words."""
+    """The share of the texts' word n-grams that are distinct (Li et al. 2016); 0 where no text has n words.
+
+    Raises:
+        UserError: n is no whole number of at least 1.
+    """
     require(isinstance(n, int) and n >= 1, f"n = {n!r}, it must be a whole number of at least 1: 1 and 2 are usual")
     grams = [gram for text in texts for gram in zip(*(words(text)[i:] for i in range(n)), strict=False)]
     return len(set(grams)) / len(grams) if grams else 0.0
@@ -195,7 +199,11 @@ class Summary:
 
 
 def summarise_runs(values: Sequence[float]) -> Summary:
-    """Mean and spread of one figure over runs that differ in their seed."""
+    """Mean and spread of one figure over runs that differ in their seed.
+
+    Raises:
+        UserError: no runs.
+    """
     require(len(values) > 0, "there are 0 runs to summarise, at least 1 is needed: run one")
     return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, tuple(map(float, values)))
 

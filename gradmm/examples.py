@@ -138,7 +138,11 @@ def sample_examples(examples: Sequence[Example], n: int, task: Task, seed: int) 
 
 
 def refuse_overlap(seen: Iterable[Example], test: Iterable[Example]) -> None:
-    """Raise if any example that training or generation saw is in the test set; its text may be private and is not shown."""
+    """Raise if any example that training or generation saw is in the test set; its text may be private and is not shown.
+
+    Raises:
+        UserError: there is one.
+    """
     hashes = {content_hash(example.text) for example in test}
     shared = [number for number, example in enumerate(seen, 1) if content_hash(example.text) in hashes]
     require(

@@ -99,7 +99,11 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str]) -> Path:
 
 
 def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
-    """Read a safetensors file: (tensors, metadata); each tensor in memory of its own, so that no place in a file decides on last bits."""
+    """Read a safetensors file: (tensors, metadata); each tensor in memory of its own, so that no place in a file decides on last bits.
+
+    Raises:
+        UserError: no such file, or not a whole safetensors file.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})
@@ -108,7 +112,11 @@ def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """Read a UTF-8 text file of at most `limit` bytes; a byte order mark at its start is left out."""
+    """Read a UTF-8 text file of at most `limit` bytes; a byte order mark at its start is left out.
+
+    Raises:
+        UserError: no such file, more bytes, not UTF-8, or not readable.
+    """
     path = Path(path)
     require(path.is_file(), f"{path} does not exist: give the path of a readable file")
     size = path.stat().st_size
@@ -136,6 +144,9 @@ def read_yaml(path: Path) -> Any:
     """Read one YAML value with the safe loader; a syntax error names file and line.
 
     Aliases are refused: a few lines of them stand for more values than a memory holds.
+
+    Raises:
+        UserError: not YAML, an alias, or more than `MAX_SETTINGS_BYTES`.
     """
     text = read_text(path, MAX_SETTINGS_BYTES)
     try:

@@ -228,6 +228,11 @@ def greedy_order(factors: Factors, target: Target, count: int, distance: str = "
 
     Returns:
         Row numbers, the first chosen first; among equals the one that stands earlier.
+
+    >>> import torch
+    >>> factors = Factors(torch.eye(2), torch.eye(2))  # two examples that share nothing
+    >>> greedy_order(factors, FactorTarget(Factors(torch.eye(2)[1:], torch.eye(2)[1:])), count=1)
+    [1]
     """
     inners, squares, targets = target.inner(factors), grams(factors), target.norms()
     size, taken = len(factors.delta), torch.zeros(len(factors.delta), dtype=torch.bool, device=factors.delta.device)

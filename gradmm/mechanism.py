@@ -43,13 +43,24 @@ def exact_sigma(epsilon: float, delta: float) -> float:
 
 
 def classic_sigma(epsilon: float, delta: float) -> float:
-    """sqrt(2 ln(1.25/delta)) / epsilon, valid for epsilon <= 1 alone (Dwork and Roth 2014, theorem A.1)."""
+    """sqrt(2 ln(1.25/delta)) / epsilon, valid for epsilon <= 1 alone (Dwork and Roth 2014, theorem A.1).
+
+    Raises:
+        UserError: epsilon above 1.
+
+    >>> classic_sigma(1.0, 1e-5) > exact_sigma(1.0, 1e-5)  # the exact calibration needs less noise
+    True
+    """
     require(epsilon <= 1, f"epsilon = {epsilon} with the classic calibration, which is proved up to 1: use calibration='exact'")
     return math.sqrt(2 * math.log(1.25 / delta)) / epsilon
 
 
 def zhao2019_sigma(epsilon: float, delta: float) -> float:
-    """(c + sqrt(c^2 + epsilon)) / (epsilon sqrt 2), c^2 = ln(2 / (sqrt(16 delta + 1) - 1)) (Zhao et al. 2019, arXiv 1911.12060)."""
+    """(c + sqrt(c^2 + epsilon)) / (epsilon sqrt 2), c^2 = ln(2 / (sqrt(16 delta + 1) - 1)) (Zhao et al. 2019, arXiv 1911.12060).
+
+    Raises:
+        UserError: delta of 0.5 or more.
+    """
     require(delta < 0.5, f"delta = {delta} with the zhao2019 calibration, which is proved below 0.5: use calibration='exact'")
     square = math.log(2 / (math.sqrt(16 * delta + 1) - 1))
     return (math.sqrt(square) + math.sqrt(square + epsilon)) / (epsilon * math.sqrt(2))
@@ -103,6 +114,10 @@ def plan_entry(
     Raises:
         UserError: epsilon not positive and finite, delta outside (0, 1), clip not positive and finite, an unknown relation
             or calibration, or a claim outside the calibration's range.
+
+    >>> entry = plan_entry("gradients", "label_rows", 1.0, 1e-5, "replace-one", clip=1.0, calibration="exact", coordinates=320)
+    >>> entry.sensitivity, round(entry.sigma, 2)
+    (2.0, 7.46)
     """
     require(_is_number(epsilon) and 0 < epsilon < math.inf, f"epsilon = {epsilon!r}, it must be positive and finite: give such as 1.0")
     require(delta is not None, f"epsilon = {epsilon} without delta: give delta too, well below 1 / number of examples")

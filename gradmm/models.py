@@ -164,7 +164,11 @@ class Model:
         return states
 
     def check_lengths(self, sequences: Sequence[Sequence[int]]) -> None:
-        """Raise for a sequence that is empty or longer than the context."""
+        """Raise for a sequence that is empty or longer than the context.
+
+        Raises:
+            UserError: there is one.
+        """
         for number, sequence in enumerate(sequences, 1):
             require(len(sequence) > 0, f"text {number} has no tokens: every text needs at least one")
             require(

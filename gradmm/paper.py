@@ -136,6 +136,9 @@ def own_figure(claim: Claim, rows: Sequence[Mapping]) -> float | None:
 
     Returns:
         A share of 1; None for a statement, or where the runs are missing.
+
+    Raises:
+        UserError: the claim's kind is not known.
     """
     require(claim.kind in KINDS, f"the kind {claim.kind!r} of a claim is not known: use one of {', '.join(KINDS)}")
     found = []

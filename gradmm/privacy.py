@@ -239,7 +239,11 @@ def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:
 def release_space(
     model: Model, tokens: TaskTokens, name: str, texts: Sequence[str] | None = None, directions: int | None = None
 ) -> Space | BodySketch:
-    """The coordinates of a release, see there; a function of public inputs alone."""
+    """The coordinates of a release, see there; a function of public inputs alone.
+
+    Raises:
+        UserError: the space is not known, or has no use for these texts and directions.
+    """
     require(name in SPACES, f"the release space {name!r} is not known: use one of {', '.join(SPACES)}")
     require(
         name in PUBLIC_SPACES or (directions is None and (texts is None or name == "body")),

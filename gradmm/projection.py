@@ -52,6 +52,13 @@ def lm_then_nearest(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
 
     Returns:
         (N,) tokens.
+
+    >>> import torch
+    >>> table = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> tables, every = Tables(table, None, table, table.square().sum(-1)), torch.ones(3, dtype=torch.bool)
+    >>> state, target = torch.tensor([[1.0, 0.1]]), torch.tensor([[0.0, 1.0]])  # the model wants 1, the target is 2
+    >>> lm_then_nearest(tables, state, target, every, k=1), lm_then_nearest(tables, state, target, every, k=2)
+    (tensor([1]), tensor([2]))
     """
     logits = linear(state, tables.head, tables.bias).masked_fill(~allowed, -torch.inf)
     scores, candidates = logits.topk(k, dim=-1)

@@ -89,7 +89,11 @@ def solve(
     lr: float,
     clip: float,
 ) -> tuple[Tensor, float]:
-    """ADMM on one group, as written in the paper with z first: (best ids (B, L), their f)."""
+    """ADMM on one group, as written in the paper with z first: (best ids (B, L), their f).
+
+    Raises:
+        AssertionError: fewer than 0 outer steps.
+    """
     lam = torch.zeros_like(x)
     best_ids, best = None, float("inf")
     for outer in range(outer_steps + 1):

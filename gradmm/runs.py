@@ -119,7 +119,11 @@ class RunFolder:
         )
 
     def load_result(self, batch: int, device: torch.device) -> admm.Result | None:
-        """A batch's last saved result, or None."""
+        """A batch's last saved result, or None.
+
+        Raises:
+            UserError: the file there is no saved batch.
+        """
         place = self.place(batch)
         if place is None or not place.exists():
             return None

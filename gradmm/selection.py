@@ -122,6 +122,15 @@ def select(
 
     Returns:
         N verdicts, in order.
+
+    Raises:
+        UserError: not as many classes and scores as texts.
+
+    >>> import torch
+    >>> even = torch.full((3, 2), 0.5)
+    >>> found = select(["a", "b", "a"], [0, 0, 0], [0.2, 0.1, 0.0], [None] * 3, even, per_class=[1, 0], labels=["bad", "good"])
+    >>> [verdict.kept for verdict in found]  # the lowest score; the third stands earlier and is left out
+    [False, True, False]
     """
     require(len(texts) == len(classes) == len(scores), f"{len(texts)} texts, {len(classes)} classes, {len(scores)} scores: give one of each")
     verdicts: dict[int, Verdict] = _unusable(texts)

@@ -136,7 +136,11 @@ class SynthesisConfig:
 
     @staticmethod
     def from_dict(values: dict) -> "SynthesisConfig":
-        """Settings from plain values; unknown names are errors."""
+        """Settings from plain values; unknown names are errors.
+
+        Raises:
+            UserError: a name that is no setting, or a value that a setting cannot have.
+        """
         known = {item.name for item in fields(SynthesisConfig) if item.init}
         unknown = sorted(set(values) - known)
         require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}: the settings are {', '.join(sorted(known))}")

@@ -326,6 +326,10 @@ def load_task(task: "str | Path | Task | Mapping") -> Task:
 
     Raises:
         UserError: nothing of that name, an unknown field, or fields that do not fit together.
+
+    >>> task = load_task({"labels": ["bad", "good"], "verbalizers": [" bad", " great"], "template": "{text} It was"})
+    >>> task.template.format(text="We stayed an hour."), task.verbalizers
+    ('We stayed an hour. It was', (' bad', ' great'))
     """
     if isinstance(task, Task):
         return task

@@ -85,7 +85,11 @@ class FinetuneConfig:
 
     @staticmethod
     def from_dict(values: dict) -> "FinetuneConfig":
-        """Settings from plain values; unknown names are errors."""
+        """Settings from plain values; unknown names are errors.
+
+        Raises:
+            UserError: a name that is no setting, or a value that a setting cannot have.
+        """
         known = {item.name for item in fields(FinetuneConfig)}
         unknown = sorted(set(values) - known)
         require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}: the settings are {', '.join(sorted(known))}")

@@ -86,7 +86,11 @@ class Bench:
         return self.folder / "records" / f"{method}-seed{seed}.json"
 
     def load(self, method: str, seed: int) -> dict | None:
-        """A finished record, or None."""
+        """A finished record, or None.
+
+        Raises:
+            UserError: the record there was made with other settings.
+        """
         if self.folder is None or not self.place(method, seed).exists():
             return None
         record = files.read_json(self.place(method, seed), files.MAX_TEXT_BYTES)

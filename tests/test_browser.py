@@ -1,5 +1,6 @@
 """The built pages as a reader sees them: a real browser opens each from disk, without a network, wide and narrow, light and dark."""
 
+import ast
 import json
 import os
 import re
@@ -171,6 +172,14 @@ def test_the_checks_see_what_they_forbid(browser, tmp_path):
 def test_every_built_page_is_tested(book):
     built = {path.relative_to(book).with_suffix("").as_posix() for path in book.rglob("*.html") if "_static" not in path.parts}
     assert built - {"index"} == set(PAGES)
+
+
+def test_every_public_name_is_on_the_api_page(book):
+    anchors = Links((book / "book" / "api.html").read_text(encoding="utf-8")).anchors
+    written = {path.stem: ast.parse(path.read_text(encoding="utf-8")).body for path in (executing.ROOT / "gradmm").glob("[!_]*.py")}
+    kinds = ast.FunctionDef | ast.ClassDef
+    names = {f"gradmm.{room}.{node.name}" for room, body in written.items() for node in body if isinstance(node, kinds) and node.name[0] != "_"}
+    assert not names - anchors
 
 
 class Links(HTMLParser):

@@ -353,7 +353,11 @@ class Plan:
         return expected_bytes(ModelShape.of(self.model), work)
 
     def check_processes(self) -> None:
-        """Refuse more processes than there are units of work for."""
+        """Refuse more processes than there are units of work for.
+
+        Raises:
+            UserError: there are more.
+        """
         count, units = sharding.launched()[1], len(self.batches())
         require(
             self.config.search == "pool" or count <= units,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from against_reference import SHAPES
-from whole_synthesis import TASK, settings_of, worded_examples, worded_model
+from whole_synthesis import TASK, save, settings_of, worded_examples, worded_model
 
-from gradmm import performance, records
+from gradmm import performance
 
 FACTORS = (1, 2, 4, 6, 8)
 STARTS = {"n_synthetic": None, "outer_steps": 1, "inner_steps": 4, "length": 8}  # from where each setting grows
@@ -58,9 +58,7 @@ def main(arguments: list[str] | None = None) -> dict:
     for name, row in results.items():
         points = ", ".join(f"{size}: {seconds:.2f} s" for size, seconds in zip(row["sizes"], row["seconds"], strict=True))
         print(f"{name:12} {points}; at most {row['worst_percent']:.1f}% from {row['start_seconds']:.2f} + {row['slope_seconds']:.3f} n")
-    if options.output:
-        named = {name: value for name, value in vars(options).items() if name != "output"}
-        records.write_record(options.output, results, {**named, "sizes": SHAPES[options.shape]})
+    save(results, options)
     return results
 
 

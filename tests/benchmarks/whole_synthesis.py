@@ -236,6 +236,13 @@ def show(results: dict, options: argparse.Namespace) -> None:
         print(f"tokens that both sides wrote alike: {results['same_tokens']:.0%}")
 
 
+def save(results: dict, options: argparse.Namespace) -> None:
+    """Write the record where --output asks for one."""
+    if options.output:
+        named = {name: value for name, value in vars(options).items() if name != "output"}
+        records.write_record(options.output, results, {**named, "sizes": SHAPES[options.shape]})
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -263,9 +270,7 @@ def main(arguments: list[str] | None = None) -> dict:
     torch.set_num_threads(options.threads)
     results = measure(options)
     show(results, options)
-    if options.output:
-        named = {name: value for name, value in vars(options).items() if name != "output"}
-        records.write_record(options.output, results, {**named, "sizes": SHAPES[options.shape]})
+    save(results, options)
     return results
 
 

@@ -148,6 +148,15 @@ def measure(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def keep(rows: list[dict], options: argparse.Namespace) -> dict:
+    """The rows with what they came from, written as JSON where --output asks for it."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    record = {"settings": settings, "sizes": SHAPES[options.shape], "torch": torch.__version__, "rows": rows}
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -175,11 +184,7 @@ def main(arguments: list[str] | None = None) -> dict:
         spread = f"{row['ratio_low']:.1f} to {row['ratio_high']:.1f}"
         counts = f"{row['fast_operations'] / 1e9:.1f} : {row['reference_operations'] / 1e9:.1f}, differ {row['disagreement']:.1g}"
         print(f"{row['work']:32} {row['fast_seconds']:9.3f} {row['reference_seconds']:10.3f} {row['ratio']:6.1f}x  ({spread}); {counts}")
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    record = {"settings": settings, "sizes": SHAPES[options.shape], "torch": torch.__version__, "rows": rows}
-    if options.output:
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return record
+    return keep(rows, options)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from against_reference import SHAPES, random_model
+from against_reference import SHAPES, keep, random_model
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
@@ -141,11 +141,7 @@ def main(arguments: list[str] | None = None) -> dict:
     for row in rows:
         sizes = [row[name] / 1e6 for name in ("weights", "peak_over_weights", "expected_over_weights")]
         print(f"{row['dtype']:10} {sizes[0]:10.1f} {sizes[1]:10.1f} {row['share_of_weights']:6.2f}x {sizes[2]:10.1f}")
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    record = {"settings": settings, "sizes": SHAPES[options.shape], "torch": torch.__version__, "rows": rows}
-    if options.output:
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return record
+    return keep(rows, options)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One run at a time in an output folder, whatever ends the run.
 
 Knows no run. The lock belongs to the operating system, which takes it back when the process ends, even by SIGKILL; a lock
-file that a killed run has left keeps nobody out. Processes that share the work of one run take no lock of their own:
-whoever started them holds it for them.
+file that a killed run has left keeps nobody out. Of the processes that share the work of one run the leading one holds it for
+all.
 """
 
 import fcntl

@@ -22,7 +22,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from gradmm.errors import require
+from gradmm.errors import is_number, require
 from gradmm.gradients import DenseTarget, Factors
 from gradmm.seeds import generator
 
@@ -119,21 +119,17 @@ def plan_entry(
     >>> entry.sensitivity, round(entry.sigma, 2)
     (2.0, 7.46)
     """
-    require(_is_number(epsilon) and 0 < epsilon < math.inf, f"epsilon = {epsilon!r}, it must be positive and finite: give such as 1.0")
+    require(is_number(epsilon) and epsilon > 0, f"epsilon = {epsilon!r}, it must be positive and finite: give such as 1.0")
     require(delta is not None, f"epsilon = {epsilon} without delta: give delta too, well below 1 / number of examples")
-    require(_is_number(delta) and 0 < delta < 1, f"delta = {delta!r}, it must lie between 0 and 1: give such as 1e-5")
+    require(is_number(delta) and 0 < delta < 1, f"delta = {delta!r}, it must lie between 0 and 1: give such as 1e-5")
     least, most = CLIP_RANGE
-    require(_is_number(clip) and least <= clip <= most, f"clip = {clip!r}, it must lie between {least:g} and {most:g}: give such as 1.0")
+    require(is_number(clip) and least <= clip <= most, f"clip = {clip!r}, it must lie between {least:g} and {most:g}: give such as 1.0")
     require(relation in RELATIONS, f"the relation {relation!r} is not known: use one of {', '.join(RELATIONS)}")
     require(calibration in CALIBRATIONS, f"the calibration {calibration!r} is not known: use one of {', '.join(CALIBRATIONS)}")
     sensitivity = RELATIONS[relation] * clip
     sigma = sensitivity * CALIBRATIONS[calibration](epsilon, delta)
     values = (float(epsilon), float(delta), relation, float(clip), sensitivity, calibration, sigma, coordinates)
     return LedgerEntry(what, space, *values)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # ---------------------------------------------------------------- composition

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from gradmm import files
-from gradmm.errors import UserError, require
+from gradmm.errors import UserError, is_whole, require
 from gradmm.examples import Example, check_examples
 from gradmm.generation import prompted_texts
 from gradmm.gradients import DenseTarget, Factors, FactorTarget, Space, Target
@@ -215,7 +215,7 @@ def release(
 
 def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:
     require(
-        length is None or (isinstance(length, int) and not isinstance(length, bool) and length >= 1),
+        length is None or (is_whole(length) and length >= 1),
         f"length = {length!r}, it must be a whole number of at least 1: give the tokens of a synthetic text",
     )
     require(

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from gradmm.batch import read_parameters
 from gradmm.errors import UserError
-from gradmm.models import DTYPES, load_model
+from gradmm.models import load_model
 from gradmm.privacy import load_release
 from gradmm.sharding import launched
 from gradmm.synthesis import PRESETS, SynthesisConfig, synthesize
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--settings", metavar="FILE", help="a YAML file of SynthesisConfig's settings, over the preset")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="results and unfinished work; seen by all processes")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32)")
+    parser.add_argument("--dtype", help="of the weights: float32, bfloat16, float64 or auto (default: float32)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 

@@ -6,7 +6,7 @@ PAPERMILL = $(BIN)/papermill --kernel python3
 # Notebooks that `make test` runs as they are stored; the suite runs the others with their smoke presets.
 FAST := $(wildcard notebooks/00-quickstart.ipynb)
 # Begun first where no earlier run says how long each takes, so that no core waits for the last one.
-LONGEST := notebooks/05-ablations.ipynb notebooks/03-finetuning.ipynb
+LONGEST := $(addprefix notebooks/,05-ablations.ipynb 03-finetuning.ipynb 08-paper.ipynb)
 
 .PHONY: quickstart test test-oldest lint lab book clean
 .DELETE_ON_ERROR:

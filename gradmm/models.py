@@ -105,7 +105,7 @@ class Model:
 
     def read(self, ids: Tensor, mask: Tensor | None = None, cache=None):
         """Read tokens, those of a cache before them: (N, T) ids, (N, P + T) mask or None -> (state (N, D) at the end, cache)."""
-        output = self.body(input_ids=ids, attention_mask=mask, use_cache=True, **({} if cache is None else {self._cache_name: cache}))
+        output = self.body(inputs_embeds=self.embed(ids), attention_mask=mask, use_cache=True, **({} if cache is None else {self._cache_name: cache}))
         return output.last_hidden_state[:, -1], output[self._cache_name]
 
     @cached_property

@@ -9,7 +9,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from gradmm.errors import UserError
 from gradmm.evaluation import is_complete_sentence
 from gradmm.examples import Example, content_hash, load_data, sample_examples
-from gradmm.generation import Sampling, _Writer, generate_texts
+from gradmm.generation import Sampling, _Writer, generate_texts, nucleus
 from gradmm.models import load_model
 from gradmm.projection import allowed_tokens
 from gradmm.tasks import Task, tokenize_task
@@ -75,6 +75,25 @@ def test_draws_follow_the_model_with_temperature_and_nucleus(tiny_model):
     expected = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(1.7)(None, logits)).softmax(-1)[0]
     found = torch.bincount(drawn, minlength=97) / len(drawn)
     torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
+def test_the_nucleus_is_that_of_a_full_sort(top_p, spread):
+    logits = spread * torch.randn(20, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[:, :100] = -torch.inf
+    expected = TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
+    torch.testing.assert_close(nucleus(logits, top_p), torch.where(expected.isinf(), 0, logits.softmax(-1)))
+
+
+def test_a_draw_at_either_end_is_in_the_nucleus(tiny_model):
+    model = tiny_model()
+    writer = writer_of(model, TWO, Sampling(top_p=0.5))
+    state = model.hidden_of([[0, 5, 7]])
+    logits = torch.nn.functional.linear(state, model.head_weight, model.head_bias).masked_fill(~(writer.allowed & ~writer.stops), -torch.inf)
+    kept = nucleus(logits, 0.5)[0].nonzero().flatten().tolist()
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert writer._draw(state.expand(2, -1), ends, step=0).tolist() == [kept[0], kept[-1]]
 
 
 def test_cached_steps_equal_whole_passes(tiny_model, kind):

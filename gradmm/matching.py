@@ -83,9 +83,8 @@ class Matching:
         """f of each text as a group of one, read from the text itself: (N,)."""
         parts = []
         for first in range(0, len(texts), ROWS_PER_BLOCK):
-            some, chosen = texts[first : first + ROWS_PER_BLOCK], list(classes[first : first + ROWS_PER_BLOCK])
-            which = torch.tensor(chosen, device=self.model.device)
-            parts.append(match_groups(self.factors(some, chosen).unsqueeze(1), which, self.targets, self.distance))
+            some, chosen = texts[first : first + ROWS_PER_BLOCK], classes[first : first + ROWS_PER_BLOCK]
+            parts.append(self._own(self.factors(some, chosen), chosen))
         return torch.cat(parts) if parts else torch.empty(0)
 
     @torch.no_grad()
@@ -102,10 +101,32 @@ class Matching:
             values.append(match_groups(factors.unsqueeze(0), which, self.targets, self.distance).item())
         return values
 
-    @torch.no_grad()
     def greedy(self, texts: Sequence[str], number: int, count: int) -> list[int]:
         """Which texts of class `number` to take, one by one, so that together they match its target (`greedy_order`)."""
-        return greedy_order(self.factors(texts, [number] * len(texts)), self.targets[number], count, self.distance)
+        return self.alone_and_together(texts, number, count, range(len(texts)))[1]
+
+    @torch.no_grad()
+    def alone_and_together(self, texts: Sequence[str], number: int, count: int, usable: Sequence[int]) -> tuple[list[float], list[int]]:
+        """`of_texts` and `greedy` for N texts of class `number`, which are read once.
+
+        Args:
+            usable: numbers of the texts that may be taken.
+
+        Returns:
+            f of each text as a group of one, and the numbers of the texts taken, the first first.
+        """
+        if not texts:
+            return [], []
+        factors = self.factors(texts, [number] * len(texts))
+        blocks = [factors[first : first + ROWS_PER_BLOCK] for first in range(0, len(texts), ROWS_PER_BLOCK)]
+        own = torch.cat([self._own(block, [number] * len(block.delta)) for block in blocks])
+        order = greedy_order(factors[list(usable)], self.targets[number], count, self.distance) if len(usable) else []
+        return own.tolist(), [usable[place] for place in order]
+
+    def _own(self, factors: Factors, classes: Sequence[int]) -> Tensor:
+        """f of each text as a group of one, from its factors: (N,)."""
+        which = torch.tensor(list(classes), device=self.model.device)
+        return match_groups(factors.unsqueeze(1), which, self.targets, self.distance)
 
     def factors(self, texts: Sequence[str], classes: Sequence[int]) -> Factors:
         """The gradients of texts as factor pairs in the targets' coordinates, see `factors_of`."""

@@ -3,12 +3,13 @@
 Knows nothing of training or judging. Texts are chosen by exact gradients of real examples: nothing here is private.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
-from gradmm.controls import random_directions, without_gradient
+from gradmm.controls import random_directions
 from gradmm.coresets import select_coreset
 from gradmm.examples import Example
 from gradmm.generation import Sampling, generate_texts
@@ -16,6 +17,8 @@ from gradmm.seeds import generator, stream
 from gradmm.synthesis import Plan, judge_texts
 from gradmm.tasks import tokenize_task
 from gradmm.trial import Trial
+
+GENERATED = 4.0  # baselines' texts for each that is kept, at most: the label filter alone chooses among them
 
 
 def no_training(trial: Trial) -> list[Example]:
@@ -75,9 +78,10 @@ def _fitting(trial: Trial) -> Sampling:
 
 
 def _generated(trial: Trial, sampling: Sampling, shots: Sequence[Example]) -> list[Example]:
-    bench, config = trial.bench, replace(trial.synthesis, distance="cosine", ranking="text", perplexity_weight=0.0)
-    plan = Plan.of(bench.model, bench.task, without_gradient(trial.release), config)
-    counts = [plan.classes.count(label) * config.group_size for label in range(len(bench.task.labels))]
+    bench, config = trial.bench, replace(trial.synthesis, search="pool", distance="cosine", ranking="text", perplexity_weight=0.0)
+    config = replace(config, oversample=min(config.oversample, GENERATED))
+    plan = Plan.of(bench.model, bench.task, trial.blank, config)
+    counts = [math.ceil(count * config.oversample) for count in plan.per_class]
     most = max(counts)
     texts = generate_texts(bench.model, bench.task, most, trial.seed, sampling, shots)
     texts = [example for place, example in enumerate(texts) if place % most < counts[example.label]]
@@ -94,7 +98,7 @@ def prompt_only(trial: Trial) -> list[Example]:
     config = replace(
         trial.synthesis, ranking="text", outer_steps=1, inner_steps=1, init_candidates=1, distance="cosine", perplexity_weight=0.0
     )
-    return trial.write("prompt_only", without_gradient(trial.release), config)
+    return trial.write("prompt_only", trial.blank, config)
 
 
 def random_target(trial: Trial) -> list[Example]:

@@ -73,24 +73,29 @@ FILTERS: dict[str, Callable[[Tensor, Sequence[int]], list[int | None]]] = {
 
 
 def rank_texts(
-    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], losses: Sequence[float],
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], penalties: Sequence[float],
     per_class: Sequence[int],
-) -> list[float]:  # fmt: skip
-    """Every text by its own loss."""
-    return list(losses)
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """Every text by its own loss and penalty: (N losses, N scores, lower is better)."""
+    losses = matching.of_texts(texts, classes).tolist()
+    return losses, [loss + penalty for loss, penalty in zip(losses, penalties, strict=True)]
 
 
 def rank_groups(
-    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], losses: Sequence[float],
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], penalties: Sequence[float],
     per_class: Sequence[int],
-) -> list[float]:  # fmt: skip
-    """The usable texts of each class in the order of `Matching.greedy`; behind them the others by their own loss."""
-    scores, barred = [len(texts) + loss for loss in losses], _unusable(texts)
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """The usable texts of each class in the order of `greedy_order`, behind them the others as `rank_texts` has them."""
+    losses, scores, barred = [0.0] * len(texts), [0.0] * len(texts), _unusable(texts)
     for number, wanted in enumerate(per_class):
-        usable = [i for i, label in enumerate(classes) if label == number and misread[i] is None and i not in barred]
-        for place, row in enumerate(matching.greedy([texts[i] for i in usable], number, wanted) if usable else ()):
-            scores[usable[row]] = float(place)
-    return scores
+        members = [i for i, label in enumerate(classes) if label == number]
+        usable = [place for place, i in enumerate(members) if misread[i] is None and i not in barred]
+        own, order = matching.alone_and_together([texts[i] for i in members], number, wanted, usable)
+        for place, i in enumerate(members):
+            losses[i], scores[i] = own[place], len(texts) + own[place] + penalties[i]
+        for rank, place in enumerate(order):
+            scores[members[place]] = float(rank)
+    return losses, scores
 
 
 RANKINGS = {"text": ("matching loss", rank_texts), "group": ("the group's matching loss", rank_groups)}

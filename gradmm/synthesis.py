@@ -585,17 +585,17 @@ def judge_texts(plan: Plan, texts: list[str], classes: list[int]) -> list[dict]:
     """
     spoken = [i for i, text in enumerate(texts) if text]
     some, labels = [texts[i] for i in spoken], [classes[i] for i in spoken]
-    match = _spread(plan.matching.of_texts(some, labels).tolist(), spoken, len(texts))
-    perplexity = _spread(perplexities(plan.model, some), spoken, len(texts))
     probabilities = torch.zeros(len(texts), len(plan.task.labels))
     misread: list[int | None] = [None] * len(texts)
     if spoken:
         probabilities[spoken] = label_probabilities(plan.model, plan.tokens, some).cpu()
         for i, found in zip(spoken, FILTERS[plan.config.filter](probabilities[spoken], labels), strict=True):
             misread[i] = found
-    weight, (criterion, rank) = plan.config.perplexity_weight, RANKINGS[plan.config.ranking]
-    scores = [m + weight * math.log(p) if weight else m for m, p in zip(match, perplexity, strict=True)]
-    scores = rank(plan.matching, texts, classes, misread, scores, plan.per_class)
+    perplexity, weight = perplexities(plan.model, some), plan.config.perplexity_weight
+    penalties = [weight * math.log(value) if weight else 0.0 for value in perplexity]
+    criterion, rank = RANKINGS[plan.config.ranking]
+    match, scores = rank(plan.matching, some, labels, [misread[i] for i in spoken], penalties, plan.per_class)
+    match, scores, perplexity = (_spread(values, spoken, len(texts)) for values in (match, scores, perplexity))
     verdicts = select(texts, classes, scores, misread, probabilities, plan.per_class, plan.task.labels, criterion)
     return [
         {

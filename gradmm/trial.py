@@ -8,12 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 from gradmm import files
+from gradmm.controls import without_gradient
 from gradmm.errors import is_whole, require, shown
 from gradmm.examples import Example, Splits, check_examples, sample_examples
 from gradmm.generation import Sampling
 from gradmm.models import Model
 from gradmm.privacy import SPACES, Release, release
-from gradmm.synthesis import SynthesisConfig, synthesize
+from gradmm.synthesis import Plan, SynthesisConfig, SynthesisResult, judge_texts, synthesize
 from gradmm.tasks import Task
 from gradmm.training import FinetuneConfig
 
@@ -103,7 +104,7 @@ class Bench:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """What every method of one seed is given; real examples, Release and gradmm's texts are made once, when asked for."""
+    """What every method of one seed is given; real examples, Releases and gradmm's texts are made once, when asked for."""
 
     bench: Bench
     seed: int
@@ -124,13 +125,31 @@ class Trial:
         return release(self.bench.model, self.bench.task, self.real, space=self.bench.config.space)
 
     @cached_property
+    def blank(self) -> Release:
+        """A Release of zeros, which knows nothing of the real examples; of the head, whose gradients cost least."""
+        return without_gradient(release(self.bench.model, self.bench.task, self.real, space="head"))
+
+    @cached_property
+    def written(self) -> SynthesisResult:
+        """What gradmm wrote for the Release."""
+        return self._synthesize("gradmm", self.release, self.synthesis)
+
+    @property
     def matched(self) -> list[Example]:
         """The texts whose gradients match the Release."""
-        return self.write("gradmm", self.release, self.synthesis)
+        return self._kept(self.written.dataset.to_list())
 
     def write(self, name: str, target: Release, config: SynthesisConfig) -> list[Example]:
-        """The kept texts of a synthesis; continued where it was interrupted."""
-        bench = self.bench
-        folder = None if bench.folder is None else bench.folder / "synthesis" / f"{name}-seed{self.seed}"
-        result = synthesize(bench.model, bench.task, target, config, folder, progress=False)
-        return check_examples([row for row in result.dataset.to_list() if row["kept"]], bench.task)
+        """The texts that gradmm keeps for another target; a pool, which depends on no target, is not written again."""
+        if config.search != "pool":
+            return self._kept(self._synthesize(name, target, config).dataset.to_list())
+        plan = Plan.of(self.bench.model, self.bench.task, target, config)
+        return self._kept(judge_texts(plan, self.written.dataset["text"][:], self.written.dataset["label"][:]))
+
+    def _synthesize(self, name: str, target: Release, config: SynthesisConfig) -> SynthesisResult:
+        """A synthesis; continued where it was interrupted."""
+        folder = None if self.bench.folder is None else self.bench.folder / "synthesis" / f"{name}-seed{self.seed}"
+        return synthesize(self.bench.model, self.bench.task, target, config, folder, progress=False)
+
+    def _kept(self, rows: list[dict]) -> list[Example]:
+        return check_examples([row for row in rows if row["kept"]], self.bench.task)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import gradmm
 from gradmm import comparison, files, measures, methods
+from gradmm import trial as trial_room
 from gradmm.comparison import compare
 from gradmm.controls import random_directions
 from gradmm.errors import UserError
@@ -249,6 +250,22 @@ def test_prompt_only_does_not_depend_on_the_release(model):
         texts.append(METHODS["prompt_only"](trial))
     assert texts[0] == texts[1] and len(texts[0]) == 4
     assert texts[0] != METHODS["prompt_only"](Trial(bench_of(model), 4))
+
+
+def test_a_pool_is_written_once_and_every_target_chooses_from_it(model, monkeypatch):
+    synthesis = replace(CONFIG.synthesis, search="pool", ranking="group", filter="calibrated_label", oversample=3.0, length=12)
+    trial = Trial(bench_of(model, config=replace(CONFIG, space="body", synthesis=synthesis)), 3)
+    done = []
+    monkeypatch.setattr(trial_room, "synthesize", lambda *args, _run=trial_room.synthesize, **how: done.append(1) or _run(*args, **how))
+    chosen = {name: METHODS[name](trial) for name in ("gradmm", "random_target", "prompt_only", "shuffled")}
+    pool = [(row["text"], row["label"]) for row in trial.written.dataset]
+    assert len(done) == 1 and len(pool) == 12
+    assert all(len(texts) == 4 and {(e.text, e.label) for e in texts} <= set(pool) for name, texts in chosen.items() if name != "shuffled")
+    assert [e.text for e in chosen["shuffled"]] == [e.text for e in chosen["gradmm"]]
+    passed = [row for row in trial.written.dataset if not row["reason"].startswith("dropped: the model reads")]
+    first = [[row["text"] for row in passed if row["label"] == label][:2] for label in (0, 1)]
+    assert [e.text for e in chosen["prompt_only"]] == first[0] + first[1]  # in the order of writing
+    assert len(METHODS["zero_shot"](trial)) == 4 and len(done) == 1
 
 
 def test_prompt_only_is_the_first_projection_of_the_first_draw_in_order_of_writing(model):

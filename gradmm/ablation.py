@@ -174,6 +174,8 @@ def _levels(base: ComparisonConfig, factor: str, values: Sequence) -> list:
 
 
 def _value(base: ComparisonConfig, factor: str):
+    if factor == "space":
+        return base.release_space
     return getattr(base if factor in _OF_COMPARISON else base.synthesis, factor)
 
 

@@ -253,6 +253,14 @@ def greedy_order(factors: Factors, target: Target, count: int, distance: str = "
     return chosen
 
 
+def losses_as_added(factors: Factors, target: Target, distance: str = "cosine") -> Tensor:
+    """The matching loss of the first example, of the first two together, and so on to all N: (N,); arguments as `greedy_order`."""
+    sizes = torch.arange(1, len(factors.delta) + 1, device=factors.delta.device)
+    inners = [inner.cumsum(0) / sizes for inner in target.inner(factors)]
+    norms = [gram.cumsum(0).cumsum(1).diagonal() / sizes**2 for gram in grams(factors)]
+    return combine(inners, norms, target.norms(), distance)
+
+
 # ---------------------------------------------------------------- any parameters
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmm.gradients import Factors, Head, Space, Target, greedy_order, head_factors, match_groups
+from gradmm.gradients import Factors, Head, Space, Target, greedy_order, head_factors, losses_as_added, match_groups
 from gradmm.models import Model
 from gradmm.projection import text_mask
 from gradmm.sketch import BodySketch
@@ -122,6 +122,12 @@ class Matching:
         own = torch.cat([self._own(block, [number] * len(block.delta)) for block in blocks])
         order = greedy_order(factors[list(usable)], self.targets[number], count, self.distance) if len(usable) else []
         return own.tolist(), [usable[place] for place in order]
+
+    @torch.no_grad()
+    def greedy_losses(self, texts: Sequence[str], number: int) -> list[float]:
+        """f of the first text that `greedy` takes, of the first two together, and so on to all."""
+        factors, target = self.factors(texts, [number] * len(texts)), self.targets[number]
+        return losses_as_added(factors[greedy_order(factors, target, len(texts), self.distance)], target, self.distance).tolist()
 
     def _own(self, factors: Factors, classes: Sequence[int]) -> Tensor:
         """f of each text as a group of one, from its factors: (N,)."""

@@ -158,7 +158,7 @@ def time_synthesis(
         The result, and the seconds of `floors.PHASES`, of "other" (plans, diagnostics, bookkeeping) and of the "whole".
     """
     begun = time.perf_counter()
-    made = release(model, task, examples)
+    made = release(model, task, examples, space=config.space)
     wait(model.device)
     target = time.perf_counter() - begun
     with clocks(model.device) as spent:

@@ -69,6 +69,20 @@ def convergence(history: pandas.DataFrame) -> Figure:
     return figure
 
 
+def choice(history: pandas.DataFrame) -> Figure:
+    """The matching loss of each class's texts together, over how many were taken from the pool."""
+    series = {label: part.set_index("step")["match_z"] for label, part in history.groupby("label", sort=False)}
+    return lines(series, "texts taken", "matching loss (1 - cosine)")
+
+
+HISTORIES = {"pool": choice}  # how a search's history is drawn; the others' have the steps of a solver
+
+
+def history(found: pandas.DataFrame, search: str) -> Figure:
+    """The history of a synthesis, as suits its search."""
+    return HISTORIES.get(search, convergence)(found)
+
+
 def _whole_steps(axes: Axes, steps: Sequence) -> None:
     """Ticks at whole numbers alone, where what is counted comes in whole numbers."""
     if pandas.api.types.is_integer_dtype(pandas.Index(steps)) and axes.get_xscale() == "linear":

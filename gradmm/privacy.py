@@ -153,9 +153,10 @@ def release(
             the first r principal directions of the hidden states of `public_texts`) or "label_rows_centred" (C x r: the same
             without the first direction, which nearly all texts share: it takes most of the clip and says little of what
             sets the classes apart), or "body" (a sketch of the gradients of every layer under the calibrated loss over the
-            label tokens, see `gradmm.sketch`: what fine-tuning follows, for `search = "pool"`). None takes "head", what the paper matches, without epsilon, and "label_rows" with it:
-            the smaller the space, the less noise, and of the two that need no public text it keeps by far the more of
-            what sets the classes apart (notebook 04 measures it). Give public texts and "label_rows_centred" to keep more.
+            label tokens, see `gradmm.sketch`: what fine-tuning follows; it takes `search = "pool"`). None takes "body" without
+            epsilon and "label_rows" with it: the smaller the space, the less noise, and of the two that need no public text
+            it keeps by far the more of what sets the classes apart (notebook 04 measures it). Give public texts and
+            "label_rows_centred" to keep more. The paper matches "head", which ADMM needs.
         relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
             "add-remove" (one example comes or goes).
         calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.
@@ -185,7 +186,7 @@ def release(
     """
     tokens = tokenize_task(task, model.tokenizer)
     _check_arguments(epsilon, delta, length, ledger, noise_seed)
-    space = space or ("head" if epsilon is None else "label_rows")
+    space = space or ("body" if epsilon is None else "label_rows")
     coordinates = release_space(model, tokens, space, public_texts, directions)
     if epsilon is not None:
         size = _coordinates(model, coordinates) * len(task.labels)

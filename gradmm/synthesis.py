@@ -42,19 +42,21 @@ OnStep = Callable[[int, admm.Result], None]
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """Settings of a synthesis; `PRESETS` holds the published ones.
+    """Settings of a synthesis. The defaults are what won on validation data (`05-ablations`); `PRESETS` holds others.
 
     Attributes:
         n_synthetic: texts to keep in all, at least one a class; classes get as equal a number as possible.
-        oversample: texts written for each text kept, at least 1; the filter and the ranking choose.
+        oversample: texts written for each text kept, at least 1; the filter and the ranking choose. A pool needs many, and
+            they cost little; ADMM's 2 cost more.
         group_size: B, texts that match the target together.
         outer_steps, inner_steps, rho, lr, gradient_clip, balance_rho: see `admm.Config`. A token changes when lam / rho
             outgrows the distance between neighbouring embeddings; f's gradients are small, so a rho as large as the
             published ones leaves generated starts as they are.
         projection, top_k: the order (a name in `projection.PROJECTIONS`) and its number of candidates.
-        search: a name in SEARCHES: "admm" moves texts towards the target (all settings of the solver, the projection and the
-            start are its own), "pool" has the model write `oversample` times as many finished texts from the public prompts
-            and leaves the rest to filter and ranking.
+        search: a name in SEARCHES: "pool" has the model write `oversample` times as many finished texts from the public prompts
+            and leaves the rest to filter and ranking; "admm" moves texts towards the target, as published (all settings of the
+            solver, the projection and the start are its own; it needs a Release of the head, and `PRESETS["admm"]` has a
+            ranking and an oversample that suit it).
         length: L, tokens of a text; None takes the Release's.
         early_end, min_tokens: whether a text may end before L tokens, and not before how many.
         distance: "cosine" or "l2".
@@ -77,7 +79,7 @@ class SynthesisConfig:
     """
 
     n_synthetic: int = 100
-    oversample: float = 2.0
+    oversample: float = 20.0
     group_size: int = 10
     outer_steps: int = 10
     inner_steps: int = 20
@@ -87,7 +89,7 @@ class SynthesisConfig:
     balance_rho: bool = False
     projection: str = "lm_then_nearest"
     top_k: int = 50
-    search: str = "admm"
+    search: str = "pool"
     length: int | None = None
     early_end: bool = True
     min_tokens: int = 4
@@ -97,7 +99,7 @@ class SynthesisConfig:
     init_norm: float | None = None
     init_choice: str = "best"
     filter: str = "none"
-    ranking: str = "text"
+    ranking: str = "group"
     perplexity_weight: float = 0.0
     groups_per_batch: int | None = None
     seed: int = 0
@@ -123,6 +125,11 @@ class SynthesisConfig:
             value = getattr(self, name)
             require(isinstance(value, str) and value in known, f"the {name} {shown(value)} is not known: use one of {', '.join(known)}")
         object.__setattr__(self, "solver", self._solver())  # checks the solver's own settings
+
+    @property
+    def space(self) -> str:
+        """The release space that suits the search: "body", which training follows, for a pool; "head", as published, for ADMM."""
+        return "body" if self.search == "pool" else "head"
 
     def _solver(self) -> admm.Config:
         return admm.Config(
@@ -160,7 +167,8 @@ class SynthesisResult:
 
     Attributes:
         dataset: every text written: text, label, label_name, match, perplexity, group, kept, reason.
-        history: one row per ADMM step and group (`admm.step` names the columns), with batch and label.
+        history: one row per ADMM step and group (`admm.step` names the columns), with label; of a pool one row per text kept, in
+            the order in which they were taken, with the loss (match_z) of its class's texts up to it taken together.
         manifest: settings, versions, seeds, reasons, times; plain values.
     """
 
@@ -209,7 +217,7 @@ def synthesize(
         >>> task, data = gradmm.load_data("demo")
         >>> model = gradmm.load_model("demo", device="cpu")
         >>> target = gradmm.release(model, task, gradmm.sample_examples(data.train, 4, task, seed=0))
-        >>> config = gradmm.SynthesisConfig(n_synthetic=2, group_size=1, outer_steps=1, inner_steps=1)
+        >>> config = gradmm.SynthesisConfig(n_synthetic=2, oversample=2)
         >>> result = gradmm.synthesize(model, task, target, config, progress=False)
         >>> len(result.dataset), [row["label_name"] for row in result.kept]
         (4, ['negative', 'positive'])
@@ -412,12 +420,12 @@ def work_units(model: Model, positions: int, config: SynthesisConfig, groups: in
 
 @dataclass(frozen=True)
 class Written:
-    """What a search gives: N texts in the order of writing with their labels and groups, its history and how groups ended."""
+    """What a search gives: N texts in the order of writing with labels and groups, its history if it has steps, how groups ended."""
 
     texts: list[str]
     classes: list[int]
     groups: list[int]
-    history: pandas.DataFrame
+    history: pandas.DataFrame | None
     ended: list[dict]
 
 
@@ -458,7 +466,7 @@ def _search_pool(plan: Plan, folder: RunFolder, crew: Crew, progress: bool, on_s
     kept = [example for place, example in enumerate(found) if place % max(counts) < counts[example.label]]
     classes = [example.label for example in kept]
     ended = [{"group": number, "label": label, "reason": "the pool is written", "match": None} for number, label in enumerate(plan.task.labels)]
-    return Written([example.text for example in kept], classes, classes, pandas.DataFrame(columns=["step", "group"]), ended)
+    return Written([example.text for example in kept], classes, classes, None, ended)
 
 
 SEARCHES = {"admm": _search_admm, "pool": _search_pool}
@@ -555,7 +563,8 @@ def _collect(plan: Plan, written: Written, folder: RunFolder) -> SynthesisResult
         "kept": len(kept),
         "set_match": dict(zip(plan.task.labels, _set_match(plan, kept), strict=True)),
     }
-    return SynthesisResult(datasets.Dataset.from_list(rows, features=_features()), written.history, manifest)
+    history = _choice(plan, kept) if written.history is None else written.history
+    return SynthesisResult(datasets.Dataset.from_list(rows, features=_features()), history, manifest)
 
 
 def _ended(plan: Plan, batches: list[admm.Result]) -> list[dict]:
@@ -624,6 +633,20 @@ def _set_match(plan: Plan, kept: list[dict]) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values]
 
 
+def _choice(plan: Plan, kept: list[dict]) -> pandas.DataFrame:
+    """The history of a choice: the loss of each class's texts together, as they are added one by one in the greedy order."""
+    texts = {number: [row["text"] for row in kept if row["label"] == number] for number in range(len(plan.task.labels))}
+    losses = {number: plan.matching.greedy_losses(some, number) for number, some in texts.items() if some}
+    return pandas.DataFrame(
+        [
+            {"label": plan.task.labels[number], "step": step, "group": number, "match_z": loss}
+            for number, values in losses.items()
+            for step, loss in enumerate(values, 1)
+        ],
+        columns=["label", "step", "group", "match_z"],
+    )
+
+
 def _history(plan: Plan, batches: list[admm.Result]) -> list[dict]:
     return [
         {"label": plan.task.labels[plan.classes[row["group"] + groups.start]], **row, "group": row["group"] + groups.start}
@@ -638,11 +661,12 @@ def _features() -> datasets.Features:
     return datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
 
 
-# ---------------------------------------------------------------- published settings
+# ---------------------------------------------------------------- named settings
 
+_ADMM = {"search": "admm", "ranking": "text", "oversample": 2.0}
 _PUBLISHED = {
+    **_ADMM,
     "n_synthetic": 100,
-    "oversample": 2.0,
     "outer_steps": 30,
     "inner_steps": 50,
     "rho": 0.01,  # the paper tries 0.01, 0.1, 0.5, 1 and 5; notebooks/params takes the smallest too
@@ -656,6 +680,8 @@ _PUBLISHED = {
     "perplexity_weight": 0.05,
 }
 PRESETS: dict[str, SynthesisConfig] = {
+    "pool": SynthesisConfig(),
+    "admm": SynthesisConfig(**_ADMM),  # from generated texts and with a small rho, so that its texts stay readable
     "paper": SynthesisConfig(projection="lm_then_nearest", **_PUBLISHED),
     "official": SynthesisConfig(projection="nearest_then_lm", **_PUBLISHED),
 }

@@ -25,7 +25,8 @@ class ComparisonConfig:
 
     Attributes:
         n_real: real examples that gradmm's Release is made of, all classes together.
-        space: the parameters whose gradients are matched, a name in `privacy.SPACES` that needs no public texts.
+        space: the parameters whose gradients are matched, a name in `privacy.SPACES` that needs no public texts; None takes
+            what suits the search.
         synthesis: its n_synthetic is the budget of every method but "none", "all_real" and "real".
         finetuning: the same for every method, all real texts included: equal steps, not equal passes.
         sampling: of the zero-shot and few-shot texts.
@@ -35,7 +36,7 @@ class ComparisonConfig:
     """
 
     n_real: int = 50
-    space: str = "head"
+    space: str | None = None
     synthesis: SynthesisConfig = SynthesisConfig()
     finetuning: FinetuneConfig = FinetuneConfig()
     sampling: Sampling = Sampling()
@@ -45,7 +46,7 @@ class ComparisonConfig:
     def __post_init__(self) -> None:
         require(is_whole(self.n_real) and self.n_real >= 1, f"n_real = {shown(self.n_real)}, it must be a whole number of at least 1: give such as 50")
         require(
-            isinstance(self.space, str) and self.space in SPACES,
+            self.space is None or (isinstance(self.space, str) and self.space in SPACES),
             f"the space {shown(self.space)} is not known: use one of {', '.join(SPACES)}",
         )
         steps, last = self.similarity_steps, self.finetuning.steps
@@ -58,6 +59,11 @@ class ComparisonConfig:
             f"max_test = {shown(self.max_test)}, it must be a whole number of at least 1, or None for all",
         )
         object.__setattr__(self, "similarity_steps", tuple(steps))
+
+    @property
+    def release_space(self) -> str:
+        """`space`, or what suits the search."""
+        return self.space or self.synthesis.space
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +128,7 @@ class Trial:
     @cached_property
     def release(self) -> Release:
         """Their exact gradients."""
-        return release(self.bench.model, self.bench.task, self.real, space=self.bench.config.space)
+        return release(self.bench.model, self.bench.task, self.real, space=self.bench.config.release_space)
 
     @cached_property
     def blank(self) -> Release:

@@ -41,7 +41,7 @@ def tiny() -> Model:
 def synthesis() -> None:
     model = tiny()
     config = replace(SMALL, groups_per_batch=2, outer_steps=4)
-    gradmm.synthesize(model, TASK, gradmm.release(model, TASK, REAL), config, "run", progress=False)
+    gradmm.synthesize(model, TASK, gradmm.release(model, TASK, REAL, space="head"), config, "run", progress=False)
 
 
 def comparison() -> None:

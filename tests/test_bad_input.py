@@ -155,7 +155,7 @@ HELD: dict = {}
 @pytest.fixture(scope="module", autouse=True)
 def setting(tiny_model):
     model = tiny_model("llama", dtype=torch.float32)
-    HELD.update(model=model, release=gradmm.release(model, TASK, REAL))
+    HELD.update(model=model, release=gradmm.release(model, TASK, REAL, space="head"))
 
 
 def private(**options):

@@ -34,7 +34,7 @@ FILLERS = ("the", "a", "i feel", "we saw the", "you like a", "they made the")
 CONFIG = ComparisonConfig(
     n_real=8,
     synthesis=SynthesisConfig(
-        n_synthetic=4, oversample=1.5, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=5
+        search="admm", ranking="text", n_synthetic=4, oversample=1.5, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=5
     ),
     finetuning=FinetuneConfig(steps=4, batch_size=4, learning_rates=(3e-3, 1e-2), eval_every=2, warmup=1),
     sampling=Sampling(temperature=4.0, max_tokens=16, min_tokens=4, shots=1, rounds=40),
@@ -170,7 +170,7 @@ def test_four_classes_go_through_every_method_with_a_head_with_bias_and_a_second
 
 def test_four_classes_release_and_synthesize(model):
     real = toy(FOUR, 0, 3)
-    found = gradmm.synthesize(model, FOUR, gradmm.release(model, FOUR, real), replace(CONFIG.synthesis, n_synthetic=8), progress=False)
+    found = gradmm.synthesize(model, FOUR, gradmm.release(model, FOUR, real, space="head"), replace(CONFIG.synthesis, n_synthetic=8), progress=False)
     assert sorted(found.kept["label"]) == [0, 0, 1, 1, 2, 2, 3, 3]
     assert found.manifest["set_match"].keys() == set(FOUR.labels)
 
@@ -246,7 +246,7 @@ def test_prompt_only_does_not_depend_on_the_release(model):
     texts = []
     for examples in (toy(TWO, 0, 4), toy(TWO, 9, 7)):
         trial = Trial(bench_of(model), 3)
-        trial.__dict__["release"] = gradmm.release(model, TWO, examples)
+        trial.__dict__["release"] = gradmm.release(model, TWO, examples, space="head")
         texts.append(METHODS["prompt_only"](trial))
     assert texts[0] == texts[1] and len(texts[0]) == 4
     assert texts[0] != METHODS["prompt_only"](Trial(bench_of(model), 4))

@@ -46,7 +46,7 @@ FULL = re.compile(r".* could not be written \(No space left on device\): free sp
 @pytest.fixture(scope="module")
 def setting(tiny_model):
     model = tiny_model("llama", dtype=torch.float32)
-    return model, gradmm.release(model, TASK, REAL)
+    return model, gradmm.release(model, TASK, REAL, space="head")
 
 
 def fill(monkeypatch, after: int) -> None:

@@ -90,7 +90,7 @@ def test_noise_alone_has_the_shape_and_scale_of_a_release_and_nothing_of_the_exa
         assert target.weight.shape == noised.weight.shape and target.weight.dtype == noised.weight.dtype
         assert target.weight.std().item() == pytest.approx(one.ledger[0].sigma, rel=0.05)
     with pytest.raises(UserError, match="holds no noise"):
-        noise_only(privacy.release(model, TASK, EXAMPLES), 0)
+        noise_only(privacy.release(model, TASK, EXAMPLES, space="head"), 0)
 
 
 def test_the_contrast_is_the_balanced_gradient_of_centred_hidden_states(model):

@@ -42,8 +42,8 @@ def deep(request) -> Model:
 
 @pytest.fixture(scope="module")
 def plan(deep) -> Plan:
-    config = SynthesisConfig(n_synthetic=4, oversample=1, group_size=2, length=40, early_end=False, init="normal", top_k=5)
-    return Plan.of(deep, TASK, release(deep, TASK, REAL), config)
+    config = SynthesisConfig(search="admm", ranking="text", n_synthetic=4, oversample=1, group_size=2, length=40, early_end=False, init="normal", top_k=5)
+    return Plan.of(deep, TASK, release(deep, TASK, REAL, space="head"), config)
 
 
 def test_a_pass_over_all_positions_is_counted_exactly(tiny_model, kind):
@@ -77,7 +77,7 @@ def test_a_projection_is_a_few_percent_above_its_floor(deep, plan):
 def test_the_target_is_a_few_percent_above_its_floor(deep, plan):
     text = "red and blue cat dog sat on the a it was the movie film story actor actors plot scene"
     job = dataclasses.replace(floors.Job.of(plan), real=2, length=len(plan.tokens.encode(text)))
-    done = counted(lambda: release(deep, TASK, [Example(text, label) for label in (0, 1)]))
+    done = counted(lambda: release(deep, TASK, [Example(text, label) for label in (0, 1)], space="head"))
     work = floors.target(floors.Body.of(deep), job)
     assert work.operations <= done <= 1.08 * work.operations  # the code reads the constant token before the text, too
 

@@ -30,7 +30,7 @@ verbalizers: [" world", " sports", " business", " text"]
 generation_prompts: ["", "a", "the cat", "in"]
 min_words: 1
 """
-SYNTHESIS = SynthesisConfig(n_synthetic=8, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=6)
+SYNTHESIS = SynthesisConfig(search="admm", ranking="text", n_synthetic=8, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=6)
 TUNING = FinetuneConfig(steps=4, batch_size=8, learning_rates=(1e-2,), eval_every=2, warmup=1)
 
 
@@ -59,10 +59,11 @@ def test_release_synthesize_and_fine_tune(model, folder, epsilon, choices):
     task, data = gradmm.load_data(folder)
     assert task.labels == LABELS and {e.label for e in data.test} == {0, 1, 2, 3}
     real = gradmm.sample_examples(data.train, 12, task, 0)
-    private = {} if epsilon is None else {"epsilon": epsilon, "delta": 1e-5, "length": 6, "noise_seed": 0}
+    config = replace(SYNTHESIS, **choices)
+    private = {"space": config.space} if epsilon is None else {"epsilon": epsilon, "delta": 1e-5, "length": 6, "noise_seed": 0}
     target = gradmm.release(model, task, real, **private)
     assert len(target.targets) == 4
-    made = gradmm.synthesize(model, task, target, replace(SYNTHESIS, **choices), progress=False)
+    made = gradmm.synthesize(model, task, target, config, progress=False)
     counts = [made.kept["label"].count(label) for label in range(4)]
     assert made.dataset.to_list() and {row["label_name"] for row in made.dataset.to_list()} == set(LABELS)
     if "filter" in choices:  # a random model's labels are chance, so a class may lose more than it has spare

@@ -31,7 +31,7 @@ IN_USE = "is in use by another run: wait for its end, or choose another output f
 @pytest.fixture(scope="module")
 def setting(tiny_model):
     model = tiny_model("llama", dtype=torch.float32)
-    return model, TASK, gradmm.release(model, TASK, REAL)
+    return model, TASK, gradmm.release(model, TASK, REAL, space="head")
 
 
 def test_a_held_folder_is_refused_and_free_again_afterwards(tmp_path):

@@ -21,7 +21,7 @@ def quickstart(results: dict, preset: dict) -> None:
     assert {len(m["accuracy"]["runs"]) for name, m in results["methods"].items() if name != "none"} == {preset["fine_tuning_seeds"]}
     assert results["methods"]["real"]["n"] == preset["n_real"]
     assert results["methods"]["gradmm"]["n"] <= preset["n_synthetic"] <= results["written"]
-    assert [row["step"] for row in results["history"]] == [1, 2]
+    assert [row["step"] for row in results["history"]] == [1, 2, 3, 4]  # texts taken of each class
     assert results["private"] is False and results["statement"].startswith("not private")
 
 
@@ -66,6 +66,8 @@ def ablations(results: dict, preset: dict) -> None:
     assert all(len({row["accuracy"] for row in results["factors"] if row["base"] and row["seed"] == seed}) == 1 for seed in results["seeds"])
     assert {row["set"] for row in results["agreement"]} >= {"gradmm", "zero-shot texts", "other real texts"}
     assert all(-1.001 <= row[name] <= 1.001 for row in results["agreement"] for name in ("per_class", "contrast", "classes"))
+    assert {row["factor"] for row in results["choices"]} == {row["factor"] for row in results["choice_effects"]} == set(preset["choices"])
+    assert all("random_target" in methods for methods in results["methods"].values())
     assert set(results["effects"]) == {"accuracy", "match", "perplexity"} and len(results["stages"]) == 8
 
 

@@ -41,7 +41,7 @@ def zeroed(release: gradmm.Release) -> gradmm.Release:
 
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
 def test_a_zero_target_leaves_every_text_as_far_as_it_is_and_the_run_ends_as_any_other(model, distance):
-    release = zeroed(gradmm.release(model, TASK, REAL))
+    release = zeroed(gradmm.release(model, TASK, REAL, space="head"))
     result = gradmm.synthesize(model, TASK, release, replace(SMALL, distance=distance), progress=False)
     matching = Matching(model, tokenize_task(TASK, model.tokenizer), release.targets, release.space, distance)
     for row in result.dataset:
@@ -60,7 +60,7 @@ def test_a_noised_target_that_came_out_zero_is_the_same(model):
 
 
 def test_one_example_a_class_is_enough(model):
-    release = gradmm.release(model, TASK, [REAL[0], REAL[-1]])
+    release = gradmm.release(model, TASK, [REAL[0], REAL[-1]], space="head")
     result = gradmm.synthesize(model, TASK, release, SMALL, progress=False)
     assert len(result.kept) == 4 and all(0 <= row["match"] <= 2 for row in result.kept)
     matching = Matching(model, tokenize_task(TASK, model.tokenizer), release.targets, release.space)
@@ -68,7 +68,7 @@ def test_one_example_a_class_is_enough(model):
 
 
 def test_identical_examples_are_the_target_of_one_of_them(model):
-    one, many = (gradmm.release(model, TASK, [REAL[0]] * count + [REAL[-1]] * count) for count in (1, 7))
+    one, many = (gradmm.release(model, TASK, [REAL[0]] * count + [REAL[-1]] * count, space="head") for count in (1, 7))
     texts, classes = [row["text"] for row in REAL], [row["label"] for row in REAL]
     found = [Matching(model, tokenize_task(TASK, model.tokenizer), r.targets, r.space).of_texts(texts, classes) for r in (one, many)]
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
@@ -77,7 +77,7 @@ def test_identical_examples_are_the_target_of_one_of_them(model):
 
 def test_identical_synthetic_texts_are_kept_once(model, monkeypatch):
     monkeypatch.setattr("gradmm.tasks.TaskTokens.decode", lambda self, ids: "one text")
-    result = gradmm.synthesize(model, TASK, gradmm.release(model, TASK, REAL), SMALL, progress=False)
+    result = gradmm.synthesize(model, TASK, gradmm.release(model, TASK, REAL, space="head"), SMALL, progress=False)
     reasons = [row["reason"] for row in result.dataset]
     assert reasons.count("dropped: the same text stands earlier") == len(reasons) - 1 and len(result.kept) == 1
 
@@ -91,7 +91,7 @@ def test_bfloat16_moves_the_demo_s_loss_and_gradient_little(demo):
     values, slopes = [], []
     draw = torch.randn(2, 4, 12, models["float32"].embedding.shape[1], generator=torch.Generator().manual_seed(0))
     for model in models.values():
-        release = gradmm.release(model, task, real)
+        release = gradmm.release(model, task, real, space="head")
         matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
         x = (draw * models["float32"].embedding.std()).requires_grad_(True)
         value = matching.of_vectors(x, torch.ones(2, 4, 12, dtype=torch.long), torch.tensor([0, 1]))
@@ -106,14 +106,14 @@ def test_bfloat16_moves_the_demo_s_loss_and_gradient_little(demo):
 def test_how_far_apart_runs_with_other_threads_or_types_are(demo):
     """Rounding moves a token now and then, and from there on two runs write different texts of the same quality."""
     task, real, models = demo
-    config = gradmm.SynthesisConfig(n_synthetic=12, group_size=6, outer_steps=3, inner_steps=5)
+    config = gradmm.SynthesisConfig(search="admm", ranking="text", n_synthetic=12, group_size=6, outer_steps=3, inner_steps=5)
     runs = {"one thread": ("float32", 1), "two threads": ("float32", 2), "bfloat16": ("bfloat16", 1)}
     found = {}
     for name, (dtype, threads) in runs.items():
         torch.set_num_threads(threads)
         try:
             model = models[dtype]
-            found[name] = gradmm.synthesize(model, task, gradmm.release(model, task, real, length=16), config, progress=False)
+            found[name] = gradmm.synthesize(model, task, gradmm.release(model, task, real, length=16, space="head"), config, progress=False)
         finally:
             torch.set_num_threads(1)
     base = found["one thread"]

@@ -11,7 +11,7 @@ from gradmm.tasks import Task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a film was"))
 REAL = [Example("a dull plot", 0), Example("a fine film", 1)]
-SMALL = SynthesisConfig(n_synthetic=2, oversample=1, group_size=1, length=6, outer_steps=2, inner_steps=2, early_end=False, init="normal", top_k=5)
+SMALL = SynthesisConfig(search="admm", ranking="text", n_synthetic=2, oversample=1, group_size=1, length=6, outer_steps=2, inner_steps=2, early_end=False, init="normal", top_k=5)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -51,7 +51,7 @@ def test_clocks_count_every_call_and_leave_no_trace():
 def test_a_clock_changes_no_text(tiny_model):
     model = tiny_model(dtype=torch.float32)
     timed, _ = performance.time_synthesis(model, TASK, REAL, SMALL)
-    plain = synthesis.synthesize(model, TASK, performance.release(model, TASK, REAL), SMALL, progress=False)
+    plain = synthesis.synthesize(model, TASK, performance.release(model, TASK, REAL, space="head"), SMALL, progress=False)
     assert timed.dataset.to_list() == plain.dataset.to_list()
 
 

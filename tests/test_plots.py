@@ -18,6 +18,13 @@ def close():
     plt.close("all")
 
 
+def test_a_choice_is_drawn_class_by_class():
+    rows = [{"label": label, "step": step, "group": 0, "match_z": 1 / step} for label in ("bad", "good") for step in (1, 2, 3)]
+    figure = plots.history(pandas.DataFrame(rows), "pool")
+    assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[1, 1 / 2, 1 / 3]] * 2
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["bad", "good"]
+
+
 def test_convergence_draws_median_and_range_of_every_measure():
     rows = [
         {"step": step, "group": group, "match_x": 0.1 * group, "match_z": 0.2, "primal": 1.0, "dual": 0.5, "stationarity": 0.1 + group}

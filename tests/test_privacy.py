@@ -51,7 +51,7 @@ def explicit_gradients(model, example: Example) -> list[torch.Tensor]:
 
 
 def test_without_epsilon_the_targets_are_the_mean_gradients(model):
-    found = privacy.release(model, TASK, EXAMPLES)
+    found = privacy.release(model, TASK, EXAMPLES, space="head")
     assert not found.private and found.ledger == () and found.statement.startswith("not private")
     for label, target in enumerate(found.targets):
         gradients = [explicit_gradients(model, example) for example in EXAMPLES if example.label == label]
@@ -312,6 +312,6 @@ def test_a_file_that_was_changed_is_refused(model, tmp_path):
             privacy.load_release(tmp_path / name)
 
 
-def test_the_default_space_is_the_head_without_noise_and_the_label_rows_with_it(model):
-    assert privacy.release(model, TASK, EXAMPLES).space_name == "head"
+def test_the_default_space_is_the_body_without_noise_and_the_label_rows_with_it(model):
+    assert privacy.release(model, TASK, EXAMPLES).space_name == "body"
     assert privacy.release(model, TASK, EXAMPLES, epsilon=1.0, delta=1e-5, length=5).space_name == "label_rows"

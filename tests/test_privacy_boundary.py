@@ -19,7 +19,7 @@ from gradmm.synthesis import SynthesisConfig, synthesize
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
-CONFIG = SynthesisConfig(n_synthetic=4, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2)
+CONFIG = SynthesisConfig(search="admm", ranking="text", n_synthetic=4, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2)
 PRIVATE = {"epsilon": 1.0, "delta": 1e-5, "length": 5}
 CLOCKS = {"clock"}
 # Counts and mean lengths that nothing else in a run comes to: 31 + 47 and 59 + 43 texts.
@@ -122,7 +122,7 @@ def test_no_private_words_and_no_private_statistic_is_written(model, tmp_path, r
 
 def test_the_statistics_test_sees_the_mean_length_of_a_release_without_privacy(model, tmp_path):
     rows = [{"text": "a dull plot we saw one time", "label": n % 2} for n in range(78)]
-    released = gradmm.release(model, TASK, rows)
+    released = gradmm.release(model, TASK, rows, space="head")
     synthesize(model, TASK, released, CONFIG, tmp_path, progress=False)
     assert private_statistics(model, rows) & numbers_in(json.loads((tmp_path / "manifest.json").read_text()))
 

@@ -96,7 +96,7 @@ def test_a_card_of_an_evil_task_is_harmless(tiny_model, tmp_path):
     model = tiny_model("llama", dtype=torch.float32)
     task = replace(TASK, labels=(EVIL[0], EVIL[3]), template="<b>` {text} it was", generation_prompts=(EVIL[1], "a | b"))
     rows = [{**row, "label": row["label"]} for row in REAL]
-    gradmm.synthesize(model, task, gradmm.release(model, task, rows), SMALL, tmp_path, progress=False)
+    gradmm.synthesize(model, task, gradmm.release(model, task, rows, space="head"), SMALL, tmp_path, progress=False)
     page = rendered((tmp_path / "README.md").read_text().split("---\n", 2)[2])
     assert not obeyed(page) and page.count("<table>") == 2
 
@@ -138,7 +138,7 @@ def test_no_setting_or_name_writes_outside_the_output_folder(tiny_model, tmp_pat
     model = tiny_model("llama", dtype=torch.float32)
     task = replace(TASK, name="../../task", labels=("../../bad", "/good"))
     (tmp_path / "a" / "b").mkdir(parents=True)
-    gradmm.synthesize(model, task, gradmm.release(model, task, REAL), SMALL, tmp_path / "a" / "b" / "run", progress=False)
+    gradmm.synthesize(model, task, gradmm.release(model, task, REAL, space="head"), SMALL, tmp_path / "a" / "b" / "run", progress=False)
     for act in (
         lambda: compare(model, TWO, splits_of(TWO), CONFIG, ("../none",), (0,), tmp_path / "a" / "b" / "run2", progress=False),
         lambda: compare(model, TWO, splits_of(TWO), CONFIG, ("none",), ("../../0",), tmp_path / "a" / "b" / "run2", progress=False),
@@ -167,7 +167,7 @@ task, data = gradmm.load_data(sys.argv[1])
 model = gradmm.load_model(sys.argv[2], device="cpu")
 real = gradmm.sample_examples(data.train, 4, task, seed=0)
 target = gradmm.release(model, task, real, epsilon=1.0, delta=1e-5, length=8)
-config = gradmm.SynthesisConfig(n_synthetic=2, group_size=1, outer_steps=1, inner_steps=1)
+config = gradmm.SynthesisConfig(n_synthetic=2, oversample=2)
 result = gradmm.synthesize(model, task, target, config, sys.argv[3], progress=False)
 plain = generate_texts(model, task, 1, 0, Sampling(max_tokens=24))
 tuning = gradmm.FinetuneConfig(steps=1, learning_rates=[2e-4], max_validation=4)

@@ -22,7 +22,7 @@ from gradmm.synthesis import SynthesisConfig, synthesize
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"n_synthetic": 8, "oversample": 1.5, "group_size": 2, "outer_steps": 3, "inner_steps": 2, "top_k": 10, "init_candidates": 2}
 CONFIGS = {
-    "admm": SynthesisConfig(**TINY, groups_per_batch=1, length=8),
+    "admm": SynthesisConfig(search="admm", ranking="text", **TINY, groups_per_batch=1, length=8),
     "pool": SynthesisConfig(**TINY | {"n_synthetic": 140}, search="pool", ranking="group", length=12),  # 105 a class: two batches each
 }
 SIZE = {"n": 8, "seed": 0}
@@ -32,7 +32,7 @@ def problem():
     """The embedded model and task with a Release of a few examples."""
     task, data = gradmm.load_data("demo")
     model = gradmm.load_model("demo", device="cpu")
-    return model, task, gradmm.release(model, task, gradmm.sample_examples(data.train, task=task, **SIZE))
+    return model, task, gradmm.release(model, task, gradmm.sample_examples(data.train, task=task, **SIZE), space="head")
 
 
 def files_of(folder: Path) -> dict[str, object]:

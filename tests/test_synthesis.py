@@ -21,14 +21,14 @@ from gradmm.tasks import Task, tokenize_task
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
 TEXTS = {0: ["a dull plot", "the actors sat all time", "not one scene"], 1: ["a fine film", "we like the music", "red and blue"]}
 REAL = [{"text": text, "label": label} for label, texts in TEXTS.items() for text in texts]
-SMALL = SynthesisConfig(n_synthetic=4, oversample=1.5, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=5)
+SMALL = SynthesisConfig(search="admm", ranking="text", n_synthetic=4, oversample=1.5, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=5)
 CLOCKS = {"clock"}
 
 
 @pytest.fixture(scope="module")
 def setting(tiny_model):
     model = tiny_model("llama", dtype=torch.float32)
-    return model, TASK, gradmm.release(model, TASK, REAL)
+    return model, TASK, gradmm.release(model, TASK, REAL, space="head")
 
 
 def files_of(folder: Path) -> dict[str, object]:
@@ -91,7 +91,11 @@ def test_a_pool_holds_finished_texts_and_the_target_chooses(setting, tmp_path, s
     first = [row["text"] for row in result.dataset if row["label"] == 0]
     assert [row["text"] for row in result.kept if row["label"] == 0] == [first[row] for row in sorted(matching.greedy(first, 0, 2))]
     again = synthesize(model, task, release, config, tmp_path / "a", progress=False)
-    assert again.dataset.to_list() == result.dataset.to_list() and again.history.empty
+    assert again.dataset.to_list() == result.dataset.to_list() and again.history.equals(result.history)
+    steps = result.history[result.history["label"] == TASK.labels[0]]
+    taken = [first[row] for row in matching.greedy(first, 0, 2)]
+    assert steps["step"].tolist() == [1, 2]
+    assert steps["match_z"].tolist() == pytest.approx([matching.of_sets(taken[:count], [0] * count)[0] for count in (1, 2)], rel=1e-5)
     synthesize(model, task, release, config, tmp_path / "b", progress=False)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
@@ -152,7 +156,7 @@ from dataclasses import replace
 gradmm.runs.SNAPSHOT_SECONDS = 0.0
 lm = conftest.make_tiny_lm("llama", dtype=torch.float32)
 model = gradmm.models.wrap_model(lm, conftest.make_toy_tokenizer(), "tiny-llama")
-target = gradmm.release(model, test_synthesis.TASK, test_synthesis.REAL)
+target = gradmm.release(model, test_synthesis.TASK, test_synthesis.REAL, space="head")
 config = replace(test_synthesis.SMALL, groups_per_batch=2, outer_steps=40, inner_steps=10)
 gradmm.synthesize(model, test_synthesis.TASK, target, config, sys.argv[2], progress=False)
 """
@@ -189,7 +193,7 @@ def test_the_published_settings_run_too(setting):
 @pytest.mark.parametrize(("init", "choice"), [("generated", "best"), ("normal", "best"), ("generated", "greedy")])
 def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init, choice):
     model = tiny_model(kind, dtype=torch.float32)
-    release, config = gradmm.release(model, TASK, REAL), replace(SMALL, init=init, init_choice=choice, n_synthetic=7, inner_steps=3, outer_steps=3)
+    release, config = gradmm.release(model, TASK, REAL, space="head"), replace(SMALL, init=init, init_choice=choice, n_synthetic=7, inner_steps=3, outer_steps=3)
     runs = [synthesize(model, TASK, release, replace(config, groups_per_batch=size), progress=False) for size in (1, 2, 3, 6)]
     for other in runs[1:]:
         assert other.dataset.to_list() == runs[0].dataset.to_list()
@@ -229,7 +233,7 @@ def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
     task = Task("news", ("world", "sports", "business", "text"), (" world", " sports", " business", " text"), "{text} this is")
     real = [{"text": f"a {word} scene", "label": i % 4} for i, word in enumerate("red blue cat dog fine dull".split())]
     config = replace(SMALL, n_synthetic=6, early_end=True, min_tokens=2, distance="l2", projection="nearest_then_lm", filter="none")
-    result = synthesize(model, task, gradmm.release(model, task, real), config, progress=False)
+    result = synthesize(model, task, gradmm.release(model, task, real, space="head"), config, progress=False)
     assert [result.kept["label"].count(label) for label in range(4)] == [2, 2, 1, 1]
 
 
@@ -299,7 +303,7 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
 def test_bad_settings_are_one_sentence_and_nothing_is_written(setting, tmp_path, settings, message):
     model, task, release = setting
     with pytest.raises(UserError) as caught:
-        synthesize(model, task, release, SynthesisConfig(**{"length": 5, "top_k": 5, **settings}), tmp_path / "run", progress=False)
+        synthesize(model, task, release, replace(gradmm.PRESETS["admm"], **{"length": 5, "top_k": 5, **settings}), tmp_path / "run", progress=False)
     assert message in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 

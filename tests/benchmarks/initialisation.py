@@ -26,7 +26,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
     """One row for each way."""
     task, data = gradmm.load_data("demo")
     model = gradmm.load_model("demo", device=options.device)
-    release = gradmm.release(model, task, gradmm.sample_examples(data.train, 50, task, seed=0))
+    release = gradmm.release(model, task, gradmm.sample_examples(data.train, 50, task, seed=0), space="head")
     end = model.tokenizer.eos_token_id
     matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space, end=end)
     reading = Reading("lm_then_nearest", 50, allowed_tokens(model), end, 4)

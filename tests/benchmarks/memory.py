@@ -42,8 +42,9 @@ def run(model: gradmm.Model, options: argparse.Namespace) -> gradmm.SynthesisRes
     source = torch.Generator().manual_seed(0)
     rows = torch.randint(30, len(model.tokenizer), (options.real, options.length), generator=source).tolist()
     real = [{"text": model.tokenizer.decode(row), "label": number % 2} for number, row in enumerate(rows)]
-    release = gradmm.release(model, TASK, real, length=options.length)
+    release = gradmm.release(model, TASK, real, length=options.length, space="head")
     config = gradmm.SynthesisConfig(
+        search="admm", ranking="text",
         n_synthetic=options.groups * options.count,
         oversample=1.0,
         group_size=options.count,

@@ -62,6 +62,7 @@ def worded_examples(shape: str, count: int, length: int) -> list[Example]:
 def settings_of(options: argparse.Namespace) -> SynthesisConfig:
     """The synthesis: `groups` a class, twice the texts that are kept, starts and label filter as published."""
     return SynthesisConfig(
+        search="admm", ranking="text",
         n_synthetic=len(TASK.labels) * options.groups * options.count // 2,
         oversample=2.0,
         group_size=options.count,
@@ -160,7 +161,7 @@ def measure(options: argparse.Namespace) -> dict:
     """The record's results."""
     model = worded_model(options.shape, options.device, options.dtype)
     examples, config = worded_examples(options.shape, options.real, options.length), settings_of(options)
-    plan = Plan.of(model, TASK, release(model, TASK, examples), config)
+    plan = Plan.of(model, TASK, release(model, TASK, examples, space="head"), config)
     steps = QUICK if options.quick else {"outer_steps": options.outer_steps, "inner_steps": options.inner_steps}
     body, job = floors.Body.of(model), floors.Job.of(plan)
     rates = performance.measure_rates(options.device, options.dtype, floors.products(body, job), options.repeats)

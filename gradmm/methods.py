@@ -44,6 +44,16 @@ def random_real(trial: Trial) -> list[Example]:
     )
 
 
+def matched_real(trial: Trial) -> list[Example]:
+    """Other real examples, chosen as gradmm chooses texts and from as many: what the choice is worth where every text is real."""
+    bench, config = trial.bench, replace(trial.synthesis, search="pool", ranking="group")
+    seen = {example.text for example in trial.real}
+    others = [example for example in all_real(trial) if example.text not in seen]
+    count = min(len(others), math.ceil(config.n_synthetic * config.oversample))
+    pool = select_coreset(bench.model, bench.task, others, count, "random", stream(trial.seed, "real pool"))
+    return trial.choose(pool, config)
+
+
 def herding(trial: Trial) -> list[Example]:
     """Real examples by `coresets.herding` at the synthetic budget."""
     return trial.bench.coresets["herding"]
@@ -122,6 +132,7 @@ METHODS: dict[str, Callable[[Trial], list[Example]]] = {
     "all_real": all_real,
     "real": real_seen,
     "random": random_real,
+    "matched_real": matched_real,
     "herding": herding,
     "k_center": k_center,
     "zero_shot": zero_shot,

@@ -3,6 +3,7 @@
 Reads real examples; knows no method. Letters: M test examples.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -149,8 +150,14 @@ class Trial:
         """The texts that gradmm keeps for another target; a pool, which depends on no target, is not written again."""
         if config.search != "pool":
             return self._kept(self._synthesize(name, target, config).dataset.to_list())
-        plan = Plan.of(self.bench.model, self.bench.task, target, config)
-        return self._kept(judge_texts(plan, self.written.dataset["text"][:], self.written.dataset["label"][:]))
+        return self._chosen(self.written.dataset["text"][:], self.written.dataset["label"][:], target, config)
+
+    def choose(self, pool: Sequence[Example], config: SynthesisConfig) -> list[Example]:
+        """Those of any examples that gradmm keeps for the Release."""
+        return self._chosen([example.text for example in pool], [example.label for example in pool], self.release, config)
+
+    def _chosen(self, texts: list[str], labels: list[int], target: Release, config: SynthesisConfig) -> list[Example]:
+        return self._kept(judge_texts(Plan.of(self.bench.model, self.bench.task, target, config), texts, labels))
 
     def _synthesize(self, name: str, target: Release, config: SynthesisConfig) -> SynthesisResult:
         """A synthesis; continued where it was interrupted."""

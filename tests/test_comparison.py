@@ -19,6 +19,7 @@ from gradmm.evaluation import longest_shared_spans, perplexity, words
 from gradmm.examples import Example, Splits, content_hash, refuse_overlap
 from gradmm.finetuning import finetune
 from gradmm.generation import Sampling
+from gradmm.matching import Matching
 from gradmm.measures import MEASURES
 from gradmm.methods import METHODS
 from gradmm.results import Comparison
@@ -266,6 +267,17 @@ def test_a_pool_is_written_once_and_every_target_chooses_from_it(model, monkeypa
     first = [[row["text"] for row in passed if row["label"] == label][:2] for label in (0, 1)]
     assert [e.text for e in chosen["prompt_only"]] == first[0] + first[1]  # in the order of writing
     assert len(METHODS["zero_shot"](trial)) == 4 and len(done) == 1
+
+
+def test_matched_real_examples_are_unseen_real_ones_that_match_together(model):
+    config = replace(CONFIG, space="body", synthesis=replace(CONFIG.synthesis, search="pool", ranking="group", oversample=8.0))
+    trial = Trial(bench_of(model, config=config), 0)
+    chosen = METHODS["matched_real"](trial)
+    assert [e.label for e in chosen] == [0, 0, 1, 1] and set(chosen) <= set(trial.bench.splits.train) - set(trial.real)
+    matching = Matching(model, tokenize_task(TWO, model.tokenizer), trial.release.targets, trial.release.space)
+    match = {name: sum(matching.of_sets([e.text for e in some], [e.label for e in some])) for name, some in
+             (("chosen", chosen), ("random", METHODS["random"](trial)))}  # fmt: skip
+    assert match["chosen"] < match["random"]
 
 
 def test_prompt_only_is_the_first_projection_of_the_first_draw_in_order_of_writing(model):

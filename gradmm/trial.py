@@ -13,7 +13,8 @@ from gradmm.examples import Example, Splits, check_examples, sample_examples
 from gradmm.generation import Sampling
 from gradmm.models import Model
 from gradmm.privacy import SPACES, Release, release
-from gradmm.synthesis import SynthesisConfig, synthesize
+from gradmm.settings import SynthesisConfig
+from gradmm.synthesis import synthesize
 from gradmm.tasks import Task
 from gradmm.training import FinetuneConfig
 

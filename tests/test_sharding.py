@@ -16,8 +16,9 @@ import yaml
 import gradmm
 from gradmm import models, shard, sharding
 from gradmm.errors import UserError
+from gradmm.settings import SynthesisConfig
 from gradmm.sharding import Crew
-from gradmm.synthesis import SynthesisConfig, synthesize
+from gradmm.synthesis import synthesize
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"n_synthetic": 8, "oversample": 1.5, "group_size": 2, "outer_steps": 3, "inner_steps": 2, "top_k": 10, "init_candidates": 2}

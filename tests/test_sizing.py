@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import gradmm
+from gradmm.settings import SynthesisConfig
 from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
-from gradmm.synthesis import SynthesisConfig, synthesize
+from gradmm.synthesis import synthesize
 from gradmm.tasks import Task
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"

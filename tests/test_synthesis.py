@@ -15,7 +15,9 @@ import torch
 import gradmm
 from gradmm.errors import UserError
 from gradmm.matching import Matching
-from gradmm.synthesis import PRESETS, SynthesisConfig, synthesize, work_units
+from gradmm.plan import work_units
+from gradmm.settings import PRESETS, SynthesisConfig
+from gradmm.synthesis import synthesize
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a"))

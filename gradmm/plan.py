@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 
 from gradmm import admm, sharding
 from gradmm.errors import require
+from gradmm.generation import closing_tokens
 from gradmm.gradients import Space
 from gradmm.matching import Matching
 from gradmm.models import Model
@@ -75,7 +76,7 @@ class Plan:
             release=release,
             config=config,
             matching=Matching(model, tokens, release.targets, release.space, config.distance, end),
-            reading=Reading(config.projection, config.top_k, allowed_tokens(model), end, min(config.min_tokens, length)),
+            reading=_reading(model, config, end, length),
             tables=Tables.of(model),
             length=length,
             classes=classes,
@@ -138,6 +139,12 @@ def _end_token(model: Model, config: SynthesisConfig) -> int | None:
     end = model.tokenizer.eos_token_id
     require(end is not None, f"{model.name} has no end-of-text token: set early_end = False and init = 'normal'")
     return end
+
+
+def _reading(model: Model, config: SynthesisConfig, end: int | None, length: int) -> Reading:
+    allowed = allowed_tokens(model)
+    closes = closing_tokens(model, allowed) if config.end_at == "sentence" else None
+    return Reading(config.projection, config.top_k, allowed, end, min(config.min_tokens, length), closes)
 
 
 def _check_context(model: Model, tokens: TaskTokens, length: int) -> None:

@@ -108,6 +108,8 @@ class Reading:
         allowed: (V,) bool, see `allowed_tokens`.
         end: the token that ends a text early; None writes all L positions.
         min_tokens: no text ends before it has this many tokens.
+        closes: (V,) bool, tokens after which a text ends (`generation.closing_tokens`): then it ends there and nowhere else, and
+            `end` only fills the rest; None leaves the end to the order's choice of `end`.
     """
 
     order: str
@@ -115,8 +117,10 @@ class Reading:
     allowed: Tensor
     end: int | None = None
     min_tokens: int = 1
+    closes: Tensor | None = None
 
     def __post_init__(self) -> None:
+        require(self.closes is None or self.end is not None, "closes without an end token to fill the rest: give end, or leave closes out")
         require(self.order in PROJECTIONS, f"the projection {self.order!r} is not known: use one of {', '.join(PROJECTIONS)}")
         count = int(self.allowed.sum())
         require(
@@ -137,7 +141,7 @@ def project(model: Model, tables: Tables, v: Tensor, prompts: Sequence[tuple[int
         reading: order, candidates, mask and end.
 
     Returns:
-        (N, L) tokens; after an `end` token all are `end`.
+        (N, L) tokens; after a text's end all are `end`.
 
     Raises:
         UserError: an empty prompt, or prompt and text longer than the context.
@@ -157,7 +161,7 @@ def project(model: Model, tables: Tables, v: Tensor, prompts: Sequence[tuple[int
         token = choose(tables, state, v[:, position], allowed, reading.k)
         if reading.end is not None:
             token = torch.where(ended, reading.end, token)
-            ended = ended | (token == reading.end)
+            ended = ended | _ends(reading, token, position)
         chosen.append(token)
         if position + 1 < v.shape[1]:
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -177,8 +181,15 @@ def _allowed_at(reading: Reading, position: int) -> Tensor:
     if reading.end is None:
         return reading.allowed
     allowed = reading.allowed.clone()
-    allowed[reading.end] = position >= reading.min_tokens
+    allowed[reading.end] = reading.closes is None and position >= reading.min_tokens
     return allowed
+
+
+def _ends(reading: Reading, token: Tensor, position: int) -> Tensor:
+    """Whether a text ends with its token at this position: (N,) -> (N,) bool."""
+    if reading.closes is None:
+        return token == reading.end
+    return reading.closes[token] & (position + 1 >= reading.min_tokens)
 
 
 def text_mask(ids: Tensor, end: int | None) -> Tensor:

@@ -13,6 +13,7 @@ from gradmm.projection import PROJECTIONS
 from gradmm.selection import FILTERS, RANKINGS
 
 SEARCHES = ("admm", "pool")
+ENDS = ("token", "sentence")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class SynthesisConfig:
             and leaves the rest to filter and ranking.
         length: L, tokens of a text; None takes the Release's.
         early_end, min_tokens: whether a text may end before L tokens, and not before how many.
+        end_at: "token" ends a text where the order chooses the end token, "sentence" after the first token that ends a sentence
+            (`generation.closing_tokens`) and nowhere else; it needs `early_end`.
         distance: "cosine" or "l2".
         init: "generated" starts x at texts that the model writes from the public prompts (it needs `early_end`), "normal" at
             random vectors as published.
@@ -66,6 +69,7 @@ class SynthesisConfig:
     length: int | None = None
     early_end: bool = True
     min_tokens: int = 4
+    end_at: str = "token"
     distance: str = "cosine"
     init: str = "generated"
     init_candidates: int = 4
@@ -94,9 +98,10 @@ class SynthesisConfig:
             require(isinstance(getattr(self, name), bool), f"{name} = {shown(getattr(self, name))}, it must be True or False: give one of them")
         require(is_whole(self.seed), f"seed = {shown(self.seed)}, it must be a whole number: give such as 0")
         require(self.early_end or self.init == "normal", "init = 'generated' writes texts of several lengths: set early_end, or init = 'normal'")
-        for name, known in (("search", SEARCHES), ("init", INITIALISATIONS), ("init_choice", CHOICES), ("projection", PROJECTIONS), ("filter", FILTERS), ("distance", DISTANCES), ("ranking", RANKINGS)):
+        for name, known in (("search", SEARCHES), ("end_at", ENDS), ("init", INITIALISATIONS), ("init_choice", CHOICES), ("projection", PROJECTIONS), ("filter", FILTERS), ("distance", DISTANCES), ("ranking", RANKINGS)):
             value = getattr(self, name)
             require(isinstance(value, str) and value in known, f"the {name} {shown(value)} is not known: use one of {', '.join(known)}")
+        require(self.early_end or self.end_at == "token", "end_at = 'sentence' ends texts early: set early_end, or end_at = 'token'")
         object.__setattr__(self, "solver", self._solver())  # checks the solver's own settings
 
     def _solver(self) -> admm.Config:

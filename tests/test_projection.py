@@ -66,6 +66,17 @@ def test_a_text_ends_at_the_end_token_and_not_before_it_may(tiny_model, order):
     assert bool((mask.sum(-1) >= 4).all()) and bool((ids[mask == 0] == end).all())
 
 
+@pytest.mark.parametrize("order", PROJECTIONS)
+def test_a_text_ends_with_its_first_sentence_and_nowhere_else(tiny_model, order):
+    model, end, rows = tiny_model("gpt2"), 9, torch.zeros(20, dtype=torch.long)
+    v, closes = vectors(model, 20, 9), torch.rand(97, generator=torch.Generator().manual_seed(2)) < 0.3
+    whole = project(model, Tables.of(model), v, PROMPTS, rows, Reading(order, 5, every(model).index_fill(0, torch.tensor(end), False)))
+    ids = project(model, Tables.of(model), v, PROMPTS, rows, Reading(order, 5, every(model), end=end, min_tokens=3, closes=closes))
+    last = [next((place for place, token in enumerate(row) if place >= 2 and closes[token]), 8) for row in whole.tolist()]
+    assert set(last) > {2, 8}
+    assert ids.tolist() == [row[: place + 1] + [end] * (8 - place) for row, place in zip(whole.tolist(), last, strict=True)]
+
+
 def test_text_mask():
     ids = torch.tensor([[5, 0, 7], [0, 0, 0], [1, 2, 3]])
     assert text_mask(ids, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]] and text_mask(ids, None).tolist() == [[1] * 3] * 3
@@ -88,6 +99,8 @@ def test_bad_settings_are_one_sentence(tiny_model):
         Reading("lm_then_nearest", 0, allowed)
     with pytest.raises(UserError, match="projection 'beam' is not known: use one of lm_then_nearest, nearest_then_lm"):
         Reading("beam", 5, allowed)
+    with pytest.raises(UserError, match="closes without an end token to fill the rest: give end"):
+        Reading("lm_then_nearest", 5, allowed, closes=allowed)
     reading, rows = Reading("lm_then_nearest", 5, allowed), torch.tensor([0])
     with pytest.raises(UserError, match="no tokens"):
         project(model, Tables.of(model), vectors(model, 1, 3), [()], rows, reading)

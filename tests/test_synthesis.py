@@ -226,6 +226,16 @@ def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
     assert (manifest["groups_per_batch"], manifest["groups_per_pass"]) == (4, 1)
 
 
+def test_texts_may_end_with_a_sentence_alone(setting):
+    model, task, release = setting
+    config = replace(SMALL, end_at="sentence", min_tokens=2, length=12, n_synthetic=8)
+    seen, stop, end = [], model.tokenizer.convert_tokens_to_ids("."), model.tokenizer.eos_token_id
+    synthesize(model, task, release, config, progress=False, on_step=lambda batch, result: seen.append(result.state.ids))
+    for row in torch.cat(seen).flatten(0, 1).tolist():
+        last = next((place for place, token in enumerate(row) if place >= 1 and token == stop), 11)
+        assert end not in row[: last + 1] and row[last + 1 :] == [end] * (11 - last)
+
+
 def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
     model = tiny_model("phi", dtype=torch.float32)
     task = Task("news", ("world", "sports", "business", "text"), (" world", " sports", " business", " text"), "{text} this is")
@@ -296,6 +306,8 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
         ({"ranking": "best"}, "the ranking 'best' is not known: use one of text, group"),
         ({"perplexity_weight": -1}, "perplexity_weight = -1"),
         ({"groups_per_batch": 0}, "groups_per_batch = 0"),
+        ({"end_at": "word"}, "the end_at 'word' is not known: use one of token, sentence"),
+        ({"end_at": "sentence", "early_end": False, "init": "normal"}, "end_at = 'sentence' ends texts early: set early_end"),
     ],
 )
 def test_bad_settings_are_one_sentence_and_nothing_is_written(setting, tmp_path, settings, message):

@@ -112,6 +112,7 @@ class Plan:
             together=self.solver.groups_per_pass,
             top_k=self.config.top_k,
             targets=sum(target.numbers for target in self.release.targets),
+            beams=self.config.beams,
         )
         return expected_bytes(ModelShape.of(self.model), work)
 
@@ -169,7 +170,7 @@ def work_units(model: Model, positions: int, config: SynthesisConfig, groups: in
         groups: all groups of the run.
     """
     kind = "cpu" if model.device.type == "cpu" else "other"
-    most = max(1, TEXTS_PER_BATCH[kind] // config.group_size)
+    most = max(1, TEXTS_PER_BATCH[kind] // (config.group_size * config.beams))
     batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
     if kind == "cpu":
         return batch, 1

@@ -1,13 +1,14 @@
 """The searches: ways to write texts for a Release, in units of work that any number of processes may share.
 
-Each takes a plan, a run's folder and the processes at work, and gives what it has written. It draws by (seed, purpose, group)
-alone and saves as it goes, so that an interrupted run continues to the same bytes. Letters: K groups, B examples of a group,
-L tokens, D width.
+Each takes a plan and the circumstances of a run, and gives what it has written. It draws by (seed, purpose, group) alone and
+saves as it goes, so that an interrupted run continues to the same bytes. A search among texts keeps its place as the solver
+does, in an `admm.Result`, whose vectors are then of width 0. Letters: K groups, B examples of a group, L tokens, D width.
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas
 import torch
@@ -18,7 +19,7 @@ from gradmm import admm
 from gradmm.generation import Batch, Sampling, generate_texts
 from gradmm.initialisation import CHOICES, Shape
 from gradmm.plan import Plan
-from gradmm.projection import project, text_mask
+from gradmm.projection import Reading, embedding_spread, project, text_mask
 from gradmm.runs import RunFolder
 from gradmm.seeds import generator, stream
 from gradmm.settings import SEARCHES
@@ -38,81 +39,129 @@ class Written:
     ended: list[dict]
 
 
+@dataclass(frozen=True)
+class Circumstances:
+    """Where a search runs: the run's folder, the processes at work, whether a bar shows, who sees the steps."""
+
+    folder: RunFolder
+    crew: Crew
+    progress: bool
+    on_step: OnStep | None
+
+
 def search(plan: Plan, folder: RunFolder, crew: Crew, progress: bool, on_step: OnStep | None) -> Written:
     """What the search of the plan's name writes."""
-    return _BY_NAME[plan.config.search](plan, folder, crew, progress, on_step)
+    return _BY_NAME[plan.config.search](plan, Circumstances(folder, crew, progress, on_step))
 
 
-# ---------------------------------------------------------------- admm
+# ---------------------------------------------------------------- groups of texts
+
+Report = Callable[[admm.Result], None]
+Work = Callable[[int, admm.Result | None, Report], admm.Result]
 
 
-def _search_admm(plan: Plan, folder: RunFolder, crew: Crew, progress: bool, on_step: OnStep | None) -> Written:
-    """Every batch of groups from where it stands to its end."""
-    numbers = range(len(plan.batches()))
+def _search_groups(plan: Plan, here: Circumstances, units: Sequence[range], classes: Sequence[int], work: Work) -> Written:
+    """Every unit of groups from where it stands to its end.
+
+    Args:
+        units: the numbers of each unit's groups.
+        classes: the label number of each group.
+        work: the number of a unit, what the folder holds of it, and who hears of each step -> the unit at its end.
+    """
+    folder, crew, numbers = here.folder, here.crew, range(len(units))
     total = len(numbers[crew.rank :: crew.count]) * plan.config.outer_steps
 
     def read(number: int) -> admm.Result:
         crew.find(folder.place(number))
         return folder.load_result(number, plan.model.device)
 
-    with tqdm(total=total, desc="matching", unit="step", disable=not progress) as bar:
+    with tqdm(total=total, desc="matching", unit="step", disable=not here.progress) as bar:
 
         def run(number: int) -> admm.Result:
-            return _run_batch(plan, number, folder, bar, _report(number, folder, crew, bar, on_step))
+            held = folder.load_result(number, plan.model.device)
+            bar.update(held.state.step if held else 0)
+            result = work(number, held, _report(number, here, bar))
+            folder.save_result(number, result)
+            return result
 
-        batches = crew.share("batches", numbers, run, read)
-    ids = torch.cat([result.value for result in batches]).cpu()
-    lengths = text_mask(ids, plan.reading.end).sum(-1).flatten().tolist()
+        results = crew.share("batches", numbers, run, read)
+    sizes = [len(ids) for result in results for ids in result.value]
     return Written(
-        texts=[plan.tokens.decode(row[:count]) for row, count in zip(_written(ids), lengths, strict=True)],
-        classes=[label for label in plan.classes for _ in range(ids.shape[1])],
-        groups=[group for group in range(len(ids)) for _ in range(ids.shape[1])],
-        history=pandas.DataFrame(_history(plan, batches)),
-        ended=_ended(plan, batches),
+        texts=[_text(plan, row) for result in results for row in result.value.cpu().flatten(0, 1)],
+        classes=[label for label, size in zip(classes, sizes, strict=True) for _ in range(size)],
+        groups=[group for group, size in enumerate(sizes) for _ in range(size)],
+        history=pandas.DataFrame(_history(plan, units, classes, results)),
+        ended=_ended(plan, classes, results),
     )
 
 
-def _run_batch(plan: Plan, number: int, folder: RunFolder, bar: tqdm, report: Callable[[admm.Result], None]) -> admm.Result:
-    groups = plan.batches()[number]
-    classes = torch.tensor([plan.classes[group] for group in groups], device=plan.model.device)
-    begin = folder.load_result(number, plan.model.device)
-    if begin is None:
-        begin = admm.start(_initial(plan, groups, classes), plan.solver)
-    bar.update(begin.state.step)
-    result = admm.solve(
-        lambda x, ids, which: plan.matching.of_vectors(x, ids, classes[which]),
-        _projection(plan, classes),
-        begin,
-        plan.solver,
-        report,
-    )
-    folder.save_result(number, result)
-    return result
-
-
-def _projection(plan: Plan, classes: Tensor) -> admm.Project:
-    """v (k, B, L, D) -> the nearest readable texts' embeddings and tokens."""
-
-    def projected(v: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        groups, count, length, _ = v.shape
-        rows = classes[which].repeat_interleave(count)
-        ids = project(plan.model, plan.tables, v.flatten(0, 1), plan.tokens.prompts, rows, plan.reading)
-        ids = ids.view(groups, count, length)
-        return plan.model.embed(ids).to(v.dtype), ids
-
-    return projected
-
-
-def _report(number: int, folder: RunFolder, crew: Crew, bar: tqdm, on_step: OnStep | None) -> Callable[[admm.Result], None]:
+def _report(number: int, here: Circumstances, bar: tqdm) -> Report:
     def report(result: admm.Result) -> None:
-        crew.check()
-        if on_step is not None:
-            on_step(number, result)
+        here.crew.check()
+        if here.on_step is not None:
+            here.on_step(number, result)
         bar.update(1)
         bar.set_postfix(match=f"{result.match.mean().item():.4f}")
-        folder.snapshot(number, result)
+        here.folder.snapshot(number, result)
 
     return report
+
+
+def _text(plan: Plan, ids: Tensor) -> str:
+    """The text of (L,) tokens; empty of a group that never had a projection (it went non-finite at once)."""
+    count = int(text_mask(ids, plan.reading.end).sum())
+    return plan.tokens.decode(token for token in ids[:count].tolist() if token >= 0)
+
+
+def _history(plan: Plan, units: Sequence[range], classes: Sequence[int], results: Sequence[admm.Result]) -> list[dict]:
+    return [
+        {"label": plan.task.labels[classes[row["group"] + groups.start]], **row, "group": row["group"] + groups.start}
+        for groups, result in zip(units, results, strict=True)
+        for row in result.history
+    ]
+
+
+def _ended(plan: Plan, classes: Sequence[int], results: Sequence[admm.Result]) -> list[dict]:
+    """Why each group stopped, and its loss."""
+    reasons = [reason for result in results for reason in result.reason]
+    matches = [value for result in results for value in result.match.tolist()]
+    return [
+        {"group": group, "label": plan.task.labels[label], "reason": reason, "match": match if math.isfinite(match) else None}
+        for group, (label, reason, match) in enumerate(zip(classes, reasons, matches, strict=True))
+    ]
+
+
+# ---------------------------------------------------------------- admm
+
+
+def _search_admm(plan: Plan, here: Circumstances) -> Written:
+    """Texts moved towards the target by the solver."""
+
+    def work(number: int, held: admm.Result | None, report: Report) -> admm.Result:
+        groups, classes = _groups_of(plan, number)
+        return admm.solve(
+            lambda x, ids, which: plan.matching.of_vectors(x, ids, classes[which]),
+            lambda v, which: _projected(plan, v, classes[which], plan.reading),
+            held or admm.start(_initial(plan, groups, classes), plan.solver),
+            plan.solver,
+            report,
+        )
+
+    return _search_groups(plan, here, plan.batches(), plan.classes, work)
+
+
+def _groups_of(plan: Plan, number: int) -> tuple[range, Tensor]:
+    """The numbers of a batch's groups, and their classes (K,)."""
+    groups = plan.batches()[number]
+    return groups, torch.tensor([plan.classes[group] for group in groups], device=plan.model.device)
+
+
+def _projected(plan: Plan, v: Tensor, classes: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+    """v (k, B, L, D) -> the readable texts' embeddings and tokens."""
+    groups, count, length, _ = v.shape
+    ids = project(plan.model, plan.tables, v.flatten(0, 1), plan.tokens.prompts, classes.repeat_interleave(count), reading)
+    ids = ids.view(groups, count, length)
+    return plan.model.embed(ids).to(v.dtype), ids
 
 
 def _initial(plan: Plan, groups: range, classes: Tensor) -> Tensor:
@@ -123,39 +172,111 @@ def _initial(plan: Plan, groups: range, classes: Tensor) -> Tensor:
     return CHOICES[config.init_choice](config.init, config.init_candidates, plan.matching, plan.reading, shape, classes, sources, together)
 
 
-def _ended(plan: Plan, batches: list[admm.Result]) -> list[dict]:
-    """Why each group stopped, and its loss."""
-    reasons = [reason for result in batches for reason in result.reason]
-    matches = [value for result in batches for value in result.match.tolist()]
-    return [
-        {"group": group, "label": plan.task.labels[label], "reason": reason, "match": match if math.isfinite(match) else None}
-        for group, (label, reason, match) in enumerate(zip(plan.classes, reasons, matches, strict=True))
-    ]
+# ---------------------------------------------------------------- guided
 
 
-def _written(ids: Tensor) -> list[list[int]]:
-    """Each text's tokens; a group that never had a projection (it went non-finite at once) has empty texts."""
-    return [[token for token in row if token >= 0] for row in ids.flatten(0, 1).tolist()]
+def _search_guided(plan: Plan, here: Circumstances) -> Written:
+    """Texts written anew in every round, led by the gradient of f at the last ones; each group's best round counts."""
+    reading = replace(plan.reading, order="guided", beams=plan.config.beams)
+    strength = plan.config.guidance_weight / embedding_spread(plan.tables, plan.reading.allowed)
+
+    def work(number: int, held: admm.Result | None, report: Report) -> admm.Result:
+        groups, classes = _groups_of(plan, number)
+        result = held
+        if result is None:
+            z, ids = _projected(plan, _initial(plan, groups, classes), classes, plan.reading)
+            result = drafts(ids, _values(plan, z, ids, classes))
+        while result.state.active.any():
+            result = guided_round(plan, result, classes, reading, strength)
+            report(result)
+        return result
+
+    return _search_groups(plan, here, plan.batches(), plan.classes, work)
 
 
-def _history(plan: Plan, batches: list[admm.Result]) -> list[dict]:
-    return [
-        {"label": plan.task.labels[plan.classes[row["group"] + groups.start]], **row, "group": row["group"] + groups.start}
-        for groups, result in zip(plan.batches(), batches, strict=True)
-        for row in result.history
-    ]
+def drafts(ids: Tensor, match: Tensor) -> admm.Result:
+    """Where a search among texts begins: (K, B, L) tokens and f (K,)."""
+    groups, nothing = len(ids), match.new_empty(*ids.shape, 0)
+    state = admm.State(
+        x=nothing, z=nothing, lam=nothing, rho=match.new_zeros(groups), ids=ids, step=0,
+        active=torch.ones(groups, dtype=torch.bool, device=ids.device),
+    )  # fmt: skip
+    none = admm.Result(torch.full_like(ids, -1), torch.full_like(match, math.inf), ("",) * groups, [], state, torch.zeros_like(ids[:, 0, 0]))
+    return admm.keep_better(none, torch.arange(groups, device=ids.device), ids, match)
+
+
+def guided_round(plan: Plan, result: admm.Result, classes: Tensor, reading: Reading, strength: float) -> admm.Result:
+    """One round of the groups that are active: gradient, direction, new texts, and their f.
+
+    The direction at a position is minus the gradient there, scaled to length `strength`: f's gradients are tiny beside
+    log-probabilities, and their size differs by orders of magnitude between models, targets and positions, so that no weight of
+    the gradient itself would mean the same twice. A position without a gradient (behind a text's end) is left to the model.
+
+    Args:
+        result: `drafts`, or the last round's.
+        classes: (K,) each group's class.
+        reading: of the order "guided".
+        strength: the length of a direction.
+
+    Returns:
+        The result with one more step: rows of history with match_z (f of the new texts), promised (its change to first order),
+        changed (share of tokens), seconds.
+    """
+    begun, moving = time.perf_counter(), result.state.active.nonzero().squeeze(-1)
+    ids, labels, step = result.state.ids[moving], classes[moving], result.state.step + 1
+    x = plan.model.embed(ids).to(torch.promote_types(plan.model.dtype, torch.float32))
+    gradient = torch.cat(_in_passes(plan, lambda *some: _gradient(plan, *some), x, ids, labels))
+    direction = -strength * gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    z, new = _projected(plan, direction.nan_to_num(0.0, 0.0, 0.0), labels, reading)
+    match, promised = _values(plan, z, new, labels), ((z - x) * gradient).sum((1, 2, 3))
+    changed = (new != ids).to(x.dtype).mean((1, 2))
+    seconds, reasons, active = (time.perf_counter() - begun) / len(moving), list(result.reason), result.state.active.clone()
+    rows = []
+    for i, group in enumerate(moving.tolist()):
+        rows.append({"step": step, "group": group, "match_z": match[i].item(), "promised": promised[i].item(), "changed": changed[i].item(), "seconds": seconds})
+        reasons[group] = _reason(rows[-1], plan.config.outer_steps)
+        active[group] = not reasons[group]
+    state = replace(result.state, ids=result.state.ids.index_copy(0, moving, new), step=step, active=active)
+    return replace(admm.keep_better(result, moving, new, match), state=state, reason=tuple(reasons), history=[*result.history, *rows])
+
+
+def _reason(row: dict, steps: int) -> str:
+    """Why a group stops; what is written follows from the last texts alone, so the same texts would come for ever."""
+    if not (math.isfinite(row["match_z"]) and math.isfinite(row["promised"])):
+        return admm.NON_FINITE.format(row["step"])
+    if row["changed"] == 0:
+        return admm.STABLE.format(1)
+    return admm.STEP_LIMIT.format(steps) if row["step"] >= steps else ""
+
+
+def _gradient(plan: Plan, x: Tensor, ids: Tensor, classes: Tensor) -> Tensor:
+    value = x.detach().clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(plan.matching.of_vectors(value, ids, classes).sum(), value)
+    return gradient
+
+
+@torch.no_grad()
+def _values(plan: Plan, z: Tensor, ids: Tensor, classes: Tensor) -> Tensor:
+    """f of texts: (K, B, L, D), (K, B, L), (K,) -> (K,)."""
+    return torch.cat(_in_passes(plan, plan.matching.of_vectors, z, ids, classes))
+
+
+def _in_passes(plan: Plan, call: Callable[..., Tensor], *parts: Tensor) -> list[Tensor]:
+    """The call's results on as many groups at once as the plan lets the model see."""
+    size = plan.solver.groups_per_pass or len(parts[0])
+    return [call(*some) for some in zip(*(part.split(size) for part in parts), strict=True)]
 
 
 # ---------------------------------------------------------------- pool
 
 
-def _search_pool(plan: Plan, folder: RunFolder, crew: Crew, progress: bool, on_step: OnStep | None) -> Written:
+def _search_pool(plan: Plan, here: Circumstances) -> Written:
     """Finished texts that the model writes freely; each class is one group."""
     counts = [math.ceil(count * plan.config.oversample) for count in plan.per_class]
     around = max(map(len, plan.tokens.prompts))
     longest = max(plan.config.min_tokens, min(2 * plan.length, plan.model.context - around))
     sampling = Sampling(max_tokens=longest, min_tokens=plan.config.min_tokens)
-    share = _TextUnits(folder, crew)
+    share = _TextUnits(here.folder, here.crew)
     found = generate_texts(plan.model, plan.task, max(counts), stream(plan.config.seed, "pool"), sampling, share=share)
     kept = [example for place, example in enumerate(found) if place % max(counts) < counts[example.label]]
     classes = [example.label for example in kept]
@@ -189,4 +310,4 @@ class _TextUnits:
         return self.crew.share(f"texts {first}", range(first, self.given), work, read)
 
 
-_BY_NAME = dict(zip(SEARCHES, (_search_admm, _search_pool), strict=True))
+_BY_NAME = dict(zip(SEARCHES, (_search_admm, _search_pool, _search_guided), strict=True))

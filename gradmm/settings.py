@@ -12,7 +12,7 @@ from gradmm.initialisation import CHOICES, INITIALISATIONS
 from gradmm.projection import PROJECTIONS
 from gradmm.selection import FILTERS, RANKINGS
 
-SEARCHES = ("admm", "pool")
+SEARCHES = ("admm", "pool", "guided")
 ENDS = ("token", "sentence")
 
 
@@ -30,7 +30,11 @@ class SynthesisConfig:
         projection, top_k: the order (a name in `projection.PROJECTIONS`) and its number of candidates.
         search: a name in SEARCHES: "admm" moves texts towards the target (all settings of the solver, the projection and the
             start are its own), "pool" has the model write `oversample` times as many finished texts from the public prompts
-            and leaves the rest to filter and ranking.
+            and leaves the rest to filter and ranking. "guided" starts as admm does, has the model write every text anew in each
+            of `outer_steps` rounds, led by the gradient at the last ones, and keeps the best round of each group.
+        guidance_weight: guided: what a token gains, in nats, that lowers f to first order by one standard deviation more than
+            the mean token at its place (`projection.embedding_spread`), at least 0.
+        beams: guided: texts that are kept side by side while one is written, ranked by their mean score; 1 takes the best token.
         length: L, tokens of a text; None takes the Release's.
         early_end, min_tokens: whether a text may end before L tokens, and not before how many.
         end_at: "token" ends a text where the order chooses the end token, "sentence" after the first token that ends a sentence
@@ -66,6 +70,8 @@ class SynthesisConfig:
     projection: str = "lm_then_nearest"
     top_k: int = 50
     search: str = "admm"
+    guidance_weight: float = 1.0
+    beams: int = 1
     length: int | None = None
     early_end: bool = True
     min_tokens: int = 4
@@ -83,11 +89,11 @@ class SynthesisConfig:
     solver: admm.Config = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("n_synthetic", "group_size", "top_k", "min_tokens", "init_candidates"):
+        for name in ("n_synthetic", "group_size", "top_k", "min_tokens", "init_candidates", "beams"):
             _require_count(name, getattr(self, name))
         for name in ("length", "groups_per_batch"):
             _require_count(name, 1 if getattr(self, name) is None else getattr(self, name))
-        for name, least, mend in (("oversample", 1, "1.5 writes half as many again"), ("perplexity_weight", 0, "0 ignores it")):
+        for name, least, mend in (("oversample", 1, "1.5 writes half as many again"), ("perplexity_weight", 0, "0 ignores it"), ("guidance_weight", 0, "1 is a nat for a standard deviation")):
             value = getattr(self, name)
             require(is_number(value) and value >= least, f"{name} = {shown(value)}, it must be at least {least}: {mend}")
         require(
@@ -101,6 +107,7 @@ class SynthesisConfig:
         for name, known in (("search", SEARCHES), ("end_at", ENDS), ("init", INITIALISATIONS), ("init_choice", CHOICES), ("projection", PROJECTIONS), ("filter", FILTERS), ("distance", DISTANCES), ("ranking", RANKINGS)):
             value = getattr(self, name)
             require(isinstance(value, str) and value in known, f"the {name} {shown(value)} is not known: use one of {', '.join(known)}")
+        require(self.beams == 1 or self.search == "guided", f"beams = {self.beams} are of the guided search alone: set search = 'guided', or beams = 1")
         require(self.early_end or self.end_at == "token", "end_at = 'sentence' ends texts early: set early_end, or end_at = 'token'")
         object.__setattr__(self, "solver", self._solver())  # checks the solver's own settings
 

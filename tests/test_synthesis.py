@@ -220,6 +220,7 @@ def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
     assert work_units(model, 40, SynthesisConfig(group_size=10), 20) == (5, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=10), 21) == (6, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=100), 3) == (1, 1)
+    assert work_units(model, 40, SynthesisConfig(group_size=10, search="guided", beams=3), 20) == (2, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=10, groups_per_batch=7), 20) == (7, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=10, groups_per_batch=70), 20) == (20, 1)
     manifest = synthesize(model, task, release, SMALL, progress=False).manifest
@@ -306,6 +307,11 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
         ({"ranking": "best"}, "the ranking 'best' is not known: use one of text, group"),
         ({"perplexity_weight": -1}, "perplexity_weight = -1"),
         ({"groups_per_batch": 0}, "groups_per_batch = 0"),
+        ({"search": "best"}, "the search 'best' is not known: use one of admm, pool, guided"),
+        ({"projection": "guided"}, "the projection 'guided' is not known: use one of lm_then_nearest, nearest_then_lm"),
+        ({"guidance_weight": -1.0}, "guidance_weight = -1.0, it must be at least 0"),
+        ({"beams": 0, "search": "guided"}, "beams = 0, it must be a whole number of at least 1"),
+        ({"beams": 2}, "beams = 2 are of the guided search alone: set search = 'guided', or beams = 1"),
         ({"end_at": "word"}, "the end_at 'word' is not known: use one of token, sentence"),
         ({"end_at": "sentence", "early_end": False, "init": "normal"}, "end_at = 'sentence' ends texts early: set early_end"),
     ],

@@ -63,7 +63,7 @@ def lm_then_nearest(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
     """
     logits = linear(state, tables.head, tables.bias).masked_fill(~allowed, -torch.inf)
     scores, candidates = logits.topk(k, dim=-1)
-    near = _at(tables.embedding, candidates, target)
+    near = inner_products(tables.embedding, candidates, target)
     far = tables.squares[candidates] - 2 * near
     return _pick(candidates, far.masked_fill(scores == -torch.inf, torch.inf).argmin(-1))
 
@@ -72,7 +72,7 @@ def nearest_then_lm(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
     """Among the k tokens nearest to the target, the most likely one (the authors' code); arguments as `lm_then_nearest`."""
     far = tables.squares - 2 * linear(target.to(tables.embedding.dtype), tables.embedding)
     distances, candidates = far.masked_fill(~allowed, torch.inf).topk(k, dim=-1, largest=False)
-    logits = _at(tables.head, candidates, state)
+    logits = inner_products(tables.head, candidates, state)
     if tables.bias is not None:
         logits = logits + tables.bias[candidates]
     return _pick(candidates, logits.masked_fill(distances == torch.inf, -torch.inf).argmax(-1))
@@ -111,7 +111,7 @@ def guided_scores(tables: Tables, state: Tensor, target: Tensor, allowed: Tensor
     logits = linear(state, tables.head, tables.bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     likely, candidates = logits.masked_fill(~allowed, -torch.inf).topk(k, dim=-1)
-    return candidates, likely - logits.logsumexp(-1, keepdim=True) + _at(tables.embedding, candidates, target)
+    return candidates, likely - logits.logsumexp(-1, keepdim=True) + inner_products(tables.embedding, candidates, target)
 
 
 def embedding_spread(tables: Tables, allowed: Tensor) -> float:
@@ -123,7 +123,7 @@ def embedding_spread(tables: Tables, allowed: Tensor) -> float:
     return float((variance / len(mean)).sqrt())
 
 
-def _at(table: Tensor, candidates: Tensor, vectors: Tensor) -> Tensor:
+def inner_products(table: Tensor, candidates: Tensor, vectors: Tensor) -> Tensor:
     """table[candidates] . vectors: (V, D), (N, k), (N, D) -> (N, k), in blocks of rows."""
     wide = torch.promote_types(table.dtype, torch.float32)
     rows = max(1, GATHERED_NUMBERS // (candidates.shape[1] * table.shape[1]))

@@ -103,6 +103,18 @@ def beam(lm, row: Tensor, ids: Sequence[int], k: int, width: int, allowed: Tenso
     return best + [end] * (len(row) - len(best))
 
 
+def best_swap(f: Callable[[Tensor], float], ids: Tensor, tokens: Sequence[int]) -> tuple[float, tuple[int, int, int]]:
+    """Of all texts with one token replaced, that with the lowest f: (f, (row, position, token)); ids (B, L)."""
+    found = []
+    for row in range(ids.shape[0]):
+        for position in range(ids.shape[1]):
+            for token in tokens:
+                changed = ids.clone()
+                changed[row, position] = token
+                found.append((f(changed), (row, position, token)))
+    return min(found)
+
+
 def solve(
     f: Callable[[Tensor], Tensor],
     projection: Callable[[Tensor], Tensor],

@@ -18,12 +18,14 @@ from tqdm.auto import tqdm
 from gradmm import admm
 from gradmm.generation import Batch, Sampling, generate_texts
 from gradmm.initialisation import CHOICES, Shape
+from gradmm.judging import judge_texts
 from gradmm.plan import Plan
 from gradmm.projection import Reading, embedding_spread, project, text_mask
 from gradmm.runs import RunFolder
 from gradmm.seeds import generator, stream
 from gradmm.settings import SEARCHES
 from gradmm.sharding import Crew
+from gradmm.swaps import Swapper
 
 OnStep = Callable[[int, admm.Result], None]
 
@@ -267,6 +269,53 @@ def _in_passes(plan: Plan, call: Callable[..., Tensor], *parts: Tensor) -> list[
     return [call(*some) for some in zip(*(part.split(size) for part in parts), strict=True)]
 
 
+# ---------------------------------------------------------------- swap
+
+NO_SWAP = "no swap: none of those tried at step {} lowers the loss of fluent texts"
+
+
+def _search_swap(plan: Plan, here: Circumstances) -> Written:
+    """The texts that the pool with ranking "group" would keep, refined by single-token swaps; each class is one group."""
+    pool = _search_pool(plan, here)
+    rows = judge_texts(replace(plan, config=replace(plan.config, ranking="group")), pool.texts, pool.classes)
+    begun = [[row["text"] for row in rows if row["kept"] and row["label"] == label] for label in range(len(plan.task.labels))]
+
+    def work(number: int, held: admm.Result | None, report: Report) -> admm.Result:
+        texts = begun[number]
+        swapper, result = Swapper.of(plan, number, texts), held
+        if result is None:
+            match = plan.matching.of_sets(texts, [number] * len(texts))[number]
+            result = drafts(_token_rows(plan, texts), torch.tensor([match], device=plan.model.device))
+        while result.state.active.any():
+            result = _swap_round(plan, result, swapper)
+            report(result)
+        return result
+
+    units = [range(label, label + 1) for label in range(len(begun))]
+    return _search_groups(plan, here, units, range(len(begun)), work)
+
+
+def _token_rows(plan: Plan, texts: Sequence[str]) -> Tensor:
+    """Texts as one group of tokens with the end token behind each: (1, N, L)."""
+    rows = [plan.tokens.encode(text) for text in texts]
+    longest = max(map(len, rows))
+    return torch.tensor([[row + [plan.reading.end] * (longest - len(row)) for row in rows]], device=plan.model.device)
+
+
+def _swap_round(plan: Plan, result: admm.Result, swapper: Swapper) -> admm.Result:
+    """One more step of a class: rows of history with match_z (f of its texts), swaps, changed (share of tokens), seconds."""
+    begun, step, ids = time.perf_counter(), result.state.step + 1, result.state.ids
+    moved, swaps = swapper.round(ids[0])
+    match = result.match.new_tensor([swaps[-1].match]) if swaps else result.match
+    changed = len(swaps) / int(text_mask(ids, plan.reading.end).sum())
+    row = {"step": step, "group": 0, "match_z": match.item(), "swaps": len(swaps), "changed": changed, "seconds": time.perf_counter() - begun}
+    last = admm.STEP_LIMIT.format(step) if step >= plan.config.outer_steps else ""
+    reason = last if swaps else NO_SWAP.format(step)
+    state = replace(result.state, ids=moved[None], step=step, active=result.state.active & (reason == ""))
+    better = admm.keep_better(result, torch.zeros_like(result.stable), moved[None], match)
+    return replace(better, state=state, reason=(reason,), history=[*result.history, row])
+
+
 # ---------------------------------------------------------------- pool
 
 
@@ -310,4 +359,4 @@ class _TextUnits:
         return self.crew.share(f"texts {first}", range(first, self.given), work, read)
 
 
-_BY_NAME = dict(zip(SEARCHES, (_search_admm, _search_pool, _search_guided), strict=True))
+_BY_NAME = dict(zip(SEARCHES, (_search_admm, _search_pool, _search_guided, _search_swap), strict=True))

@@ -12,7 +12,7 @@ from gradmm.initialisation import CHOICES, INITIALISATIONS
 from gradmm.projection import PROJECTIONS
 from gradmm.selection import FILTERS, RANKINGS
 
-SEARCHES = ("admm", "pool", "guided")
+SEARCHES = ("admm", "pool", "guided", "swap")
 ENDS = ("token", "sentence")
 
 
@@ -31,10 +31,14 @@ class SynthesisConfig:
         search: a name in SEARCHES: "admm" moves texts towards the target (all settings of the solver, the projection and the
             start are its own), "pool" has the model write `oversample` times as many finished texts from the public prompts
             and leaves the rest to filter and ranking. "guided" starts as admm does, has the model write every text anew in each
-            of `outer_steps` rounds, led by the gradient at the last ones, and keeps the best round of each group.
+            of `outer_steps` rounds, led by the gradient at the last ones, and keeps the best round of each group. "swap" takes the
+            texts that "pool" with ranking "group" keeps and replaces single tokens in up to `outer_steps` rounds, so that the
+            texts of a class together come closer to the target (`swaps.Swapper`); it needs `early_end`.
         guidance_weight: guided: what a token gains, in nats, that lowers f to first order by one standard deviation more than
             the mean token at its place (`projection.embedding_spread`), at least 0.
         beams: guided: texts that are kept side by side while one is written, ranked by their mean score; 1 takes the best token.
+        tries: swap: replacements of each text that a round measures exactly, out of its `top_k` a position.
+        fluency_slack: swap: how far the log-perplexity of a text may rise above where it began, at least 0.
         length: L, tokens of a text; None takes the Release's.
         early_end, min_tokens: whether a text may end before L tokens, and not before how many.
         end_at: "token" ends a text where the order chooses the end token, "sentence" after the first token that ends a sentence
@@ -72,6 +76,8 @@ class SynthesisConfig:
     search: str = "admm"
     guidance_weight: float = 1.0
     beams: int = 1
+    tries: int = 8
+    fluency_slack: float = 0.1
     length: int | None = None
     early_end: bool = True
     min_tokens: int = 4
@@ -89,11 +95,11 @@ class SynthesisConfig:
     solver: admm.Config = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("n_synthetic", "group_size", "top_k", "min_tokens", "init_candidates", "beams"):
+        for name in ("n_synthetic", "group_size", "top_k", "min_tokens", "init_candidates", "beams", "tries"):
             _require_count(name, getattr(self, name))
         for name in ("length", "groups_per_batch"):
             _require_count(name, 1 if getattr(self, name) is None else getattr(self, name))
-        for name, least, mend in (("oversample", 1, "1.5 writes half as many again"), ("perplexity_weight", 0, "0 ignores it"), ("guidance_weight", 0, "1 is a nat for a standard deviation")):
+        for name, least, mend in (("oversample", 1, "1.5 writes half as many again"), ("perplexity_weight", 0, "0 ignores it"), ("guidance_weight", 0, "1 is a nat for a standard deviation"), ("fluency_slack", 0, "0.1 is usual")):
             value = getattr(self, name)
             require(is_number(value) and value >= least, f"{name} = {shown(value)}, it must be at least {least}: {mend}")
         require(
@@ -108,6 +114,7 @@ class SynthesisConfig:
             value = getattr(self, name)
             require(isinstance(value, str) and value in known, f"the {name} {shown(value)} is not known: use one of {', '.join(known)}")
         require(self.beams == 1 or self.search == "guided", f"beams = {self.beams} are of the guided search alone: set search = 'guided', or beams = 1")
+        require(self.early_end or self.search != "swap", "search = 'swap' has texts of several lengths: set early_end")
         require(self.early_end or self.end_at == "token", "end_at = 'sentence' ends texts early: set early_end, or end_at = 'token'")
         object.__setattr__(self, "solver", self._solver())  # checks the solver's own settings
 

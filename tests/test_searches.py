@@ -1,5 +1,6 @@
 """The searches among texts: each step against a literal one, the same bytes again, after a stop, and by two processes."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,15 +10,19 @@ from test_synthesis import REAL, SMALL, TASK, files_of
 
 import gradmm
 from gradmm import reference
+from gradmm.controls import without_gradient
 from gradmm.errors import UserError
+from gradmm.evaluation import is_complete_sentence, perplexities
 from gradmm.plan import Plan
 from gradmm.runs import RunFolder
 from gradmm.searches import drafts, guided_round, search
 from gradmm.sharding import Crew
+from gradmm.swaps import Swapper
 from gradmm.synthesis import synthesize
 
 CONFIGS = {
     "guided": replace(SMALL, search="guided", outer_steps=3, guidance_weight=2.0, top_k=20),
+    "swap": replace(SMALL, search="swap", outer_steps=3, oversample=4.0, length=12, top_k=20, fluency_slack=0.5),
 }
 
 
@@ -73,6 +78,84 @@ def test_beams_and_the_size_of_a_batch_change_no_more_than_they_say(setting):
     config = replace(CONFIGS["guided"], beams=3, end_at="sentence")
     runs = [synthesize(model, task, release, replace(config, groups_per_batch=size), progress=False) for size in (1, 4)]
     assert runs[0].dataset.to_list() == runs[1].dataset.to_list()
+
+
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_f_of_a_class_and_its_gradient_come_from_two_sweeps_over_the_texts(tiny_model, name):
+    plan = plan_of(tiny_model(name), CONFIGS["swap"])
+    ids = torch.randint(1, 97, (5, 6), generator=torch.Generator().manual_seed(1))
+    ids[2, 4:], ids[4, 3:] = plan.reading.end, plan.reading.end
+    x = plan.model.embed(ids)[None].detach().requires_grad_(True)
+    expected = plan.matching.of_vectors(x, ids[None], torch.tensor([1]))
+    (slopes,) = torch.autograd.grad(expected.sum(), x)
+    for at_once in (1, 2, 5):
+        match, gradient = plan.matching.of_tokens(ids, 1, at_once)
+        assert match.item() == pytest.approx(expected.item(), abs=1e-12)
+        assert torch.allclose(gradient, slopes[0], atol=1e-12) and not gradient[2, 4:].any()
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+def test_a_round_of_swaps_equals_a_search_among_all_swaps(tiny_model, distance):
+    model, words = tiny_model("llama"), ["Ġcat", "Ġdog", "Ġred", "Ġblue"]
+    plan = plan_of(model, replace(CONFIGS["swap"], distance=distance, tries=100, top_k=4, fluency_slack=1e9))
+    tokens = model.tokenizer.convert_tokens_to_ids(words)
+    allowed = torch.zeros(97, dtype=torch.bool).index_fill(0, torch.tensor(tokens), True)
+    plan = replace(plan, reading=replace(plan.reading, allowed=allowed))
+    texts = ["a cat dog red", "a red red cat", "a dog cat blue"]
+    ids = torch.tensor([plan.tokens.encode(text) for text in texts])
+    f, open_rows, taken = literal_f(model, plan, 1, distance), {0, 1, 2}, list(texts)
+
+    def value(changed):
+        """f of three texts, one of them changed; infinite where the change is none that may be made."""
+        (row,) = (changed != now).any(1).nonzero().flatten().tolist() or [None]
+        if row not in open_rows or plan.tokens.decode(changed[row].tolist()) in taken:
+            return float("inf")
+        if plan.tokens.encode(plan.tokens.decode(changed[row].tolist())) != changed[row].tolist():
+            return float("inf")
+        return f(model.embed(changed)).item()
+
+    now, expected, current = ids, [], f(model.embed(ids)).item()
+    while open_rows:
+        found, (row, position, token) = reference.best_swap(value, now, tokens)
+        if not found < current:
+            break
+        now, current = now.clone(), found
+        now[row, position] = token
+        expected.append(((row, position, token), pytest.approx(found, abs=1e-10)))
+        open_rows.remove(row)
+        taken.append(plan.tokens.decode(now[row].tolist()))
+    moved, swaps = Swapper.of(plan, 1, texts).round(ids)
+    assert expected and torch.equal(moved, now)
+    assert [((s.trial.row, s.trial.position, s.trial.token), s.match) for s in swaps] == expected
+
+
+def test_swaps_lower_f_and_keep_texts_fluent_whole_and_distinct(setting):
+    model, task, release = setting
+    config = CONFIGS["swap"]
+    before = synthesize(model, task, release, replace(config, search="pool", ranking="group"), progress=False)
+    after = synthesize(model, task, release, config, progress=False)
+    began, ended = before.kept.to_list(), after.kept.to_list()
+    assert len(after.dataset) == len(ended) == len({row["text"] for row in ended}) == 4 and after.history["swaps"].max() > 0
+    assert [row["label"] for row in ended] == [row["label"] for row in began]
+    for old, new in zip(began, ended, strict=True):
+        (start,), (now,) = perplexities(model, [old["text"]]), perplexities(model, [new["text"]])
+        assert now <= start * math.exp(config.fluency_slack) * 1.001
+        assert is_complete_sentence(new["text"]) or not is_complete_sentence(old["text"])
+    for label in task.labels:
+        assert after.manifest["set_match"][label] <= before.manifest["set_match"][label] + 1e-6
+        assert after.history[after.history["label"] == label]["match_z"].is_monotonic_decreasing
+
+
+def test_without_slack_in_perplexity_or_without_a_target_nothing_is_swapped(setting):
+    model, task, release = setting
+    blind = synthesize(model, task, without_gradient(release), CONFIGS["swap"], progress=False)
+    assert all(row["reason"].startswith("no swap: none of those tried at step 1") for row in blind.manifest["groups_ended"])
+    plan = plan_of(model, CONFIGS["swap"])
+    texts = [row["text"] for row in blind.kept if row["label"] == 0]
+    strict = replace(Swapper.of(plan, 0, texts), limits=(-1.0,) * len(texts))  # no text is that likely
+    ids = torch.tensor([plan.tokens.encode(texts[0])])
+    moved, swaps = strict.round(ids)
+    assert torch.equal(moved, ids) and not swaps
 
 
 @pytest.mark.parametrize("search_name", CONFIGS)

@@ -25,6 +25,7 @@ TINY = {"n_synthetic": 8, "oversample": 1.5, "group_size": 2, "outer_steps": 3, 
 CONFIGS = {
     "admm": SynthesisConfig(**TINY, groups_per_batch=1, length=8),
     "guided": SynthesisConfig(**TINY, groups_per_batch=1, length=8, search="guided"),
+    "swap": SynthesisConfig(**TINY, length=12, search="swap"),
     "pool": SynthesisConfig(**TINY | {"n_synthetic": 140}, search="pool", ranking="group", length=12),  # 105 a class: two batches each
 }
 SIZE = {"n": 8, "seed": 0}

@@ -287,7 +287,7 @@ def _search_swap(plan: Plan, here: Circumstances) -> Written:
             match = plan.matching.of_sets(texts, [number] * len(texts))[number]
             result = drafts(_token_rows(plan, texts), torch.tensor([match], device=plan.model.device))
         while result.state.active.any():
-            result = _swap_round(plan, result, swapper)
+            result = swap_round(plan, result, swapper)
             report(result)
         return result
 
@@ -302,7 +302,7 @@ def _token_rows(plan: Plan, texts: Sequence[str]) -> Tensor:
     return torch.tensor([[row + [plan.reading.end] * (longest - len(row)) for row in rows]], device=plan.model.device)
 
 
-def _swap_round(plan: Plan, result: admm.Result, swapper: Swapper) -> admm.Result:
+def swap_round(plan: Plan, result: admm.Result, swapper: Swapper) -> admm.Result:
     """One more step of a class: rows of history with match_z (f of its texts), swaps, changed (share of tokens), seconds."""
     begun, step, ids = time.perf_counter(), result.state.step + 1, result.state.ids
     moved, swaps = swapper.round(ids[0])

@@ -33,7 +33,8 @@ class SynthesisResult:
 
     Attributes:
         dataset: every text written: text, label, label_name, match, perplexity, group, kept, reason.
-        history: one row per ADMM step and group (`admm.step` names the columns), with batch and label.
+        history: one row per step and group, with its label; `admm.step` names the columns, for a search among texts
+            `searches.guided_round` or `searches.swap_round`; none for a pool.
         manifest: settings, versions, seeds, reasons, times; plain values.
     """
 

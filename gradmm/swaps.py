@@ -87,23 +87,25 @@ class Swapper:
         device, size = group.members.device, len(group.members)
         places = torch.tensor([trial.row for trial in trials], device=device)
         others = size + torch.arange(len(trials), device=device)
-        current, swaps = group.loss(), []
-        open_ = self._fluent(trials, (group.losses(places, others) < current).nonzero().flatten().tolist())
-        while open_:
-            losses = group.losses(places[open_], others[open_])
-            least = int(losses.argmin())
-            if not losses[least] < current:
+        current, swaps, left, fluent = group.loss(), [], list(range(len(trials))), {}
+        while left:
+            losses = dict(zip(left, group.losses(places[left], others[left]).tolist(), strict=True))
+            lower = [t for t in left if losses[t] < current]
+            fluent |= self._fluent(trials, [t for t in lower if t not in fluent])  # no text is read that could not be taken
+            lower = [t for t in lower if fluent[t]]
+            if not lower:
                 break
-            taken, current = trials[open_[least]], float(losses[least])
-            group = group.exchanged(taken.row, size + open_[least])
+            best = min(lower, key=losses.__getitem__)
+            taken, current = trials[best], losses[best]
+            group = group.exchanged(taken.row, size + best)
             swaps.append(Swap(taken, current))
-            open_ = [t for t in open_ if trials[t].row != taken.row and trials[t].text != taken.text]
+            left = [t for t in left if trials[t].row != taken.row and trials[t].text != taken.text]
         return swaps
 
-    def _fluent(self, trials: Sequence[Trial], numbers: Sequence[int]) -> list[int]:
-        """Those of the numbered trials whose log-perplexity is within its text's limit."""
+    def _fluent(self, trials: Sequence[Trial], numbers: Sequence[int]) -> dict[int, bool]:
+        """Whether the log-perplexity of each of the numbered trials is within its text's limit."""
         found = perplexities(self.plan.model, [trials[t].text for t in numbers])
-        return [t for t, value in zip(numbers, found, strict=True) if math.log(value) <= self.limits[trials[t].row]]
+        return {t: math.log(value) <= self.limits[trials[t].row] for t, value in zip(numbers, found, strict=True)}
 
     def _usable(self, ids: Tensor, texts: Sequence[str], wanted: Sequence[tuple[int, int, int]]) -> list[Trial]:
         """Trials whose text reads back as the same tokens, stands nowhere else, and is as complete as it began."""

@@ -92,15 +92,15 @@ def test_beams_equal_a_literal_search_with_prompts_of_any_lengths_side_by_side(t
 
 def test_one_beam_is_the_plain_walk_and_all_beams_find_the_best_text(tiny_model):
     model, rows = tiny_model("llama"), torch.zeros(3, dtype=torch.long)
-    tables, v, allowed = Tables.of(model), vectors(model, 3, 4), few(model, 40, 41, 42, 50)
-    reading = Reading("guided", 4, allowed, end=9, min_tokens=2)
+    tables, v, allowed = Tables.of(model), vectors(model, 3, 3), few(model, 40, 41, 50)
+    reading = Reading("guided", 3, allowed, end=9, min_tokens=2)
     one = projection._walk_by_beams(tables, v, projection._Reader.of(model, PROMPTS, rows), reading)
     assert torch.equal(one, project(model, tables, v, PROMPTS, rows, reading))
-    every_text = Reading("guided", 4, allowed, beams=4**3)  # 4 ways on at each of 4 positions: nothing is ever given up
+    every_text = Reading("guided", 3, allowed, beams=3**2)  # 3 ways on at each of 3 positions: nothing is ever given up
     found = project(model, tables, v, PROMPTS, rows, every_text)
-    best = [reference.beam(model.lm, row, PROMPTS[0], 4, 4**4, allowed) for row in v]
+    best = [reference.beam(model.lm, row, PROMPTS[0], 3, 3**3, allowed) for row in v]
     assert found.tolist() == best
-    greedy = project(model, tables, v, PROMPTS, rows, Reading("guided", 4, allowed))
+    greedy = project(model, tables, v, PROMPTS, rows, Reading("guided", 3, allowed))
     assert all(score(model, row, ids) >= score(model, row, plain) for row, ids, plain in zip(v, found, greedy, strict=True))
 
 

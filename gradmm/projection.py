@@ -81,20 +81,22 @@ def nearest_then_lm(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
 PROJECTIONS: dict[str, Choose] = {"lm_then_nearest": lm_then_nearest, "nearest_then_lm": nearest_then_lm}  # towards a point
 
 
-def guided(tables: Tables, state: Tensor, target: Tensor, allowed: Tensor, k: int) -> Tensor:
+def guided(tables: Tables, state: Tensor, target: Tensor, allowed: Tensor, k: int, noise: Tensor | None = None) -> Tensor:
     """Among the k most likely next tokens, the one with the highest `guided_scores`; the target is a direction."""
-    candidates, scores = guided_scores(tables, state, target, allowed, k)
+    candidates, scores = guided_scores(tables, state, target, allowed, k, noise)
     return _pick(candidates, scores.argmax(-1))
 
 
 ORDERS: dict[str, Choose] = {**PROJECTIONS, "guided": guided}
 
 
-def guided_scores(tables: Tables, state: Tensor, target: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def guided_scores(
+    tables: Tables, state: Tensor, target: Tensor, allowed: Tensor, k: int, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The k most likely next tokens and, of each, log-probability + <embedding, target>; arguments as `lm_then_nearest`.
 
     With target = -weight * the gradient of f at this position, the second term is the change of f to first order when the
-    token comes here, up to a constant of the position.
+    token comes here, up to a constant of the position. `noise` (N, k), where given, is added.
 
     Returns:
         (N, k) tokens, and (N, k) scores in float32 at least; -inf for tokens that are not allowed.
@@ -111,7 +113,8 @@ def guided_scores(tables: Tables, state: Tensor, target: Tensor, allowed: Tensor
     logits = linear(state, tables.head, tables.bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     likely, candidates = logits.masked_fill(~allowed, -torch.inf).topk(k, dim=-1)
-    return candidates, likely - logits.logsumexp(-1, keepdim=True) + inner_products(tables.embedding, candidates, target)
+    scores = likely - logits.logsumexp(-1, keepdim=True) + inner_products(tables.embedding, candidates, target)
+    return candidates, scores if noise is None else scores + noise
 
 
 def embedding_spread(tables: Tables, allowed: Tensor) -> float:
@@ -181,7 +184,9 @@ class Reading:
 
 
 @torch.no_grad()
-def project(model: Model, tables: Tables, v: Tensor, prompts: Sequence[tuple[int, ...]], rows: Tensor, reading: Reading) -> Tensor:
+def project(
+    model: Model, tables: Tables, v: Tensor, prompts: Sequence[tuple[int, ...]], rows: Tensor, reading: Reading, noise: Tensor | None = None
+) -> Tensor:
     """Project N continuous sequences on tokens, all side by side; each position costs one cached step.
 
     Args:
@@ -189,6 +194,8 @@ def project(model: Model, tables: Tables, v: Tensor, prompts: Sequence[tuple[int
         prompts: the generation prompts, each at least one token (the begin-of-text token will do), encoded once each.
         rows: (N,) the number of each sequence's prompt.
         reading: order, candidates, mask and end.
+        noise: (N, L, k) for the order "guided": added to the scores of each position's candidates, the likeliest first; Gumbel
+            noise of scale t samples from the softmax of scores over t. None adds none.
 
     Returns:
         (N, L) tokens; after a text's end all are `end`.
@@ -202,15 +209,17 @@ def project(model: Model, tables: Tables, v: Tensor, prompts: Sequence[tuple[int
         longest + v.shape[1] <= model.context,
         f"a prompt of {longest} and a text of {v.shape[1]} tokens exceed the context of {model.context}: shorten one of them",
     )
-    return (_walk if reading.beams == 1 else _walk_by_beams)(tables, v, _Reader.of(model, prompts, rows), reading)
+    require(noise is None or reading.order == "guided", f"noise for the projection {reading.order!r}: it belongs to 'guided' alone, leave it out")
+    return (_walk if reading.beams == 1 else _walk_by_beams)(tables, v, _Reader.of(model, prompts, rows), reading, noise)
 
 
-def _walk(tables: Tables, v: Tensor, reader: "_Reader", reading: Reading) -> Tensor:
+def _walk(tables: Tables, v: Tensor, reader: "_Reader", reading: Reading, noise: Tensor | None = None) -> Tensor:
     """Token by token: (N, L, D) -> (N, L)."""
     ended = torch.zeros(v.shape[0], dtype=torch.bool, device=v.device)
     chosen: list[Tensor] = []
     for position in range(v.shape[1]):
-        token = ORDERS[reading.order](tables, reader.state, v[:, position], _allowed_at(reading, position), reading.k)
+        given = (tables, reader.state, v[:, position], _allowed_at(reading, position), reading.k)
+        token = ORDERS[reading.order](*given) if noise is None else guided(*given, noise[:, position])
         if reading.end is not None:
             token = torch.where(ended, reading.end, token)
             ended = ended | _ends(reading, token, position)
@@ -220,7 +229,7 @@ def _walk(tables: Tables, v: Tensor, reader: "_Reader", reading: Reading) -> Ten
     return torch.stack(chosen, dim=1)
 
 
-def _walk_by_beams(tables: Tables, v: Tensor, reader: "_Reader", reading: Reading) -> Tensor:
+def _walk_by_beams(tables: Tables, v: Tensor, reader: "_Reader", reading: Reading, noise: Tensor | None = None) -> Tensor:
     """The W best hypotheses of each sequence, grown side by side; the best at the end: (N, L, D) -> (N, L).
 
     Hypotheses are ranked by the mean of their tokens' `guided_scores`, the end token included (Wu et al. 2016 with alpha = 1):
@@ -234,8 +243,8 @@ def _walk_by_beams(tables: Tables, v: Tensor, reader: "_Reader", reading: Readin
     lengths, ended = torch.zeros_like(totals), torch.zeros_like(totals, dtype=torch.bool)
     ids = torch.empty(count * reading.beams, 0, dtype=torch.long, device=v.device)
     for position in range(length):
-        target = v[:, position].repeat_interleave(reading.beams, dim=0)
-        candidates, scores = guided_scores(tables, reader.state, target, _allowed_at(reading, position), reading.k)
+        target, more = (None if one is None else one[:, position].repeat_interleave(reading.beams, dim=0) for one in (v, noise))
+        candidates, scores = guided_scores(tables, reader.state, target, _allowed_at(reading, position), reading.k, more)
         candidates, scores = _after_the_end(candidates, scores, ended.flatten(), reading)
         grown = totals.unsqueeze(-1) + scores.view(count, reading.beams, -1)  # (N, W, k)
         counts = (lengths + ~ended).unsqueeze(-1).expand_as(grown)

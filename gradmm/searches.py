@@ -23,7 +23,7 @@ from gradmm.plan import Plan
 from gradmm.projection import Reading, embedding_spread, project, text_mask
 from gradmm.runs import RunFolder
 from gradmm.seeds import generator, stream
-from gradmm.settings import SEARCHES
+from gradmm.settings import SEARCHES, SynthesisConfig
 from gradmm.sharding import Crew
 from gradmm.swaps import Swapper
 
@@ -158,10 +158,11 @@ def _groups_of(plan: Plan, number: int) -> tuple[range, Tensor]:
     return groups, torch.tensor([plan.classes[group] for group in groups], device=plan.model.device)
 
 
-def _projected(plan: Plan, v: Tensor, classes: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
-    """v (k, B, L, D) -> the readable texts' embeddings and tokens."""
+def _projected(plan: Plan, v: Tensor, classes: Tensor, reading: Reading, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """v (k, B, L, D) -> the readable texts' embeddings and tokens; noise (k, B, L, candidates)."""
     groups, count, length, _ = v.shape
-    ids = project(plan.model, plan.tables, v.flatten(0, 1), plan.tokens.prompts, classes.repeat_interleave(count), reading)
+    rows, noise = classes.repeat_interleave(count), None if noise is None else noise.flatten(0, 1)
+    ids = project(plan.model, plan.tables, v.flatten(0, 1), plan.tokens.prompts, rows, reading, noise)
     ids = ids.view(groups, count, length)
     return plan.model.embed(ids).to(v.dtype), ids
 
@@ -189,7 +190,7 @@ def _search_guided(plan: Plan, here: Circumstances) -> Written:
             z, ids = _projected(plan, _initial(plan, groups, classes), classes, plan.reading)
             result = drafts(ids, _values(plan, z, ids, classes))
         while result.state.active.any():
-            result = guided_round(plan, result, classes, reading, strength)
+            result = guided_round(plan, result, classes, reading, strength, _noise(plan, groups, result.state.step + 1))
             report(result)
         return result
 
@@ -207,7 +208,19 @@ def drafts(ids: Tensor, match: Tensor) -> admm.Result:
     return admm.keep_better(none, torch.arange(groups, device=ids.device), ids, match)
 
 
-def guided_round(plan: Plan, result: admm.Result, classes: Tensor, reading: Reading, strength: float) -> admm.Result:
+def _noise(plan: Plan, groups: range, step: int) -> Tensor | None:
+    """Gumbel noise of the configured scale for the walk of a step, (K, B, L, k), each group's from its own generator."""
+    config = plan.config
+    if config.temperature == 0:
+        return None
+    size = (config.group_size, plan.length, config.top_k)
+    uniform = torch.stack([torch.rand(size, generator=generator(config.seed, f"guided step {step}", group)) for group in groups])
+    return -config.temperature * (-uniform.clamp(1e-7, 1 - 1e-7).log()).log().to(plan.model.device)
+
+
+def guided_round(
+    plan: Plan, result: admm.Result, classes: Tensor, reading: Reading, strength: float, noise: Tensor | None = None
+) -> admm.Result:
     """One round of the groups that are active: gradient, direction, new texts, and their f.
 
     The direction at a position is minus the gradient there, scaled to length `strength`: f's gradients are tiny beside
@@ -219,6 +232,7 @@ def guided_round(plan: Plan, result: admm.Result, classes: Tensor, reading: Read
         classes: (K,) each group's class.
         reading: of the order "guided".
         strength: the length of a direction.
+        noise: (K, B, L, k) added to the scores, see `projection.project`.
 
     Returns:
         The result with one more step: rows of history with match_z (f of the new texts), promised (its change to first order),
@@ -229,26 +243,26 @@ def guided_round(plan: Plan, result: admm.Result, classes: Tensor, reading: Read
     x = plan.model.embed(ids).to(torch.promote_types(plan.model.dtype, torch.float32))
     gradient = torch.cat(_in_passes(plan, lambda *some: _gradient(plan, *some), x, ids, labels))
     direction = -strength * gradient / gradient.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    z, new = _projected(plan, direction.nan_to_num(0.0, 0.0, 0.0), labels, reading)
+    z, new = _projected(plan, direction.nan_to_num(0.0, 0.0, 0.0), labels, reading, None if noise is None else noise[moving])
     match, promised = _values(plan, z, new, labels), ((z - x) * gradient).sum((1, 2, 3))
     changed = (new != ids).to(x.dtype).mean((1, 2))
     seconds, reasons, active = (time.perf_counter() - begun) / len(moving), list(result.reason), result.state.active.clone()
     rows = []
     for i, group in enumerate(moving.tolist()):
         rows.append({"step": step, "group": group, "match_z": match[i].item(), "promised": promised[i].item(), "changed": changed[i].item(), "seconds": seconds})
-        reasons[group] = _reason(rows[-1], plan.config.outer_steps)
+        reasons[group] = _reason(rows[-1], plan.config)
         active[group] = not reasons[group]
     state = replace(result.state, ids=result.state.ids.index_copy(0, moving, new), step=step, active=active)
     return replace(admm.keep_better(result, moving, new, match), state=state, reason=tuple(reasons), history=[*result.history, *rows])
 
 
-def _reason(row: dict, steps: int) -> str:
-    """Why a group stops; what is written follows from the last texts alone, so the same texts would come for ever."""
+def _reason(row: dict, config: SynthesisConfig) -> str:
+    """Why a group stops; without draws, the same texts once are the same texts for ever."""
     if not (math.isfinite(row["match_z"]) and math.isfinite(row["promised"])):
         return admm.NON_FINITE.format(row["step"])
-    if row["changed"] == 0:
+    if row["changed"] == 0 and config.temperature == 0:
         return admm.STABLE.format(1)
-    return admm.STEP_LIMIT.format(steps) if row["step"] >= steps else ""
+    return admm.STEP_LIMIT.format(config.outer_steps) if row["step"] >= config.outer_steps else ""
 
 
 def _gradient(plan: Plan, x: Tensor, ids: Tensor, classes: Tensor) -> Tensor:

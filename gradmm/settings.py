@@ -36,6 +36,8 @@ class SynthesisConfig:
             texts of a class together come closer to the target (`swaps.Swapper`); it needs `early_end`.
         guidance_weight: guided: what a token gains, in nats, that lowers f to first order by one standard deviation more than
             the mean token at its place (`projection.embedding_spread`), at least 0.
+        temperature: guided: tokens are drawn from the softmax of their scores divided by this; 0 takes the best score, and then
+            texts that have the same prompt easily become the same text.
         beams: guided: texts that are kept side by side while one is written, ranked by their mean score; 1 takes the best token.
         tries: swap: replacements of each text that a round measures exactly, out of its `top_k` a position.
         fluency_slack: swap: how far the log-perplexity of a text may rise above where it began, at least 0.
@@ -75,6 +77,7 @@ class SynthesisConfig:
     top_k: int = 50
     search: str = "admm"
     guidance_weight: float = 1.0
+    temperature: float = 1.0
     beams: int = 1
     tries: int = 8
     fluency_slack: float = 0.1
@@ -99,7 +102,7 @@ class SynthesisConfig:
             _require_count(name, getattr(self, name))
         for name in ("length", "groups_per_batch"):
             _require_count(name, 1 if getattr(self, name) is None else getattr(self, name))
-        for name, least, mend in (("oversample", 1, "1.5 writes half as many again"), ("perplexity_weight", 0, "0 ignores it"), ("guidance_weight", 0, "1 is a nat for a standard deviation"), ("fluency_slack", 0, "0.1 is usual")):
+        for name, least, mend in (("oversample", 1, "1.5 writes half as many again"), ("perplexity_weight", 0, "0 ignores it"), ("guidance_weight", 0, "1 is a nat for a standard deviation"), ("fluency_slack", 0, "0.1 is usual"), ("temperature", 0, "0 takes the best token")):
             value = getattr(self, name)
             require(is_number(value) and value >= least, f"{name} = {shown(value)}, it must be at least {least}: {mend}")
         require(

@@ -119,6 +119,18 @@ def test_a_direction_of_nothing_leaves_the_text_to_the_model_and_a_strong_one_ru
     assert torch.equal(project(model, tables, 1e6 * v, PROMPTS, rows, Reading("guided", 97, every(model))), ruled)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_gumbel_noise_draws_tokens_by_the_softmax_of_their_scores(tiny_model, beams):
+    model, count = tiny_model("gpt2"), 4000
+    tables, allowed, direction = Tables.of(model), few(model, *range(40, 46)), 0.5 * model.embedding[43]
+    uniform = torch.rand(count, 1, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    noise, v = -(-uniform.log()).log(), direction.expand(count, 1, -1)
+    ids = project(model, tables, v, PROMPTS, torch.zeros(count, dtype=torch.long), Reading("guided", 6, allowed, beams=beams), noise)
+    logits = model.lm(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1] + model.embedding @ direction
+    expected = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+    assert (torch.bincount(ids.flatten(), minlength=97) / count - expected).abs().max() < 0.03  # 4 standard deviations
+
+
 def test_the_spread_of_embeddings_is_their_standard_deviation(tiny_model, monkeypatch):
     model = tiny_model("opt")
     allowed = torch.rand(97, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -156,6 +168,8 @@ def test_bad_settings_are_one_sentence(tiny_model):
     with pytest.raises(UserError, match="closes without an end token to fill the rest: give end"):
         Reading("lm_then_nearest", 5, allowed, closes=allowed)
     reading, rows = Reading("lm_then_nearest", 5, allowed), torch.tensor([0])
+    with pytest.raises(UserError, match="noise for the projection 'lm_then_nearest': it belongs to 'guided' alone"):
+        project(model, Tables.of(model), vectors(model, 1, 3), PROMPTS, rows, reading, torch.zeros(1, 3, 5))
     with pytest.raises(UserError, match="no tokens"):
         project(model, Tables.of(model), vectors(model, 1, 3), [()], rows, reading)
     with pytest.raises(UserError, match="exceed the context of 64"):

@@ -69,8 +69,18 @@ def test_the_best_round_of_each_group_is_kept(setting):
     result = synthesize(model, task, release, CONFIGS["guided"], progress=False)
     best = result.history.groupby("group")["match_z"].min()
     for row in result.manifest["groups_ended"]:
-        assert row["match"] <= best[row["group"]] and row["reason"].startswith(("step limit", "tokens stable"))
+        assert row["match"] <= best[row["group"]] and row["reason"].startswith("step limit")
     assert set(result.history.columns) == {"step", "group", "label", "match_z", "promised", "changed", "seconds"}
+
+
+def test_without_draws_the_same_texts_once_end_a_group(setting):
+    model, task, release = setting
+    config = replace(CONFIGS["guided"], temperature=0.0, guidance_weight=0.0)
+    result = synthesize(model, task, release, config, progress=False)
+    assert len(result.history) == 2 * 4
+    assert all(row["reason"] == "tokens stable: the projection returned the same tokens 1 times in a row" for row in result.manifest["groups_ended"])
+    drawn = synthesize(model, task, release, replace(config, temperature=1.0), progress=False)
+    assert len(drawn.history) == 3 * 4 and len(set(drawn.dataset["text"])) == 8
 
 
 def test_beams_and_the_size_of_a_batch_change_no_more_than_they_say(setting):

@@ -310,6 +310,7 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
         ({"search": "best"}, "the search 'best' is not known: use one of admm, pool, guided, swap"),
         ({"projection": "guided"}, "the projection 'guided' is not known: use one of lm_then_nearest, nearest_then_lm"),
         ({"guidance_weight": -1.0}, "guidance_weight = -1.0, it must be at least 0"),
+        ({"temperature": -1.0}, "temperature = -1.0, it must be at least 0: 0 takes the best token"),
         ({"beams": 0, "search": "guided"}, "beams = 0, it must be a whole number of at least 1"),
         ({"beams": 2}, "beams = 2 are of the guided search alone: set search = 'guided', or beams = 1"),
         ({"tries": 0}, "tries = 0, it must be a whole number of at least 1"),

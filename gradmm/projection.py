@@ -201,7 +201,7 @@ def project(
         (N, L) tokens; after a text's end all are `end`.
 
     Raises:
-        UserError: an empty prompt, or prompt and text longer than the context.
+        UserError: an empty prompt, prompt and text longer than the context, or noise for another order than "guided".
     """
     longest = max(map(len, prompts))
     require(min(map(len, prompts)) > 0, "a generation prompt has no tokens and the tokenizer no begin-of-text token: give a prompt")

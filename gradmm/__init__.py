@@ -17,7 +17,8 @@ from gradmm.finetuning import finetune
 from gradmm.mechanism import Ledger
 from gradmm.models import Model, load_model
 from gradmm.privacy import Release, load_release, release
-from gradmm.synthesis import PRESETS, SynthesisConfig, SynthesisResult, synthesize
+from gradmm.settings import PRESETS, SynthesisConfig
+from gradmm.synthesis import SynthesisResult, synthesize
 from gradmm.tasks import TASKS, Task, load_task
 from gradmm.training import FinetuneConfig
 

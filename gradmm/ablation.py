@@ -19,7 +19,7 @@ from gradmm.errors import require
 from gradmm.examples import Example, Splits
 from gradmm.gradients import Factors, Head, head_factors
 from gradmm.models import Model
-from gradmm.synthesis import SynthesisConfig
+from gradmm.settings import SynthesisConfig
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 from gradmm.trial import ComparisonConfig
 

@@ -275,7 +275,7 @@ def _advance(objective: Objective, project: Project, result: Result, config: Con
     groups = result.state.active.nonzero().squeeze(-1)
     state, measures = step(objective, project, result.state, config)
     seconds = (time.perf_counter() - begun) / len(groups)
-    best = _keep_better(result, groups, state.ids[groups], measures["match_z"])
+    best = keep_better(result, groups, state.ids[groups], measures["match_z"])
     stable = result.stable.clone()
     stable[groups] = torch.where(measures["changed"] == 0, stable[groups] + 1, 0)
     columns = {name: value.tolist() for name, value in measures.items()}
@@ -326,10 +326,10 @@ def _close(objective: Objective, project: Project, result: Result, config: Confi
     with torch.no_grad():
         z, ids = project(state.x[groups] + state.lam[groups] / state.rho[groups].view(-1, 1, 1, 1), groups)
         values = [objective(z[some], ids[some], groups[some]) for some in _passes(len(groups), config, groups.device)]
-        return _keep_better(result, groups, ids, torch.cat(values))
+        return keep_better(result, groups, ids, torch.cat(values))
 
 
-def _keep_better(result: Result, groups: Tensor, ids: Tensor, match: Tensor) -> Result:
+def keep_better(result: Result, groups: Tensor, ids: Tensor, match: Tensor) -> Result:
     """Replace the best projected iterate of the groups whose new one has a lower f."""
     better = match < result.match[groups]
     chosen = groups[better]

@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from gradmm.errors import require
 from gradmm.gradients import FactorTarget
 from gradmm.models import Model
+from gradmm.plan import Plan
 from gradmm.sketch import linear_maps
-from gradmm.synthesis import Plan
 from gradmm.training import FinetuneConfig
 
 PHASES = ("target", "initialisation", "inner steps", "projection", "filter")

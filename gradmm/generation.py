@@ -203,6 +203,31 @@ def prompted_texts(model: Model, tokens: TaskTokens, per_class: int, length: int
     return [tokens.decode(token for token in row if token >= 0) for row in ids.tolist()]
 
 
+def closing_tokens(model: Model, allowed: Tensor) -> Tensor:
+    """Which tokens end a sentence: (V,) bool.
+
+    Args:
+        allowed: (V,) bool, tokens that a text may hold.
+
+    Raises:
+        UserError: none of these ends a sentence.
+    """
+    return _closing(_pieces(model), allowed)
+
+
+def _closing(pieces: Sequence[str], allowed: Tensor) -> Tensor:
+    closes = torch.tensor([piece.strip().endswith(tuple(SENTENCE_ENDS)) for piece in pieces], device=allowed.device)
+    require(bool((closes & allowed).any()), f"none of the allowed tokens ends a sentence with one of {SENTENCE_ENDS}: allow one")
+    return closes
+
+
+def _pieces(model: Model) -> list[str]:
+    """The text of each token by itself, V; empty for rows of the embedding beyond the tokenizer."""
+    size, tokenizer = model.embedding.shape[0], model.tokenizer
+    pieces = tokenizer.batch_decode([[token] for token in range(min(size, len(tokenizer)))], clean_up_tokenization_spaces=False)
+    return pieces + [""] * (size - len(pieces))
+
+
 def _next_batches(label: int, tried: int, missing: int, most: int) -> list[Batch]:
     """A round of a class: some more tries than texts are missing, in batches that follow from these numbers alone."""
     sizes = [min(most, max(missing, SPARE))] * -(-missing // most)
@@ -242,17 +267,9 @@ class _Writer:
     @staticmethod
     def of(model: Model, tokens: TaskTokens, sampling: Sampling, allowed: Tensor) -> "_Writer":
         """Sort the vocabulary once."""
-        size, tokenizer = model.embedding.shape[0], model.tokenizer
-        texts = tokenizer.batch_decode([[token] for token in range(min(size, len(tokenizer)))], clean_up_tokenization_spaces=False)
-        texts += [""] * (size - len(texts))
-        stops = torch.tensor([token == tokenizer.eos_token_id or "\n" in text for token, text in enumerate(texts)])
-        closes = torch.tensor([text.strip().endswith(tuple(SENTENCE_ENDS)) for text in texts])
-        require(
-            bool((closes & allowed.cpu()).any()),
-            f"none of the allowed tokens ends a sentence with one of {SENTENCE_ENDS}: allow one",
-        )
-        device = model.device
-        return _Writer(model, tokens, sampling, allowed.to(device), stops.to(device), closes.to(device))
+        pieces, device = _pieces(model), model.device
+        stops = torch.tensor([token == model.tokenizer.eos_token_id or "\n" in piece for token, piece in enumerate(pieces)])
+        return _Writer(model, tokens, sampling, allowed.to(device), stops.to(device), _closing(pieces, allowed.to(device)))
 
     def write(self, label: int, pool: list[str], draws: list[torch.Generator]) -> list[str]:
         """One text for each generator; an empty string where it came to nothing."""

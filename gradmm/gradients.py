@@ -14,7 +14,7 @@ layer; the identities follow from tr((a b^T)^T c d^T) = (a . c)(b . d).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -259,6 +259,50 @@ def losses_as_added(factors: Factors, target: Target, distance: str = "cosine") 
     inners = [inner.cumsum(0) / sizes for inner in target.inner(factors)]
     norms = [gram.cumsum(0).cumsum(1).diagonal() / sizes**2 for gram in grams(factors)]
     return combine(inners, norms, target.norms(), distance)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A group and gradients that could stand in it: its matching loss in closed form when one takes the place of another.
+
+    Attributes:
+        inners: for weight and bias, (P,) inner products with the target of all P gradients.
+        squares: the same, (P, P) among each other.
+        target_norms: ||G_target||^2.
+        distance: "cosine" or "l2".
+        members: (N,) which of the P gradients make up the group.
+    """
+
+    inners: list[Tensor]
+    squares: list[Tensor]
+    target_norms: list[Tensor]
+    distance: str
+    members: Tensor
+
+    @staticmethod
+    def of(factors: Factors, target: Target, count: int, distance: str = "cosine") -> "Exchange":
+        """The group of the first `count` gradients: delta (P, V) and hidden (P, D), in the target's coordinates."""
+        members = torch.arange(count, device=factors.delta.device)
+        return Exchange(target.inner(factors), grams(factors), target.norms(), distance, members)
+
+    def losses(self, places: Tensor, others: Tensor) -> Tensor:
+        """The loss with gradient others[t] in place places[t] of the group, for each t alone: (T,), (T,) -> (T,)."""
+        size, leaving = len(self.members), self.members[places]
+        inners = [(inner[self.members].sum() - inner[leaving] + inner[others]) / size for inner in self.inners]
+        norms = []
+        for gram in self.squares:
+            cross, own = gram[:, self.members].sum(1), gram.diagonal()
+            without = cross[self.members].sum() - 2 * cross[leaving] + own[leaving]
+            norms.append((without + 2 * (cross[others] - gram[others, leaving]) + own[others]) / size**2)
+        return combine(inners, norms, self.target_norms, self.distance)
+
+    def loss(self) -> float:
+        """The group's loss as it is."""
+        return float(self.losses(self.members.new_zeros(1), self.members[:1]))
+
+    def exchanged(self, place: int, other: int) -> "Exchange":
+        """The group with gradient `other` in this place."""
+        return replace(self, members=self.members.index_fill(0, self.members.new_tensor([place]), other))
 
 
 # ---------------------------------------------------------------- any parameters

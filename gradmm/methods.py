@@ -13,8 +13,9 @@ from gradmm.controls import random_directions
 from gradmm.coresets import select_coreset
 from gradmm.examples import Example
 from gradmm.generation import Sampling, generate_texts
+from gradmm.judging import judge_texts
+from gradmm.plan import Plan
 from gradmm.seeds import generator, stream
-from gradmm.synthesis import Plan, judge_texts
 from gradmm.tasks import tokenize_task
 from gradmm.trial import Trial
 

@@ -14,22 +14,23 @@ import numpy
 import torch
 from torch.nn.functional import linear
 
-from gradmm import admm, synthesis
+from gradmm import admm, searches, synthesis
 from gradmm.errors import require
 from gradmm.examples import Example
 from gradmm.floors import Work
 from gradmm.models import DTYPES, Model
 from gradmm.privacy import release
-from gradmm.synthesis import SynthesisConfig, SynthesisResult, synthesize
+from gradmm.settings import SynthesisConfig
+from gradmm.synthesis import SynthesisResult, synthesize
 from gradmm.tasks import Task
 
 SHORTEST = 0.02  # seconds of a timing: shorter work is repeated within it
 BANDWIDTH_BYTES = 1 << 28  # of each vector: far more than a processor's caches hold
 # Where the pipeline spends a phase's time, as (room, function): none of them is called within another.
 CLOCKED = {
-    "initialisation": (synthesis, "_initial"),
+    "initialisation": (searches, "_initial"),
     "inner steps": (admm, "_minimise"),
-    "projection": (synthesis, "project"),
+    "projection": (searches, "project"),
     "filter": (synthesis, "judge_texts"),
 }
 

@@ -53,17 +53,21 @@ def _axes(count: int = 1, width: float = 5.0, height: float = 3.4) -> tuple[Figu
 def convergence(history: pandas.DataFrame) -> Figure:
     """The matching loss at x and at the text (left), and the residuals (right), over outer steps.
 
-    Lines are medians over groups, bands reach from the lowest to the highest group.
+    Lines are medians over groups, bands reach from the lowest to the highest group. A search among texts has neither an x nor
+    residuals: its figure is the loss at the text alone.
     """
-    figure, (left, right) = _axes(2)
     names = {"match_x": "at x (continuous)", "match_z": "at z (text)"}
+    residuals = [name for name in ("primal", "dual", "stationarity") if name in history]
+    figure, (left, *right) = _axes(2 if residuals else 1)
     for place, (column, label) in enumerate(names.items()):
-        _band(left, history, column, label, place)
-    for place, column in enumerate(("primal", "dual", "stationarity")):
-        _band(right, history, column, column, place)
+        if column in history:
+            _band(left, history, column, label, place)
     left.set(xlabel="outer step", ylabel="matching loss (1 - cosine)", title="Loss", ylim=(0, None))
-    right.set(xlabel="outer step", ylabel="norm", title="Residuals", yscale="log")
-    for axes in (left, right):
+    for axes in right:
+        for place, column in enumerate(residuals):
+            _band(axes, history, column, column, place)
+        axes.set(xlabel="outer step", ylabel="norm", title="Residuals", yscale="log")
+    for axes in (left, *right):
         _whole_steps(axes, history["step"])
         axes.legend()
     return figure

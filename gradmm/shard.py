@@ -17,8 +17,9 @@ from gradmm.batch import read_parameters
 from gradmm.errors import UserError
 from gradmm.models import load_model
 from gradmm.privacy import load_release
+from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.sharding import launched
-from gradmm.synthesis import PRESETS, SynthesisConfig, synthesize
+from gradmm.synthesis import synthesize
 from gradmm.tasks import load_task
 
 

@@ -59,6 +59,7 @@ class Work:
         together: groups that an inner step sees at once.
         top_k: candidates of a projection.
         targets: numbers in the released targets.
+        beams: hypotheses of each text that a projection holds.
     """
 
     groups: int
@@ -70,6 +71,7 @@ class Work:
     together: int
     top_k: int
     targets: int
+    beams: int = 1
 
 
 def groups_at_once(shape: ModelShape, positions: int, count: int, most: int) -> int:
@@ -89,6 +91,7 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
         each phase adds (`start`, `inner_steps`, `projection`, `judging`), and `peak`: all that is held and the largest phase.
     """
     texts, rows = work.groups * work.count, work.batch * work.count
+    walked = rows * work.beams
     state = work.count * work.length * shape.width * shape.wide  # x, z or lam of one group
     held = {
         "weights": shape.weights * shape.bytes,
@@ -98,8 +101,8 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
     phases = {
         "start": _walk(shape, work, min(rows, Sampling.batch_size), 5) + 2 * work.batch * state,
         "inner_steps": _inner_steps(shape, work) + 4 * work.batch * state + 8 * work.together * state,
-        "projection": _walk(shape, work, rows, 3)
-        + min(GATHERED_NUMBERS, rows * work.top_k * shape.width) * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
+        "projection": _walk(shape, work, walked, 3)
+        + min(GATHERED_NUMBERS, walked * work.top_k * shape.width) * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
         + 4 * work.batch * state,
         "judging": _judging(shape, texts, work.positions),
     }

@@ -13,9 +13,12 @@ from gradmm.controls import without_gradient
 from gradmm.errors import is_whole, require, shown
 from gradmm.examples import Example, Splits, check_examples, sample_examples
 from gradmm.generation import Sampling
+from gradmm.judging import judge_texts
 from gradmm.models import Model
+from gradmm.plan import Plan
 from gradmm.privacy import SPACES, Release, release
-from gradmm.synthesis import Plan, SynthesisConfig, SynthesisResult, judge_texts, synthesize
+from gradmm.settings import SynthesisConfig
+from gradmm.synthesis import SynthesisResult, synthesize
 from gradmm.tasks import Task
 from gradmm.training import FinetuneConfig
 

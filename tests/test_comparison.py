@@ -23,7 +23,7 @@ from gradmm.matching import Matching
 from gradmm.measures import MEASURES
 from gradmm.methods import METHODS
 from gradmm.results import Comparison
-from gradmm.synthesis import SynthesisConfig
+from gradmm.settings import SynthesisConfig
 from gradmm.tasks import Task, tokenize_task
 from gradmm.training import FinetuneConfig
 from gradmm.trial import Bench, ComparisonConfig, Trial

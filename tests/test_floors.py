@@ -13,10 +13,12 @@ from gradmm import floors, training
 from gradmm.classification import Encoded
 from gradmm.errors import UserError
 from gradmm.examples import Example
+from gradmm.judging import judge_texts
 from gradmm.models import Model, wrap_model
+from gradmm.plan import Plan
 from gradmm.privacy import release
 from gradmm.projection import project
-from gradmm.synthesis import Plan, SynthesisConfig, judge_texts
+from gradmm.settings import SynthesisConfig
 from gradmm.tasks import Task
 
 DEEP = 16  # layers: what the code does beyond the floor in the last one then weighs little

@@ -13,7 +13,7 @@ from gradmm import files, methods
 from gradmm.comparison import compare
 from gradmm.examples import check_examples
 from gradmm.generation import Sampling, generate_texts
-from gradmm.synthesis import SynthesisConfig
+from gradmm.settings import SynthesisConfig
 from gradmm.training import FinetuneConfig
 from gradmm.trial import ComparisonConfig
 

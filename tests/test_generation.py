@@ -9,7 +9,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from gradmm.errors import UserError
 from gradmm.evaluation import is_complete_sentence
 from gradmm.examples import Example, content_hash, load_data, sample_examples
-from gradmm.generation import Sampling, _Writer, generate_texts, nucleus
+from gradmm.generation import Sampling, _Writer, closing_tokens, generate_texts, nucleus
 from gradmm.models import load_model
 from gradmm.projection import allowed_tokens
 from gradmm.tasks import Task, tokenize_task
@@ -47,6 +47,15 @@ def test_texts_are_finished_distinct_and_balanced(tiny_model, task, kind, allowe
         for example in texts:
             assert example.text == example.text.strip() and example.text[-1] in ".!?" and is_complete_sentence(example.text)
             assert 4 <= len(tokenize_task(task, model.tokenizer).encode(example.text))
+
+
+def test_the_tokens_that_end_a_sentence_are_those_that_a_writer_stops_at(tiny_model, kind, allowed):
+    model = tiny_model(kind)
+    closes = closing_tokens(model, allowed)
+    assert torch.equal(closes, _Writer.of(model, tokenize_task(TWO, model.tokenizer), SAMPLING, allowed).closes)
+    assert [model.tokenizer.decode([token]) for token in closes.nonzero().flatten().tolist()] == ["."]
+    with pytest.raises(UserError, match="none of the allowed tokens ends a sentence with one of"):
+        closing_tokens(model, ~closes)
 
 
 def test_neighbours_do_not_change_a_text(tiny_model, task, allowed):

@@ -7,6 +7,7 @@ from gradmm import reference
 from gradmm.errors import UserError
 from gradmm.gradients import (
     DenseTarget,
+    Exchange,
     Factors,
     FactorTarget,
     Head,
@@ -227,6 +228,22 @@ def test_greedy_order_equals_a_search_with_explicit_gradients(distance, bias):
         slow.append(min((row for row in range(9) if row not in slow), key=lambda row: loss([*slow, row])))
     assert greedy_order(Factors(delta, hidden, bias), target, 5, distance) == slow
     assert sorted(greedy_order(Factors(delta, hidden, bias), target, 50, distance)) == list(range(9))
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_exchange_gives_the_loss_of_the_group_that_it_makes(distance, bias):
+    source = torch.Generator().manual_seed(4)
+    factors = Factors(*(torch.randn(9, size, generator=source, dtype=torch.float64) for size in (7, 4)), bias)
+    target = FactorTarget(Factors(*(torch.randn(3, size, generator=source, dtype=torch.float64) for size in (7, 4)), bias))
+
+    def loss(members):
+        return match_groups(factors[members].unsqueeze(0), torch.tensor([0]), [target], distance).item()
+
+    group = Exchange.of(factors, target, 4, distance).exchanged(2, 7)
+    assert group.members.tolist() == [0, 1, 7, 3] and group.loss() == pytest.approx(loss([0, 1, 7, 3]), abs=1e-12)
+    found = group.losses(torch.tensor([0, 2, 3]), torch.tensor([8, 2, 5]))
+    assert found.tolist() == pytest.approx([loss([8, 1, 7, 3]), loss([0, 1, 2, 3]), loss([0, 1, 7, 5])], abs=1e-12)
 
 
 def test_greedy_order_against_nothing_is_the_order_of_the_examples():

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from gradmm import admm, floors, performance, synthesis
+from gradmm import admm, floors, performance, searches, synthesis
 from gradmm.errors import UserError
 from gradmm.examples import Example
-from gradmm.synthesis import SynthesisConfig
+from gradmm.settings import SynthesisConfig
 from gradmm.tasks import Task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a film was"))
@@ -42,7 +42,7 @@ def test_the_phases_add_up_to_the_whole(tiny_model):
 def test_clocks_count_every_call_and_leave_no_trace():
     before = [getattr(room, name) for room, name in performance.CLOCKED.values()]
     with pytest.raises(TypeError), performance.clocks("cpu") as spent:
-        assert synthesis.project is not before[2]
+        assert searches.project is not before[2]
         admm._minimise()  # fails, and its time counts all the same
     assert [getattr(room, name) for room, name in performance.CLOCKED.values()] == before
     assert spent["inner steps"] > 0 and spent["projection"] == 0

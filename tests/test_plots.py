@@ -37,6 +37,12 @@ def test_convergence_draws_median_and_range_of_every_measure():
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in (left, right))
 
 
+def test_convergence_of_a_search_among_texts_is_the_loss_alone():
+    rows = [{"step": step, "group": group, "match_z": 0.2 * group, "promised": -0.1} for step in (1, 2) for group in (0, 1, 2)]
+    (left,) = plots.convergence(pandas.DataFrame(rows)).axes
+    assert [line.get_label() for line in left.lines] == ["at z (text)"] and list(left.lines[0].get_ydata()) == pytest.approx([0.2] * 2)
+
+
 def test_selection_draws_every_text():
     table = {"label_name": ["a", "a", "b"], "kept": [True, False, True], "match": [0.1, 0.2, 0.3], "perplexity": [9.0, 8.0, 7.0]}
     (axes,) = plots.selection(datasets.Dataset.from_dict(table)).axes

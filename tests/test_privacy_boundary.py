@@ -15,7 +15,8 @@ from gradmm.card import LEDGER_COLUMNS, dataset_card
 from gradmm.errors import UserError
 from gradmm.gradients import DenseTarget
 from gradmm.models import Model
-from gradmm.synthesis import SynthesisConfig, synthesize
+from gradmm.settings import SynthesisConfig
+from gradmm.synthesis import synthesize
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a"))

@@ -5,7 +5,7 @@ import torch
 
 from gradmm import projection, reference
 from gradmm.errors import UserError
-from gradmm.projection import PROJECTIONS, Reading, Tables, allowed_tokens, project, text_mask
+from gradmm.projection import ORDERS, PROJECTIONS, Reading, Tables, allowed_tokens, project, text_mask
 
 PROMPTS = [(0, 40, 41), (0,), (0, 50, 51, 52, 53)]
 
@@ -21,7 +21,7 @@ def every(model):
     return torch.ones(model.embedding.shape[0], dtype=torch.bool)
 
 
-@pytest.mark.parametrize("order", PROJECTIONS)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("k", [1, 5, 97])
 def test_equals_brute_force_with_prompts_of_any_lengths_side_by_side(tiny_model, kind, order, k):
     model = tiny_model(kind)
@@ -32,7 +32,7 @@ def test_equals_brute_force_with_prompts_of_any_lengths_side_by_side(tiny_model,
         assert torch.equal(ids[i : i + 1], expected)
 
 
-@pytest.mark.parametrize("order", PROJECTIONS)
+@pytest.mark.parametrize("order", ORDERS)
 def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
     model = tiny_model("llama")
     allowed = torch.rand(97, generator=torch.Generator().manual_seed(1)) < 0.2
@@ -66,6 +66,79 @@ def test_a_text_ends_at_the_end_token_and_not_before_it_may(tiny_model, order):
     assert bool((mask.sum(-1) >= 4).all()) and bool((ids[mask == 0] == end).all())
 
 
+@pytest.mark.parametrize("order", PROJECTIONS)
+def test_a_text_ends_with_its_first_sentence_and_nowhere_else(tiny_model, order):
+    model, end, rows = tiny_model("gpt2"), 9, torch.zeros(20, dtype=torch.long)
+    v, closes = vectors(model, 20, 9), torch.rand(97, generator=torch.Generator().manual_seed(2)) < 0.3
+    whole = project(model, Tables.of(model), v, PROMPTS, rows, Reading(order, 5, every(model).index_fill(0, torch.tensor(end), False)))
+    ids = project(model, Tables.of(model), v, PROMPTS, rows, Reading(order, 5, every(model), end=end, min_tokens=3, closes=closes))
+    last = [next((place for place, token in enumerate(row) if place >= 2 and closes[token]), 8) for row in whole.tolist()]
+    assert set(last) > {2, 8}
+    assert ids.tolist() == [row[: place + 1] + [end] * (8 - place) for row, place in zip(whole.tolist(), last, strict=True)]
+
+
+def few(model, *tokens):
+    return torch.zeros(97, dtype=torch.bool).index_fill(0, torch.tensor(tokens), True)
+
+
+@pytest.mark.parametrize("end", [None, 9])
+def test_beams_equal_a_literal_search_with_prompts_of_any_lengths_side_by_side(tiny_model, kind, end):
+    model, rows = tiny_model(kind), torch.tensor([0, 1, 2, 0])
+    allowed, v = few(model, *range(40, 52)), vectors(model, 4, 5)
+    ids = project(model, Tables.of(model), v, PROMPTS, rows, Reading("guided", 4, allowed, end, min_tokens=2, beams=3))
+    for i, row in enumerate(rows.tolist()):
+        assert ids[i].tolist() == reference.beam(model.lm, v[i], PROMPTS[row], 4, 3, allowed, end, 2)
+
+
+def test_one_beam_is_the_plain_walk_and_all_beams_find_the_best_text(tiny_model):
+    model, rows = tiny_model("llama"), torch.zeros(3, dtype=torch.long)
+    tables, v, allowed = Tables.of(model), vectors(model, 3, 3), few(model, 40, 41, 50)
+    reading = Reading("guided", 3, allowed, end=9, min_tokens=2)
+    one = projection._walk_by_beams(tables, v, projection._Reader.of(model, PROMPTS, rows), reading)
+    assert torch.equal(one, project(model, tables, v, PROMPTS, rows, reading))
+    every_text = Reading("guided", 3, allowed, beams=3**2)  # 3 ways on at each of 3 positions: nothing is ever given up
+    found = project(model, tables, v, PROMPTS, rows, every_text)
+    best = [reference.beam(model.lm, row, PROMPTS[0], 3, 3**3, allowed) for row in v]
+    assert found.tolist() == best
+    greedy = project(model, tables, v, PROMPTS, rows, Reading("guided", 3, allowed))
+    assert all(score(model, row, ids) >= score(model, row, plain) for row, ids, plain in zip(v, found, greedy, strict=True))
+
+
+def score(model, row, ids):
+    """The sum of log-probability and inner product over a text behind the first prompt."""
+    logits = model.lm(input_ids=torch.tensor([[*PROMPTS[0], *ids.tolist()]])).logits[0, len(PROMPTS[0]) - 1 : -1]
+    return float(logits.log_softmax(-1).gather(1, ids[:, None]).sum() + (model.embedding[ids] * row).sum())
+
+
+def test_a_direction_of_nothing_leaves_the_text_to_the_model_and_a_strong_one_rules(tiny_model):
+    model, rows = tiny_model("phi"), torch.zeros(4, dtype=torch.long)
+    tables, v = Tables.of(model), vectors(model, 4, 5)
+    plain = project(model, tables, v, PROMPTS, rows, Reading("lm_then_nearest", 1, every(model)))
+    assert torch.equal(project(model, tables, 0 * v, PROMPTS, rows, Reading("guided", 97, every(model))), plain)
+    ruled = (v @ model.embedding.T).argmax(-1)
+    assert torch.equal(project(model, tables, 1e6 * v, PROMPTS, rows, Reading("guided", 97, every(model))), ruled)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_gumbel_noise_draws_tokens_by_the_softmax_of_their_scores(tiny_model, beams):
+    model, count = tiny_model("gpt2"), 4000
+    tables, allowed, direction = Tables.of(model), few(model, *range(40, 46)), 0.5 * model.embedding[43]
+    uniform = torch.rand(count, 1, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    noise, v = -(-uniform.log()).log(), direction.expand(count, 1, -1)
+    ids = project(model, tables, v, PROMPTS, torch.zeros(count, dtype=torch.long), Reading("guided", 6, allowed, beams=beams), noise)
+    logits = model.lm(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1] + model.embedding @ direction
+    expected = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+    assert (torch.bincount(ids.flatten(), minlength=97) / count - expected).abs().max() < 0.03  # 4 standard deviations
+
+
+def test_the_spread_of_embeddings_is_their_standard_deviation(tiny_model, monkeypatch):
+    model = tiny_model("opt")
+    allowed = torch.rand(97, generator=torch.Generator().manual_seed(3)) < 0.5
+    monkeypatch.setattr(projection, "ROWS_PER_BLOCK", 10)
+    expected = model.embedding[allowed].var(0, correction=0).mean().sqrt().item()
+    assert projection.embedding_spread(Tables.of(model), allowed) == pytest.approx(expected, rel=1e-10)
+
+
 def test_text_mask():
     ids = torch.tensor([[5, 0, 7], [0, 0, 0], [1, 2, 3]])
     assert text_mask(ids, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]] and text_mask(ids, None).tolist() == [[1] * 3] * 3
@@ -86,16 +159,24 @@ def test_bad_settings_are_one_sentence(tiny_model):
         Reading("lm_then_nearest", 98, allowed)
     with pytest.raises(UserError, match="top_k = 0"):
         Reading("lm_then_nearest", 0, allowed)
-    with pytest.raises(UserError, match="projection 'beam' is not known: use one of lm_then_nearest, nearest_then_lm"):
+    with pytest.raises(UserError, match="projection 'beam' is not known: use one of lm_then_nearest, nearest_then_lm, guided"):
         Reading("beam", 5, allowed)
+    with pytest.raises(UserError, match="beams = 0, it must be a whole number of at least 1"):
+        Reading("guided", 5, allowed, beams=0)
+    with pytest.raises(UserError, match="beams = 2 with the projection 'nearest_then_lm': only scores of 'guided' can be compared"):
+        Reading("nearest_then_lm", 5, allowed, beams=2)
+    with pytest.raises(UserError, match="closes without an end token to fill the rest: give end"):
+        Reading("lm_then_nearest", 5, allowed, closes=allowed)
     reading, rows = Reading("lm_then_nearest", 5, allowed), torch.tensor([0])
+    with pytest.raises(UserError, match="noise for the projection 'lm_then_nearest': it belongs to 'guided' alone"):
+        project(model, Tables.of(model), vectors(model, 1, 3), PROMPTS, rows, reading, torch.zeros(1, 3, 5))
     with pytest.raises(UserError, match="no tokens"):
         project(model, Tables.of(model), vectors(model, 1, 3), [()], rows, reading)
     with pytest.raises(UserError, match="exceed the context of 64"):
         project(model, Tables.of(model), vectors(model, 1, 64), [(0,)], rows, reading)
 
 
-@pytest.mark.parametrize("order", PROJECTIONS)
+@pytest.mark.parametrize("order", ORDERS)
 def test_blocks_of_candidates_change_no_token(tiny_model, order, monkeypatch):
     model, rows = tiny_model("phi"), torch.zeros(7, dtype=torch.long)
     v, reading = vectors(model, 7, 3), Reading(order, 6, every(model))

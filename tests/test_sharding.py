@@ -16,13 +16,16 @@ import yaml
 import gradmm
 from gradmm import models, shard, sharding
 from gradmm.errors import UserError
+from gradmm.settings import SynthesisConfig
 from gradmm.sharding import Crew
-from gradmm.synthesis import SynthesisConfig, synthesize
+from gradmm.synthesis import synthesize
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"n_synthetic": 8, "oversample": 1.5, "group_size": 2, "outer_steps": 3, "inner_steps": 2, "top_k": 10, "init_candidates": 2}
 CONFIGS = {
     "admm": SynthesisConfig(search="admm", ranking="text", **TINY, groups_per_batch=1, length=8),
+    "guided": SynthesisConfig(search="guided", ranking="text", **TINY, groups_per_batch=1, length=8),
+    "swap": SynthesisConfig(**TINY, length=12, search="swap"),
     "pool": SynthesisConfig(**TINY | {"n_synthetic": 140}, search="pool", ranking="group", length=12),  # 105 a class: two batches each
 }
 SIZE = {"n": 8, "seed": 0}
@@ -44,7 +47,7 @@ def files_of(folder: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """Both searches by one process."""
+    """Every search by one process."""
     folder = tmp_path_factory.mktemp("alone")
     for name, config in CONFIGS.items():
         synthesize(*problem(), config, folder / name, progress=False)

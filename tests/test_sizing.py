@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import gradmm
+from gradmm.settings import SynthesisConfig
 from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
-from gradmm.synthesis import SynthesisConfig, synthesize
+from gradmm.synthesis import synthesize
 from gradmm.tasks import Task
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
@@ -44,7 +45,7 @@ def test_an_inner_step_stays_within_the_size_of_the_weights_and_sees_a_group_at_
 
 def test_more_of_anything_never_takes_less():
     work = paper_work(PHI)
-    for name in ("groups", "count", "length", "positions", "prompt", "batch", "together", "top_k", "targets"):
+    for name in ("groups", "count", "length", "positions", "prompt", "batch", "together", "top_k", "targets", "beams"):
         assert expected_bytes(PHI, replace(work, **{name: 2 * getattr(work, name)}))["peak"] >= expected_bytes(PHI, work)["peak"]
 
 

@@ -15,7 +15,9 @@ import torch
 import gradmm
 from gradmm.errors import UserError
 from gradmm.matching import Matching
-from gradmm.synthesis import PRESETS, SynthesisConfig, synthesize, work_units
+from gradmm.plan import work_units
+from gradmm.settings import PRESETS, SynthesisConfig
+from gradmm.synthesis import synthesize
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
@@ -222,10 +224,21 @@ def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
     assert work_units(model, 40, SynthesisConfig(group_size=10), 20) == (5, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=10), 21) == (6, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=100), 3) == (1, 1)
+    assert work_units(model, 40, SynthesisConfig(group_size=10, search="guided", beams=3), 20) == (2, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=10, groups_per_batch=7), 20) == (7, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=10, groups_per_batch=70), 20) == (20, 1)
     manifest = synthesize(model, task, release, SMALL, progress=False).manifest
     assert (manifest["groups_per_batch"], manifest["groups_per_pass"]) == (4, 1)
+
+
+def test_texts_may_end_with_a_sentence_alone(setting):
+    model, task, release = setting
+    config = replace(SMALL, end_at="sentence", min_tokens=2, length=12, n_synthetic=8)
+    seen, stop, end = [], model.tokenizer.convert_tokens_to_ids("."), model.tokenizer.eos_token_id
+    synthesize(model, task, release, config, progress=False, on_step=lambda batch, result: seen.append(result.state.ids))
+    for row in torch.cat(seen).flatten(0, 1).tolist():
+        last = next((place for place, token in enumerate(row) if place >= 1 and token == stop), 11)
+        assert end not in row[: last + 1] and row[last + 1 :] == [end] * (11 - last)
 
 
 def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
@@ -298,6 +311,17 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
         ({"ranking": "best"}, "the ranking 'best' is not known: use one of text, group"),
         ({"perplexity_weight": -1}, "perplexity_weight = -1"),
         ({"groups_per_batch": 0}, "groups_per_batch = 0"),
+        ({"search": "best"}, "the search 'best' is not known: use one of admm, pool, guided, swap"),
+        ({"projection": "guided"}, "the projection 'guided' is not known: use one of lm_then_nearest, nearest_then_lm"),
+        ({"guidance_weight": -1.0}, "guidance_weight = -1.0, it must be at least 0"),
+        ({"temperature": -1.0}, "temperature = -1.0, it must be at least 0: 0 takes the best token"),
+        ({"beams": 0, "search": "guided"}, "beams = 0, it must be a whole number of at least 1"),
+        ({"beams": 2}, "beams = 2 are of the guided search alone: set search = 'guided', or beams = 1"),
+        ({"tries": 0}, "tries = 0, it must be a whole number of at least 1"),
+        ({"fluency_slack": -0.1}, "fluency_slack = -0.1, it must be at least 0"),
+        ({"search": "swap", "early_end": False, "init": "normal"}, "search = 'swap' has texts of several lengths: set early_end"),
+        ({"end_at": "word"}, "the end_at 'word' is not known: use one of token, sentence"),
+        ({"end_at": "sentence", "early_end": False, "init": "normal"}, "end_at = 'sentence' ends texts early: set early_end"),
     ],
 )
 def test_bad_settings_are_one_sentence_and_nothing_is_written(setting, tmp_path, settings, message):

@@ -24,9 +24,11 @@ from gradmm import floors, performance, records, reference, runs
 from gradmm.examples import Example
 from gradmm.initialisation import Shape, normal
 from gradmm.models import Model
+from gradmm.plan import Plan
 from gradmm.privacy import release
 from gradmm.seeds import generator
-from gradmm.synthesis import Plan, SynthesisConfig, SynthesisResult
+from gradmm.settings import SynthesisConfig
+from gradmm.synthesis import SynthesisResult
 from gradmm.tasks import Task
 
 END, UNKNOWN = "<|end|>", "<|unknown|>"

@@ -1,0 +1,177 @@
+"""What a run derives from its inputs before it draws or computes anything.
+
+Letters: K groups, B examples of a group, L tokens, C classes.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+
+from gradmm import admm, sharding
+from gradmm.errors import require
+from gradmm.generation import closing_tokens
+from gradmm.gradients import Space
+from gradmm.matching import Matching
+from gradmm.models import Model
+from gradmm.privacy import Release
+from gradmm.projection import Reading, Tables, allowed_tokens
+from gradmm.settings import SynthesisConfig
+from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
+from gradmm.tasks import Task, TaskTokens, tokenize_task
+
+TEXTS_PER_BATCH = {"cpu": 64, "other": 256}  # rows of a projection beyond which a step costs in proportion
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run derives from its inputs before it draws or computes anything.
+
+    Attributes:
+        length: tokens of a text.
+        classes: the label number of each group.
+        per_class: how many texts of each class are kept.
+        batch: groups of a unit of work.
+        solver: the solver's settings, with the groups that the model sees at once.
+    """
+
+    model: Model
+    task: Task
+    tokens: TaskTokens
+    release: Release
+    config: SynthesisConfig
+    matching: Matching
+    reading: Reading
+    tables: Tables
+    length: int
+    classes: tuple[int, ...]
+    per_class: tuple[int, ...]
+    batch: int
+    solver: admm.Config
+
+    @staticmethod
+    def of(model: Model, task: Task, release: Release, config: SynthesisConfig) -> "Plan":
+        """Derive it.
+
+        Raises:
+            UserError: fewer texts than classes, a length beyond the model's context, or no end token where one is needed.
+        """
+        tokens = tokenize_task(task, model.tokenizer)
+        count = len(task.labels)
+        require(config.n_synthetic >= count, f"n_synthetic = {config.n_synthetic}, but {count} classes need one text each: ask for {count} or more")
+        per_class = tuple(config.n_synthetic // count + (label < config.n_synthetic % count) for label in range(count))
+        classes = tuple(
+            label for label in range(count) for _ in range(math.ceil(per_class[label] * config.oversample / config.group_size))
+        )
+        require(
+            config.search == "pool" or isinstance(release.space, Space),
+            "targets in the space 'body' are matched by choosing texts: set search = 'pool', or release in another space",
+        )
+        length = config.length or release.length
+        _check_context(model, tokens, length)
+        end = _end_token(model, config)
+        batch, together = work_units(model, len(tokens.start + tokens.head + tokens.tail) + length, config, len(classes))
+        return Plan(
+            model=model,
+            task=task,
+            tokens=tokens,
+            release=release,
+            config=config,
+            matching=Matching(model, tokens, release.targets, release.space, config.distance, end),
+            reading=_reading(model, config, end, length),
+            tables=Tables.of(model),
+            length=length,
+            classes=classes,
+            per_class=per_class,
+            batch=batch,
+            solver=replace(config.solver, groups_per_pass=together),
+        )
+
+    def identity(self) -> dict:
+        """What must be equal for unfinished work to be continued."""
+        return {
+            "config": asdict(self.config),
+            "task": self.task.to_dict(),
+            "model": {"name": self.model.name, "revision": self.model.revision, "fingerprint": self.model.fingerprint,
+                      "dtype": str(self.model.dtype).removeprefix("torch.")},
+            "release": {"fingerprint": self.release.fingerprint, "private": self.release.private,
+                        "statement": self.release.statement, "ledger": [asdict(entry) for entry in self.release.ledger]},
+            "length": self.length,
+            "groups": len(self.classes),
+            "groups_per_batch": self.batch,
+            "groups_per_pass": self.solver.groups_per_pass,
+        }  # fmt: skip
+
+    def expected_bytes(self) -> dict[str, int]:
+        """What the run takes by the rule of `sizing.expected_bytes`."""
+        work = Work(
+            groups=len(self.classes),
+            count=self.config.group_size,
+            length=self.length,
+            positions=len(self.tokens.start + self.tokens.head + self.tokens.tail) + self.length,
+            prompt=max(map(len, self.tokens.prompts)),
+            batch=self.batch,
+            together=self.solver.groups_per_pass,
+            top_k=self.config.top_k,
+            targets=sum(target.numbers for target in self.release.targets),
+            beams=self.config.beams,
+        )
+        return expected_bytes(ModelShape.of(self.model), work)
+
+    def check_processes(self) -> None:
+        """Refuse more processes than there are units of work for.
+
+        Raises:
+            UserError: there are more.
+        """
+        count, units = sharding.launched()[1], len(self.batches())
+        require(
+            self.config.search in ("pool", "swap") or count <= units,
+            f"{count} processes would share {units} units of work of up to {self.batch} groups: set groups_per_batch to at most "
+            f"{max(1, len(self.classes) // count)}, or launch {units} at most",
+        )
+
+    def batches(self) -> list[range]:
+        """The numbers of the groups of each batch."""
+        return [range(first, min(first + self.batch, len(self.classes))) for first in range(0, len(self.classes), self.batch)]
+
+
+def _end_token(model: Model, config: SynthesisConfig) -> int | None:
+    if not config.early_end:
+        return None
+    end = model.tokenizer.eos_token_id
+    require(end is not None, f"{model.name} has no end-of-text token: set early_end = False and init = 'normal'")
+    return end
+
+
+def _reading(model: Model, config: SynthesisConfig, end: int | None, length: int) -> Reading:
+    allowed = allowed_tokens(model)
+    closes = closing_tokens(model, allowed) if config.end_at == "sentence" else None
+    return Reading(config.projection, config.top_k, allowed, end, min(config.min_tokens, length), closes)
+
+
+def _check_context(model: Model, tokens: TaskTokens, length: int) -> None:
+    around = max(len(tokens.start + tokens.head + tokens.tail), max(map(len, tokens.prompts)))
+    require(
+        around + length <= model.context,
+        f"length = {length} with a template or prompt of {around} tokens, {model.name} reads {model.context}: "
+        f"take a length of at most {model.context - around}",
+    )
+
+
+def work_units(model: Model, positions: int, config: SynthesisConfig, groups: int) -> tuple[int, int]:
+    """The groups of a batch, and the groups that the model sees at once in the solver's inner steps.
+
+    Both follow from settings and shapes alone. Batches are as equal as can be and have about the rows from which on a step
+    of the projection costs in proportion. On a CPU an inner step sees one group: more are no faster there, and so nothing
+    that is computed of a group depends on the others, to the last bit. Elsewhere it sees as many groups as keep the
+    activations within the size of the weights, and at least one.
+
+    Args:
+        positions: tokens of a text with its template.
+        groups: all groups of the run.
+    """
+    kind = "cpu" if model.device.type == "cpu" else "other"
+    most = max(1, TEXTS_PER_BATCH[kind] // (config.group_size * config.beams))
+    batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
+    if kind == "cpu":
+        return batch, 1
+    return batch, groups_at_once(ModelShape.of(model), positions, config.group_size, batch)

@@ -30,7 +30,7 @@ verbalizers: [" world", " sports", " business", " text"]
 generation_prompts: ["", "a", "the cat", "in"]
 min_words: 1
 """
-SYNTHESIS = SynthesisConfig(search="admm", ranking="text", n_synthetic=8, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=6)
+SYNTHESIS = SynthesisConfig(search="admm", ranking="text", oversample=2.0, n_synthetic=8, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=6)
 TUNING = FinetuneConfig(steps=4, batch_size=8, learning_rates=(1e-2,), eval_every=2, warmup=1)
 
 
@@ -96,12 +96,12 @@ def test_a_comparison_with_a_learner(model, tiny_model, folder):
 @pytest.mark.parametrize(
     ("name", "few"),
     [
-        ("00-quickstart", {"n_real": 8, "n_synthetic": 8, "outer_steps": 2, "inner_steps": 2, "fine_tuning_seeds": 1}),
-        ("00-quickstart", {"n_real": 8, "n_synthetic": 8, "outer_steps": 1, "inner_steps": 1, "fine_tuning_seeds": 1,
+        ("00-quickstart", {"search": "admm", "n_real": 8, "n_synthetic": 8, "outer_steps": 2, "inner_steps": 2, "fine_tuning_seeds": 1}),
+        ("00-quickstart", {"search": "admm", "n_real": 8, "n_synthetic": 8, "outer_steps": 1, "inner_steps": 1, "fine_tuning_seeds": 1,
                            "epsilon": 2.0, "delta": 1e-5, "length": 6}),
         ("03-finetuning", {"methods": ["none", "real", "random", "prompt_only", "shuffled", "gradmm"], "budgets": [1],
                            "budget_methods": ["random", "gradmm"], "fine_tuning_steps": 2, "similarity_steps": [0, 2], "seeds": 1,
-                           "n_real": 8, "n_synthetic": 8, "outer_steps": 1, "inner_steps": 1}),
+                           "search": "admm", "n_real": 8, "n_synthetic": 8, "outer_steps": 1, "inner_steps": 1}),
     ],
     ids=["quickstart", "private quickstart", "finetuning"],
 )  # fmt: skip

@@ -20,7 +20,7 @@ from gradmm.synthesis import synthesize
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
-CONFIG = SynthesisConfig(search="admm", ranking="text", n_synthetic=4, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2)
+CONFIG = SynthesisConfig(search="admm", ranking="text", oversample=2.0, n_synthetic=4, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2)
 PRIVATE = {"epsilon": 1.0, "delta": 1e-5, "length": 5}
 CLOCKS = {"clock"}
 # Counts and mean lengths that nothing else in a run comes to: 31 + 47 and 59 + 43 texts.
@@ -155,7 +155,7 @@ def test_manifest_and_card_hold_the_ledger(model, tmp_path):
     assert card == dataset_card(manifest)
 
 
-@pytest.mark.parametrize("options", [{"epsilon": None, "delta": None}, {"noise_seed": 3}], ids=["no epsilon", "fixed noise seed"])
+@pytest.mark.parametrize("options", [{"epsilon": None, "delta": None, "space": "head"}, {"noise_seed": 3}], ids=["no epsilon", "fixed noise seed"])
 def test_manifest_and_card_say_plainly_what_is_not_private(model, tmp_path, options):
     released = run(model, PRIVATE_SETS[0], tmp_path, **options)
     card, manifest = ((tmp_path / "run" / name).read_text() for name in ("README.md", "manifest.json"))

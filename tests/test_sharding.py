@@ -97,7 +97,7 @@ def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(
 
 def test_the_command_line_gives_what_python_gives(alone, tmp_path, capsys):
     release = problem()[2].save(tmp_path / "release.safetensors")
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(TINY | {"groups_per_batch": 1, "length": 8}))
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(TINY | {"search": "admm", "ranking": "text", "groups_per_batch": 1, "length": 8}))
     given = ["--release", str(release), "--output", str(tmp_path / "run"), "--device", "cpu", "--quiet", "--settings"]
     assert shard.main([*given, str(tmp_path / "settings.yaml")]) == 0
     assert files_of(tmp_path / "run") == files_of(alone / "admm") and "8 of 12 texts are kept in" in capsys.readouterr().out

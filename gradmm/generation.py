@@ -166,6 +166,21 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     return torch.where(logits >= low, probabilities, 0)
 
 
+def generate_counts(
+    model: Model,
+    task: Task,
+    counts: Sequence[int],
+    seed: int,
+    sampling: Sampling | None = None,
+    shots: Sequence[Example] = (),
+    share: Share = in_turn,
+) -> list[Example]:
+    """`generate_texts` with a number of texts for each class: the first `counts[label]` of each."""
+    most = max(counts)
+    found = generate_texts(model, task, most, seed, sampling, shots, share=share)
+    return [example for place, example in enumerate(found) if place % most < counts[example.label]]
+
+
 @torch.no_grad()
 def continue_prompts(model: Model, tokens: TaskTokens, classes: Sequence[int], uniform: Tensor, sampling: Sampling, allowed: Tensor) -> Tensor:
     """Raw continuations of the classes' prompts, finished or not, in batches that change nothing but speed.
@@ -212,20 +227,9 @@ def closing_tokens(model: Model, allowed: Tensor) -> Tensor:
     Raises:
         UserError: none of these ends a sentence.
     """
-    return _closing(_pieces(model), allowed)
-
-
-def _closing(pieces: Sequence[str], allowed: Tensor) -> Tensor:
-    closes = torch.tensor([piece.strip().endswith(tuple(SENTENCE_ENDS)) for piece in pieces], device=allowed.device)
+    closes = torch.tensor([piece.strip().endswith(tuple(SENTENCE_ENDS)) for piece in model.pieces], device=allowed.device)
     require(bool((closes & allowed).any()), f"none of the allowed tokens ends a sentence with one of {SENTENCE_ENDS}: allow one")
     return closes
-
-
-def _pieces(model: Model) -> list[str]:
-    """The text of each token by itself, V; empty for rows of the embedding beyond the tokenizer."""
-    size, tokenizer = model.embedding.shape[0], model.tokenizer
-    pieces = tokenizer.batch_decode([[token] for token in range(min(size, len(tokenizer)))], clean_up_tokenization_spaces=False)
-    return pieces + [""] * (size - len(pieces))
 
 
 def _next_batches(label: int, tried: int, missing: int, most: int) -> list[Batch]:
@@ -267,9 +271,9 @@ class _Writer:
     @staticmethod
     def of(model: Model, tokens: TaskTokens, sampling: Sampling, allowed: Tensor) -> "_Writer":
         """Sort the vocabulary once."""
-        pieces, device = _pieces(model), model.device
-        stops = torch.tensor([token == model.tokenizer.eos_token_id or "\n" in piece for token, piece in enumerate(pieces)])
-        return _Writer(model, tokens, sampling, allowed.to(device), stops.to(device), _closing(pieces, allowed.to(device)))
+        allowed, end = allowed.to(model.device), model.tokenizer.eos_token_id
+        stops = torch.tensor([token == end or "\n" in piece for token, piece in enumerate(model.pieces)], device=model.device)
+        return _Writer(model, tokens, sampling, allowed, stops, closing_tokens(model, allowed))
 
     def write(self, label: int, pool: list[str], draws: list[torch.Generator]) -> list[str]:
         """One text for each generator; an empty string where it came to nothing."""

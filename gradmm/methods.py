@@ -12,7 +12,7 @@ import torch
 from gradmm.controls import random_directions
 from gradmm.coresets import select_coreset
 from gradmm.examples import Example
-from gradmm.generation import Sampling, generate_texts
+from gradmm.generation import Sampling, generate_counts
 from gradmm.judging import judge_texts
 from gradmm.plan import Plan
 from gradmm.seeds import generator, stream
@@ -92,10 +92,7 @@ def _generated(trial: Trial, sampling: Sampling, shots: Sequence[Example]) -> li
     bench, config = trial.bench, replace(trial.synthesis, search="pool", distance="cosine", ranking="text", perplexity_weight=0.0)
     config = replace(config, oversample=min(config.oversample, GENERATED))
     plan = Plan.of(bench.model, bench.task, trial.blank, config)
-    counts = [math.ceil(count * config.oversample) for count in plan.per_class]
-    most = max(counts)
-    texts = generate_texts(bench.model, bench.task, most, trial.seed, sampling, shots)
-    texts = [example for place, example in enumerate(texts) if place % most < counts[example.label]]
+    texts = generate_counts(bench.model, bench.task, plan.written_per_class, trial.seed, sampling, shots)
     rows = judge_texts(plan, [example.text for example in texts], [example.label for example in texts])
     return [example for example, row in zip(texts, rows, strict=True) if row["kept"]]
 

@@ -66,6 +66,13 @@ class Model:
         layer = self.lm.get_input_embeddings()
         return layer(torch.arange(len(layer.weight), device=self.device)) if self._scales_embeddings else layer.weight
 
+    @cached_property
+    def pieces(self) -> tuple[str, ...]:
+        """The text of each token by itself, V; empty for rows of the embedding beyond the tokenizer."""
+        size, tokenizer = self.embedding.shape[0], self.tokenizer
+        known = tokenizer.batch_decode([[token] for token in range(min(size, len(tokenizer)))], clean_up_tokenization_spaces=False)
+        return (*known, *[""] * (size - len(known)))
+
     @property
     def head_weight(self) -> Tensor:
         """The output head's matrix W, (V, D), found through `get_output_embeddings` (it may be the embeddings)."""

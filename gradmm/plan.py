@@ -129,6 +129,11 @@ class Plan:
             f"{max(1, len(self.classes) // count)}, or launch {units} at most",
         )
 
+    @property
+    def written_per_class(self) -> tuple[int, ...]:
+        """How many texts of each class a pool has."""
+        return tuple(math.ceil(count * self.config.oversample) for count in self.per_class)
+
     def batches(self) -> list[range]:
         """The numbers of the groups of each batch."""
         return [range(first, min(first + self.batch, len(self.classes))) for first in range(0, len(self.classes), self.batch)]

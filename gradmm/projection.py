@@ -327,12 +327,9 @@ def allowed_tokens(model: Model) -> Tensor:
     Left out: special tokens, rows of the embedding beyond the tokenizer, and tokens that do not decode to printable text
     on one line by themselves (fragments of characters, control characters).
     """
-    size = model.embedding.shape[0]
     special = set(model.tokenizer.all_special_ids)
-    known = min(size, len(model.tokenizer))
-    texts = model.tokenizer.batch_decode([[token] for token in range(known)], clean_up_tokenization_spaces=False)
-    allowed = [token not in special and _printable(text) for token, text in enumerate(texts)]
-    return torch.tensor(allowed + [False] * (size - known), device=model.device)
+    allowed = [token not in special and _printable(piece) for token, piece in enumerate(model.pieces)]
+    return torch.tensor(allowed, device=model.device)
 
 
 def _printable(text: str) -> bool:

@@ -16,14 +16,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gradmm import admm
-from gradmm.generation import Batch, Sampling, generate_texts
+from gradmm.generation import Batch, Sampling, generate_counts
 from gradmm.initialisation import CHOICES, Shape
 from gradmm.judging import judge_texts
 from gradmm.plan import Plan
 from gradmm.projection import Reading, embedding_spread, project, text_mask
 from gradmm.runs import RunFolder
 from gradmm.seeds import generator, stream
-from gradmm.settings import SEARCHES, SynthesisConfig
+from gradmm.settings import SynthesisConfig
 from gradmm.sharding import Crew
 from gradmm.swaps import Swapper
 
@@ -335,16 +335,14 @@ def swap_round(plan: Plan, result: admm.Result, swapper: Swapper) -> admm.Result
 
 def _search_pool(plan: Plan, here: Circumstances) -> Written:
     """Finished texts that the model writes freely; each class is one group."""
-    counts = [math.ceil(count * plan.config.oversample) for count in plan.per_class]
     around = max(map(len, plan.tokens.prompts))
     longest = max(plan.config.min_tokens, min(2 * plan.length, plan.model.context - around))
     sampling = Sampling(max_tokens=longest, min_tokens=plan.config.min_tokens)
     share = _TextUnits(here.folder, here.crew)
-    found = generate_texts(plan.model, plan.task, max(counts), stream(plan.config.seed, "pool"), sampling, share=share)
-    kept = [example for place, example in enumerate(found) if place % max(counts) < counts[example.label]]
-    classes = [example.label for example in kept]
+    pool = generate_counts(plan.model, plan.task, plan.written_per_class, stream(plan.config.seed, "pool"), sampling, share=share)
+    classes = [example.label for example in pool]
     ended = [{"group": number, "label": label, "reason": "the pool is written", "match": None} for number, label in enumerate(plan.task.labels)]
-    return Written([example.text for example in kept], classes, classes, None, ended)
+    return Written([example.text for example in pool], classes, classes, None, ended)
 
 
 @dataclass
@@ -373,4 +371,4 @@ class _TextUnits:
         return self.crew.share(f"texts {first}", range(first, self.given), work, read)
 
 
-_BY_NAME = dict(zip(SEARCHES, (_search_admm, _search_pool, _search_guided, _search_swap), strict=True))
+_BY_NAME = {"admm": _search_admm, "pool": _search_pool, "guided": _search_guided, "swap": _search_swap}  # of settings.SEARCHES

@@ -18,7 +18,7 @@ from gradmm.projection import inner_products, text_mask
 
 
 @dataclass(frozen=True)
-class Trial:
+class Replacement:
     """A text with one token replaced."""
 
     row: int
@@ -31,7 +31,7 @@ class Trial:
 class Swap:
     """A trial that was taken, and f of the whole group after it."""
 
-    trial: Trial
+    trial: Replacement
     match: float
 
 
@@ -82,7 +82,7 @@ class Swapper:
             moved[swap.trial.row, swap.trial.position] = swap.trial.token
         return moved, swaps
 
-    def _take(self, trials: Sequence[Trial], group: Exchange) -> list[Swap]:
+    def _take(self, trials: Sequence[Replacement], group: Exchange) -> list[Swap]:
         """The swaps to make, given a group of N texts with the T trials behind them."""
         device, size = group.members.device, len(group.members)
         places = torch.tensor([trial.row for trial in trials], device=device)
@@ -102,12 +102,12 @@ class Swapper:
             left = [t for t in left if trials[t].row != taken.row and trials[t].text != taken.text]
         return swaps
 
-    def _fluent(self, trials: Sequence[Trial], numbers: Sequence[int]) -> dict[int, bool]:
+    def _fluent(self, trials: Sequence[Replacement], numbers: Sequence[int]) -> dict[int, bool]:
         """Whether the log-perplexity of each of the numbered trials is within its text's limit."""
         found = perplexities(self.plan.model, [trials[t].text for t in numbers])
         return {t: math.log(value) <= self.limits[trials[t].row] for t, value in zip(numbers, found, strict=True)}
 
-    def _usable(self, ids: Tensor, texts: Sequence[str], wanted: Sequence[tuple[int, int, int]]) -> list[Trial]:
+    def _usable(self, ids: Tensor, texts: Sequence[str], wanted: Sequence[tuple[int, int, int]]) -> list[Replacement]:
         """Trials whose text reads back as the same tokens, stands nowhere else, and is as complete as it began."""
         rows, tokens, found = self._rows(ids), self.plan.tokens, []
         for row, position, token in wanted:
@@ -115,7 +115,7 @@ class Swapper:
             text = tokens.decode(changed)
             whole = is_complete_sentence(text) or not self.complete[row]
             if whole and text not in texts and tokens.encode(text) == changed:
-                found.append(Trial(row, position, token, text))
+                found.append(Replacement(row, position, token, text))
         return found
 
     def _rows(self, ids: Tensor) -> list[list[int]]:

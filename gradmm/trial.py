@@ -144,7 +144,7 @@ class Trial:
         """What gradmm wrote for the Release."""
         return self._synthesize("gradmm", self.release, self.synthesis)
 
-    @property
+    @cached_property
     def matched(self) -> list[Example]:
         """The texts whose gradients match the Release."""
         return self._kept(self.written.dataset.to_list())

@@ -9,13 +9,14 @@ from test_sharding import together
 from test_synthesis import REAL, SMALL, TASK, files_of
 
 import gradmm
-from gradmm import reference
+from gradmm import reference, searches
 from gradmm.controls import without_gradient
 from gradmm.errors import UserError
 from gradmm.evaluation import is_complete_sentence, perplexities
 from gradmm.plan import Plan
 from gradmm.runs import RunFolder
 from gradmm.searches import drafts, guided_round, search
+from gradmm.settings import SEARCHES
 from gradmm.sharding import Crew
 from gradmm.swaps import Swapper
 from gradmm.synthesis import synthesize
@@ -24,6 +25,10 @@ CONFIGS = {
     "guided": replace(SMALL, search="guided", outer_steps=3, guidance_weight=2.0, top_k=20),
     "swap": replace(SMALL, search="swap", outer_steps=3, oversample=4.0, length=12, top_k=20, fluency_slack=0.5),
 }
+
+
+def test_every_search_of_the_settings_is_there():
+    assert set(searches._BY_NAME) == set(SEARCHES)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmm.gradients import Factors, Head, Space, Target, greedy_order, head_factors, match_groups
+from gradmm.gradients import Factors, Head, Space, Target, greedy_order, head_factors, joint_order, match_groups
 from gradmm.models import Model
 from gradmm.projection import text_mask
 from gradmm.sketch import BodySketch
@@ -106,6 +106,11 @@ class Matching:
     def greedy(self, texts: Sequence[str], number: int, count: int) -> list[int]:
         """Which texts of class `number` to take, one by one, so that together they match its target (`greedy_order`)."""
         return greedy_order(self.factors(texts, [number] * len(texts)), self.targets[number], count, self.distance)
+
+    @torch.no_grad()
+    def joint(self, texts: Sequence[str], classes: Sequence[int], counts: Sequence[int]) -> list[int]:
+        """Which texts to take of all classes, in turn, so that each class and their sum match the targets (`joint_order`)."""
+        return joint_order(self.factors(texts, classes), classes, self.targets, counts, self.distance)
 
     def factors(self, texts: Sequence[str], classes: Sequence[int]) -> Factors:
         """The gradients of texts as factor pairs in the targets' coordinates, see `factors_of`."""

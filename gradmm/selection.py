@@ -93,7 +93,23 @@ def rank_groups(
     return scores
 
 
-RANKINGS = {"text": ("matching loss", rank_texts), "group": ("the group's matching loss", rank_groups)}
+def rank_jointly(
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], losses: Sequence[float],
+    per_class: Sequence[int],
+) -> list[float]:  # fmt: skip
+    """The usable texts of all classes in the order of `Matching.joint`; behind them the others by their own loss."""
+    scores, barred = [len(texts) + loss for loss in losses], _unusable(texts)
+    usable = [i for i in range(len(texts)) if misread[i] is None and i not in barred]
+    for place, row in enumerate(matching.joint([texts[i] for i in usable], [classes[i] for i in usable], per_class) if usable else ()):
+        scores[usable[row]] = float(place)
+    return scores
+
+
+RANKINGS = {
+    "text": ("matching loss", rank_texts),
+    "group": ("the group's matching loss", rank_groups),
+    "joint": ("the classes' joint matching loss", rank_jointly),
+}
 
 
 def select(

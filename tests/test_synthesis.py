@@ -79,6 +79,19 @@ def test_ranking_by_group_keeps_what_matches_best_together(setting):
     }
 
 
+def test_joint_ranking_keeps_what_matches_best_in_each_class_and_in_their_sum(setting):
+    model, task, release = setting
+    result = synthesize(model, task, release, replace(SMALL, ranking="joint", oversample=3.0), progress=False)
+    matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
+    first: dict[str, dict] = {}
+    for row in result.dataset:
+        first.setdefault(row["text"], row)
+    texts = [text for text in first if text]
+    chosen = matching.joint(texts, [first[text]["label"] for text in texts], (2, 2))
+    assert {row["text"] for row in result.kept} == {texts[place] for place in chosen}
+    assert all("by the classes' joint matching loss" in row["reason"] for row in result.kept)
+
+
 @pytest.mark.parametrize("space", ["head", "body"])
 def test_a_pool_holds_finished_texts_and_the_target_chooses(setting, tmp_path, space):
     model, task, _ = setting

@@ -78,6 +78,42 @@ class Space:
         hidden = factors.hidden if self.basis is None else factors.hidden @ self.basis.to(factors.hidden.dtype)
         return Factors(delta, hidden, factors.bias)
 
+    def factors(self, hidden: Tensor, labels: Tensor, head: Head) -> Factors:
+        """Gradients of the cross-entropy over the whole head in this space; arguments as `head_factors`."""
+        return self.restrict(head_factors(hidden, labels, head))
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """The head's gradient under the loss that fine-tuning uses: over the label tokens alone, the model's preference taken out.
+
+    With `mean` and `basis` hidden states are whitened, and the gradient is that of the same logits written as a linear map of
+    (h - mean) basis: what all texts share is gone, and every direction in which public texts differ weighs the same.
+
+    Attributes:
+        rows: (C,) the label tokens' rows of the head.
+        preference: (C,) mean log-probability of each label token over public texts, taken from the logits.
+        mean: (D,) of hidden states, or None for zero.
+        basis: (D, r), or None for all D as they are.
+    """
+
+    rows: Tensor
+    preference: Tensor
+    mean: Tensor | None = None
+    basis: Tensor | None = None
+
+    def factors(self, hidden: Tensor, labels: Tensor, head: Head) -> Factors:
+        """Gradients in this space, delta (..., C) and hidden (..., r); arguments as `head_factors`."""
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        bias = -self.preference if head.bias is None else head.bias[self.rows] - self.preference
+        places = (labels.unsqueeze(-1) == self.rows).long().argmax(-1)
+        delta = head_factors(wide, places, Head(head.weight[self.rows].to(wide), bias.to(wide))).delta
+        centred = wide if self.mean is None else wide - self.mean.to(wide)
+        return Factors(delta, centred if self.basis is None else centred @ self.basis.to(wide), head.bias is not None)
+
+
+HeadSpace = Space | LabelSpace
+
 
 def head_factors(hidden: Tensor, labels: Tensor, head: Head) -> Factors:
     """The factor pairs of the cross-entropy's gradient; differentiable in `hidden`.

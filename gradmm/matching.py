@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmm.gradients import Factors, Head, Space, Target, greedy_order, head_factors, joint_order, match_groups
+from gradmm.gradients import Factors, Head, HeadSpace, Target, greedy_order, joint_order, match_groups
 from gradmm.models import Model
 from gradmm.projection import text_mask
 from gradmm.sketch import BodySketch
@@ -33,13 +33,13 @@ class Matching:
     model: Model
     tokens: TaskTokens
     targets: Sequence[Target]
-    space: Space | BodySketch
+    space: HeadSpace | BodySketch
     distance: str = "cosine"
     end: int | None = None
 
     @property
     def head(self) -> Head:
-        """The rows over which the loss is taken: the full vocabulary."""
+        """The model's own, from which the space takes the rows of its loss."""
         return Head(self.model.head_weight, self.model.head_bias)
 
     def of_vectors(self, x: Tensor, ids: Tensor, classes: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Matching:
         Returns:
             (K,).
         """
-        return match_groups(self._factors_of_vectors(x, ids, classes), classes, self.targets, self.distance, self.space)
+        return match_groups(self._factors_of_vectors(x, ids, classes), classes, self.targets, self.distance)
 
     @torch.no_grad()
     def greedy_of_vectors(self, x: Tensor, ids: Tensor, number: int, count: int, at_once: int) -> list[int]:
@@ -65,18 +65,18 @@ class Matching:
         """
         label = torch.tensor([number], device=x.device)
         parts = [
-            self.space.restrict(self._factors_of_vectors(some.unsqueeze(0), where.unsqueeze(0), label)[0])
+            self._factors_of_vectors(some.unsqueeze(0), where.unsqueeze(0), label)[0]
             for some, where in zip(x.split(at_once), ids.split(at_once), strict=True)
         ]
         factors = Factors(torch.cat([part.delta for part in parts]), torch.cat([part.hidden for part in parts]), parts[0].bias)
         return greedy_order(factors, self.targets[number], count, self.distance)
 
     def _factors_of_vectors(self, x: Tensor, ids: Tensor, classes: Tensor) -> Factors:
-        """The gradients of the texts of K groups over the whole head: (K, B, L, D), (K, B, L), (K,) -> (K, B, V), (K, B, D)."""
+        """The gradients of the texts of K groups: (K, B, L, D), (K, B, L), (K,) -> delta (K, B, R), hidden (K, B, r)."""
         groups, count, _, _ = x.shape
         hidden = self.model.last_hidden(self._around(x.flatten(0, 1)), self._mask(ids.flatten(0, 1)))
         labels = self._label_tokens(classes)[:, None].expand(groups, count)
-        return head_factors(hidden.view(groups, count, -1), labels, self.head)
+        return self.space.factors(hidden.view(groups, count, -1), labels, self.head)
 
     @torch.no_grad()
     def of_texts(self, texts: Sequence[str], classes: Sequence[int]) -> Tensor:
@@ -137,7 +137,7 @@ class Matching:
 
 
 def factors_of(
-    model: Model, tokens: TaskTokens, space: Space | BodySketch, sequences: Sequence[Sequence[int]], classes: Sequence[int]
+    model: Model, tokens: TaskTokens, space: HeadSpace | BodySketch, sequences: Sequence[Sequence[int]], classes: Sequence[int]
 ) -> Factors:
     """Gradients of single examples in the coordinates of a release.
 
@@ -146,10 +146,10 @@ def factors_of(
         classes: N class numbers.
 
     Returns:
-        Factors: delta (N, R) and hidden (N, r) of the head, or delta (N, 1) and hidden (N, M r^2) of a sketch of the body.
+        Factors: delta (N, R) and hidden (N, r) of the head, or delta (N, 1) and hidden (N, `space.size`) of a sketch of the body.
     """
     if isinstance(space, BodySketch):
         return space.factors(model, tokens, sequences, classes)
     hidden = model.hidden_of(sequences)
     labels = torch.tensor([tokens.labels[number] for number in classes], device=hidden.device)
-    return space.restrict(head_factors(hidden, labels, Head(model.head_weight, model.head_bias)))
+    return space.factors(hidden, labels, Head(model.head_weight, model.head_bias))

@@ -22,7 +22,7 @@ from gradmm.card import dataset_card
 from gradmm.errors import is_number, is_whole, require, shown
 from gradmm.evaluation import perplexities
 from gradmm.generation import Batch, Sampling, generate_texts
-from gradmm.gradients import DISTANCES, Space
+from gradmm.gradients import DISTANCES
 from gradmm.initialisation import CHOICES, INITIALISATIONS, Shape
 from gradmm.locks import alone
 from gradmm.matching import Matching
@@ -34,6 +34,7 @@ from gradmm.seeds import generator, stream
 from gradmm.selection import FILTERS, RANKINGS, label_probabilities, select
 from gradmm.sharding import Crew
 from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
+from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 TEXTS_PER_BATCH = {"cpu": 64, "other": 256}  # rows of a projection beyond which a step costs in proportion
@@ -300,8 +301,8 @@ class Plan:
             label for label in range(count) for _ in range(math.ceil(per_class[label] * config.oversample / config.group_size))
         )
         require(
-            config.search == "pool" or isinstance(release.space, Space),
-            "targets in the space 'body' are matched by choosing texts: set search = 'pool', or release in another space",
+            config.search == "pool" or not isinstance(release.space, BodySketch),
+            f"targets in the space {release.space_name!r} are matched by choosing texts: set search = 'pool', or release in another space",
         )
         length = config.length or release.length
         _check_context(model, tokens, length)

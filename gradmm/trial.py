@@ -12,7 +12,8 @@ from gradmm.errors import is_whole, require, shown
 from gradmm.examples import Example, Splits, check_examples, sample_examples
 from gradmm.generation import Sampling
 from gradmm.models import Model
-from gradmm.privacy import SPACES, Release, release
+from gradmm.privacy import Release, release
+from gradmm.spaces import SPACES
 from gradmm.synthesis import SynthesisConfig, synthesize
 from gradmm.tasks import Task
 from gradmm.training import FinetuneConfig
@@ -24,7 +25,7 @@ class ComparisonConfig:
 
     Attributes:
         n_real: real examples that gradmm's Release is made of, all classes together.
-        space: the parameters whose gradients are matched, a name in `privacy.SPACES` that needs no public texts.
+        space: the parameters whose gradients are matched, a name in `spaces.SPACES` that needs no public texts.
         synthesis: its n_synthetic is the budget of every method but "none", "all_real" and "real".
         finetuning: the same for every method, all real texts included: equal steps, not equal passes.
         sampling: of the zero-shot and few-shot texts.

@@ -10,6 +10,7 @@ from gradmm.gradients import (
     Factors,
     FactorTarget,
     Head,
+    LabelSpace,
     Space,
     greedy_order,
     group_norms,
@@ -286,3 +287,37 @@ def test_a_class_without_examples_does_not_keep_the_others_from_being_chosen():
     factors = Factors(torch.eye(3), torch.eye(3))
     targets = [FactorTarget(factors[[row]]) for row in (1, 2, 0)]
     assert joint_order(factors, [0, 0, 1], targets, [2, 1, 1]) == [1, 2, 0]
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_the_calibrated_space_equals_autograd_through_a_head_of_the_label_tokens(tiny_model, kind, whitened):
+    """Value and gradient to x of matching in LabelSpace, against an explicit gradient that is differentiated twice."""
+    model = tiny_model(kind)
+    tokens, source = tokenize_task(TASK, model.tokenizer), torch.Generator().manual_seed(1)
+    rows, preference = torch.tensor(tokens.labels), torch.tensor([-0.3, -1.4], dtype=torch.float64)
+    mean, basis = (torch.randn(*shape, generator=source, dtype=torch.float64) for shape in ((32,), (32, 32)))
+    space = LabelSpace(rows, preference, mean, basis) if whitened else LabelSpace(rows, preference)
+    x, ids, classes = draw_x(model, 2, 3), torch.zeros(2, 3, 4, dtype=torch.long), torch.tensor([1, 0])
+    bias = model.head_bias is not None
+    target = [torch.randn(2, *shape, generator=source, dtype=torch.float64) for shape in ((2, 32), (2,))][: 1 + bias]
+    matching = Matching(model, tokens, [DenseTarget(*(part[c] for part in target)) for c in (0, 1)], space)
+
+    def literal(x):
+        losses = []
+        for k, number in enumerate(classes.tolist()):
+            states = model.last_hidden(matching._around(x[k]))
+            logits = states @ model.head_weight[rows].T + (model.head_bias[rows] if bias else 0) - preference
+            if whitened:  # the same logits from whitened states, by a matrix that learns
+                states = (states - mean) @ basis
+            weight, offset = (torch.zeros(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ((32,), ()))
+            loss = torch.nn.functional.cross_entropy(logits + states @ weight.T + offset, torch.full((3,), number))
+            found = parameter_gradient(loss, [weight, offset][: 1 + bias], create_graph=True)
+            losses.append(tensor_distance(found, [part[number] for part in target]))
+        return torch.stack(losses)
+
+    fast, slow = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
+    value, wanted = matching.of_vectors(fast, ids, classes), literal(slow)
+    torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-12)
+    slopes = [torch.autograd.grad(loss.sum(), start)[0] for loss, start in ((value, fast), (wanted, slow))]
+    assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 1e-9
+    assert matching.greedy_of_vectors(x[0], ids[0], 1, 2, at_once=2) == matching.greedy_of_vectors(x[0], ids[0], 1, 2, at_once=3)

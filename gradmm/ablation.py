@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
+from gradmm.classification import label_preference
 from gradmm.comparison import compare
 from gradmm.errors import require
 from gradmm.examples import Example, Splits
@@ -66,8 +67,7 @@ def _losses(model: Model, tokens: TaskTokens, public: Sequence[str]) -> dict[str
     """Each loss as the head over whose rows it is taken, with the classes' rows in it."""
     chosen, classes = torch.tensor(tokens.labels, device=model.device), list(range(len(tokens.labels)))
     weight, bias = model.head_weight[chosen], None if model.head_bias is None else model.head_bias[chosen]
-    hidden = model.hidden_of([tokens.sequence(text) for text in public])
-    preference = model.logits_of(hidden, tokens.labels).log_softmax(-1).mean(0).to(weight.dtype)
+    preference = label_preference(model, tokens, public).to(weight.dtype)
     return {
         "full vocabulary": (Head(model.head_weight, model.head_bias), list(tokens.labels)),
         "label tokens": (Head(weight, bias), classes),

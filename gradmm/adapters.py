@@ -6,6 +6,7 @@ Knows no examples and no training. `peft` is the optional extra `lora`. Letters:
 import math
 
 import torch
+from torch import Tensor
 
 from gradmm.errors import UserError
 from gradmm.seeds import generator
@@ -38,11 +39,19 @@ def start_lora(lm: torch.nn.Module, seed: int) -> None:
     """Give the adapter the weights of step 0: A uniform as in a linear layer, each by its name and the seed, and B zero."""
     for name, weights in lm.named_parameters():
         if ".lora_A." in name:
-            end = math.sqrt(1 / weights.shape[1])
-            drawn = torch.rand(weights.shape, generator=generator(seed, "LoRA", name), dtype=torch.float64)
-            weights.copy_(end * (2 * drawn - 1))
+            weights.copy_(first_a(*weights.shape, seed, name))
         elif ".lora_B." in name:
             weights.zero_()
+
+
+def first_a(rank: int, inputs: int, seed: int, name: str) -> Tensor:
+    """A of step 0: (r, inputs), float64.
+
+    Args:
+        name: of the parameter in the model.
+    """
+    drawn = torch.rand(rank, inputs, generator=generator(seed, "LoRA", name), dtype=torch.float64)
+    return math.sqrt(1 / inputs) * (2 * drawn - 1)
 
 
 def fold_lora(lm: torch.nn.Module) -> None:

@@ -28,11 +28,13 @@ from torch import Tensor
 from gradmm.errors import require
 from gradmm.evaluation import longest_shared_spans, words
 from gradmm.examples import Example
-from gradmm.gradients import DenseTarget, Factors, Head, Space, head_factors
+from gradmm.gradients import DenseTarget, Factors, HeadSpace
+from gradmm.matching import factors_of
 from gradmm.mechanism import Bits, LedgerEntry, clip_scale, noised_sums, system_bits
 from gradmm.models import Model
 from gradmm.privacy import Release, release
 from gradmm.seeds import generator
+from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, tokenize_task
 
 LARGEST_EPSILON = 100.0
@@ -222,14 +224,12 @@ def _coin_estimates(model: Model, task: Task, canaries, companions, released: Re
     return torch.linalg.solve(half @ gram @ half.mT + noise, half @ residual)
 
 
-def _clipped(model: Model, task: Task, examples: Sequence[Example], space: Space, clip: float) -> tuple[Factors, Tensor]:
+def _clipped(model: Model, task: Task, examples: Sequence[Example], space: HeadSpace | BodySketch, clip: float) -> tuple[Factors, Tensor]:
     """Each example's clipped gradient in the release space, float64, and its class."""
     tokens = tokenize_task(task, model.tokenizer)
     classes = torch.tensor([example.label for example in examples], device=model.device)
-    labels = torch.tensor(tokens.labels, device=model.device)[classes]
-    hidden = model.hidden_of([tokens.sequence(example.text) for example in examples])
-    require(isinstance(space, Space), "the audit knows releases of the head's gradients, not of the body's: release in another space")
-    found = space.restrict(head_factors(hidden, labels, Head(model.head_weight, model.head_bias)))
+    sequences = [tokens.sequence(example.text) for example in examples]
+    found = factors_of(model, tokens, space, sequences, [example.label for example in examples])
     delta = found.delta.double() * clip_scale(found, clip)[:, None]
     return Factors(delta, found.hidden.double(), found.bias), classes
 

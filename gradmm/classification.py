@@ -88,9 +88,15 @@ def evaluate_calibrated(model: Model, task: Task, examples: Sequence[Example], t
     """
     tokens = tokenize_task(task, model.tokenizer)
     require(len(texts) > 0, "there are 0 texts to calibrate on, at least 1 is needed: give some, such as the validation texts")
-    hidden = model.hidden_of([tokens.sequence(text) for text in texts])
-    preference = model.logits_of(hidden, tokens.labels).log_softmax(-1).mean(0)
+    preference = label_preference(model, tokens, texts)
     return score(model, tokens, Encoded.of(model, task, tokens, examples, "test"), TOKENS_PER_BATCH, preference)
+
+
+@torch.no_grad()
+def label_preference(model: Model, tokens: TaskTokens, texts: Sequence[str]) -> Tensor:
+    """The mean log-probability over texts of each label token, softmax over these alone: (C,), float32 at least."""
+    hidden = model.hidden_of([tokens.sequence(text) for text in texts])
+    return model.logits_of(hidden, tokens.labels).log_softmax(-1).mean(0)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gradmm.gradients import Factors, FactorTarget, Target
+from gradmm.gradients import Factors, FactorTarget, LabelSpace, Target
 from gradmm.privacy import Release
 from gradmm.seeds import generator
 
@@ -25,16 +25,21 @@ def _zero(pairs: Factors) -> Target:
 def random_directions(target: Release, seed: int) -> Release:
     """The Release with every target a random one of the same rank, and of the same norm in weight and bias.
 
+    Under a loss over the label tokens alone every delta adds up to zero over these, so the random ones do too: all of a random
+    target lies where a text can reach it.
+
     Args:
         target: an exact Release: targets kept as n factor pairs, delta (n, V) and hidden (n, D).
     """
-    return replace(
-        target, targets=tuple(_random(one, generator(seed, "random target", label)) for label, one in enumerate(target.targets))
-    )
+    balanced = isinstance(target.space, LabelSpace)
+    sources = [generator(seed, "random target", label) for label in range(len(target.targets))]
+    drawn = (_random(one, source, balanced) for one, source in zip(target.targets, sources, strict=True))
+    return replace(target, targets=tuple(drawn))
 
 
-def _random(target: FactorTarget, source: torch.Generator) -> Target:
+def _random(target: FactorTarget, source: torch.Generator, balanced: bool) -> Target:
     delta, hidden = (_normal_like(value, source) for value in (target.factors.delta, target.factors.hidden))
+    delta = delta - delta.mean(-1, keepdim=True) if balanced else delta
     if target.factors.bias:
         delta = delta * (target.norms()[1].sqrt() / delta.mean(0).norm())
     drawn = FactorTarget(Factors(delta, hidden, target.factors.bias))

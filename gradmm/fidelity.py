@@ -51,7 +51,7 @@ def fidelity(
     Args:
         examples: the first sizes[i] / C of each class are used for sizes[i].
         sizes: n, ascending.
-        spaces: name -> coordinates, see `privacy.release_space`.
+        spaces: name -> coordinates of the gradient of the loss over all tokens, `spaces.release_space` of HEAD_SPACES.
         epsilons, delta, clip, relation: as for `privacy.release`, exact calibration.
 
     Returns:

@@ -96,9 +96,9 @@ class Body:
             keys=cached * config.hidden_size,
             cached=cached,
             attended=heads * head,
-            outside=sum(map(_numbers, linear_maps(model))) - sum(maps),
+            outside=sum(map(_numbers, linear_maps(model).values())) - sum(maps),
             parameters=sum(weights.numel() for weights in model.lm.parameters()),
-            largest=max((_sides(part) for part in linear_maps(model)), key=lambda sides: sides[0] * sides[1]),
+            largest=max((_sides(part) for part in linear_maps(model).values()), key=lambda sides: sides[0] * sides[1]),
             number=model.head_weight.element_size(),
         )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmm.gradients import Factors, Head, Space, Target, greedy_order, head_factors, losses_as_added, match_groups
+from gradmm.gradients import Factors, Head, HeadSpace, Target, greedy_order, joint_order, losses_as_added, match_groups
 from gradmm.models import Model
 from gradmm.projection import text_mask
 from gradmm.sketch import BodySketch
@@ -33,13 +33,13 @@ class Matching:
     model: Model
     tokens: TaskTokens
     targets: Sequence[Target]
-    space: Space | BodySketch
+    space: HeadSpace | BodySketch
     distance: str = "cosine"
     end: int | None = None
 
     @property
     def head(self) -> Head:
-        """The rows over which the loss is taken: the full vocabulary."""
+        """The model's own, from which the space takes the rows of its loss."""
         return Head(self.model.head_weight, self.model.head_bias)
 
     def of_vectors(self, x: Tensor, ids: Tensor, classes: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Matching:
         Returns:
             (K,).
         """
-        return match_groups(self._factors_of_vectors(x, ids, classes), classes, self.targets, self.distance, self.space)
+        return match_groups(self._factors_of_vectors(x, ids, classes), classes, self.targets, self.distance)
 
     def of_tokens(self, ids: Tensor, number: int, at_once: int) -> tuple[Tensor, Tensor]:
         """f of N texts of class `number` as one group, and its gradient with respect to their embeddings.
@@ -72,7 +72,7 @@ class Matching:
         with torch.no_grad():
             states = torch.cat([self._states(self.model.embed(some), some) for some in ids.split(at_once)])
         states.requires_grad_(True)
-        match = match_groups(head_factors(states.unsqueeze(0), labels, self.head), which, self.targets, self.distance, self.space).squeeze(0)
+        match = match_groups(self.space.factors(states.unsqueeze(0), labels, self.head), which, self.targets, self.distance).squeeze(0)
         (slopes,) = torch.autograd.grad(match, states)
         parts = [self._pulled_back(some, slope) for some, slope in zip(ids.split(at_once), slopes.split(at_once), strict=True)]
         return match.detach(), torch.cat(parts)
@@ -97,26 +97,24 @@ class Matching:
         """
         label = torch.tensor([number], device=x.device)
         parts = [
-            self.space.restrict(self._factors_of_vectors(some.unsqueeze(0), where.unsqueeze(0), label)[0])
+            self._factors_of_vectors(some.unsqueeze(0), where.unsqueeze(0), label)[0]
             for some, where in zip(x.split(at_once), ids.split(at_once), strict=True)
         ]
         factors = Factors(torch.cat([part.delta for part in parts]), torch.cat([part.hidden for part in parts]), parts[0].bias)
         return greedy_order(factors, self.targets[number], count, self.distance)
 
     def _factors_of_vectors(self, x: Tensor, ids: Tensor, classes: Tensor) -> Factors:
-        """The gradients of the texts of K groups over the whole head: (K, B, L, D), (K, B, L), (K,) -> (K, B, V), (K, B, D)."""
+        """The gradients of the texts of K groups: (K, B, L, D), (K, B, L), (K,) -> delta (K, B, R), hidden (K, B, r)."""
         groups, count, _, _ = x.shape
         hidden = self._states(x.flatten(0, 1), ids.flatten(0, 1))
         labels = self._label_tokens(classes)[:, None].expand(groups, count)
-        return head_factors(hidden.view(groups, count, -1), labels, self.head)
+        return self.space.factors(hidden.view(groups, count, -1), labels, self.head)
 
     @torch.no_grad()
     def of_texts(self, texts: Sequence[str], classes: Sequence[int]) -> Tensor:
         """f of each text as a group of one, read from the text itself: (N,)."""
-        parts = []
-        for first in range(0, len(texts), ROWS_PER_BLOCK):
-            some, chosen = texts[first : first + ROWS_PER_BLOCK], classes[first : first + ROWS_PER_BLOCK]
-            parts.append(self._own(self.factors(some, chosen), chosen))
+        blocks = _blocks(len(texts))
+        parts = [self._own(self.factors(texts[block], classes[block]), classes[block]) for block in blocks]
         return torch.cat(parts) if parts else torch.empty(0)
 
     @torch.no_grad()
@@ -149,11 +147,25 @@ class Matching:
         """
         if not texts:
             return [], []
-        factors = self.factors(texts, [number] * len(texts))
-        blocks = [factors[first : first + ROWS_PER_BLOCK] for first in range(0, len(texts), ROWS_PER_BLOCK)]
-        own = torch.cat([self._own(block, [number] * len(block.delta)) for block in blocks])
+        classes = [number] * len(texts)
+        factors = self.factors(texts, classes)
         order = greedy_order(factors[list(usable)], self.targets[number], count, self.distance) if len(usable) else []
-        return own.tolist(), [usable[place] for place in order]
+        return self._own(factors, classes).tolist(), [usable[place] for place in order]
+
+    @torch.no_grad()
+    def alone_and_jointly(
+        self, texts: Sequence[str], classes: Sequence[int], counts: Sequence[int], usable: Sequence[int]
+    ) -> tuple[list[float], list[int]]:
+        """As `alone_and_together` for texts of all classes, which take turns (`joint_order`).
+
+        Args:
+            counts: how many to take of each class.
+        """
+        if not texts:
+            return [], []
+        factors, which = self.factors(texts, classes), [classes[place] for place in usable]
+        order = joint_order(factors[list(usable)], which, self.targets, counts, self.distance) if len(usable) else []
+        return self._own(factors, classes).tolist(), [usable[place] for place in order]
 
     @torch.no_grad()
     def greedy_losses(self, texts: Sequence[str], number: int) -> list[float]:
@@ -164,7 +176,8 @@ class Matching:
     def _own(self, factors: Factors, classes: Sequence[int]) -> Tensor:
         """f of each text as a group of one, from its factors: (N,)."""
         which = torch.tensor(list(classes), device=self.model.device)
-        return match_groups(factors.unsqueeze(1), which, self.targets, self.distance)
+        parts = [match_groups(factors[block].unsqueeze(1), which[block], self.targets, self.distance) for block in _blocks(len(which))]
+        return torch.cat(parts)
 
     def factors(self, texts: Sequence[str], classes: Sequence[int]) -> Factors:
         """The gradients of texts as factor pairs in the targets' coordinates, see `factors_of`."""
@@ -190,8 +203,12 @@ class Matching:
         return torch.nn.functional.pad(text_mask(ids, self.end), (before, after), value=1)
 
 
+def _blocks(count: int) -> list[slice]:
+    return [slice(first, first + ROWS_PER_BLOCK) for first in range(0, count, ROWS_PER_BLOCK)]
+
+
 def factors_of(
-    model: Model, tokens: TaskTokens, space: Space | BodySketch, sequences: Sequence[Sequence[int]], classes: Sequence[int]
+    model: Model, tokens: TaskTokens, space: HeadSpace | BodySketch, sequences: Sequence[Sequence[int]], classes: Sequence[int]
 ) -> Factors:
     """Gradients of single examples in the coordinates of a release.
 
@@ -200,10 +217,10 @@ def factors_of(
         classes: N class numbers.
 
     Returns:
-        Factors: delta (N, R) and hidden (N, r) of the head, or delta (N, 1) and hidden (N, M r^2) of a sketch of the body.
+        Factors: delta (N, R) and hidden (N, r) of the head, or delta (N, 1) and hidden (N, `space.size`) of a sketch of the body.
     """
     if isinstance(space, BodySketch):
         return space.factors(model, tokens, sequences, classes)
     hidden = model.hidden_of(sequences)
     labels = torch.tensor([tokens.labels[number] for number in classes], device=hidden.device)
-    return space.restrict(head_factors(hidden, labels, Head(model.head_weight, model.head_bias)))
+    return space.factors(hidden, labels, Head(model.head_weight, model.head_bias))

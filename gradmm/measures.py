@@ -16,6 +16,7 @@ from gradmm.examples import Example
 from gradmm.gradients import FactorTarget, Target
 from gradmm.matching import Matching
 from gradmm.models import Model
+from gradmm.path import PathSketch
 from gradmm.seeds import generator
 from gradmm.tasks import tokenize_task
 from gradmm.training import train_at_rate, trainable_copy
@@ -31,11 +32,12 @@ def measure(trial: Trial, examples: Sequence[Example]) -> dict:
         return dict.fromkeys(MEASURES)
     bench, texts = trial.bench, [example.text for example in examples]
     read = perplexity(bench.model, texts)
+    matching = Matching(bench.model, tokenize_task(bench.task, bench.model.tokenizer), trial.release.targets, trial.release.space)
     sequences, real = ([words(text) for text in some] for some in (texts, [example.text for example in trial.real]))
     return {
         "perplexity": read.corpus,
         "second_perplexity": None if bench.second is None else perplexity(bench.second, texts).corpus,
-        "match": _match(_matching(trial, bench.model, trial.release.targets), examples),
+        "match": _match(matching, examples),
         "distinct_2": distinct_n(texts, 2),
         "self_bleu": self_bleu(texts, trial.seed, limit=bench.config.n_real) if len(texts) > 1 else None,
         "duplicates": duplicate_share(texts),
@@ -51,7 +53,10 @@ def thinned(examples: Sequence[Example], seed: int, limit: int | None = METRIC_T
 
 
 def _matching(trial: Trial, model: Model, targets: Sequence[Target]) -> Matching:
-    return Matching(model, tokenize_task(trial.bench.task, model.tokenizer), targets, trial.release.space)
+    """At another model than the Release's, in its space; in a space with several points at the model itself alone."""
+    space = trial.release.space
+    space = space.at(0) if isinstance(space, PathSketch) else space
+    return Matching(model, tokenize_task(trial.bench.task, model.tokenizer), targets, space)
 
 
 def _match(matching: Matching, examples: Sequence[Example]) -> float:
@@ -75,8 +80,8 @@ def measure_on(learner: Model, trial: Trial, examples: Sequence[Example]) -> dic
 def similarities(trial: Trial, sets: dict[str, list[Example]]) -> dict[str, dict[str, float]]:
     """How alike the gradients of each set and of the real examples are while a model trains on the real ones.
 
-    Cosine of the head's gradients, mean over classes, at the weights after each of `similarity_steps`: matching asks for
-    it at step 0 alone. One training serves all sets.
+    Cosine of the gradients in the Release's space, mean over classes, at the weights after each of `similarity_steps`:
+    matching asks for it at step 0 alone. One training serves all sets.
 
     Returns:
         For each set {step: cosine}; an empty set has none.

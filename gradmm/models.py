@@ -105,10 +105,15 @@ class Model:
         return "position_ids" in inspect.signature(self.lm.base_model.forward).parameters
 
     @cached_property
+    def last_block(self) -> torch.nn.Module | None:
+        """The last layer, where the family keeps its layers in a list."""
+        stacks = [m for m in self.lm.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+        return stacks[0][-1] if stacks else None
+
+    @cached_property
     def _last_mlp(self) -> torch.nn.Module | None:
         """The last layer's feed-forward block, where the family has it as a module of its own."""
-        stacks = [m for m in self.lm.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-        return getattr(stacks[0][-1], "mlp", None) if stacks else None
+        return getattr(self.last_block, "mlp", None)
 
     def read(self, ids: Tensor, mask: Tensor | None = None, cache=None):
         """Read tokens, those of a cache before them: (N, T) ids, (N, P + T) mask or None -> (state (N, D) at the end, cache)."""

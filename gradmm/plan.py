@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from gradmm import admm, sharding
 from gradmm.errors import require
 from gradmm.generation import closing_tokens
-from gradmm.gradients import Space
 from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.privacy import Release
 from gradmm.projection import Reading, Tables, allowed_tokens
 from gradmm.settings import SynthesisConfig
 from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
+from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 TEXTS_PER_BATCH = {"cpu": 64, "other": 256}  # rows of a projection beyond which a step costs in proportion
@@ -62,8 +62,8 @@ class Plan:
             label for label in range(count) for _ in range(math.ceil(per_class[label] * config.oversample / config.group_size))
         )
         require(
-            config.search == "pool" or isinstance(release.space, Space),
-            "targets in the space 'body' are matched by choosing texts: set search = 'pool', or release in another space",
+            config.search == "pool" or not isinstance(release.space, BodySketch),
+            f"targets in the space {release.space_name!r} are matched by choosing texts: set search = 'pool', or release in another space",
         )
         length = config.length or release.length
         _check_context(model, tokens, length)

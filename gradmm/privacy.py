@@ -8,7 +8,9 @@ delta_i h_i^T (and delta_i for a bias) in the release space, each class's target
 
 Sensitivity of (G_1 .. G_C) together, in L2. "add-remove": one term comes or goes, at most clip. "replace-one": within its
 class two terms differ, ||g - g'|| <= 2 clip; with a new label two sums move by one term each, sqrt(clip^2 + clip^2); so
-at most 2 clip. Sums rather than means: the private class counts are not needed.
+at most 2 clip. Sums rather than means: the private class counts are not needed. Nothing here asks what the coordinates
+are: a space maps each example alone, by a map made of public inputs (rows, directions, whitening, sketches, models trained on
+public texts), and the norm that is clipped is that of what it gives, so whatever a space stretches is clipped after it.
 
 What the guarantee takes for granted: the classes, the template, the length, the clip and the space are chosen without a
 look at the private examples, and every class has an example (an empty one is an error, which tells that it was empty; so
@@ -29,8 +31,7 @@ from torch import Tensor
 from gradmm import files
 from gradmm.errors import UserError, is_whole, require
 from gradmm.examples import Example, check_examples
-from gradmm.generation import prompted_texts
-from gradmm.gradients import DenseTarget, Factors, FactorTarget, Space, Target
+from gradmm.gradients import DenseTarget, Factors, FactorTarget, HeadSpace, Target
 from gradmm.matching import factors_of
 from gradmm.mechanism import (
     Ledger,
@@ -44,15 +45,11 @@ from gradmm.mechanism import (
 from gradmm.models import Model
 from gradmm.sharding import launched
 from gradmm.sketch import BodySketch
+from gradmm.spaces import coordinates, release_space, space_from, tensors_of
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
-HEAD_SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred")  # coordinates of the head's gradient
-SPACES = (*HEAD_SPACES, "body")
-PUBLIC_SPACES = ("label_rows_subspace", "label_rows_centred")  # made from public texts
-CALIBRATION_TEXTS = 64  # of each class, where the body's space is given no public texts
-DEFAULT_DIRECTIONS = 4  # keeps most of what sets the classes apart and little room for noise; notebook 04 measures it
-RANK_TOLERANCE = 1e-6
 FORMAT = "gradmm release 1"
+SPACE = "space."  # before the names of the space's tensors in a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +60,7 @@ class Release:
         targets: one per class: the mean gradient as its examples' factor pairs (not private), or the noised sum of clipped
             gradients, weight (R, r) and bias (R,). The scales differ; the cosine distance does not see it.
         space: the coordinates of the targets.
-        space_name: one of `SPACES`.
+        space_name: one of `spaces.SPACES`.
         labels: C class names.
         label_tokens: C rows of the head.
         private: whether the differential privacy that the ledger states holds.
@@ -74,7 +71,7 @@ class Release:
     """
 
     targets: tuple[Target, ...]
-    space: Space | BodySketch
+    space: HeadSpace | BodySketch
     space_name: str
     labels: tuple[str, ...]
     label_tokens: tuple[int, ...]
@@ -152,17 +149,21 @@ def release(
         space: "head" (V x D), "label_rows" (the C labels' rows, C x D), "label_rows_subspace" (C x r: those rows times
             the first r principal directions of the hidden states of `public_texts`) or "label_rows_centred" (C x r: the same
             without the first direction, which nearly all texts share: it takes most of the clip and says little of what
-            sets the classes apart), or "body" (a sketch of the gradients of every layer under the calibrated loss over the
-            label tokens, see `gradmm.sketch`: what fine-tuning follows; it takes `search = "pool"`). None takes "body" without
-            epsilon and "label_rows" with it: the smaller the space, the less noise, and of the two that need no public text
-            it keeps by far the more of what sets the classes apart (notebook 04 measures it). Give public texts and
-            "label_rows_centred" to keep more. The paper matches "head", which ADMM needs.
+            sets the classes apart). Under the loss that fine-tuning uses, over the label tokens alone, with the model's
+            preference among them taken out: "label_rows_calibrated" (C x D) and "label_rows_whitened" (the same, of hidden
+            states whitened by those of public texts). Under that loss, and for `search = "pool"` alone, gradients of the body,
+            see `gradmm.sketch`: "body" (a sketch of every linear map's: what fine-tuning follows), "last_block" (of the last
+            block's), "lora" (of a fresh LoRA adapter) and "body_path" (of every linear map's at three points of a public
+            fine-tuning, see `gradmm.path`). None takes "body" without epsilon and "label_rows" with it: the smaller the space,
+            the less noise, and of the two that need no public text it keeps by far the more of what sets the classes apart
+            (notebook 04 measures it). Give public texts and "label_rows_centred" to keep more. The paper matches "head", which
+            ADMM needs.
         relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
             "add-remove" (one example comes or goes).
         calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.
         length: L, tokens of a synthetic text; public, hence needed with epsilon; None takes the real texts' mean without.
-        public_texts: texts that are not private: needed for the two subspaces; for "body" what the model's preference among
-            the labels is measured on (None: texts that it writes from the public prompts).
+        public_texts: texts that are not private: needed for the two subspaces; for the spaces under the loss over the label
+            tokens what preference and whitening are measured on (None: texts that the model writes from the public prompts).
         directions: r; None takes 4, or as many as there are texts or hidden units if fewer.
         ledger: the budget to charge; None counts this release alone.
         noise_seed: fixes the noise for a repeatable experiment; the Release is then marked as not private.
@@ -187,16 +188,16 @@ def release(
     tokens = tokenize_task(task, model.tokenizer)
     _check_arguments(epsilon, delta, length, ledger, noise_seed)
     space = space or ("body" if epsilon is None else "label_rows")
-    coordinates = release_space(model, tokens, space, public_texts, directions)
+    found = release_space(model, tokens, space, public_texts, directions)
     if epsilon is not None:
-        size = _coordinates(model, coordinates) * len(task.labels)
+        size = coordinates(model, found) * len(task.labels)
         entry = plan_entry("sums of clipped gradients per class", space, epsilon, delta, relation, clip, calibration, size)
         if ledger is not None:
             ledger.check(entry)  # before the work of many gradients
     classes = _by_class(examples, task)
-    factors = _factors(model, tokens, classes, coordinates, one_by_one=epsilon is not None)
+    factors = _factors(model, tokens, classes, found, one_by_one=epsilon is not None)
     common = {
-        "space": coordinates,
+        "space": found,
         "space_name": space,
         "labels": task.labels,
         "label_tokens": tokens.labels,
@@ -234,69 +235,6 @@ def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:
     require(noise_seed is None or isinstance(noise_seed, int), f"noise_seed = {noise_seed!r}: give a whole number, or None for privacy")
 
 
-# ---------------------------------------------------------------- release spaces
-
-
-def release_space(
-    model: Model, tokens: TaskTokens, name: str, texts: Sequence[str] | None = None, directions: int | None = None
-) -> Space | BodySketch:
-    """The coordinates of a release, see there; a function of public inputs alone.
-
-    Raises:
-        UserError: the space is not known, or has no use for these texts and directions.
-    """
-    require(name in SPACES, f"the release space {name!r} is not known: use one of {', '.join(SPACES)}")
-    require(
-        name in PUBLIC_SPACES or (directions is None and (texts is None or name == "body")),
-        f"public_texts and directions have no use in the space {name!r}: use {' or '.join(map(repr, PUBLIC_SPACES))} or leave them out",
-    )
-    if name == "body":
-        return BodySketch.of(model, tokens, prompted_texts(model, tokens, CALIBRATION_TEXTS) if texts is None else list(texts))
-    if name == "head":
-        return Space()
-    rows = torch.tensor(tokens.labels, device=model.device)
-    if name == "label_rows":
-        return Space(rows)
-    return Space(rows, principal_directions(model, tokens, texts, directions, skip=int(name == "label_rows_centred")))
-
-
-def principal_directions(
-    model: Model, tokens: TaskTokens, texts: Sequence[str] | None, directions: int | None, skip: int = 0
-) -> Tensor:
-    """The directions that hold most of the hidden states of public texts, mean included (a gradient holds h, not h - mean).
-
-    Returns:
-        (D, r), float64, orthonormal columns, most important first after the first `skip`; each column's largest entry is
-        positive.
-
-    Raises:
-        UserError: no texts, or texts that span fewer than `skip + directions` directions.
-    """
-    texts = [] if texts is None else list(texts)
-    require(
-        bool(texts) and all(isinstance(text, str) and text.strip() for text in texts),
-        f"the spaces {' and '.join(map(repr, PUBLIC_SPACES))} need public texts: give public_texts, a list of strings that are not private",
-    )
-    hidden = model.hidden_of([tokens.sequence(text) for text in texts]).double()
-    count = max(1, min(DEFAULT_DIRECTIONS, *(size - skip for size in hidden.shape))) if directions is None else directions
-    require(isinstance(count, int) and count >= 1, f"directions = {directions!r}, it must be a whole number of at least 1: give such as 4")
-    _, sizes, basis = torch.linalg.svd(hidden, full_matrices=False)
-    rank = int((sizes > RANK_TOLERANCE * sizes[0]).sum()) - skip
-    require(count <= rank, f"directions = {count}, but the {len(texts)} public texts span {rank}: give more texts or fewer directions")
-    basis = basis[skip : skip + count].mT
-    return basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
-
-
-def _coordinates(model: Model, space: Space | BodySketch) -> int:
-    """How many numbers one class's target has."""
-    if isinstance(space, BodySketch):
-        return space.size(model)
-    rows, width = model.head_weight.shape
-    rows = rows if space.rows is None else len(space.rows)
-    width = width if space.basis is None else space.basis.shape[1]
-    return rows * (width + (model.head_bias is not None))
-
-
 # ---------------------------------------------------------------- private examples
 
 
@@ -313,7 +251,7 @@ def _by_class(examples: Iterable, task: Task) -> list[list[Example]]:
     return classes
 
 
-def _factors(model: Model, tokens: TaskTokens, classes: list[list[Example]], space: Space | BodySketch, one_by_one: bool) -> list[Factors]:
+def _factors(model: Model, tokens: TaskTokens, classes: list[list[Example]], space: HeadSpace | BodySketch, one_by_one: bool) -> list[Factors]:
     """Each class's gradients in the release space: delta (n, R), hidden (n, r).
 
     `one_by_one` runs every text alone, so that no rounding of one example's gradient depends on another example.
@@ -370,9 +308,7 @@ def _fields_json(release: Release) -> str:
 
 
 def _tensors(release: Release) -> dict[str, Tensor]:
-    found = {f"space.{name}": getattr(release.space, name, None) for name in ("rows", "basis", "preference")}
-    if isinstance(release.space, BodySketch):
-        found["space.rank"] = torch.tensor([release.space.rank])
+    found = {f"{SPACE}{name}": value for name, value in tensors_of(release.space).items()}
     for number, target in enumerate(release.targets):
         if isinstance(target, FactorTarget):
             found |= {f"{number}.delta": target.factors.delta, f"{number}.hidden": target.factors.hidden}
@@ -389,13 +325,8 @@ def _assemble(values: dict, tensors: dict[str, Tensor]) -> Release:
     values |= {"labels": tuple(values["labels"]), "label_tokens": tuple(values["label_tokens"])}
     values["ledger"] = tuple(LedgerEntry(**entry) for entry in values["ledger"])
     targets = tuple(_target(tensors, number) for number in range(len(values["labels"])))
-    return Release(targets=targets, space=_space(tensors), **values)
-
-
-def _space(tensors: dict[str, Tensor]) -> Space | BodySketch:
-    if "space.preference" in tensors:
-        return BodySketch(tensors["space.preference"], int(tensors["space.rank"]))
-    return Space(tensors.get("space.rows"), tensors.get("space.basis"))
+    held = {name.removeprefix(SPACE): value for name, value in tensors.items() if name.startswith(SPACE)}
+    return Release(targets=targets, space=space_from(values["space_name"], held, len(targets)), **values)
 
 
 def _target(tensors: dict[str, Tensor], number: int) -> Target:

@@ -98,7 +98,25 @@ def rank_groups(
     return losses, scores
 
 
-RANKINGS = {"text": ("matching loss", rank_texts), "group": ("the group's matching loss", rank_groups)}
+def rank_jointly(
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], penalties: Sequence[float],
+    per_class: Sequence[int],
+) -> tuple[list[float], list[float]]:  # fmt: skip
+    """The usable texts of all classes in the order of `joint_order`, behind them the others as `rank_texts` has them."""
+    barred = _unusable(texts)
+    usable = [i for i in range(len(texts)) if misread[i] is None and i not in barred]
+    losses, order = matching.alone_and_jointly(texts, classes, per_class, usable)
+    scores = [len(texts) + loss + penalty for loss, penalty in zip(losses, penalties, strict=True)]
+    for rank, i in enumerate(order):
+        scores[i] = float(rank)
+    return losses, scores
+
+
+RANKINGS = {
+    "text": ("matching loss", rank_texts),
+    "group": ("the group's matching loss", rank_groups),
+    "joint": ("the classes' joint matching loss", rank_jointly),
+}
 
 
 def select(

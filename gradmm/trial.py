@@ -16,8 +16,9 @@ from gradmm.generation import Sampling
 from gradmm.judging import judge_texts
 from gradmm.models import Model
 from gradmm.plan import Plan
-from gradmm.privacy import SPACES, Release, release
+from gradmm.privacy import Release, release
 from gradmm.settings import SynthesisConfig
+from gradmm.spaces import SPACES
 from gradmm.synthesis import SynthesisResult, synthesize
 from gradmm.tasks import Task
 from gradmm.training import FinetuneConfig
@@ -29,7 +30,7 @@ class ComparisonConfig:
 
     Attributes:
         n_real: real examples that gradmm's Release is made of, all classes together.
-        space: the parameters whose gradients are matched, a name in `privacy.SPACES` that needs no public texts; None takes
+        space: the parameters whose gradients are matched, a name in `spaces.SPACES` that needs no public texts; None takes
             what suits the search.
         synthesis: its n_synthetic is the budget of every method but "none", "all_real" and "real".
         finetuning: the same for every method, all real texts included: equal steps, not equal passes.

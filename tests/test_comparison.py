@@ -13,7 +13,7 @@ import gradmm
 from gradmm import comparison, files, measures, methods
 from gradmm import trial as trial_room
 from gradmm.comparison import compare
-from gradmm.controls import random_directions
+from gradmm.controls import random_directions, without_gradient
 from gradmm.errors import UserError
 from gradmm.evaluation import longest_shared_spans, perplexity, words
 from gradmm.examples import Example, Splits, content_hash, refuse_overlap
@@ -24,6 +24,7 @@ from gradmm.measures import MEASURES
 from gradmm.methods import METHODS
 from gradmm.results import Comparison
 from gradmm.settings import SynthesisConfig
+from gradmm.spaces import LABEL_SPACES, SKETCHES
 from gradmm.tasks import Task, tokenize_task
 from gradmm.training import FinetuneConfig
 from gradmm.trial import Bench, ComparisonConfig, Trial
@@ -241,6 +242,33 @@ def test_random_targets_have_the_norms_of_the_real_ones(tiny_model, kind):
         assert abs(float((whole * real).sum() / (whole.norm() * real.norm()))) < 0.2
     again, other = (random_directions(trial.release, seed) for seed in (0, 1))
     assert drawn.fingerprint == again.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("space", [*LABEL_SPACES, *SKETCHES])
+def test_the_controls_know_every_space(model, monkeypatch, space):
+    monkeypatch.setattr("gradmm.path.TEXTS", 2)
+    trial = Trial(bench_of(model, config=replace(CONFIG, space=space)), 0)
+    drawn, none = random_directions(trial.release, 0), without_gradient(trial.release)
+    for ours, theirs, zero in zip(drawn.targets, trial.release.targets, none.targets, strict=True):
+        assert [float(n) for n in ours.norms()] == pytest.approx([float(n) for n in theirs.norms()], rel=1e-5)
+        assert [float(n) for n in zero.norms()] == [0.0] * len(zero.norms())
+        if space in LABEL_SPACES:  # a sum over the label tokens is zero for every text
+            for pairs in (ours.factors, theirs.factors):
+                torch.testing.assert_close(pairs.delta.sum(-1), torch.zeros(len(pairs.delta)), rtol=0, atol=1e-6)
+    texts = [example.text for example in toy(TWO, 0, 3)]
+    matching = Matching(model, tokenize_task(TWO, model.tokenizer), none.targets, none.space)
+    assert matching.of_texts(texts, [0, 1] * 3).tolist() == [1.0] * 6
+
+
+def test_gradients_are_compared_along_training_at_the_first_point_of_a_path(model, monkeypatch):
+    monkeypatch.setattr("gradmm.path.TEXTS", 2)
+    trials = [Trial(bench_of(model, config=replace(CONFIG, space=space)), 0) for space in ("body", "body_path")]
+    found = []
+    for trial in trials:
+        space = trial.release.space
+        trial.__dict__["release"] = replace(trial.release, space=replace(space, preference=torch.zeros_like(space.preference)))
+        found.append(measures.similarities(trial, {"other": toy(TWO, 9, 2)}))
+    assert found[0] == found[1] and set(found[0]["other"]) == {"0", "2"}
 
 
 def test_prompt_only_does_not_depend_on_the_release(model):

@@ -11,13 +11,16 @@ from gradmm.gradients import (
     Factors,
     FactorTarget,
     Head,
+    LabelSpace,
     Space,
     greedy_order,
     group_norms,
     head_factors,
+    joint_order,
     match_groups,
     match_parameters,
     parameter_gradient,
+    sum_of,
     tensor_distance,
 )
 from gradmm.matching import Matching
@@ -249,3 +252,89 @@ def test_an_exchange_gives_the_loss_of_the_group_that_it_makes(distance, bias):
 def test_greedy_order_against_nothing_is_the_order_of_the_examples():
     factors = Factors(torch.randn(4, 7), torch.randn(4, 3))
     assert greedy_order(factors, DenseTarget(torch.zeros(7, 3)), 3) == [0, 1, 2]
+
+
+def gradient_of(factors: Factors, rows: list[int]) -> list[torch.Tensor]:
+    """The explicit mean gradient of some examples, weight and bias."""
+    delta, hidden = factors.delta[rows], factors.hidden[rows]
+    return [delta.mT @ hidden / len(rows), delta.mean(0)][: 1 + factors.bias]
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dense", [False, True])
+def test_joint_order_equals_a_search_with_explicit_gradients(distance, bias, dense):
+    source = torch.Generator().manual_seed(5)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=source, dtype=torch.float64)
+
+    classes, counts = [0, 1, 2, 1, 0, 2, 0, 1, 0, 2, 0, 1], [3, 2, 5]
+    factors = Factors(draw(12, 7), draw(12, 4), bias)
+    targets = [FactorTarget(Factors(draw(n, 7), draw(n, 4), bias)) for n in (2, 3, 1)]
+    goals = [gradient_of(target.factors, list(range(len(target.factors.delta)))) for target in targets]
+    total = [sum(parts) for parts in zip(*goals, strict=True)]
+    chosen: list[list[int]] = [[], [], []]
+
+    def loss(number, row):
+        groups = [[*rows, row] if label == number else rows for label, rows in enumerate(chosen)]
+        means = [gradient_of(factors, rows) for rows in groups if rows]
+        own = float(tensor_distance(gradient_of(factors, groups[number]), goals[number], distance))
+        if len(means) < 3:
+            return own
+        return (own + float(tensor_distance([sum(parts) for parts in zip(*means, strict=True)], total, distance))) / 2
+
+    slow = []
+    for turn in range(5):
+        for number, count in enumerate(counts):
+            open_rows = [row for row, label in enumerate(classes) if label == number and row not in chosen[number]]
+            if turn < count and open_rows:
+                slow.append(min(open_rows, key=lambda row: loss(number, row)))
+                chosen[number].append(slow[-1])
+    held = [DenseTarget(*goal) for goal in goals] if dense else targets
+    assert joint_order(factors, classes, held, counts, distance) == slow and len(slow) == 3 + 2 + 3
+    whole = sum_of(held)
+    for value, wanted in zip(whole.norms(), total, strict=True):
+        torch.testing.assert_close(value, wanted.square().sum(), rtol=1e-10, atol=0)
+    for value, wanted in zip(whole.inner(factors[:1]), (total[0] @ factors.hidden[0] @ factors.delta[0], *(b @ factors.delta[0] for b in total[1:])), strict=True):
+        torch.testing.assert_close(value[0], wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_a_class_without_examples_does_not_keep_the_others_from_being_chosen():
+    factors = Factors(torch.eye(3), torch.eye(3))
+    targets = [FactorTarget(factors[[row]]) for row in (1, 2, 0)]
+    assert joint_order(factors, [0, 0, 1], targets, [2, 1, 1]) == [1, 2, 0]
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_the_calibrated_space_equals_autograd_through_a_head_of_the_label_tokens(tiny_model, kind, whitened):
+    """Value and gradient to x of matching in LabelSpace, against an explicit gradient that is differentiated twice."""
+    model = tiny_model(kind)
+    tokens, source = tokenize_task(TASK, model.tokenizer), torch.Generator().manual_seed(1)
+    rows, preference = torch.tensor(tokens.labels), torch.tensor([-0.3, -1.4], dtype=torch.float64)
+    mean, basis = (torch.randn(*shape, generator=source, dtype=torch.float64) for shape in ((32,), (32, 32)))
+    space = LabelSpace(rows, preference, mean, basis) if whitened else LabelSpace(rows, preference)
+    x, ids, classes = draw_x(model, 2, 3), torch.zeros(2, 3, 4, dtype=torch.long), torch.tensor([1, 0])
+    bias = model.head_bias is not None
+    target = [torch.randn(2, *shape, generator=source, dtype=torch.float64) for shape in ((2, 32), (2,))][: 1 + bias]
+    matching = Matching(model, tokens, [DenseTarget(*(part[c] for part in target)) for c in (0, 1)], space)
+
+    def literal(x):
+        losses = []
+        for k, number in enumerate(classes.tolist()):
+            states = model.last_hidden(matching._around(x[k]))
+            logits = states @ model.head_weight[rows].T + (model.head_bias[rows] if bias else 0) - preference
+            if whitened:  # the same logits from whitened states, by a matrix that learns
+                states = (states - mean) @ basis
+            weight, offset = (torch.zeros(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ((32,), ()))
+            loss = torch.nn.functional.cross_entropy(logits + states @ weight.T + offset, torch.full((3,), number))
+            found = parameter_gradient(loss, [weight, offset][: 1 + bias], create_graph=True)
+            losses.append(tensor_distance(found, [part[number] for part in target]))
+        return torch.stack(losses)
+
+    fast, slow = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
+    value, wanted = matching.of_vectors(fast, ids, classes), literal(slow)
+    torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-12)
+    slopes = [torch.autograd.grad(loss.sum(), start)[0] for loss, start in ((value, fast), (wanted, slow))]
+    assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 1e-9
+    assert matching.greedy_of_vectors(x[0], ids[0], 1, 2, at_once=2) == matching.greedy_of_vectors(x[0], ids[0], 1, 2, at_once=3)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from test_sketch import literal
 
-from gradmm import mechanism, privacy
+from gradmm import mechanism, path, privacy, spaces
 from gradmm.errors import UserError
 from gradmm.examples import Example
 from gradmm.files import read_tensors, write_tensors
-from gradmm.gradients import DenseTarget, FactorTarget
+from gradmm.gradients import DenseTarget, FactorTarget, Space
+from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was")
@@ -77,36 +78,57 @@ def test_a_release_names_what_it_belongs_to(model):
 # ---------------------------------------------------------------- with privacy
 
 
-def spaces() -> dict[str, dict]:
-    public = {"public_texts": PUBLIC, "directions": 3}
-    return {"head": {}, "label_rows": {}, "label_rows_subspace": public, "label_rows_centred": public, "body": {"public_texts": PUBLIC}}
+def options_of(space: str) -> dict:
+    """What a release in this space needs and takes of public texts."""
+    if space in spaces.PUBLIC_SPACES:
+        return {"public_texts": PUBLIC, "directions": 3}
+    return {} if space in spaces.HEAD_SPACES else {"public_texts": PUBLIC}
 
 
-def in_space(space: privacy.Space, weight: torch.Tensor, bias: list[torch.Tensor]) -> list[torch.Tensor]:
+@pytest.fixture(autouse=True)
+def short_path(monkeypatch):
+    monkeypatch.setattr(path, "TEXTS", 2)
+
+
+def in_space(space: Space, weight: torch.Tensor, bias: list[torch.Tensor]) -> list[torch.Tensor]:
     weight = weight if space.rows is None else weight[space.rows]
     weight = weight if space.basis is None else weight @ space.basis
     return [weight, *(b if space.rows is None else b[space.rows] for b in bias)]
 
 
+def explicit_in(model, space, example: Example) -> list[torch.Tensor]:
+    """One example's gradient in the coordinates of any space: weight, and bias if the head has one."""
+    tokens = tokenize_task(TASK, model.tokenizer)
+    if isinstance(space, path.PathSketch):
+        points = zip(path.points(model, tokens), map(space.at, range(3)), strict=True)
+        return [torch.cat([literal(point, tokens, sketch, example.text, example.label) for point, sketch in points])[None]]
+    if isinstance(space, BodySketch):
+        return [literal(model, tokens, space, example.text, example.label)[None]]
+    if isinstance(space, Space):
+        weight, *bias = explicit_gradients(model, example)
+        return in_space(space, weight, bias)
+    hidden = model.hidden_of([tokens.sequence(example.text)])
+    delta = (model.logits_of(hidden, tokens.labels) - space.preference).softmax(-1)[0]
+    delta[example.label] -= 1
+    state = hidden[0] if space.basis is None else (hidden[0] - space.mean) @ space.basis
+    return [torch.outer(delta, state), *([] if model.head_bias is None else [delta])]
+
+
 @pytest.mark.parametrize("kind", ["llama", "phi"])
-@pytest.mark.parametrize("space", privacy.SPACES)
+@pytest.mark.parametrize("space", spaces.SPACES)
 @pytest.mark.parametrize("relation", mechanism.RELATIONS)
 def test_the_targets_are_clipped_sums_plus_the_planned_noise(tiny_model, kind, space, relation):
     model = tiny_model(kind)
     clip = 0.5
     found = privacy.release(
-        model, TASK, EXAMPLES, **PRIVATE, clip=clip, space=space, relation=relation, noise_seed=4, **spaces()[space]
+        model, TASK, EXAMPLES, **PRIVATE, clip=clip, space=space, relation=relation, noise_seed=4, **options_of(space)
     )
     (entry,) = found.ledger
     bits = mechanism.seeded_bits(4)
     for label, target in enumerate(found.targets):
         total = None
         for example in (e for e in EXAMPLES if e.label == label):
-            weight, *bias = explicit_gradients(model, example)
-            if space == "body":
-                parts = [literal(model, tokenize_task(TASK, model.tokenizer), found.space, example.text, label)[None]]
-            else:
-                parts = in_space(found.space, weight, bias)
+            parts = explicit_in(model, found.space, example)
             scale = min(1.0, clip / torch.cat([part.flatten() for part in parts]).norm().item())
             total = [scale * p for p in parts] if total is None else [t + scale * p for t, p in zip(total, parts, strict=True)]
         for value, released in zip(total, (target.weight, target.bias), strict=False):
@@ -164,9 +186,9 @@ def test_private_text_reaches_nothing_but_the_noised_numbers(model, tmp_path, mo
     """With the sums taken away, two different private data sets give the same file, byte for byte."""
     clipped = mechanism.clipped_sum
     monkeypatch.setattr(mechanism, "clipped_sum", lambda f, c: tuple(None if v is None else v * 0 for v in clipped(f, c)))
-    for space, options in spaces().items():
+    for space in spaces.SPACES:
         saved = [
-            privacy.release(model, TASK, rows, **PRIVATE, space=space, noise_seed=1, **options).save(tmp_path / f"{name}.safetensors")
+            privacy.release(model, TASK, rows, **PRIVATE, space=space, noise_seed=1, **options_of(space)).save(tmp_path / f"{name}.safetensors")
             for name, rows in (("one", EXAMPLES), ("two", OTHERS))
         ]
         assert saved[0].read_bytes() == saved[1].read_bytes()
@@ -186,7 +208,7 @@ def test_an_examples_gradient_does_not_depend_on_its_companions(tiny_model):
     model = tiny_model("llama", dtype=torch.float32)
     tokens = tokenize_task(TASK, model.tokenizer)
     alone, beside = (
-        privacy._factors(model, tokens, [rows, OTHERS[:1]], privacy.Space(), one_by_one=True)[0]
+        privacy._factors(model, tokens, [rows, OTHERS[:1]], Space(), one_by_one=True)[0]
         for rows in (EXAMPLES[:1], [EXAMPLES[0], *OTHERS * 9])
     )
     assert torch.equal(alone.delta[0], beside.delta[0]) and torch.equal(alone.hidden[0], beside.hidden[0])
@@ -280,12 +302,13 @@ def test_a_gradient_that_is_not_finite_is_never_released(tiny_model, options):
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("options", [{}, PRIVATE, {**PRIVATE, "space": "label_rows_subspace", "public_texts": PUBLIC}])
-def test_a_saved_release_comes_back_whole(model, tmp_path, options):
-    saved = privacy.release(model, TASK, EXAMPLES, **options)
+@pytest.mark.parametrize("options", [{}, PRIVATE], ids=["exact", "private"])
+@pytest.mark.parametrize("space", spaces.SPACES)
+def test_a_saved_release_comes_back_whole(model, tmp_path, options, space):
+    saved = privacy.release(model, TASK, EXAMPLES, **options, space=space, **options_of(space))
     found = privacy.load_release(saved.save(tmp_path / "release.safetensors"))
     assert found.fingerprint == saved.fingerprint == saved.to("cpu").fingerprint
-    assert isinstance(found.targets[0], DenseTarget if options else FactorTarget)
+    assert isinstance(found.targets[0], DenseTarget if options else FactorTarget) and type(found.space) is type(saved.space)
     for field in ("space_name", "labels", "label_tokens", "private", "statement", "ledger", "model", "task", "length"):
         assert getattr(found, field) == getattr(saved, field)
 
@@ -301,13 +324,16 @@ def test_a_file_that_was_changed_is_refused(model, tmp_path):
     tensors, metadata = read_tensors(path)
     claims = metadata["release"].replace('"private": false', '"private": true')
     assert claims != metadata["release"]
+    elsewhere = metadata["release"].replace('"space_name": "label_rows"', '"space_name": "lora"')
+    assert elsewhere != metadata["release"]
     write_tensors(tmp_path / "claims", tensors, {"release": claims})
+    write_tensors(tmp_path / "elsewhere", tensors, {"release": elsewhere})
     write_tensors(tmp_path / "numbers", {**tensors, "0.weight": tensors["0.weight"] + 1}, metadata)
     write_tensors(tmp_path / "infinite", {**tensors, "0.weight": tensors["0.weight"] / 0}, metadata)
     write_tensors(tmp_path / "missing", {k: v for k, v in tensors.items() if k != "1.weight"}, metadata)
     write_tensors(tmp_path / "nothing", tensors, {})
     (tmp_path / "cut").write_bytes(path.read_bytes()[:-9])
-    for name in ("claims", "numbers", "infinite", "missing", "nothing", "cut"):
+    for name in ("claims", "elsewhere", "numbers", "infinite", "missing", "nothing", "cut"):
         with pytest.raises(UserError):
             privacy.load_release(tmp_path / name)
 

@@ -17,6 +17,7 @@ from gradmm.errors import UserError
 from gradmm.matching import Matching
 from gradmm.plan import work_units
 from gradmm.settings import PRESETS, SynthesisConfig
+from gradmm.spaces import LABEL_SPACES, SKETCHES
 from gradmm.synthesis import synthesize
 from gradmm.tasks import Task, tokenize_task
 
@@ -81,8 +82,33 @@ def test_ranking_by_group_keeps_what_matches_best_together(setting):
     }
 
 
-@pytest.mark.parametrize("space", ["head", "body"])
-def test_a_pool_holds_finished_texts_and_the_target_chooses(setting, tmp_path, space):
+def test_joint_ranking_keeps_what_matches_best_in_each_class_and_in_their_sum(setting):
+    model, task, release = setting
+    result = synthesize(model, task, release, replace(SMALL, ranking="joint", oversample=3.0), progress=False)
+    matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
+    first: dict[str, dict] = {}
+    for row in result.dataset:
+        first.setdefault(row["text"], row)
+    texts = [text for text in first if text]
+    chosen = matching.alone_and_jointly(texts, [first[text]["label"] for text in texts], (2, 2), range(len(texts)))[1]
+    assert {row["text"] for row in result.kept} == {texts[place] for place in chosen}
+    assert all("by the classes' joint matching loss" in row["reason"] for row in result.kept)
+
+
+@pytest.mark.parametrize("options", [{}, {"epsilon": 1.0, "delta": 1e-5, "length": 5}], ids=["exact", "private"])
+@pytest.mark.parametrize("space", LABEL_SPACES)
+def test_a_saved_release_under_the_loss_of_fine_tuning_is_matched_by_moving_texts(setting, tmp_path, space, options):
+    model, task, _ = setting
+    release = gradmm.release(model, task, REAL, space=space, **options)
+    loaded = gradmm.load_release(release.save(tmp_path / "release.safetensors"))
+    found = [synthesize(model, task, one, SMALL, progress=False) for one in (release, loaded)]
+    assert found[0].dataset.to_list() == found[1].dataset.to_list() and len(found[0].kept) == 4
+    assert found[0].history["match_x"].between(0, 2).all()
+
+
+@pytest.mark.parametrize("space", ["head", *SKETCHES])
+def test_a_pool_holds_finished_texts_and_the_target_chooses(setting, tmp_path, space, monkeypatch):
+    monkeypatch.setattr("gradmm.path.TEXTS", 2)
     model, task, _ = setting
     release = gradmm.release(model, task, REAL, space=space)
     config = replace(SMALL, search="pool", ranking="group", oversample=4.0, length=12)

@@ -1,0 +1,91 @@
+"""Release spaces by name: whitening, what is refused, and back from a file's tensors."""
+
+import pytest
+import torch
+
+from gradmm import path, spaces
+from gradmm.classification import label_preference
+from gradmm.errors import UserError
+from gradmm.gradients import LabelSpace, Space
+from gradmm.tasks import Task, tokenize_task
+
+TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was", ("a", "the"))
+PUBLIC = ["some words", "a dog sat on the cat", "two red words", "this text is about sports", "they made time"]
+
+
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch):
+    monkeypatch.setattr(spaces, "CALIBRATION_TEXTS", 3)
+    monkeypatch.setattr(path, "TEXTS", 2)
+
+
+def test_whitening_takes_the_mean_away_and_the_shrunk_covariance_to_one():
+    source = torch.Generator().manual_seed(0)
+    hidden = torch.randn(400, 6, generator=source, dtype=torch.float64) @ torch.randn(6, 6, generator=source, dtype=torch.float64) + 5
+    mean, basis = spaces.whitening(hidden)
+    torch.testing.assert_close(basis, basis.mT)
+    white = (hidden - mean) @ basis
+    torch.testing.assert_close(white.mean(0), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-9)
+    sample, shrunk = (hidden - mean).mT @ (hidden - mean) / 400, torch.linalg.inv(basis @ basis)
+    share = 1 - (shrunk[0, 1] / sample[0, 1])  # (1 - a) S + a tr(S) / D I
+    assert 0 < float(share) < 0.1
+    torch.testing.assert_close(shrunk, (1 - share) * sample + share * sample.trace() / 6 * torch.eye(6, dtype=torch.float64), rtol=1e-8, atol=1e-9)
+
+
+def test_few_texts_are_whitened_in_all_directions():
+    hidden = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    mean, basis = spaces.whitening(hidden)
+    assert basis.dtype == torch.float64 and bool(basis.isfinite().all()) and float(torch.linalg.eigvalsh(basis)[0]) > 0
+
+
+@pytest.mark.parametrize("hidden", [torch.ones(1, 3), torch.ones(4, 3), torch.full((4, 3), float("nan"))])
+def test_states_that_do_not_differ_are_refused(hidden):
+    with pytest.raises(UserError, match="public texts have all the same hidden state, or one that is not finite"):
+        spaces.whitening(hidden)
+
+
+def test_the_label_spaces_hold_what_public_texts_say(tiny_model):
+    model = tiny_model("phi")
+    tokens = tokenize_task(TASK, model.tokenizer)
+    plain, white = (spaces.release_space(model, tokens, name, PUBLIC) for name in spaces.LABEL_SPACES)
+    assert plain.mean is None and plain.basis is None and plain.rows.tolist() == list(tokens.labels)
+    assert torch.equal(plain.preference, white.preference) and torch.equal(plain.preference, label_preference(model, tokens, PUBLIC))
+    assert torch.equal(white.mean, spaces.whitening(model.hidden_of([tokens.sequence(text) for text in PUBLIC]))[0])
+    assert not torch.equal(plain.preference, spaces.release_space(model, tokens, "label_rows_calibrated").preference)
+    with pytest.raises(UserError, match="the space lora needs public texts"):
+        spaces.release_space(model, tokens, "lora", [""])
+
+
+@pytest.mark.parametrize("name", spaces.SPACES)
+def test_a_space_comes_back_from_its_tensors(tiny_model, name):
+    model = tiny_model("llama")
+    tokens = tokenize_task(TASK, model.tokenizer)
+    space = spaces.release_space(model, tokens, name, PUBLIC if name in spaces.PUBLIC_SPACES else None)
+    held = spaces.tensors_of(space)
+    again = spaces.space_from(name, held, 2)
+    assert type(again) is type(space) and {k: v.tolist() for k, v in spaces.tensors_of(again).items()} == {k: v.tolist() for k, v in held.items()}
+    assert spaces.coordinates(model, again) == spaces.coordinates(model, space)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [
+        ("everything", {}),
+        ("head", {"preference": torch.zeros(2)}),
+        ("label_rows_calibrated", {"rows": torch.tensor([1, 2])}),
+        ("label_rows_calibrated", {"rows": torch.tensor([1, 2]), "preference": torch.zeros(3)}),
+        ("body", {"preference": torch.zeros(2), "rank": torch.tensor([0])}),
+        ("body", {"preference": torch.zeros(2)}),
+        ("body", {"preference": torch.zeros(2), "rank": torch.tensor([2, 2])}),
+        ("body", {"preference": torch.zeros(2), "rank": torch.tensor([2]), "prompts": torch.tensor([2])}),
+        ("lora", {"rank": torch.tensor([2])}),
+        ("body_path", {"preference": torch.zeros(2, 2), "rank": torch.tensor([2])}),
+    ],
+)
+def test_tensors_that_are_no_such_space_are_refused(name, tensors):
+    with pytest.raises((KeyError, TypeError, ValueError)):  # what load_release calls no saved Release
+        spaces.space_from(name, tensors, 2)
+
+
+def test_both_kinds_of_space_are_named_apart():
+    assert len(set(spaces.SPACES)) == len(spaces.SPACES) and isinstance(Space(), Space) and not issubclass(LabelSpace, Space)

@@ -113,6 +113,11 @@ class LastBlockSketch(BodySketch):
     """The coordinates of sketched gradients of the linear maps of the last transformer block."""
 
     def layers(self, model: Model) -> dict[str, torch.nn.Module]:
+        """The maps within the last block, by name.
+
+        Raises:
+            UserError: a model that keeps its blocks in no list.
+        """
         require(model.last_block is not None, f"{model.name} keeps its blocks in no list, so none is the last: use the space 'body'")
         inside = set(model.last_block.modules())
         return {name: layer for name, layer in linear_maps(model).items() if layer in inside}

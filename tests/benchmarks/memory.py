@@ -2,12 +2,14 @@
 
 Each row is a fresh process: random weights, a release of random texts, every phase from the first token table to the last
 verdict, after a warm-up at the shape `tiny` that loads what is loaded once. On a CPU the peak is that of the resident set, read
-every few milliseconds, minus what was resident before the release; on a GPU that of the allocator. Prints a table beside what
-`gradmm.sizing` expects, and with --output writes it as JSON.
+every few milliseconds, minus what was resident before the release; so that it is that of the program and not of what the C
+library keeps for later, glibc is told to give freed blocks back at once. On a GPU it is that of the allocator. Prints a table
+beside what `gradmm.sizing` expects, and with --output writes it as JSON.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -25,6 +27,7 @@ import gradmm
 
 SAMPLE_SECONDS = 0.002
 DTYPES = ("float32", "bfloat16")
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # glibc's own start, which else grows with use
 TASK = gradmm.Task("random", ("first", "second"), (" w10", " w11"), "{text} w12 w13", ("w14 w15 w16 w17 w18", "w19 w20 w21 w22 w23"))
 
 
@@ -136,7 +139,7 @@ def main(arguments: list[str] | None = None) -> dict:
     rows = []
     for dtype in [options.dtype] if options.dtype else DTYPES:
         command = [sys.executable, __file__, *given, "--here", "--dtype", dtype]
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, stdin=subprocess.DEVNULL)
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, stdin=subprocess.DEVNULL, env={**os.environ, **GIVE_BACK})
         rows.append(json.loads(ended.stdout.splitlines()[-1]))
     print(f"{'type':10} {'weights':>10} {'peak over':>10} {'share':>7} {'expected':>10}   ({options.shape}, MB)")
     for row in rows:

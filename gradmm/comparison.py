@@ -23,7 +23,7 @@ from gradmm.examples import Example, Splits, without_overlap
 from gradmm.finetuning import finetune
 from gradmm.locks import alone
 from gradmm.measures import measure, measure_on, similarities, thinned
-from gradmm.methods import METHODS
+from gradmm.methods import METHODS, WRITING
 from gradmm.models import Model
 from gradmm.results import Comparison
 from gradmm.runs import RunFolder, finite_or_none
@@ -51,8 +51,8 @@ def compare(
         seeds: different whole numbers; runs of one seed are paired.
         output: a folder that receives one record for each method and seed, and the syntheses. What is finished there is
             read back and not done again; more methods or seeds may be asked for. None keeps everything in memory.
-        progress: whether to show a progress bar, of runs (with several workers, of whole seeds).
-        workers: processes on the CPU that share the seeds and the threads; a script that asks for several needs the usual
+        progress: whether to show a progress bar, of runs (with several workers, of the runs that one does in one go).
+        workers: processes on the CPU that share the runs and the threads; a script that asks for several needs the usual
             `if __name__ == "__main__"`. Results are equal to the last bit where the number of threads of each is.
         second: another model for a second perplexity.
         learners: further models, of any architecture and tokenizer, that are trained and judged on the same examples, which
@@ -138,18 +138,23 @@ def _run(bench: Bench, pending: dict[int, list[str]], total: int, progress: bool
 
 
 def _seeds(bench: Bench, pending: dict[int, list[str]], workers: int) -> Iterator[Iterator[dict] | list[dict]]:
-    """The records of one seed after the other."""
+    """The records of one seed after the other, or of a seed's methods that share a synthesis, and of its others."""
     if workers == 1:
         yield from (_run_seed(bench, names, seed) for seed, names in pending.items())
         return
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        started = [pool.submit(_run_whole_seed, bench, names, seed) for seed, names in pending.items()]
+        started = [pool.submit(_run_all, bench, part, seed) for seed, names in pending.items() for part in _apart(names) if part]
         for future in as_completed(started):
             yield future.result()
 
 
-def _run_whole_seed(bench: Bench, methods: Sequence[str], seed: int) -> list[dict]:
+def _apart(methods: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The methods that share a synthesis, and the others: two pieces of work that need nothing of each other."""
+    return [name for name in methods if name in WRITING], [name for name in methods if name not in WRITING]
+
+
+def _run_all(bench: Bench, methods: Sequence[str], seed: int) -> list[dict]:
     return list(_run_seed(bench, methods, seed))
 
 

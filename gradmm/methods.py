@@ -125,6 +125,8 @@ def shuffled(trial: Trial) -> list[Example]:
     return [Example(example.text, trial.matched[row].label) for example, row in zip(trial.matched, order, strict=True)]
 
 
+WRITING = ("prompt_only", "random_target", "shuffled", "gradmm")  # what they share is worth more than all else: `Trial.written`
+
 METHODS: dict[str, Callable[[Trial], list[Example]]] = {
     "none": no_training,
     "all_real": all_real,

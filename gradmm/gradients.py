@@ -307,7 +307,8 @@ def joint_order(
     labels = torch.tensor(list(classes), device=factors.delta.device)
     pools = [(labels == number).nonzero().squeeze(-1) for number in range(len(targets))]
     wanted = [min(count, len(pool)) for count, pool in zip(counts, pools, strict=True)]
-    whole = sum_of(targets)
+    several, whole = len(targets) > 1, sum_of(targets)  # the sum of one class is that class
+    norms, whole_norms = [target.norms() for target in targets], whole.norms()
     to_whole = torch.stack(whole.inner(factors)).double()  # (P, N)
     to_own = torch.zeros_like(to_whole)
     for target, pool in zip(targets, pools, strict=True):
@@ -320,9 +321,9 @@ def joint_order(
             sizes = chosen.member.sum(1).clamp_min(1)
             sizes[number] = turn + 1
             alone = torch.zeros_like(sizes).index_fill(0, torch.tensor(number, device=sizes.device), 1.0)
-            loss = chosen.loss_with(number, pool, alone / sizes, to_own, targets[number].norms(), distance)
-            if all(count == 0 or place == number or chosen.member[place].any() for place, count in enumerate(wanted)):
-                loss = (loss + chosen.loss_with(number, pool, 1 / sizes, to_whole, whole.norms(), distance)) / 2
+            loss = chosen.loss_with(number, pool, alone / sizes, to_own, norms[number], distance)
+            if several and all(count == 0 or place == number or chosen.member[place].any() for place, count in enumerate(wanted)):
+                loss = (loss + chosen.loss_with(number, pool, 1 / sizes, to_whole, whole_norms, distance)) / 2
             order.append(int(pool[loss.masked_fill(chosen.member[number, pool] > 0, torch.inf).argmin()]))
             chosen.add(number, order[-1])
     return order

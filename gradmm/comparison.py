@@ -40,7 +40,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     output: str | Path | None = None,
     progress: bool = True,
-    workers: int = 1,
+    workers: int | None = 1,
     second: Model | None = None,
     learners: Sequence[Model] = (),
 ) -> Comparison:
@@ -52,8 +52,9 @@ def compare(
         output: a folder that receives one record for each method and seed, and the syntheses. What is finished there is
             read back and not done again; more methods or seeds may be asked for. None keeps everything in memory.
         progress: whether to show a progress bar, of runs (with several workers, of the runs that one does in one go).
-        workers: processes on the CPU that share the runs and the threads; a script that asks for several needs the usual
-            `if __name__ == "__main__"`. Results are equal to the last bit where the number of threads of each is.
+        workers: processes on the CPU that share the runs and the threads; None takes two on a CPU where torch has two threads
+            or more, else one. A script that asks for several needs the usual `if __name__ == "__main__"`. Results are equal to
+            the last bit where the number of threads of each is.
         second: another model for a second perplexity.
         learners: further models, of any architecture and tokenizer, that are trained and judged on the same examples, which
             `model` wrote or chose; see `Comparison.on`.
@@ -66,6 +67,7 @@ def compare(
             comparison with other settings or another run at work.
     """
     begun, config = time.time(), config or ComparisonConfig()
+    workers = usual_workers(model) if workers is None else workers
     _check(model, methods, seeds, workers)
     _check_learners(model, task, learners)
     splits = replace(splits, test=thinned(splits.test, 0, config.max_test))
@@ -83,6 +85,11 @@ def compare(
             clock = {"seconds": round(time.time() - begun, 3)}
             files.write_json(folder.path / "manifest.json", {**folder.manifest, "status": "complete", "clock": clock})
     return Comparison(task, tuple(example.label for example in splits.test), [records[name, seed] for name in methods for seed in seeds])
+
+
+def usual_workers(model: Model) -> int:
+    """Processes that share the runs where none are asked for: two fill two cores better than one with two threads."""
+    return 2 if model.device.type == "cpu" and torch.get_num_threads() > 1 else 1
 
 
 def _with_coresets(bench: Bench, missing: dict[int, list[str]]) -> Bench:

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,13 @@ def test_two_processes_give_what_one_gives(model, whole, tmp_path):
     methods = ("real", "herding", "shuffled", "gradmm")
     two = compare(model, TWO, splits_of(TWO), CONFIG, methods, (0, 1), tmp_path, progress=False, workers=2)
     assert two.records == [r for name in methods for r in whole[0].of(name)]
+
+
+@pytest.mark.parametrize(("threads", "workers"), [(1, 1), (2, 2), (8, 2)])
+def test_two_processes_are_usual_where_there_are_threads_for_two(model, monkeypatch, threads, workers):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert comparison.usual_workers(model) == workers
+    assert comparison.usual_workers(SimpleNamespace(device=torch.device("cuda"))) == 1
 
 
 def test_four_classes_go_through_every_method_with_a_head_with_bias_and_a_second_model(tiny_model, model):

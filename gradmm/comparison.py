@@ -151,7 +151,9 @@ def _seeds(bench: Bench, pending: dict[int, list[str]], workers: int) -> Iterato
         return
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        started = [pool.submit(_run_all, bench, part, seed) for seed, names in pending.items() for part in _apart(names) if part]
+        pieces = [(part, seed) for seed, names in pending.items() for part in _apart(names) if part]
+        pieces.sort(key=lambda piece: -len(piece[0]))  # the longest first, so that no process waits long for the last one
+        started = [pool.submit(_run_all, bench, part, seed) for part, seed in pieces]
         for future in as_completed(started):
             yield future.result()
 

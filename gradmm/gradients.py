@@ -236,22 +236,18 @@ def combine(inners: Sequence[Tensor], norms: Sequence[Tensor], target_norms: Seq
     return 1 - sum(cosines) / len(cosines)
 
 
-def match_groups(
-    factors: Factors, which: Tensor, targets: Sequence[Target], distance: str = "cosine", space: Space | None = None
-) -> Tensor:
+def match_groups(factors: Factors, which: Tensor, targets: Sequence[Target], distance: str = "cosine") -> Tensor:
     """The matching loss of K groups at once, in closed form.
 
     Args:
-        factors: delta (K, B, V) and hidden (K, B, D).
+        factors: delta (K, B, V) and hidden (K, B, D), in the targets' coordinates.
         which: (K,) the number of each group's target.
-        targets: the targets, in the coordinates of `space`.
+        targets: what each class's mean gradient shall be.
         distance: "cosine" or "l2".
-        space: where gradients are compared; None is the whole head.
 
     Returns:
         (K,).
     """
-    factors = (space or Space()).restrict(factors)
     norms = group_norms(factors)
     inners = [torch.zeros_like(norm) for norm in norms]
     target_norms = [torch.zeros_like(norm) for norm in norms]

@@ -6,14 +6,15 @@ Knows the plan and no search. Letters: N texts.
 import math
 
 import torch
+from torch import Tensor
 
 from gradmm.evaluation import perplexities
 from gradmm.plan import Plan
-from gradmm.selection import FILTERS, RANKINGS, label_probabilities, select
+from gradmm.selection import FILTERS, RANKINGS, Verdict, keep_all, label_probabilities, select
 
 
 def judge_texts(plan: Plan, texts: list[str], classes: list[int]) -> list[dict]:
-    """Measure texts, whoever wrote them, and decide which to keep: the label filter, then the ranking within each class.
+    """Measure texts, whoever wrote them, and decide which to keep.
 
     Args:
         texts: N texts in the order of writing; an empty one is never kept.
@@ -22,20 +23,8 @@ def judge_texts(plan: Plan, texts: list[str], classes: list[int]) -> list[dict]:
     Returns:
         N rows of the columns of `SynthesisResult.dataset`.
     """
-    spoken = [i for i, text in enumerate(texts) if text]
-    some, labels = [texts[i] for i in spoken], [classes[i] for i in spoken]
-    probabilities = torch.zeros(len(texts), len(plan.task.labels))
-    misread: list[int | None] = [None] * len(texts)
-    if spoken:
-        probabilities[spoken] = label_probabilities(plan.model, plan.tokens, some).cpu()
-        for i, found in zip(spoken, FILTERS[plan.config.filter](probabilities[spoken], labels), strict=True):
-            misread[i] = found
-    perplexity, weight = perplexities(plan.model, some), plan.config.perplexity_weight
-    penalties = [weight * math.log(value) if weight else 0.0 for value in perplexity]
-    criterion, rank = RANKINGS[plan.config.ranking]
-    match, scores = rank(plan.matching, some, labels, [misread[i] for i in spoken], penalties, plan.per_class)
-    match, scores, perplexity = (_spread(values, spoken, len(texts)) for values in (match, scores, perplexity))
-    verdicts = select(texts, classes, scores, misread, probabilities, plan.per_class, plan.task.labels, criterion)
+    perplexity = _perplexities(plan, texts)
+    verdicts, match = choose_texts(plan, texts, classes, perplexity)
     return [
         {
             "text": text,
@@ -49,6 +38,48 @@ def judge_texts(plan: Plan, texts: list[str], classes: list[int]) -> list[dict]:
         }
         for i, (text, label) in enumerate(zip(texts, classes, strict=True))
     ]
+
+
+def choose_texts(
+    plan: Plan, texts: list[str], classes: list[int], perplexity: list[float] | None = None
+) -> tuple[list[Verdict], list[float]]:
+    """Decide which texts to keep: the label filter, then the ranking within each class.
+
+    Args:
+        texts, classes: as `judge_texts`.
+        perplexity: of each text; None measures them, where they weigh anything.
+
+    Returns:
+        N verdicts, and the matching loss of each text by itself.
+    """
+    spoken = [i for i, text in enumerate(texts) if text]
+    some, labels = [texts[i] for i in spoken], [classes[i] for i in spoken]
+    probabilities, misread = _read_labels(plan, texts, classes, spoken)
+    weight = plan.config.perplexity_weight
+    if weight and perplexity is None:
+        perplexity = _perplexities(plan, texts)
+    penalties = [weight * math.log(perplexity[i]) if weight else 0.0 for i in spoken]
+    criterion, rank = RANKINGS[plan.config.ranking]
+    match, scores = rank(plan.matching, some, labels, [misread[i] for i in spoken], penalties, plan.per_class)
+    match, scores = (_spread(values, spoken, len(texts)) for values in (match, scores))
+    return select(texts, classes, scores, misread, probabilities, plan.per_class, plan.task.labels, criterion), match
+
+
+def _read_labels(plan: Plan, texts: list[str], classes: list[int], spoken: list[int]) -> tuple[Tensor, list[int | None]]:
+    """The model's label probabilities (N, C), and what the filter makes of them; nothing is read for a filter that keeps all."""
+    probabilities = torch.zeros(len(texts), len(plan.task.labels))
+    misread: list[int | None] = [None] * len(texts)
+    passes = FILTERS[plan.config.filter]
+    if spoken and passes is not keep_all:
+        probabilities[spoken] = label_probabilities(plan.model, plan.tokens, [texts[i] for i in spoken]).cpu()
+        for i, found in zip(spoken, passes(probabilities[spoken], [classes[i] for i in spoken]), strict=True):
+            misread[i] = found
+    return probabilities, misread
+
+
+def _perplexities(plan: Plan, texts: list[str]) -> list[float]:
+    spoken = [i for i, text in enumerate(texts) if text]
+    return _spread(perplexities(plan.model, [texts[i] for i in spoken]), spoken, len(texts))
 
 
 def _spread(values: list[float], places: list[int], count: int) -> list[float]:

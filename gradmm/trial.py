@@ -13,7 +13,7 @@ from gradmm.controls import without_gradient
 from gradmm.errors import is_whole, require, shown
 from gradmm.examples import Example, Splits, check_examples, sample_examples
 from gradmm.generation import Sampling
-from gradmm.judging import judge_texts
+from gradmm.judging import choose_texts
 from gradmm.models import Model
 from gradmm.plan import Plan
 from gradmm.privacy import Release, release
@@ -148,12 +148,12 @@ class Trial:
     @cached_property
     def matched(self) -> list[Example]:
         """The texts whose gradients match the Release."""
-        return self._kept(self.written.dataset.to_list())
+        return self._kept(self.written)
 
     def write(self, name: str, target: Release, config: SynthesisConfig) -> list[Example]:
         """The texts that gradmm keeps for another target; a pool, which depends on no target, is not written again."""
         if config.search != "pool":
-            return self._kept(self._synthesize(name, target, config).dataset.to_list())
+            return self._kept(self._synthesize(name, target, config))
         return self._chosen(self.written.dataset["text"][:], self.written.dataset["label"][:], target, config)
 
     def choose(self, pool: Sequence[Example], config: SynthesisConfig) -> list[Example]:
@@ -161,12 +161,14 @@ class Trial:
         return self._chosen([example.text for example in pool], [example.label for example in pool], self.release, config)
 
     def _chosen(self, texts: list[str], labels: list[int], target: Release, config: SynthesisConfig) -> list[Example]:
-        return self._kept(judge_texts(Plan.of(self.bench.model, self.bench.task, target, config), texts, labels))
+        verdicts, _ = choose_texts(Plan.of(self.bench.model, self.bench.task, target, config), texts, labels)
+        kept = [Example(text, label) for text, label, verdict in zip(texts, labels, verdicts, strict=True) if verdict.kept]
+        return check_examples(kept, self.bench.task)
 
     def _synthesize(self, name: str, target: Release, config: SynthesisConfig) -> SynthesisResult:
         """A synthesis; continued where it was interrupted."""
         folder = None if self.bench.folder is None else self.bench.folder / "synthesis" / f"{name}-seed{self.seed}"
         return synthesize(self.bench.model, self.bench.task, target, config, folder, progress=False)
 
-    def _kept(self, rows: list[dict]) -> list[Example]:
-        return check_examples([row for row in rows if row["kept"]], self.bench.task)
+    def _kept(self, found: SynthesisResult) -> list[Example]:
+        return check_examples(found.kept.to_list(), self.bench.task)

@@ -96,7 +96,7 @@ def test_a_space_of_rows_and_directions_equals_the_explicit_projection(bias):
     small = weight[:, rows] @ basis
     target = torch.randn(3, 2, generator=source, dtype=torch.float64)
     target_bias = torch.randn(3, generator=source, dtype=torch.float64) if bias else None
-    value = match_groups(Factors(delta, hidden, bias), torch.zeros(2, dtype=torch.long), [DenseTarget(target, target_bias)], "cosine", space)
+    value = match_groups(space.restrict(Factors(delta, hidden, bias)), torch.zeros(2, dtype=torch.long), [DenseTarget(target, target_bias)])
     pairs = [(small, target)] + ([(delta.mean(1)[:, rows], target_bias)] if bias else [])
     expected = sum(1 - torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten()[None]) for a, b in pairs) / len(pairs)
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)

@@ -4,11 +4,13 @@ Knows the plan and no search. Letters: N texts.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gradmm.evaluation import perplexities
+from gradmm.examples import Example
 from gradmm.plan import Plan
 from gradmm.selection import FILTERS, RANKINGS, Verdict, keep_all, label_probabilities, select
 
@@ -38,6 +40,12 @@ def judge_texts(plan: Plan, texts: list[str], classes: list[int]) -> list[dict]:
         }
         for i, (text, label) in enumerate(zip(texts, classes, strict=True))
     ]
+
+
+def keep_examples(plan: Plan, examples: Sequence[Example]) -> list[Example]:
+    """Those of N examples whose texts are to be kept, by `choose_texts`."""
+    verdicts, _ = choose_texts(plan, [example.text for example in examples], [example.label for example in examples])
+    return [example for example, verdict in zip(examples, verdicts, strict=True) if verdict.kept]
 
 
 def choose_texts(

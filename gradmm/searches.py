@@ -16,9 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gradmm import admm
+from gradmm.examples import Example
 from gradmm.generation import Batch, Sampling, generate_counts
 from gradmm.initialisation import CHOICES, Shape
-from gradmm.judging import choose_texts
+from gradmm.judging import keep_examples
 from gradmm.plan import Plan
 from gradmm.projection import Reading, embedding_spread, project, text_mask
 from gradmm.runs import RunFolder
@@ -291,9 +292,9 @@ NO_SWAP = "no swap: none of those tried at step {} lowers the loss of fluent tex
 def _search_swap(plan: Plan, here: Circumstances) -> Written:
     """The texts that the pool with ranking "group" would keep, refined by single-token swaps; each class is one group."""
     pool = _search_pool(plan, here)
-    verdicts, _ = choose_texts(replace(plan, config=replace(plan.config, ranking="group")), pool.texts, pool.classes)
-    kept = [(text, label) for text, label, verdict in zip(pool.texts, pool.classes, verdicts, strict=True) if verdict.kept]
-    begun = [[text for text, number in kept if number == label] for label in range(len(plan.task.labels))]
+    written = [Example(text, label) for text, label in zip(pool.texts, pool.classes, strict=True)]
+    kept = keep_examples(replace(plan, config=replace(plan.config, ranking="group")), written)
+    begun = [[example.text for example in kept if example.label == label] for label in range(len(plan.task.labels))]
 
     def work(number: int, held: admm.Result | None, report: Report) -> admm.Result:
         texts = begun[number]

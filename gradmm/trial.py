@@ -13,7 +13,7 @@ from gradmm.controls import without_gradient
 from gradmm.errors import is_whole, require, shown
 from gradmm.examples import Example, Splits, check_examples, sample_examples
 from gradmm.generation import Sampling
-from gradmm.judging import choose_texts
+from gradmm.judging import keep_examples
 from gradmm.models import Model
 from gradmm.plan import Plan
 from gradmm.privacy import Release, release
@@ -154,16 +154,14 @@ class Trial:
         """The texts that gradmm keeps for another target; a pool, which depends on no target, is not written again."""
         if config.search != "pool":
             return self._kept(self._synthesize(name, target, config))
-        return self._chosen(self.written.dataset["text"][:], self.written.dataset["label"][:], target, config)
+        return self._chosen([Example(row["text"], row["label"]) for row in self.written.dataset.to_list()], target, config)
 
     def choose(self, pool: Sequence[Example], config: SynthesisConfig) -> list[Example]:
         """Those of any examples that gradmm keeps for the Release."""
-        return self._chosen([example.text for example in pool], [example.label for example in pool], self.release, config)
+        return self._chosen(pool, self.release, config)
 
-    def _chosen(self, texts: list[str], labels: list[int], target: Release, config: SynthesisConfig) -> list[Example]:
-        verdicts, _ = choose_texts(Plan.of(self.bench.model, self.bench.task, target, config), texts, labels)
-        kept = [Example(text, label) for text, label, verdict in zip(texts, labels, verdicts, strict=True) if verdict.kept]
-        return check_examples(kept, self.bench.task)
+    def _chosen(self, pool: Sequence[Example], target: Release, config: SynthesisConfig) -> list[Example]:
+        return check_examples(keep_examples(Plan.of(self.bench.model, self.bench.task, target, config), pool), self.bench.task)
 
     def _synthesize(self, name: str, target: Release, config: SynthesisConfig) -> SynthesisResult:
         """A synthesis; continued where it was interrupted."""
@@ -171,4 +169,4 @@ class Trial:
         return synthesize(self.bench.model, self.bench.task, target, config, folder, progress=False)
 
     def _kept(self, found: SynthesisResult) -> list[Example]:
-        return check_examples(found.kept.to_list(), self.bench.task)
+        return check_examples([row for row in found.dataset.to_list() if row["kept"]], self.bench.task)

@@ -89,7 +89,7 @@ def test_judging_texts_costs_at_least_its_floor(deep, plan):
     done = counted(lambda: judge_texts(plan, texts, [0, 0, 1, 1]))
     assert {len(plan.tokens.encode(text)) for text in texts} == {40}
     work = floors.judgement(floors.Body.of(deep), floors.Job.of(plan))
-    assert work.operations <= done <= 1.6 * work.operations  # labels are read from a pass of their own
+    assert work.operations <= done <= 1.6 * work.operations
 
 
 def test_a_choice_reads_nothing_that_weighs_nothing(deep, plan, monkeypatch):

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from gradmm import files
 from gradmm.classification import evaluate
-from gradmm.coresets import CORESETS, select_coreset
+from gradmm.coresets import CORESETS, select_coresets
 from gradmm.errors import UserError, is_whole, require, shown
 from gradmm.examples import Example, Splits, without_overlap
 from gradmm.finetuning import finetune
@@ -95,8 +95,9 @@ def usual_workers(model: Model) -> int:
 def _with_coresets(bench: Bench, missing: dict[int, list[str]]) -> Bench:
     """The bench with the coresets that are needed, chosen once for all seeds."""
     wanted = [name for name in CORESETS if any(name in names for names in missing.values())]
-    count = bench.config.synthesis.n_synthetic
-    return replace(bench, coresets={name: select_coreset(bench.model, bench.task, bench.splits.train, count, name) for name in wanted})
+    if not wanted:
+        return bench
+    return replace(bench, coresets=select_coresets(bench.model, bench.task, bench.splits.train, bench.config.synthesis.n_synthetic, wanted))
 
 
 def _check(model: Model, methods: Sequence[str], seeds: Sequence[int], workers: int) -> None:

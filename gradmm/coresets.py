@@ -68,10 +68,19 @@ def select_coreset(
     require(method in METHODS, f"the coreset method {method!r} is not known: use one of {', '.join(METHODS)}")
     if method == "random":
         return sample_examples(examples, n, task, seed)
+    return select_coresets(model, task, examples, n, [method])[method]
+
+
+def select_coresets(model: Model, task: Task, examples: Sequence[Example], n: int, methods: Sequence[str]) -> dict[str, list[Example]]:
+    """What `select_coreset` chooses by each of several methods in CORESETS; the texts are read once for all.
+
+    Raises:
+        UserError: as `select_coreset`.
+    """
     classes = len(task.labels)
     require(isinstance(n, int) and n >= classes, f"n = {n!r}, but {classes} classes need at least {classes}: ask for more examples")
     tokens = tokenize_task(task, model.tokenizer)
-    chosen: list[Example] = []
+    chosen: dict[str, list[Example]] = {method: [] for method in methods}
     for label, name in enumerate(task.labels):
         pool = [e for e in examples if e.label == label and len(e.text.split()) >= task.min_words]
         count = n // classes + (label < n % classes)
@@ -81,5 +90,6 @@ def select_coreset(
         )
         points = model.hidden_of([tokens.sequence(example.text) for example in pool])
         points = points.to(torch.promote_types(points.dtype, torch.float32))
-        chosen += [pool[row] for row in CORESETS[method](points, count)]
+        for method, taken in chosen.items():
+            taken += [pool[row] for row in CORESETS[method](points, count)]
     return chosen

@@ -131,7 +131,7 @@ def fit(
     trained = trainable_copy(model, config)
     for rate in config.learning_rates:
         restart(trained, model, config)
-        for row in train_at_rate(trained, tokens, data, looks, rate, config):
+        for row in train_at_rate(trained, tokens, data, looks, rate, config, start=curve[0] if curve else None):
             curve.append(row)
             if progress is not None:
                 progress(row)

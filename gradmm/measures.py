@@ -84,10 +84,10 @@ def similarities(trial: Trial, sets: dict[str, list[Example]]) -> dict[str, dict
     matching asks for it at step 0 alone. One training serves all sets.
 
     Returns:
-        For each set {step: cosine}; an empty set has none.
+        For each set {step: cosine}; an empty set has none, and without steps nothing is trained.
     """
     found: dict[str, dict[str, float]] = {name: {} for name in sets}
-    for step, model in _training(trial) if any(sets.values()) else ():
+    for step, model in _training(trial) if any(sets.values()) and trial.bench.config.similarity_steps else ():
         targets = [_target(trial, model, label) for label in range(len(trial.bench.task.labels))]
         for name, examples in sets.items():
             if examples:

@@ -139,13 +139,16 @@ def finish(trained: Model, weights: dict[str, Tensor], config: FinetuneConfig) -
     trained.lm.requires_grad_(False)
 
 
-def train_at_rate(model: Model, tokens: TaskTokens, data: Encoded, looks: Encoded, rate: float, config: FinetuneConfig) -> Iterator[dict]:
+def train_at_rate(
+    model: Model, tokens: TaskTokens, data: Encoded, looks: Encoded, rate: float, config: FinetuneConfig, start: dict | None = None
+) -> Iterator[dict]:
     """Train at one peak rate, in place.
 
     Args:
         model: a `trainable_copy`; when a row is given out, its weights are those of the row's step.
         data: the examples to train on.
         looks: the examples to look at.
+        start: another rate's row of step 0, at which all rates have the same weights; None looks.
 
     Yields:
         A row of `Training.curve` at each look; the run ends early where it diverges or runs out of patience.
@@ -158,7 +161,7 @@ def train_at_rate(model: Model, tokens: TaskTokens, data: Encoded, looks: Encode
     best, waited = -1.0, 0
     for step in range(config.steps + 1):
         if step % config.eval_every == 0 or step == config.steps:
-            row = _look(model, tokens, looks, rate, step, losses, config)
+            row = {**start, "learning_rate": rate} if step == 0 and start else _look(model, tokens, looks, rate, step, losses, config)
             yield row
             losses.clear()
             best, waited = max(best, row["validation_accuracy"]), 0 if row["validation_accuracy"] > best else waited + 1

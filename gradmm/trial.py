@@ -37,7 +37,7 @@ class ComparisonConfig:
         sampling: of the zero-shot and few-shot texts.
         max_test: test examples used at most, the same for all seeds; None uses all.
         similarity_steps: steps of training on the real examples after which gradients are compared, at the last of the
-            learning rates; at most the fine-tuning's own.
+            learning rates; at most the fine-tuning's own. None compares no gradients: ().
     """
 
     n_real: int = 50
@@ -56,7 +56,7 @@ class ComparisonConfig:
         )
         steps, last = self.similarity_steps, self.finetuning.steps
         require(
-            isinstance(steps, list | tuple) and all(is_whole(step) and 0 <= step <= last for step in steps) and len(steps) > 0,
+            isinstance(steps, list | tuple) and all(is_whole(step) and 0 <= step <= last for step in steps),
             f"similarity_steps = {shown(steps)}, each must be a whole number from 0 to the fine-tuning's {last} steps: give such as (0, {last})",
         )
         require(

@@ -21,7 +21,7 @@ from gradmm.examples import Example, Splits, content_hash, refuse_overlap
 from gradmm.finetuning import finetune
 from gradmm.generation import Sampling
 from gradmm.matching import Matching
-from gradmm.measures import MEASURES
+from gradmm.measures import MEASURES, similarities
 from gradmm.methods import METHODS
 from gradmm.results import Comparison
 from gradmm.settings import SynthesisConfig
@@ -399,6 +399,12 @@ def test_misuse_is_one_sentence(model, options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         compare(model, TWO, splits_of(TWO), CONFIG, **options, output=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_without_steps_nothing_is_trained_to_compare_gradients(model, monkeypatch):
+    monkeypatch.setattr(measures, "train_at_rate", None)
+    trial = Trial(bench_of(model, config=replace(CONFIG, similarity_steps=())), 0)
+    assert similarities(trial, {"real": trial.real, "none": []}) == {"real": {}, "none": {}}
 
 
 @pytest.mark.parametrize(("settings", "message"), [({"similarity_steps": (0, 50)}, "from 0 to the"), ({"max_test": 0}, "max_test = 0")])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import pairwise_distances_argmin_min
 
-from gradmm.coresets import CORESETS, METHODS, herding, k_center, select_coreset
+from gradmm.coresets import CORESETS, METHODS, herding, k_center, select_coreset, select_coresets
 from gradmm.errors import UserError
 from gradmm.examples import Example
 from gradmm.tasks import Task, tokenize_task
@@ -90,6 +90,15 @@ def test_points_are_hidden_states_under_the_prompt_and_classes_do_not_mix(tiny_m
     whole = [model.lm.base_model(torch.tensor([tokens.sequence(e.text)])).last_hidden_state[0, -1] for e in pool]
     expected = [pool[row] for row in CORESETS[method](torch.stack(whole), 3)]
     assert select_coreset(model, FOUR, EXAMPLES, 12, method)[6:9] == expected
+
+
+def test_several_methods_choose_as_each_alone_and_texts_are_read_once(tiny_model, monkeypatch):
+    model, read = tiny_model(), []
+    whole = type(model).hidden_of
+    monkeypatch.setattr(type(model), "hidden_of", lambda self, some, *rest: read.append(len(some)) or whole(self, some, *rest))
+    found = select_coresets(model, FOUR, EXAMPLES, 10, list(CORESETS))
+    assert sum(read) == len(EXAMPLES) and len(read) == 4
+    assert found == {method: select_coreset(model, FOUR, EXAMPLES, 10, method) for method in CORESETS}
 
 
 def test_short_texts_are_left_out(tiny_model):

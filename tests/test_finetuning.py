@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
-from gradmm.classification import evaluate, evaluate_calibrated
+from gradmm import training as training_room
+from gradmm.classification import evaluate, evaluate_calibrated, score
 from gradmm.errors import UserError
 from gradmm.examples import Example, load_data, sample_examples
 from gradmm.finetuning import Training, finetune, fit
@@ -102,6 +103,17 @@ def test_the_best_look_is_kept_and_ties_go_to_the_earliest(tiny_model, task):
     assert (training.validation_accuracy, training.step) == (best, step)
     assert evaluate(training.model, task, toy(task, 20, 6)).accuracy == best
     assert {row["learning_rate"] for row in training.curve} == set(QUICK.learning_rates)
+
+
+def test_all_rates_start_from_one_look(tiny_model, monkeypatch):
+    model, counted = tiny_model("gpt2"), []
+    monkeypatch.setattr(training_room, "score", lambda *given: counted.append(1) or score(*given))
+    curve = fit(model, TWO, toy(TWO, 0, 8), toy(TWO, 20, 6), QUICK).curve
+    starts = [row for row in curve if row["step"] == 0]
+    assert len(starts) == len(QUICK.learning_rates) == 2 and len(counted) == len(curve) - 1
+    assert starts[1] == {**starts[0], "learning_rate": QUICK.learning_rates[1]}
+    alone = fit(model, TWO, toy(TWO, 0, 8), toy(TWO, 20, 6), replace(QUICK, learning_rates=QUICK.learning_rates[1:])).curve
+    assert [row for row in curve if row["learning_rate"] == QUICK.learning_rates[1]] == alone
 
 
 def test_a_model_that_training_spoils_stays_as_it_came(tiny_model):

@@ -95,6 +95,18 @@ def test_the_nucleus_is_that_of_a_full_sort(top_p, spread):
     torch.testing.assert_close(nucleus(logits, top_p), torch.where(expected.isinf(), 0, logits.softmax(-1)))
 
 
+@pytest.mark.parametrize("top_p", [0.2, 0.9])
+def test_equal_logits_are_in_the_nucleus_together(top_p):
+    """Ties at the least logit of the set, and rows in which all tokens are equal, with and without forbidden ones."""
+    logits = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, -torch.inf], [3, 0, 0, 0], [9, 9, -5, -torch.inf], [-torch.inf, 2, -torch.inf, 1]])
+    probabilities = logits.softmax(-1)
+    inside = nucleus(logits, top_p) > 0
+    least = torch.where(inside, logits, torch.inf).amin(-1, keepdim=True)
+    assert torch.equal(inside, (logits >= least) & logits.isfinite())
+    assert ((probabilities * inside).sum(-1) >= top_p - 1e-6).all()
+    assert ((probabilities * (logits > least)).sum(-1) < top_p).all()
+
+
 def test_a_draw_at_either_end_is_in_the_nucleus(tiny_model):
     model = tiny_model()
     writer = writer_of(model, TWO, Sampling(top_p=0.5))

@@ -14,18 +14,21 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
+from gradmm import files
 from gradmm.classification import label_preference
 from gradmm.comparison import compare
 from gradmm.errors import require
 from gradmm.examples import Example, Splits
 from gradmm.gradients import Factors, Head, head_factors
 from gradmm.models import Model
-from gradmm.settings import SynthesisConfig
+from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 from gradmm.trial import ComparisonConfig
 
 QUANTITIES = ("accuracy", "match", "perplexity")
 _OF_COMPARISON = {"n_real", "space"}
+_OF_CHOICE = {"space", "ranking", "filter", "distance", "perplexity_weight"}  # of the texts of a pool, which do not depend on these
+_OF_EVERY_PRESET = ("n_synthetic", "outer_steps", "inner_steps", "seed")
 _OF_SYNTHESIS = {item.name for item in fields(SynthesisConfig) if item.init} - {"seed", "groups_per_batch"}
 
 
@@ -96,16 +99,20 @@ def vary(
     seeds: Sequence[int],
     output: str | Path | None = None,
     progress: bool = True,
+    workers: int | None = 1,
 ) -> pandas.DataFrame:
     """Run gradmm at the base and at every other value of each factor, with the same seeds.
 
+    Settings that choose otherwise from the pool that the base wrote read it from the base's folder.
+
     Args:
         base: the setting around which one factor at a time is changed.
-        factors: names of `SynthesisConfig` settings, "n_real" or "space", with the values to try; the base's own value
-            belongs to every factor and is run once.
+        factors: names of `SynthesisConfig` settings, "n_real", "space" or "preset", with the values to try; the base's own value
+            belongs to every factor and is run once. A preset keeps the base's number of texts and of steps.
         seeds: as in `compare`; runs of one seed see the same real examples, but for "n_real".
         output: a folder that receives one comparison for each setting, or None.
         progress: whether to show a progress bar over settings.
+        workers: as in `compare`.
 
     Returns:
         One row for each factor, value and seed: factor, value, base (whether it is the base's value), seed and QUANTITIES.
@@ -114,13 +121,14 @@ def vary(
         UserError: an unknown factor, or a value that does not fit.
     """
     levels = {factor: _levels(base, factor, values) for factor, values in factors.items()}
-    configs = {"base": base}  # checked, all of them, before anything runs
-    for factor, values in levels.items():
-        configs |= {_name(base, factor, value): changed(base, factor, value) for value in values}
+    settings = {("base", None): base}  # checked, all of them, before anything runs
+    settings |= {(factor, value): changed(base, factor, value) for factor, values in levels.items() for value in values if value != _value(base, factor)}
     found = {}
-    for name, config in tqdm(configs.items(), desc="varying", unit="setting", disable=not progress):
+    for (factor, value), config in tqdm(settings.items(), desc="varying", unit="setting", disable=not progress):
+        name = factor if factor == "base" else f"{factor}={value}"
         folder = None if output is None else Path(output) / name
-        found[name] = compare(model, task, splits, config, ["gradmm"], seeds, folder, progress=False).records
+        pools = _written_by(Path(output) / "base", seeds) if factor in _OF_CHOICE and output is not None and config.synthesis.search == "pool" else {}
+        found[name] = compare(model, task, splits, config, ["gradmm"], seeds, folder, progress=False, workers=workers, pools=pools).records
     return pandas.DataFrame(
         {"factor": factor, "value": value, "base": value == _value(base, factor), "seed": record["seed"]}
         | {quantity: record[quantity] for quantity in QUANTITIES}
@@ -131,9 +139,17 @@ def vary(
 
 
 def changed(base: ComparisonConfig, factor: str, value) -> ComparisonConfig:
-    """The base with one factor at another value."""
+    """The base with one factor at another value.
+
+    Raises:
+        UserError: an unknown preset, or a value that the factor cannot have.
+    """
     if factor in _OF_COMPARISON:
         return replace(base, **{factor: value})
+    if factor == "preset":
+        require(isinstance(value, str) and value in PRESETS, f"the preset {value!r} is not known: use some of {', '.join(PRESETS)}")
+        kept = {name: getattr(base.synthesis, name) for name in _OF_EVERY_PRESET}
+        return replace(base, synthesis=replace(PRESETS[value], **kept))
     return replace(base, synthesis=replace(base.synthesis, **{factor: value}))
 
 
@@ -155,18 +171,45 @@ def effects(frame: pandas.DataFrame, quantity: str = "accuracy", confidence: flo
     for factor, part in frame.groupby("factor", sort=False):
         table = part.pivot(index="seed", columns="value", values=quantity)
         lowest, highest = table.mean().idxmin(), table.mean().idxmax()
-        paired = table[highest] - table[lowest]
-        half = float(student.ppf((1 + confidence) / 2, len(paired) - 1) * paired.sem()) if len(paired) > 1 else float("nan")
         rows.append(
             {"factor": factor, "lowest": lowest, "highest": highest, "low_mean": table[lowest].mean(), "high_mean": table[highest].mean()}
-            | {"difference": paired.mean(), "low": paired.mean() - half, "high": paired.mean() + half}
+            | _difference(table[highest] - table[lowest], confidence)
         )
     return pandas.DataFrame(rows).sort_values("difference", ascending=False, ignore_index=True)
 
 
+def against_base(frame: pandas.DataFrame, quantity: str = "accuracy", confidence: float = 0.95) -> pandas.DataFrame:
+    """How far each setting lies from the base, paired by seed; arguments as `effects`.
+
+    Returns:
+        One row for each factor's values but the base's: factor, value, mean, difference (from the base), low, high.
+    """
+    rows = []
+    for factor, part in frame.groupby("factor", sort=False):
+        table = part.pivot(index="seed", columns="value", values=quantity)
+        base = part.loc[part["base"], "value"].iloc[0]
+        rows += [
+            {"factor": factor, "value": value, "mean": table[value].mean()} | _difference(table[value] - table[base], confidence)
+            for value in part.loc[~part["base"], "value"].unique()
+        ]
+    return pandas.DataFrame(rows, columns=["factor", "value", "mean", "difference", "low", "high"])
+
+
+def _difference(paired: pandas.Series, confidence: float) -> dict[str, float]:
+    """The mean of paired differences with its interval by Student's t; no interval for a single one."""
+    half = float(student.ppf((1 + confidence) / 2, len(paired) - 1) * paired.sem()) if len(paired) > 1 else float("nan")
+    return {"difference": paired.mean(), "low": paired.mean() - half, "high": paired.mean() + half}
+
+
+def _written_by(folder: Path, seeds: Sequence[int]) -> dict[int, list[Example]]:
+    """The texts of a comparison's pools, kept or not."""
+    places = {seed: folder / "synthesis" / f"gradmm-seed{seed}" / "synthetic.jsonl" for seed in seeds}
+    return {seed: [Example(row["text"], row["label"]) for row in files.read_json_lines(place)] for seed, place in places.items()}
+
+
 def _levels(base: ComparisonConfig, factor: str, values: Sequence) -> list:
     """The values with the base's own among them, numbers in rising order."""
-    known = sorted(_OF_COMPARISON | _OF_SYNTHESIS)
+    known = sorted(_OF_COMPARISON | _OF_SYNTHESIS | {"preset"})
     require(factor in known, f"the factor {factor!r} is not known: use some of {', '.join(known)}")
     levels = list(dict.fromkeys([_value(base, factor), *values]))
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in levels)
@@ -176,6 +219,8 @@ def _levels(base: ComparisonConfig, factor: str, values: Sequence) -> list:
 def _value(base: ComparisonConfig, factor: str):
     if factor == "space":
         return base.release_space
+    if factor == "preset":
+        return base.synthesis.search
     return getattr(base if factor in _OF_COMPARISON else base.synthesis, factor)
 
 

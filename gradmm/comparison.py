@@ -7,7 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ def compare(
     workers: int | None = 1,
     second: Model | None = None,
     learners: Sequence[Model] = (),
+    pools: Mapping[int, Sequence[Example]] | None = None,
 ) -> Comparison:
     """Make each method's examples, train on them, and judge: every seed draws real examples, texts and batches anew.
 
@@ -58,6 +59,8 @@ def compare(
         second: another model for a second perplexity.
         learners: further models, of any architecture and tokenizer, that are trained and judged on the same examples, which
             `model` wrote or chose; see `Comparison.on`.
+        pools: for each seed the texts that these settings would write, if another comparison wrote them: gradmm chooses
+            from them. Others would make other results without a word.
 
     Returns:
         Comparison.
@@ -74,7 +77,7 @@ def compare(
     with alone(output):
         folder = RunFolder.open(output, _identity(model, task, splits, config, second, learners))
         settings = hashlib.sha256(json.dumps(folder.manifest, sort_keys=True).encode()).hexdigest()
-        bench = Bench(model, task, splits, config, {}, settings, folder.path, second, tuple(learners))
+        bench = Bench(model, task, splits, config, {}, settings, folder.path, second, tuple(learners), pools or {})
         if folder.path is not None:
             files.remove_unfinished(folder.path / "records")
         records = {(name, seed): bench.load(name, seed) for seed in seeds for name in methods}

@@ -3,8 +3,8 @@
 Reads real examples; knows no method. Letters: M test examples.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -81,6 +81,7 @@ class Bench:
         folder: None keeps everything in memory.
         second: a model that reads the texts but did not write them, or None.
         learners: further models that are trained on every method's examples.
+        pools: for some seeds the texts that gradmm would write.
     """
 
     model: Model
@@ -92,6 +93,7 @@ class Bench:
     folder: Path | None
     second: Model | None
     learners: tuple[Model, ...] = ()
+    pools: Mapping[int, Sequence[Example]] = field(default_factory=dict)
 
     def place(self, method: str, seed: int) -> Path:
         """Where the record of a method and seed is written."""
@@ -148,13 +150,19 @@ class Trial:
     @cached_property
     def matched(self) -> list[Example]:
         """The texts whose gradients match the Release."""
-        return self._kept(self.written)
+        return self.choose(self.pool, self.synthesis) if self.seed in self.bench.pools else self._kept(self.written)
+
+    @cached_property
+    def pool(self) -> Sequence[Example]:
+        """All texts that gradmm wrote, or what the bench was given for them."""
+        written = self.bench.pools.get(self.seed)
+        return [Example(row["text"], row["label"]) for row in self.written.dataset.to_list()] if written is None else written
 
     def write(self, name: str, target: Release, config: SynthesisConfig) -> list[Example]:
         """The texts that gradmm keeps for another target; a pool, which depends on no target, is not written again."""
         if config.search != "pool":
             return self._kept(self._synthesize(name, target, config))
-        return self._chosen([Example(row["text"], row["label"]) for row in self.written.dataset.to_list()], target, config)
+        return self._chosen(self.pool, target, config)
 
     def choose(self, pool: Sequence[Example], config: SynthesisConfig) -> list[Example]:
         """Those of any examples that gradmm keeps for the Release."""

@@ -1,14 +1,21 @@
 """One factor at a time: the base is run once, every row says what it is, and effects are paired by seed."""
 
+from dataclasses import replace
+
+import numpy
 import pandas
 import pytest
+import scipy.stats
 import torch
 from test_comparison import CONFIG, FOUR, TWO, splits_of, toy
 
-from gradmm.ablation import agreement, effects, vary
+from gradmm import trial
+from gradmm.ablation import against_base, agreement, changed, effects, vary
 from gradmm.errors import UserError
 from gradmm.examples import Example
 from gradmm.gradients import parameter_gradient
+from gradmm.settings import PRESETS, SynthesisConfig
+from gradmm.synthesis import synthesize
 from gradmm.tasks import tokenize_task
 
 FACTORS = {"rho": [0.5], "n_real": [4], "projection": ["lm_then_nearest", "nearest_then_lm"]}
@@ -26,6 +33,40 @@ def test_one_factor_changes_at_a_time_and_the_base_is_run_once(tiny_model, tmp_p
     assert all(len(part.drop(columns=["factor", "value"]).drop_duplicates()) == 2 for _, part in base.groupby("factor"))
     again = vary(model, TWO, splits_of(TWO), CONFIG, FACTORS, (0, 1), tmp_path, progress=False)
     pandas.testing.assert_frame_equal(frame, again)
+
+
+def test_a_pool_is_written_once_and_chosen_from_as_if_it_were_written_again(tiny_model, tmp_path, monkeypatch):
+    model, written = tiny_model("llama", dtype=torch.float32), []
+    base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, oversample=2.0, length=5))
+    factors = {"space": ["label_rows"], "ranking": ["text"], "oversample": [1.5]}
+    apart = vary(model, TWO, splits_of(TWO), base, factors, (0,), progress=False)
+    monkeypatch.setattr(trial, "synthesize", lambda *given, **named: written.append(given) or synthesize(*given, **named))
+    shared = vary(model, TWO, splits_of(TWO), base, factors, (0,), tmp_path, progress=False)
+    pandas.testing.assert_frame_equal(apart, shared)
+    assert len(written) == 2  # the base's and the smaller one
+    pandas.testing.assert_frame_equal(shared, vary(model, TWO, splits_of(TWO), base, factors, (0,), tmp_path, progress=False))
+    assert len(written) == 2
+
+
+def test_a_preset_is_a_factor_and_keeps_how_much_there_is_to_do():
+    base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, outer_steps=3, inner_steps=2, seed=5))
+    assert changed(base, "preset", "swap").synthesis == replace(PRESETS["swap"], n_synthetic=4, outer_steps=3, inner_steps=2, seed=5)
+    with pytest.raises(UserError, match="the preset 'best' is not known: use some of pool, admm"):
+        changed(base, "preset", "best")
+
+
+def test_settings_are_compared_with_the_base_by_seed():
+    rows = [("a", value, value == 1, seed, 0.5 + 0.1 * value + 0.01 * seed) for value in (0, 1, 2) for seed in (0, 1, 2)]
+    rows += [("b", value, value == "x", seed, 0.6 if (seed + len(value)) % 2 else 0.5) for value in ("x", "yy") for seed in (0, 1, 2)]
+    frame = pandas.DataFrame(rows, columns=["factor", "value", "base", "seed", "accuracy"])
+    found = against_base(frame)
+    assert list(zip(found["factor"], found["value"], strict=True)) == [("a", 0), ("a", 2), ("b", "yy")]
+    assert found["difference"].tolist() == pytest.approx([-0.1, 0.1, -0.1 / 3])
+    assert found["mean"].tolist() == pytest.approx([0.51, 0.71, 1.6 / 3])
+    differences = [-0.1, 0.1, -0.1]  # of b, paired by seed
+    low, high = scipy.stats.t.interval(0.95, 2, numpy.mean(differences), scipy.stats.sem(differences))
+    assert found.iloc[2][["low", "high"]].tolist() == pytest.approx([low, high])
+    assert against_base(frame[frame["seed"] == 0])["low"].isna().all()
 
 
 def test_unknown_factors_and_values_that_do_not_fit_are_refused_before_anything_runs(tiny_model, tmp_path):

@@ -13,6 +13,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from gradmm import models
@@ -253,6 +254,16 @@ def test_other_families_have_no_traps(toy_tokenizer, family):
     expected = lm(ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(model.embedding[ids], model.embed(ids))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "phi"])
+def test_a_faster_kernel_computes_the_same_function(tiny_lm, toy_tokenizer, kind):
+    ids = torch.tensor(SEQUENCES[:1])
+    expected = tiny_lm(kind)(ids).logits
+    assert sum(isinstance(module, NewGELUActivation) for module in tiny_lm(kind).modules()) == 2
+    model = wrap_model(tiny_lm(kind), toy_tokenizer, kind)
+    assert not any(isinstance(module, NewGELUActivation) for module in model.lm.modules())
+    torch.testing.assert_close(model.lm(ids).logits, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_last_state_leaves_the_model_as_it_was(tiny_model, kind):

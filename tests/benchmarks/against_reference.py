@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gradmm import reference
 from gradmm.gradients import FactorTarget, Head, Space, head_factors
 from gradmm.matching import Matching
-from gradmm.models import DTYPES, Model, quicken_attention
+from gradmm.models import DTYPES, Model, quicken
 from gradmm.projection import Reading, Tables, project
 from gradmm.tasks import TaskTokens
 
@@ -49,7 +49,7 @@ def random_model(shape: str, device: str, dtype: str = "float32") -> Model:
         eos_token_id=0,
     )
     lm = transformers.AutoModelForCausalLM.from_config(config).to(device, DTYPES[dtype]).eval().requires_grad_(False)
-    quicken_attention(lm)
+    quicken(lm)
     return Model(lm, None, shape, None, "random")
 
 

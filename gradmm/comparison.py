@@ -6,6 +6,8 @@ Runs every method with every seed and keeps one record of each; reads real examp
 import hashlib
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -154,12 +156,23 @@ def _seeds(bench: Bench, pending: dict[int, list[str]], workers: int) -> Iterato
         yield from (_run_seed(bench, names, seed) for seed, names in pending.items())
         return
     threads = max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (threads,)) as pool:
         pieces = [(part, seed) for seed, names in pending.items() for part in _apart(names) if part]
         pieces.sort(key=lambda piece: -len(piece[0]))  # the longest first, so that no process waits long for the last one
         started = [pool.submit(_run_all, bench, part, seed) for part, seed in pieces]
         for future in as_completed(started):
             yield future.result()
+
+
+def _begin_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work, and hold its memory, for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _apart(methods: Sequence[str]) -> tuple[list[str], list[str]]:

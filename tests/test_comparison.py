@@ -401,6 +401,15 @@ def test_misuse_is_one_sentence(model, options, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_worker_ends_when_its_parent_is_gone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(comparison.multiprocessing, "parent_process", lambda: SimpleNamespace(join=lambda: seen.append("gone")))
+    monkeypatch.setattr(comparison.os, "_exit", seen.append)
+    monkeypatch.setattr(comparison.threading, "Thread", lambda target, daemon: SimpleNamespace(start=target))
+    comparison._begin_worker(torch.get_num_threads())
+    assert seen == ["gone", 1]
+
+
 def test_without_steps_nothing_is_trained_to_compare_gradients(model, monkeypatch):
     monkeypatch.setattr(measures, "train_at_rate", None)
     trial = Trial(bench_of(model, config=replace(CONFIG, similarity_steps=())), 0)

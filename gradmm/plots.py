@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+ABREAST = 4  # names of values that fit below a small panel side by side
 SHORT = 20  # letters of a table's entry that stays on one line
 CHANGED = "style='background:rgba(230,159,0,0.3);color:inherit;border-bottom:2px solid #D55E00'"
 TEXT = "style='text-align:left;white-space:pre-wrap'"
@@ -220,7 +221,11 @@ def factors(frame: pandas.DataFrame, quantity: str, columns: int = 3) -> Figure:
         axes.scatter(places, part[quantity], s=14, color=COLOURS[0], zorder=3)
         base = sorted(set(places[part["base"]]))
         axes.scatter(base, means[base], s=90, facecolor="none", edgecolor=COLOURS[1], linewidth=1.5, zorder=4)
-        axes.set(title=name, xticks=range(len(values)), xticklabels=[str(value).replace("_", "\n") for value in values], xlim=(-0.4, len(values) - 0.6))
+        axes.set(title=name, xticks=range(len(values)), xlim=(-0.4, len(values) - 0.6))
+        if len(values) <= ABREAST:
+            axes.set_xticklabels([str(value).replace("_", "\n") for value in values])
+        else:
+            axes.set_xticklabels(map(str, values), rotation=40, ha="right", rotation_mode="anchor")
     for axes in grid[:, 0]:
         axes.set_ylabel(quantity)
     return figure

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from gradmm import files
 from gradmm.classification import label_preference
 from gradmm.comparison import compare
 from gradmm.errors import require
@@ -23,7 +22,7 @@ from gradmm.gradients import Factors, Head, head_factors
 from gradmm.models import Model
 from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.tasks import Task, TaskTokens, tokenize_task
-from gradmm.trial import ComparisonConfig
+from gradmm.trial import ComparisonConfig, written_texts
 
 QUANTITIES = ("accuracy", "match", "perplexity")
 _OF_COMPARISON = {"n_real", "space"}
@@ -121,14 +120,16 @@ def vary(
         UserError: an unknown factor, or a value that does not fit.
     """
     levels = {factor: _levels(base, factor, values) for factor, values in factors.items()}
-    settings = {("base", None): base}  # checked, all of them, before anything runs
-    settings |= {(factor, value): changed(base, factor, value) for factor, values in levels.items() for value in values if value != _value(base, factor)}
-    found = {}
-    for (factor, value), config in tqdm(settings.items(), desc="varying", unit="setting", disable=not progress):
-        name = factor if factor == "base" else f"{factor}={value}"
-        folder = None if output is None else Path(output) / name
-        pools = _written_by(Path(output) / "base", seeds) if factor in _OF_CHOICE and output is not None and config.synthesis.search == "pool" else {}
+    settings = {"base": (None, base)}  # checked, all of them, before anything runs
+    for factor, values in levels.items():
+        others = [value for value in values if value != _value(base, factor)]
+        settings |= {_name(base, factor, value): (factor, changed(base, factor, value)) for value in others}
+    found, written = {}, {}
+    for name, (factor, config) in tqdm(settings.items(), desc="varying", unit="setting", disable=not progress):
+        folder, pools = None if output is None else Path(output) / name, written if factor in _OF_CHOICE else {}
         found[name] = compare(model, task, splits, config, ["gradmm"], seeds, folder, progress=False, workers=workers, pools=pools).records
+        if name == "base" and folder is not None and base.synthesis.search == "pool":
+            written = written_texts(folder, seeds)
     return pandas.DataFrame(
         {"factor": factor, "value": value, "base": value == _value(base, factor), "seed": record["seed"]}
         | {quantity: record[quantity] for quantity in QUANTITIES}
@@ -199,12 +200,6 @@ def _difference(paired: pandas.Series, confidence: float) -> dict[str, float]:
     """The mean of paired differences with its interval by Student's t; no interval for a single one."""
     half = float(student.ppf((1 + confidence) / 2, len(paired) - 1) * paired.sem()) if len(paired) > 1 else float("nan")
     return {"difference": paired.mean(), "low": paired.mean() - half, "high": paired.mean() + half}
-
-
-def _written_by(folder: Path, seeds: Sequence[int]) -> dict[int, list[Example]]:
-    """The texts of a comparison's pools, kept or not."""
-    places = {seed: folder / "synthesis" / f"gradmm-seed{seed}" / "synthetic.jsonl" for seed in seeds}
-    return {seed: [Example(row["text"], row["label"]) for row in files.read_json_lines(place)] for seed, place in places.items()}
 
 
 def _levels(base: ComparisonConfig, factor: str, values: Sequence) -> list:

@@ -167,8 +167,8 @@ class RunFolder:
         if self.path is None:
             return
         files.write_json_lines(self.path / "synthetic.jsonl", ({k: finite_or_none(v) for k, v in row.items()} for row in rows))
-        files.write_json_lines(self.path / "history.jsonl", _plain(history.drop(columns=CLOCK_COLUMNS, errors="ignore")))
-        files.write_json_lines(self.path / "timings.jsonl", _plain(history.filter(["step", "group", *CLOCK_COLUMNS])))
+        files.write_json_lines(self.path / "history.jsonl", plain_rows(history.drop(columns=CLOCK_COLUMNS, errors="ignore")))
+        files.write_json_lines(self.path / "timings.jsonl", plain_rows(history.filter(["step", "group", *CLOCK_COLUMNS])))
         files.write_text(self.path / "README.md", card)
         files.write_json(self.path / "manifest.json", manifest)
         self._remove_leftovers()
@@ -187,7 +187,8 @@ def _numbers(row: dict) -> dict:
     return {name: float("inf") if value is None else value for name, value in row.items()}
 
 
-def _plain(frame: pandas.DataFrame) -> list[dict]:
+def plain_rows(frame: pandas.DataFrame) -> list[dict]:
+    """The rows of a table as JSON can hold them, see `finite_or_none`."""
     return [{name: finite_or_none(value) for name, value in row.items()} for row in frame.to_dict("records")]
 
 

@@ -173,8 +173,18 @@ class Trial:
 
     def _synthesize(self, name: str, target: Release, config: SynthesisConfig) -> SynthesisResult:
         """A synthesis; continued where it was interrupted."""
-        folder = None if self.bench.folder is None else self.bench.folder / "synthesis" / f"{name}-seed{self.seed}"
+        folder = None if self.bench.folder is None else _synthesis_folder(self.bench.folder, name, self.seed)
         return synthesize(self.bench.model, self.bench.task, target, config, folder, progress=False)
 
     def _kept(self, found: SynthesisResult) -> list[Example]:
         return check_examples([row for row in found.dataset.to_list() if row["kept"]], self.bench.task)
+
+
+def written_texts(folder: Path, seeds: Sequence[int]) -> dict[int, list[Example]]:
+    """What gradmm wrote in a finished comparison's folder with each seed, kept or not: see `Bench.pools`."""
+    places = {seed: _synthesis_folder(folder, "gradmm", seed) / "synthetic.jsonl" for seed in seeds}
+    return {seed: [Example(row["text"], row["label"]) for row in files.read_json_lines(place)] for seed, place in places.items()}
+
+
+def _synthesis_folder(folder: Path, name: str, seed: int) -> Path:
+    return folder / "synthesis" / f"{name}-seed{seed}"

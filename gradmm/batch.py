@@ -42,6 +42,7 @@ BACKENDS = ("loky", "threading", "dask")
 PACKAGE = Path(__file__).parent
 LONGEST_NAME = 80
 LONGEST_NOTE = 300
+KERNEL_SECONDS = 600  # a busy machine takes more than papermill's minute to start a kernel
 
 
 @dataclass(frozen=True)
@@ -327,7 +328,9 @@ def _run_papermill(job: Job, draft: Path) -> str:
     """What went wrong, in one line; empty if nothing."""
     papermill = _papermill()
     try:
-        papermill.execute_notebook(str(job.notebook), str(draft), job.parameters, kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(
+            str(job.notebook), str(draft), job.parameters, kernel_name="python3", progress_bar=False, start_timeout=KERNEL_SECONDS
+        )
     except papermill.exceptions.PapermillExecutionError as error:
         lines = str(error.evalue).strip().splitlines() or [""]
         return f"In [{error.exec_count}]: {error.ename}: {lines[0]}"[:LONGEST_NOTE]

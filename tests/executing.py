@@ -14,6 +14,8 @@ import filelock
 import papermill
 import yaml
 
+from gradmm import batch
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = ROOT / "notebooks" / "params" / "smoke"
@@ -27,8 +29,9 @@ def execute(notebook: Path, preset: dict, folder: Path):
     if unknown:
         raise ValueError(f"{notebook.name} has no parameter {', '.join(sorted(unknown))}")
     return papermill.execute_notebook(
-        str(notebook), str(folder / notebook.name), preset, cwd=str(folder), kernel_name="python3", progress_bar=False
-    )
+        str(notebook), str(folder / notebook.name), preset, cwd=str(folder), kernel_name="python3", progress_bar=False,
+        start_timeout=batch.KERNEL_SECONDS,
+    )  # fmt: skip
 
 
 def quiet(folder: Path) -> AbstractContextManager:

@@ -231,7 +231,7 @@ def test_a_notebook_s_last_cell_is_one_sentence(tmp_path, monkeypatch, parameter
     with pytest.raises(papermill.PapermillExecutionError) as caught:
         papermill.execute_notebook(
             str(ROOT / "notebooks" / "00-quickstart.ipynb"), str(tmp_path / "out.ipynb"), parameters, cwd=str(tmp_path),
-            kernel_name="python3", progress_bar=False,
+            kernel_name="python3", progress_bar=False, start_timeout=batch.KERNEL_SECONDS,
         )  # fmt: skip
     assert caught.value.ename == "UserError" and caught.value.evalue.startswith(words)
     assert caught.value.traceback == [f"UserError: {caught.value.evalue}"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gradmm
-from gradmm import files, methods
+from gradmm import batch, files, methods
 from gradmm.comparison import compare
 from gradmm.examples import check_examples
 from gradmm.generation import Sampling, generate_texts
@@ -112,7 +112,8 @@ def test_a_notebook(name, few, model, folder, tmp_path, monkeypatch):
     model.tokenizer.save_pretrained(tmp_path / "tiny")
     preset = {"model": str(tmp_path / "tiny"), "data": str(folder), "top_k": 5, "output": str(tmp_path / "out"), **few}
     papermill.execute_notebook(
-        str(NOTEBOOKS / f"{name}.ipynb"), str(tmp_path / "out.ipynb"), preset, cwd=str(tmp_path), kernel_name="python3", progress_bar=False
-    )
+        str(NOTEBOOKS / f"{name}.ipynb"), str(tmp_path / "out.ipynb"), preset, cwd=str(tmp_path),
+        kernel_name="python3", progress_bar=False, start_timeout=batch.KERNEL_SECONDS,
+    )  # fmt: skip
     results = json.loads((tmp_path / "out" / f"{name}.json").read_text(encoding="utf-8"))
     assert 0 <= results["methods"]["gradmm"]["accuracy"]["mean"] <= 1 and results["methods"]["gradmm"]["n"] == 8

@@ -285,7 +285,7 @@ def joint_order(
 ) -> list[int]:
     """Examples of all classes in the order in which each, added to its class, serves the class and all classes together best.
 
-    The classes take turns. In its turn class c gets the example after which the mean of two distances is lowest: of the
+    The classes take turns. In its turn class c gets the example after which the sum of two distances is lowest: of the
     class's mean gradient to its target, and of the sum over classes of their mean gradients to the sum of the targets. The sum
     is the contrast, which training on balanced data follows; it counts from where every class has an example. All in inner
     products: O(N (V + D)) for each choice, and no N x N or V x D matrix.
@@ -319,7 +319,7 @@ def joint_order(
             alone = torch.zeros_like(sizes).index_fill(0, torch.tensor(number, device=sizes.device), 1.0)
             loss = chosen.loss_with(number, pool, alone / sizes, to_own, norms[number], distance)
             if several and all(count == 0 or place == number or chosen.member[place].any() for place, count in enumerate(wanted)):
-                loss = (loss + chosen.loss_with(number, pool, 1 / sizes, to_whole, whole_norms, distance)) / 2
+                loss = loss + chosen.loss_with(number, pool, 1 / sizes, to_whole, whole_norms, distance)
             order.append(int(pool[loss.masked_fill(chosen.member[number, pool] > 0, torch.inf).argmin()]))
             chosen.add(number, order[-1])
     return order

@@ -62,7 +62,7 @@ def lm_then_nearest(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
     (tensor([1]), tensor([2]))
     """
     logits = linear(state, tables.head, tables.bias).masked_fill(~allowed, -torch.inf)
-    scores, candidates = logits.topk(k, dim=-1)
+    scores, candidates = logits.topk(k)
     near = inner_products(tables.embedding, candidates, target)
     far = tables.squares[candidates] - 2 * near
     return _pick(candidates, far.masked_fill(scores == -torch.inf, torch.inf).argmin(-1))
@@ -71,7 +71,7 @@ def lm_then_nearest(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
 def nearest_then_lm(tables: Tables, state: Tensor, target: Tensor, allowed: Tensor, k: int) -> Tensor:
     """Among the k tokens nearest to the target, the most likely one (the authors' code); arguments as `lm_then_nearest`."""
     far = tables.squares - 2 * linear(target.to(tables.embedding.dtype), tables.embedding)
-    distances, candidates = far.masked_fill(~allowed, torch.inf).topk(k, dim=-1, largest=False)
+    distances, candidates = far.masked_fill(~allowed, torch.inf).topk(k, largest=False)
     logits = inner_products(tables.head, candidates, state)
     if tables.bias is not None:
         logits = logits + tables.bias[candidates]
@@ -112,7 +112,7 @@ def guided_scores(
     """
     logits = linear(state, tables.head, tables.bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    likely, candidates = logits.masked_fill(~allowed, -torch.inf).topk(k, dim=-1)
+    likely, candidates = logits.masked_fill(~allowed, -torch.inf).topk(k)
     scores = likely - logits.logsumexp(-1, keepdim=True) + inner_products(tables.embedding, candidates, target)
     return candidates, scores if noise is None else scores + noise
 
@@ -248,7 +248,7 @@ def _walk_by_beams(tables: Tables, v: Tensor, reader: "_Reader", reading: Readin
         candidates, scores = _after_the_end(candidates, scores, ended.flatten(), reading)
         grown = totals.unsqueeze(-1) + scores.view(count, reading.beams, -1)  # (N, W, k)
         counts = (lengths + ~ended).unsqueeze(-1).expand_as(grown)
-        best = (grown / counts).flatten(1).topk(reading.beams, dim=-1).indices  # (N, W), the best first
+        best = (grown / counts).flatten(1).topk(reading.beams).indices  # (N, W), the best first
         totals, lengths = (value.flatten(1).gather(1, best) for value in (grown, counts))
         rows, token = (first + best // reading.k).flatten(), candidates.view(count, -1).gather(1, best).flatten()
         ids = torch.cat([ids[rows], token.unsqueeze(1)], dim=1)

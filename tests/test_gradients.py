@@ -17,6 +17,7 @@ from gradmm.gradients import (
     group_norms,
     head_factors,
     joint_order,
+    losses_as_added,
     match_groups,
     match_parameters,
     parameter_gradient,
@@ -304,6 +305,78 @@ def test_a_class_without_examples_does_not_keep_the_others_from_being_chosen():
     factors = Factors(torch.eye(3), torch.eye(3))
     targets = [FactorTarget(factors[[row]]) for row in (1, 2, 0)]
     assert joint_order(factors, [0, 0, 1], targets, [2, 1, 1]) == [1, 2, 0]
+
+
+def test_two_classes_are_chosen_for_their_sum_too_and_a_class_of_one_example_counts():
+    """Brute force over the first two choices, where each class's own distance alone would choose otherwise."""
+    source = torch.Generator().manual_seed(7)
+    factors = Factors(*(torch.randn(8, size, generator=source, dtype=torch.float64) for size in (5, 3)))
+    targets = [FactorTarget(Factors(*(torch.randn(2, size, generator=source, dtype=torch.float64) for size in (5, 3)))) for _ in range(2)]
+    goals = [gradient_of(target.factors, [0, 1]) for target in targets]
+    classes, counts = [0] * 4 + [1] * 4, [1, 3]
+    first = greedy_order(factors[:4], targets[0], 1)[0]
+
+    def loss(rows):
+        own, other = gradient_of(factors, rows), gradient_of(factors, [first])
+        together = [a + b for a, b in zip(own, other, strict=True)]
+        total = [a + b for a, b in zip(*goals, strict=True)]
+        return float(tensor_distance(own, goals[1]) + tensor_distance(together, total))
+
+    second: list[int] = []
+    for _ in range(3):
+        second.append(min((row for row in range(4, 8) if row not in second), key=lambda row: loss([*second, row])))
+    found = joint_order(factors, classes, targets, counts)
+    assert found == [first, *second]
+    assert found[1:] != [4 + row for row in greedy_order(factors[4:], targets[1], 3)]
+
+
+def test_a_targets_inner_products_have_the_shape_of_the_examples():
+    source = torch.Generator().manual_seed(8)
+    target = FactorTarget(Factors(*(torch.randn(4, size, generator=source, dtype=torch.float64) for size in (5, 3)), True))
+    factors = Factors(*(torch.randn(2, 6, size, generator=source, dtype=torch.float64) for size in (5, 3)), True)
+    weight, bias = gradient_of(target.factors, [0, 1, 2, 3])
+    expected = [torch.einsum("kbv,vd,kbd->kb", factors.delta, weight, factors.hidden), factors.delta @ bias]
+    for found, wanted in zip(target.inner(factors), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_the_general_path_knows_both_distances_and_parameters_that_do_not_matter():
+    parameters = [torch.tensor([1.0, 2.0], requires_grad=True), torch.ones(3, requires_grad=True)]
+    found = parameter_gradient(parameters[0].square().sum(), parameters)
+    assert [part.tolist() for part in found] == [[2.0, 4.0], [0.0] * 3]
+    targets = [[torch.tensor([1.0, 1.0]), torch.ones(3)]]
+    l2 = match_parameters(lambda k: parameters[0].square().sum(), torch.tensor([0]), targets, parameters, "l2")
+    assert l2.tolist() == [1 + 9 + 3]
+    cosine = match_parameters(lambda k: parameters[0].square().sum(), torch.tensor([0]), targets, parameters)
+    assert cosine.item() == pytest.approx(1 - 0.5 * 6 / (20 * 2) ** 0.5)
+
+
+def test_an_exchange_compares_by_the_cosine_if_nothing_is_said():
+    factors = Factors(torch.eye(3), torch.eye(3))
+    assert Exchange.of(factors, FactorTarget(factors[[0]]), 1).loss() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_calibrated_space_of_half_precision_states_and_double_precision_numbers_is_in_single_precision():
+    source = torch.Generator().manual_seed(9)
+    hidden, weight, bias = (torch.randn(*shape, generator=source).bfloat16() for shape in ((5, 6), (8, 6), (8,)))
+    preference, mean, basis = (torch.randn(*shape, generator=source, dtype=torch.float64) for shape in ((2,), (6,), (6, 3)))
+    rows, labels = torch.tensor([3, 1]), torch.tensor([1, 3, 3, 1, 1])
+    for space in (LabelSpace(rows, preference), LabelSpace(rows, preference, mean, basis)):
+        found = space.factors(hidden, labels, Head(weight, bias))
+        exact = space.factors(hidden.double(), labels, Head(weight.double(), bias.double()))
+        assert found.delta.dtype == found.hidden.dtype == torch.float32
+        torch.testing.assert_close(found.delta.double(), exact.delta, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.hidden.double(), exact.hidden, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_made_lies_where_the_gradients_lie():
+    """The default device is another one, as it is for everything that should be on a GPU."""
+    factors = Factors(torch.eye(4), torch.eye(4))
+    targets = [FactorTarget(factors[[row]]) for row in (1, 2)]
+    with torch.device("meta"):
+        assert joint_order(factors, [0, 0, 1, 1], targets, [1, 1]) == [1, 2]
+        assert Exchange.of(factors, targets[0], 2).members.device == factors.delta.device
+        assert losses_as_added(factors, targets[0]).device == factors.delta.device
 
 
 @pytest.mark.parametrize("whitened", [False, True])

@@ -67,6 +67,7 @@ def test_without_epsilon_the_length_is_the_real_mean(model):
     mean = sum(len(tokens.encode(example.text)) for example in EXAMPLES) / len(EXAMPLES)
     assert privacy.release(model, TASK, EXAMPLES).length == round(mean)
     assert privacy.release(model, TASK, EXAMPLES, length=3).length == 3
+    assert privacy.release(model, TASK, [Example("a", 0), Example("b", 1)]).length == len(tokens.encode("a")) == 1
 
 
 def test_a_release_names_what_it_belongs_to(model):
@@ -333,9 +334,18 @@ def test_a_file_that_was_changed_is_refused(model, tmp_path):
     write_tensors(tmp_path / "missing", {k: v for k, v in tensors.items() if k != "1.weight"}, metadata)
     write_tensors(tmp_path / "nothing", tensors, {})
     (tmp_path / "cut").write_bytes(path.read_bytes()[:-9])
-    for name in ("claims", "elsewhere", "numbers", "infinite", "missing", "nothing", "cut"):
-        with pytest.raises(UserError):
+    found = read_tensors(path)[1]["release"]
+    write_tensors(tmp_path / "another format", tensors, {"release": found.replace(privacy.FORMAT, "gradmm release 9")})
+    differs, no_release = "does not hold what was saved in it: make the Release again", r"is no saved Release \({}\): save one with Release.save"
+    reasons = {
+        "claims": differs, "elsewhere": no_release.format("TypeError"), "numbers": differs, "infinite": no_release.format("ValueError"),
+        "missing": no_release.format("KeyError"), "nothing": no_release.format("KeyError"), "another format": no_release.format("ValueError"),
+        "cut": "is no whole safetensors file",
+    }  # fmt: skip
+    for name, reason in reasons.items():
+        with pytest.raises(UserError, match=reason) as caught:
             privacy.load_release(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
 
 
 def test_the_default_space_is_the_body_without_noise_and_the_label_rows_with_it(model):

@@ -81,10 +81,10 @@ def few(model, *tokens):
     return torch.zeros(97, dtype=torch.bool).index_fill(0, torch.tensor(tokens), True)
 
 
-@pytest.mark.parametrize("end", [None, 9])
-def test_beams_equal_a_literal_search_with_prompts_of_any_lengths_side_by_side(tiny_model, kind, end):
+@pytest.mark.parametrize(("end", "strength"), [(None, 1.0), (9, 1.0), (9, 0.02)])  # a weak direction ends at many lengths
+def test_beams_equal_a_literal_search_with_prompts_of_any_lengths_side_by_side(tiny_model, kind, end, strength):
     model, rows = tiny_model(kind), torch.tensor([0, 1, 2, 0])
-    allowed, v = few(model, *range(40, 52)), vectors(model, 4, 5)
+    allowed, v = few(model, *range(40, 52)), strength * vectors(model, 4, 5)
     ids = project(model, Tables.of(model), v, PROMPTS, rows, Reading("guided", 4, allowed, end, min_tokens=2, beams=3))
     for i, row in enumerate(rows.tolist()):
         assert ids[i].tolist() == reference.beam(model.lm, v[i], PROMPTS[row], 4, 3, allowed, end, 2)
@@ -102,6 +102,31 @@ def test_one_beam_is_the_plain_walk_and_all_beams_find_the_best_text(tiny_model)
     assert found.tolist() == best
     greedy = project(model, tables, v, PROMPTS, rows, Reading("guided", 3, allowed))
     assert all(score(model, row, ids) >= score(model, row, plain) for row, ids, plain in zip(v, found, greedy, strict=True))
+
+
+def test_beams_of_one_candidate_end_where_the_plain_walk_ends(tiny_model):
+    model, rows = tiny_model("opt"), torch.zeros(3, dtype=torch.long)
+    tables, v, allowed = Tables.of(model), vectors(model, 3, 6), few(model, *range(40, 52))
+    end = int(project(model, tables, v, PROMPTS, rows, Reading("guided", 1, allowed))[0, 2])
+    ids = [project(model, tables, v, PROMPTS, rows, Reading("guided", 1, allowed, end=end, beams=beams)) for beams in (1, 2)]
+    assert torch.equal(*ids) and 0 < int(text_mask(ids[0], end)[0].sum()) < 6
+
+
+def test_one_beam_ends_with_the_first_sentence_that_is_long_enough(tiny_model):
+    model, rows, allowed = tiny_model("gpt2"), torch.zeros(20, dtype=torch.long), every(tiny_model("gpt2"))
+    closes = torch.rand(97, generator=torch.Generator().manual_seed(2)) < 0.3
+    tables, v, reading = Tables.of(model), vectors(model, 20, 9), Reading("guided", 5, allowed, end=9, min_tokens=3, closes=closes)
+    one = projection._walk_by_beams(tables, v, projection._Reader.of(model, PROMPTS, rows), reading)
+    assert torch.equal(one, project(model, tables, v, PROMPTS, rows, reading)) and len(set(text_mask(one, 9).sum(-1).tolist())) > 3
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_last_token_is_not_read(tiny_model, beams, monkeypatch):
+    model, steps = tiny_model("llama"), []
+    monkeypatch.setattr(projection._Reader, "read", lambda self, token, own=projection._Reader.read: steps.append(token) or own(self, token))
+    reading = Reading("guided", 4, every(model), beams=beams)
+    project(model, Tables.of(model), vectors(model, 2, 5), PROMPTS, torch.tensor([0, 1]), reading)
+    assert len(steps) == 4
 
 
 def score(model, row, ids):
@@ -137,6 +162,42 @@ def test_the_spread_of_embeddings_is_their_standard_deviation(tiny_model, monkey
     monkeypatch.setattr(projection, "ROWS_PER_BLOCK", 10)
     expected = model.embedding[allowed].var(0, correction=0).mean().sqrt().item()
     assert projection.embedding_spread(Tables.of(model), allowed) == pytest.approx(expected, rel=1e-10)
+
+
+# ---------------------------------------------------------------- types and devices
+
+
+@pytest.mark.parametrize(("order", "beams"), [*((order, 1) for order in ORDERS), ("guided", 3)])
+def test_half_precision_tables_take_single_precision_vectors_and_choose_as_their_numbers_say(tiny_model, order, beams):
+    model = tiny_model("phi", dtype=torch.bfloat16)
+    tables, v = Tables.of(model), vectors(tiny_model("phi"), 6, 4).float()
+    ids = project(model, tables, v, PROMPTS, torch.zeros(6, dtype=torch.long), Reading(order, 5, every(model), beams=beams))
+    assert ids.shape == (6, 4) and tables.squares.dtype == torch.float32
+    exact = Tables(*(part.double() for part in (tables.head, tables.bias, tables.embedding, tables.squares)))
+    assert projection.embedding_spread(tables, every(model)) == pytest.approx(projection.embedding_spread(exact, every(model)), rel=1e-5)
+
+
+def test_scores_of_half_precision_logits_are_summed_in_single_precision(tiny_model):
+    model = tiny_model("phi", dtype=torch.bfloat16)
+    tables, target = Tables.of(model), vectors(tiny_model("phi"), 6, 1)[:, 0].float()
+    state, _ = model.read(torch.arange(40, 46)[:, None], None)
+    candidates, scores = projection.guided_scores(tables, state, target, every(model), 5)
+    logits = torch.nn.functional.linear(state, tables.head, tables.bias).double()
+    expected = logits.log_softmax(-1).gather(1, candidates) + (tables.embedding[candidates].double() * target[:, None].double()).sum(-1)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("order", "beams"), [*((order, 1) for order in ORDERS), ("guided", 3)])
+def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order, beams):
+    """The default device is another one, as it is for everything that should be on a GPU."""
+    model, end = tiny_model("llama"), 9
+    tables, v, rows = Tables.of(model), vectors(model, 3, 4), torch.tensor([0, 1, 2])
+    reader, reading = projection._Reader.of(model, PROMPTS, rows), Reading(order, 5, every(model), end=end, min_tokens=2, beams=beams)
+    reader.read = lambda token: None  # the model's own code is not what is asked
+    with torch.device("meta"):
+        ids = (projection._walk if beams == 1 else projection._walk_by_beams)(tables, v, reader, reading)
+    assert ids.device == v.device and ids.shape == (3, 4)
 
 
 def test_text_mask():

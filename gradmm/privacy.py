@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from gradmm import files
-from gradmm.errors import UserError, is_whole, require
+from gradmm.errors import UserError, first_line, is_whole, require
 from gradmm.examples import Example, check_examples
 from gradmm.gradients import DenseTarget, Factors, FactorTarget, HeadSpace, Target
 from gradmm.matching import factors_of
@@ -114,7 +114,7 @@ def load_release(path: str | Path) -> Release:
         found = _assemble(held["fields"], tensors)
         whole = found.fingerprint == held["fingerprint"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no saved Release ({type(error).__name__}): save one with Release.save") from error
+        raise UserError(f"{path} is no saved Release ({first_line(error)}): save one with Release.save") from error
     require(whole, f"{path} does not hold what was saved in it: make the Release again")
     return found
 
@@ -302,7 +302,7 @@ def _statement(spent: Sequence[LedgerEntry], noise_seed: int | None) -> str:
 
 def _fields_json(release: Release) -> str:
     """Every field that is no tensor."""
-    values = {f.name: getattr(release, f.name) for f in fields(release) if f.name not in ("targets", "space", "ledger")}
+    values = {f.name: getattr(release, f.name) for f in fields(release) if f.name not in ("targets", "space")}
     values |= {"format": FORMAT, "ledger": [asdict(entry) for entry in release.ledger]}
     return json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False)
 

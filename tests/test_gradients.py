@@ -250,6 +250,18 @@ def test_an_exchange_gives_the_loss_of_the_group_that_it_makes(distance, bias):
     assert found.tolist() == pytest.approx([loss([8, 1, 7, 3]), loss([0, 1, 2, 3]), loss([0, 1, 7, 5])], abs=1e-12)
 
 
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_losses_as_added_are_those_of_the_groups_that_begin_the_order(distance, bias):
+    source = torch.Generator().manual_seed(6)
+    factors = Factors(*(torch.randn(5, size, generator=source, dtype=torch.float64) for size in (7, 4)), bias)
+    target = FactorTarget(Factors(*(torch.randn(3, size, generator=source, dtype=torch.float64) for size in (7, 4)), bias))
+    groups = [match_groups(factors[list(range(n))].unsqueeze(0), torch.tensor([0]), [target], distance).item() for n in range(1, 6)]
+    assert losses_as_added(factors, target, distance).tolist() == pytest.approx(groups, abs=1e-12)
+    if distance == "cosine":
+        assert torch.equal(losses_as_added(factors, target), losses_as_added(factors, target, distance))
+
+
 def test_greedy_order_against_nothing_is_the_order_of_the_examples():
     factors = Factors(torch.randn(4, 7), torch.randn(4, 3))
     assert greedy_order(factors, DenseTarget(torch.zeros(7, 3)), 3) == [0, 1, 2]

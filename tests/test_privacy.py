@@ -320,6 +320,22 @@ def test_the_fingerprint_follows_every_field(model):
     assert len({found.fingerprint, *(dataclasses.replace(found, **{k: v}).fingerprint for k, v in changes.items())}) == 7
 
 
+def test_the_fields_of_a_file_are_written_in_one_way(model, tmp_path):
+    """Byte for byte: the fingerprint is taken of them, and equal Releases are equal files."""
+    found = privacy.release(model, TASK, EXAMPLES, epsilon=1.0, delta=1e-5, length=5, noise_seed=1)
+    (entry,) = found.ledger
+    plain = dataclasses.replace(found, labels=("schön", "übel"), statement="s", model="m", task="t")
+    charged = json.dumps(dataclasses.asdict(entry), sort_keys=True)
+    fields = (
+        f'{{"format": "gradmm release 1", "label_tokens": {json.dumps(list(found.label_tokens))}, "labels": ["schön", "übel"], '
+        f'"ledger": [{charged}], "length": 5, "model": "m", "private": false, "space_name": "label_rows", "statement": "s", "task": "t"}}'
+    )
+    assert privacy._fields_json(plain) == fields
+    assert read_tensors(plain.save(tmp_path / "release"))[1] == {"release": f'{{"fields": {fields}, "fingerprint": "{plain.fingerprint}"}}'}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        privacy._fields_json(dataclasses.replace(found, length=float("nan")))
+
+
 def test_a_file_that_was_changed_is_refused(model, tmp_path):
     path = privacy.release(model, TASK, EXAMPLES, **PRIVATE, noise_seed=1).save(tmp_path / "release.safetensors")
     tensors, metadata = read_tensors(path)
@@ -336,11 +352,12 @@ def test_a_file_that_was_changed_is_refused(model, tmp_path):
     (tmp_path / "cut").write_bytes(path.read_bytes()[:-9])
     found = read_tensors(path)[1]["release"]
     write_tensors(tmp_path / "another format", tensors, {"release": found.replace(privacy.FORMAT, "gradmm release 9")})
-    differs, no_release = "does not hold what was saved in it: make the Release again", r"is no saved Release \({}\): save one with Release.save"
+    differs, no_release = "does not hold what was saved in it: make the Release again", r"is no saved Release \({}: {}\): save one with Release.save"
+    invalid = no_release.format("ValueError", "another format, or numbers that are not finite")
     reasons = {
-        "claims": differs, "elsewhere": no_release.format("TypeError"), "numbers": differs, "infinite": no_release.format("ValueError"),
-        "missing": no_release.format("KeyError"), "nothing": no_release.format("KeyError"), "another format": no_release.format("ValueError"),
-        "cut": "is no whole safetensors file",
+        "claims": differs, "elsewhere": no_release.format("TypeError", ".*"), "numbers": differs, "infinite": invalid,
+        "missing": no_release.format("KeyError", "'1.weight'"), "nothing": no_release.format("KeyError", "'release'"),
+        "another format": invalid, "cut": "is no whole safetensors file",
     }  # fmt: skip
     for name, reason in reasons.items():
         with pytest.raises(UserError, match=reason) as caught:

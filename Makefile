@@ -8,7 +8,7 @@ FAST := $(wildcard notebooks/00-quickstart.ipynb)
 # Begun first where no earlier run says how long each takes, so that no core waits for the last one.
 LONGEST := $(addprefix notebooks/,05-ablations.ipynb 03-finetuning.ipynb 08-paper.ipynb)
 
-.PHONY: quickstart test test-oldest lint lab book clean
+.PHONY: quickstart test test-oldest mutants lint lab book clean
 .DELETE_ON_ERROR:
 
 # Nothing here needs the hub: the embedded default model and data are enough.
@@ -34,6 +34,12 @@ test-oldest:
 	sed -nE 's/^    "([A-Za-z-]+)>=([0-9.]+[0-9]).*/\1==\2.*/p' pyproject.toml > $(VENV)-oldest/constraints.txt
 	PIP_CONSTRAINT=$(VENV)-oldest/constraints.txt $(MAKE) test VENV=$(VENV)-oldest
 
+# Which changes of the solver, the gradients, the privacy and the projection no test would notice; about half an hour.
+mutants: export OMP_NUM_THREADS = 1
+mutants: $(VENV)/.installed-mutation
+	$(BIN)/python -P -m mutmut run
+	$(BIN)/python tests/mutants.py
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 
@@ -57,5 +63,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest results runs build dist book/_build book/executed *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest mutants results runs build dist book/_build book/executed *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find gradmm tests notebooks -name __pycache__ -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ Runs every method with every seed and keeps one record of each; reads real examp
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import threading
@@ -27,10 +28,13 @@ from gradmm.locks import alone
 from gradmm.measures import measure, measure_on, similarities, thinned
 from gradmm.methods import METHODS, WRITING
 from gradmm.models import Model
+from gradmm.records import memory_bytes
 from gradmm.results import Comparison
 from gradmm.runs import RunFolder, finite_or_none
 from gradmm.tasks import Task, tokenize_task
 from gradmm.trial import Bench, ComparisonConfig, Trial
+
+TUNING_COPIES = 6  # numbers a weight in a fine-tuning: as it came, as it is, gradient, two moments, and the best so far
 
 
 def compare(
@@ -93,8 +97,14 @@ def compare(
 
 
 def usual_workers(model: Model) -> int:
-    """Processes that share the runs where none are asked for: two fill two cores better than one with two threads."""
-    return 2 if model.device.type == "cpu" and torch.get_num_threads() > 1 else 1
+    """Processes that share the runs where none are asked for: two fill two cores better than one with two threads.
+
+    One on a GPU, with one thread, and where the memory does not hold two fine-tunings of the model.
+    """
+    if model.device.type != "cpu" or torch.get_num_threads() == 1:
+        return 1
+    each = TUNING_COPIES * sum(weight.numel() * max(4, weight.itemsize) for weight in model.lm.parameters())
+    return 2 if 2 * each <= (memory_bytes() or math.inf) else 1
 
 
 def _with_coresets(bench: Bench, missing: dict[int, list[str]]) -> Bench:

@@ -73,7 +73,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": _memory(),
+        "memory_bytes": memory_bytes(),
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if has_gpu else None,
     }
@@ -87,7 +87,8 @@ def _processor() -> str | None:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
 
 
-def _memory() -> int | None:
+def memory_bytes() -> int | None:
+    """The machine's memory; None where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # not told by this system

@@ -159,7 +159,7 @@ def _table_row(name: str, figures: dict) -> dict:
     accuracy, gap = figures["accuracy"], figures["minus_gradmm"]
     return {
         "method": name,
-        "n": figures["n"],
+        "n": int(figures["n"]) if float(figures["n"]).is_integer() else figures["n"],
         "accuracy": accuracy["mean"],
         "std": accuracy["std"],
         "minus gradmm": None if gap is None else gap["mean"],

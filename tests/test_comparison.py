@@ -166,6 +166,10 @@ def test_two_processes_are_usual_where_there_are_threads_for_two(model, monkeypa
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert comparison.usual_workers(model) == workers
     assert comparison.usual_workers(SimpleNamespace(device=torch.device("cuda"))) == 1
+    monkeypatch.setattr(comparison, "memory_bytes", lambda: 1_000_000)
+    assert comparison.usual_workers(model) == 1
+    monkeypatch.setattr(comparison, "memory_bytes", lambda: None)
+    assert comparison.usual_workers(model) == workers
 
 
 def test_four_classes_go_through_every_method_with_a_head_with_bias_and_a_second_model(tiny_model, model):

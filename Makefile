@@ -14,9 +14,9 @@ LONGEST := $(addprefix notebooks/,05-ablations.ipynb 03-finetuning.ipynb 08-pape
 # Nothing here needs the hub: the embedded default model and data are enough.
 quickstart test book: export HF_HUB_OFFLINE = 1
 # Waiting threads spin for a moment, then sleep: sleeping at once costs a quiet machine half its speed, spinning on costs a
-# shared one more. The book's notebooks run side by side and share the cores.
+# shared one more. The book's notebooks run side by side and share the cores, and so do the tests, few of which take two threads.
 quickstart: export GOMP_SPINCOUNT = 10000
-book: export OMP_WAIT_POLICY = PASSIVE
+book test: export OMP_WAIT_POLICY = PASSIVE
 test: export OMP_NUM_THREADS = 1
 
 quickstart: $(VENV)/.installed-notebooks

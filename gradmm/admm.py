@@ -136,7 +136,7 @@ def start(x: Tensor, config: Config) -> Result:
     """
     require(bool(torch.isfinite(x).all()), "the initial x has values that are not finite: start from finite embeddings")
     groups = x.shape[0]
-    ids = torch.full(x.shape[:3], -1, dtype=torch.long, device=x.device)
+    ids = torch.full(x.shape[:3], -1, device=x.device)
     state = State(
         x=x.detach().clone(),
         z=torch.zeros_like(x),
@@ -194,12 +194,12 @@ def step(objective: Objective, project: Project, state: State, config: Config) -
         The new state, and measurements of shape (k,) for the k active groups: match_x, match_z, primal, dual,
         stationarity, inner_gradient, changed (share of tokens), rho.
     """
-    groups = state.active.nonzero().squeeze(-1)
+    groups = state.active.nonzero().squeeze(1)
     x, lam, rho = state.x[groups], state.lam[groups], state.rho[groups]
     z, ids = project(x + lam / rho.view(-1, 1, 1, 1), groups)
     parts = [
         _move(lambda value, some=some: objective(value, ids[some], groups[some]), x[some], z[some], lam[some], rho[some], config)
-        for some in _passes(len(groups), config, groups.device)
+        for some in _passes(groups, config)
     ]
     new, lam = (torch.cat([part[place] for part in parts]) for place in (0, 1))
     measures = {name: torch.cat([part[2][name] for part in parts]) for name in parts[0][2]}
@@ -215,9 +215,9 @@ def step(objective: Objective, project: Project, state: State, config: Config) -
     return moved, measures
 
 
-def _passes(count: int, config: Config, device: torch.device) -> tuple[Tensor, ...]:
+def _passes(groups: Tensor, config: Config) -> tuple[Tensor, ...]:
     """The places of the groups that the objective sees at once."""
-    return torch.arange(count, device=device).split(config.groups_per_pass or count)
+    return torch.arange(len(groups), device=groups.device).split(config.groups_per_pass or len(groups))
 
 
 def _move(f, x: Tensor, z: Tensor, lam: Tensor, rho: Tensor, config: Config) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -272,7 +272,7 @@ def _norm(value: Tensor) -> Tensor:
 def _advance(objective: Objective, project: Project, result: Result, config: Config) -> Result:
     """One outer step and its row of history; the best projected iterate of each group is kept."""
     begun = time.perf_counter()
-    groups = result.state.active.nonzero().squeeze(-1)
+    groups = result.state.active.nonzero().squeeze(1)
     state, measures = step(objective, project, result.state, config)
     seconds = (time.perf_counter() - begun) / len(groups)
     best = keep_better(result, groups, state.ids[groups], measures["match_z"])
@@ -320,12 +320,12 @@ def _close(objective: Objective, project: Project, result: Result, config: Confi
     """Project the last x of each group too: without it the work of the last inner steps would be lost."""
     state = result.state
     sound = torch.isfinite(state.x).flatten(1).all(1) & torch.isfinite(state.lam).flatten(1).all(1)
-    groups = sound.nonzero().squeeze(-1)
+    groups = sound.nonzero().squeeze(1)
     if not len(groups):
         return result
     with torch.no_grad():
         z, ids = project(state.x[groups] + state.lam[groups] / state.rho[groups].view(-1, 1, 1, 1), groups)
-        values = [objective(z[some], ids[some], groups[some]) for some in _passes(len(groups), config, groups.device)]
+        values = [objective(z[some], ids[some], groups[some]) for some in _passes(groups, config)]
         return keep_better(result, groups, ids, torch.cat(values))
 
 

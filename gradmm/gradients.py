@@ -252,7 +252,7 @@ def match_groups(factors: Factors, which: Tensor, targets: Sequence[Target], dis
     inners = [torch.zeros_like(norm) for norm in norms]
     target_norms = [torch.zeros_like(norm) for norm in norms]
     for number in which.unique().tolist():
-        chosen = (which == number).nonzero().squeeze(-1)
+        chosen = (which == number).nonzero().squeeze(1)
         target = targets[number]
         for place, (inner, norm) in enumerate(zip(target.inner(factors[chosen]), target.norms(), strict=True)):
             inners[place] = inners[place].index_copy(0, chosen, inner.mean(-1))
@@ -301,7 +301,7 @@ def joint_order(
         Row numbers, the first chosen first; among equals of a class the one that stands earlier.
     """
     labels = torch.tensor(list(classes), device=factors.delta.device)
-    pools = [(labels == number).nonzero().squeeze(-1) for number in range(len(targets))]
+    pools = [(labels == number).nonzero().squeeze(1) for number in range(len(targets))]
     wanted = [min(count, len(pool)) for count, pool in zip(counts, pools, strict=True)]
     several, whole = len(targets) > 1, sum_of(targets)  # the sum of one class is that class
     norms, whole_norms = [target.norms() for target in targets], whole.norms()
@@ -344,7 +344,7 @@ class _Chosen:
     @staticmethod
     def none(factors: Factors, classes: int) -> "_Chosen":
         """Nothing chosen."""
-        delta, hidden = (torch.linalg.vector_norm(value, dim=-1, dtype=torch.float64).square() for value in (factors.delta, factors.hidden))
+        delta, hidden = (torch.linalg.vector_norm(value, dim=1, dtype=torch.float64).square() for value in (factors.delta, factors.hidden))
         squares = torch.stack([delta * hidden, delta][: 1 + factors.bias])
         return _Chosen(factors, squares, delta.new_zeros(classes, len(delta)), squares.new_zeros(classes, *squares.shape))
 

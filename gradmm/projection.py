@@ -65,7 +65,7 @@ def lm_then_nearest(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
     scores, candidates = logits.topk(k)
     near = inner_products(tables.embedding, candidates, target)
     far = tables.squares[candidates] - 2 * near
-    return _pick(candidates, far.masked_fill(scores == -torch.inf, torch.inf).argmin(-1))
+    return _pick(candidates, far.masked_fill(scores == -torch.inf, torch.inf).argmin(1))
 
 
 def nearest_then_lm(tables: Tables, state: Tensor, target: Tensor, allowed: Tensor, k: int) -> Tensor:
@@ -75,7 +75,7 @@ def nearest_then_lm(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
     logits = inner_products(tables.head, candidates, state)
     if tables.bias is not None:
         logits = logits + tables.bias[candidates]
-    return _pick(candidates, logits.masked_fill(distances == torch.inf, -torch.inf).argmax(-1))
+    return _pick(candidates, logits.masked_fill(distances == torch.inf, -torch.inf).argmax(1))
 
 
 PROJECTIONS: dict[str, Choose] = {"lm_then_nearest": lm_then_nearest, "nearest_then_lm": nearest_then_lm}  # towards a point
@@ -84,7 +84,7 @@ PROJECTIONS: dict[str, Choose] = {"lm_then_nearest": lm_then_nearest, "nearest_t
 def guided(tables: Tables, state: Tensor, target: Tensor, allowed: Tensor, k: int, noise: Tensor | None = None) -> Tensor:
     """Among the k most likely next tokens, the one with the highest `guided_scores`; the target is a direction."""
     candidates, scores = guided_scores(tables, state, target, allowed, k, noise)
-    return _pick(candidates, scores.argmax(-1))
+    return _pick(candidates, scores.argmax(1))
 
 
 ORDERS: dict[str, Choose] = {**PROJECTIONS, "guided": guided}
@@ -113,7 +113,7 @@ def guided_scores(
     logits = linear(state, tables.head, tables.bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     likely, candidates = logits.masked_fill(~allowed, -torch.inf).topk(k)
-    scores = likely - logits.logsumexp(-1, keepdim=True) + inner_products(tables.embedding, candidates, target)
+    scores = likely - logits.logsumexp(1, keepdim=True) + inner_products(tables.embedding, candidates, target)
     return candidates, scores if noise is None else scores + noise
 
 
@@ -138,7 +138,7 @@ def inner_products(table: Tensor, candidates: Tensor, vectors: Tensor) -> Tensor
 
 
 def _pick(candidates: Tensor, best: Tensor) -> Tensor:
-    return candidates.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+    return candidates.gather(1, best.unsqueeze(1)).squeeze(1)
 
 
 # ---------------------------------------------------------------- the walk from left to right
@@ -235,10 +235,10 @@ def _walk_by_beams(tables: Tables, v: Tensor, reader: "_Reader", reading: Readin
     Hypotheses are ranked by the mean of their tokens' `guided_scores`, the end token included (Wu et al. 2016 with alpha = 1):
     by the sum, which orders texts of one length alike, the text that ends first would win, since log-probabilities only add up.
     """
-    count, length, wide = v.shape[0], v.shape[1], tables.squares.dtype
+    count, length = v.shape[:2]
     first = torch.arange(count, device=v.device).unsqueeze(1) * reading.beams  # (N, 1) each sequence's first hypothesis
     reader.select(torch.arange(count, device=v.device).repeat_interleave(reading.beams))
-    totals = torch.full((count, reading.beams), -torch.inf, dtype=wide, device=v.device)
+    totals = torch.full((count, reading.beams), -torch.inf, device=v.device)
     totals[:, 0] = 0  # all begin alike: one of them grows first
     lengths, ended = torch.zeros_like(totals), torch.zeros_like(totals, dtype=torch.bool)
     ids = torch.empty(count * reading.beams, 0, dtype=torch.long, device=v.device)

@@ -340,6 +340,15 @@ def test_two_classes_are_chosen_for_their_sum_too_and_a_class_of_one_example_cou
     found = joint_order(factors, classes, targets, counts)
     assert found == [first, *second]
     assert found[1:] != [4 + row for row in greedy_order(factors[4:], targets[1], 3)]
+    swapped = [4 + row if row < 4 else row - 4 for row in range(8)]  # the class of one example comes last: it has none at first
+    turned = joint_order(factors[swapped], [0] * 4 + [1] * 4, targets[::-1], counts[::-1])
+    assert turned[0] == greedy_order(factors[4:], targets[1], 1)[0]
+
+
+def test_a_class_without_a_count_is_an_error():
+    factors = Factors(torch.eye(3), torch.eye(3))
+    with pytest.raises(ValueError, match="zip"):
+        joint_order(factors, [0, 1, 1], [FactorTarget(factors[[row]]) for row in (0, 1)], [1])
 
 
 def test_a_targets_inner_products_have_the_shape_of_the_examples():

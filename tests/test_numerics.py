@@ -106,7 +106,7 @@ def test_bfloat16_moves_the_demo_s_loss_and_gradient_little(demo):
 def test_how_far_apart_runs_with_other_threads_or_types_are(demo):
     """Rounding moves a token now and then, and from there on two runs write different texts of the same quality."""
     task, real, models = demo
-    config = gradmm.SynthesisConfig(search="admm", ranking="text", n_synthetic=12, group_size=6, outer_steps=3, inner_steps=5)
+    config = replace(gradmm.PRESETS["admm"], oversample=5, n_synthetic=12, group_size=6, outer_steps=3, inner_steps=5)
     runs = {"one thread": ("float32", 1), "two threads": ("float32", 2), "bfloat16": ("bfloat16", 1)}
     found = {}
     for name, (dtype, threads) in runs.items():

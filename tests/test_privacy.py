@@ -314,6 +314,13 @@ def test_a_saved_release_comes_back_whole(model, tmp_path, options, space):
         assert getattr(found, field) == getattr(saved, field)
 
 
+def test_a_release_moves_with_all_its_tensors(model, monkeypatch):
+    found, asked = privacy.release(model, TASK, EXAMPLES), []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: asked.append(device) or self)
+    moved = found.to("elsewhere")
+    assert set(asked) == {"elsewhere"} and len(asked) == len(privacy._tensors(found)) and moved.fingerprint == found.fingerprint
+
+
 def test_the_fingerprint_follows_every_field(model):
     found = privacy.release(model, TASK, EXAMPLES, **PRIVATE)
     changes = {"private": False, "statement": "", "ledger": (), "model": "x", "length": 7, "targets": found.targets[::-1]}

@@ -43,6 +43,16 @@ def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
         assert torch.equal(ids, reference.project(model.lm, v, PROMPTS[0], order, k, allowed))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_more_candidates_than_allowed_tokens_let_no_other_token_in(tiny_model, order):
+    """At a place where the end may not stand yet, one of the k tokens that are counted is not allowed."""
+    model = tiny_model("phi")
+    allowed, tables, v = few(model, 40, 41, 42), Tables.of(model), vectors(model, 30, 1)[:, 0]
+    state, _ = model.read(torch.arange(30, 60)[:, None], None)
+    found = ORDERS[order](tables, state, v, allowed, 5)
+    assert set(found.tolist()) <= {40, 41, 42} and torch.equal(found, ORDERS[order](tables, state, v, allowed, 3))
+
+
 def test_limits_of_k_with_all_tokens_as_candidates_one_criterion_rules(tiny_model):
     """k = V: the paper's order is the nearest token whatever the model says, the code's order plain greedy decoding."""
     model = tiny_model("gpt2")
@@ -173,8 +183,13 @@ def test_half_precision_tables_take_single_precision_vectors_and_choose_as_their
     tables, v = Tables.of(model), vectors(tiny_model("phi"), 6, 4).float()
     ids = project(model, tables, v, PROMPTS, torch.zeros(6, dtype=torch.long), Reading(order, 5, every(model), beams=beams))
     assert ids.shape == (6, 4) and tables.squares.dtype == torch.float32
-    exact = Tables(*(part.double() for part in (tables.head, tables.bias, tables.embedding, tables.squares)))
-    assert projection.embedding_spread(tables, every(model)) == pytest.approx(projection.embedding_spread(exact, every(model)), rel=1e-5)
+
+
+def test_the_spread_of_half_precision_embeddings_is_summed_in_single_precision():
+    table = (torch.randn(97, 8, generator=torch.Generator().manual_seed(4)) + 3).bfloat16()
+    tables = Tables(table, None, table, table.float().square().sum(-1))
+    expected = table.double().var(0, correction=0).mean().sqrt().item()
+    assert projection.embedding_spread(tables, torch.ones(97, dtype=torch.bool)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_scores_of_half_precision_logits_are_summed_in_single_precision(tiny_model):
@@ -194,10 +209,12 @@ def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order, beams):
     model, end = tiny_model("llama"), 9
     tables, v, rows = Tables.of(model), vectors(model, 3, 4), torch.tensor([0, 1, 2])
     reader, reading = projection._Reader.of(model, PROMPTS, rows), Reading(order, 5, every(model), end=end, min_tokens=2, beams=beams)
+    asked, select = [], reader.select
     reader.read = lambda token: None  # the model's own code is not what is asked
+    reader.select = lambda rows: asked.append(rows.device) or select(rows)
     with torch.device("meta"):
         ids = (projection._walk if beams == 1 else projection._walk_by_beams)(tables, v, reader, reading)
-    assert ids.device == v.device and ids.shape == (3, 4)
+    assert {ids.device, *asked} == {v.device} and ids.shape == (3, 4)
 
 
 def test_text_mask():

@@ -255,7 +255,7 @@ def match_groups(factors: Factors, which: Tensor, targets: Sequence[Target], dis
         chosen = (which == number).nonzero().squeeze(1)
         target = targets[number]
         for place, (inner, norm) in enumerate(zip(target.inner(factors[chosen]), target.norms(), strict=True)):
-            inners[place] = inners[place].index_copy(0, chosen, inner.mean(-1))
+            inners[place] = inners[place].index_copy(0, chosen, inner.mean(1))
             target_norms[place] = target_norms[place].index_fill(0, chosen, norm.item())
     return combine(inners, norms, target_norms, distance)
 

@@ -240,11 +240,7 @@ def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:
 
 def _by_class(examples: Iterable, task: Task) -> list[list[Example]]:
     """The examples of each class; messages name rows and labels, never text."""
-    rows = list(examples)
-    for number, row in enumerate(rows, 1):
-        text = row.text if isinstance(row, Example) else row.get("text") if isinstance(row, dict) else ""
-        require(isinstance(text, str), f"example {number} has a text that is {type(text).__name__}: every example needs a string")
-    found = check_examples(rows, task, "example")
+    found = check_examples(examples, task, "example")
     classes = [[example for example in found if example.label == label] for label in range(len(task.labels))]
     empty = [name for name, members in zip(task.labels, classes, strict=True) if not members]
     require(not empty, f"there is no example of {', '.join(map(repr, empty))}, each of the {len(classes)} classes needs one: add some")

@@ -34,7 +34,7 @@ class Tables:
     def of(model: Model) -> "Tables":
         """The tables of a model."""
         wide, table = torch.promote_types(model.dtype, torch.float32), model.embedding
-        squares = [some.to(wide).square().sum(-1) for some in table.split(ROWS_PER_BLOCK)]  # in blocks: no second table
+        squares = [some.to(wide).square().sum(1) for some in table.split(ROWS_PER_BLOCK)]  # in blocks: no second table
         return Tables(model.head_weight, model.head_bias, table, torch.cat(squares))
 
 
@@ -333,4 +333,4 @@ def allowed_tokens(model: Model) -> Tensor:
 
 
 def _printable(text: str) -> bool:
-    return bool(text.strip()) and "\ufffd" not in text and all(c == " " or unicodedata.category(c)[0] != "C" for c in text)
+    return bool(text.strip()) and "\ufffd" not in text and all(unicodedata.category(c)[0] != "C" for c in text)

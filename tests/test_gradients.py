@@ -13,6 +13,7 @@ from gradmm.gradients import (
     Head,
     LabelSpace,
     Space,
+    combine,
     greedy_order,
     group_norms,
     head_factors,
@@ -101,6 +102,27 @@ def test_a_space_of_rows_and_directions_equals_the_explicit_projection(bias):
     pairs = [(small, target)] + ([(delta.mean(1)[:, rows], target_bias)] if bias else [])
     expected = sum(1 - torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten()[None]) for a, b in pairs) / len(pairs)
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_space_of_double_precision_takes_single_precision_pairs():
+    basis = torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64)).Q
+    factors = Factors(torch.randn(3, 11), torch.randn(3, 6))
+    found = Space(None, basis).restrict(factors)
+    assert found.hidden.dtype == torch.float32
+    torch.testing.assert_close(found.hidden, (factors.hidden.double() @ basis).float())
+
+
+def test_gradients_with_other_tensors_than_their_targets_are_an_error():
+    """A head with a bias against a target without one would else be matched by its weight alone, without a word."""
+    with_bias, without = Factors(torch.ones(1, 2, 5), torch.ones(1, 2, 3), True), FactorTarget(Factors(torch.ones(1, 5), torch.ones(1, 3)))
+    one = torch.ones(1)
+    for wrong in (
+        lambda: match_groups(with_bias, torch.tensor([0]), [without]),
+        lambda: combine([one], [one, one], [one, one], "cosine"),
+        lambda: combine([one], [one, one], [one, one], "l2"),
+    ):
+        with pytest.raises(ValueError, match="zip"):
+            wrong()
 
 
 def test_single_precision_is_close_to_double(tiny_model):

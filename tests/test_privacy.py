@@ -167,7 +167,9 @@ def test_releases_on_one_ledger_add_up_and_the_last_one_says_so(model):
     privacy.release(model, TASK, EXAMPLES, epsilon=0.5, **options)
     second = privacy.release(model, TASK, EXAMPLES, epsilon=0.5, space="label_rows", **options)
     assert second.ledger == ledger.entries and len(second.ledger) == 2
-    assert f"({ledger.spent:.6g}, 1e-05) in all" in second.statement
+    assert second.statement.endswith(f" in the space label_rows; with the 1 earlier release(s) of its ledger ({ledger.spent:.6g}, 1e-05) in all")
+    alone = privacy.release(model, TASK, EXAMPLES, **PRIVATE)
+    assert alone.statement.startswith("(1, 1e-05)-differential privacy for") and alone.statement.endswith(" in the space label_rows")
     with pytest.raises(UserError, match="budget"):
         privacy.release(model, TASK, EXAMPLES, epsilon=0.9, **options)
     assert ledger.entries == second.ledger
@@ -258,7 +260,7 @@ WRONG = {
     "no examples": ({"examples": []}, "no example"),
     "an unknown label": ({"examples": [*EXAMPLES, {"text": SECRET, "label": 5}]}, "label 5"),
     "no label": ({"examples": [*EXAMPLES, {"text": SECRET}]}, "no label"),
-    "no string": ({"examples": [*EXAMPLES, {"text": [SECRET], "label": 0}]}, "example 6"),
+    "no string": ({"examples": [*EXAMPLES, {"text": [SECRET], "label": 0}]}, "example 6 has a text of type list: give a string"),
     "no mapping": ({"examples": [*EXAMPLES, SECRET]}, "example 6"),
     "an empty text": ({"examples": [*EXAMPLES, {"text": " ", "label": 0}]}, "example 6"),
     "a text too long": ({"examples": [*EXAMPLES, {"text": f"{SECRET} " * 99, "label": 0}]}, "tokens"),

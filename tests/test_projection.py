@@ -217,6 +217,17 @@ def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order, beams):
     assert {ids.device, *asked} == {v.device} and ids.shape == (3, 4)
 
 
+def test_prompts_are_read_where_the_model_is_and_with_a_mask_only_if_they_differ_in_length(tiny_model, monkeypatch):
+    model, asked = tiny_model("llama"), []
+    monkeypatch.setattr(projection, "pad_left", lambda prompts, device, own=projection.pad_left: asked.append(device) or own(prompts, device))
+    for lengths in ([2, 2], [2, 3], [1, 2, 3]):
+        reader = projection._Reader.of(model, [(1,) * length for length in lengths], torch.arange(len(lengths)))
+        assert (reader.mask is None) == (len(set(lengths)) == 1)
+    assert asked == [model.device] * 3
+    with torch.device("meta"):
+        assert allowed_tokens(model).device == model.device
+
+
 def test_text_mask():
     ids = torch.tensor([[5, 0, 7], [0, 0, 0], [1, 2, 3]])
     assert text_mask(ids, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]] and text_mask(ids, None).tolist() == [[1] * 3] * 3
@@ -235,6 +246,8 @@ def test_bad_settings_are_one_sentence(tiny_model):
     allowed = every(model)
     with pytest.raises(UserError, match=r"top_k = 98, it must be from 1 to the 97 allowed tokens"):
         Reading("lm_then_nearest", 98, allowed)
+    with pytest.raises(UserError, match="top_k = 0, it must be from 1 to the 300 allowed tokens of the 300 in the vocabulary: try 200"):
+        Reading("lm_then_nearest", 0, torch.ones(300, dtype=torch.bool))
     with pytest.raises(UserError, match="top_k = 0"):
         Reading("lm_then_nearest", 0, allowed)
     with pytest.raises(UserError, match="projection 'beam' is not known: use one of lm_then_nearest, nearest_then_lm, guided"):
@@ -243,7 +256,7 @@ def test_bad_settings_are_one_sentence(tiny_model):
         Reading("guided", 5, allowed, beams=0)
     with pytest.raises(UserError, match="beams = 2 with the projection 'nearest_then_lm': only scores of 'guided' can be compared"):
         Reading("nearest_then_lm", 5, allowed, beams=2)
-    with pytest.raises(UserError, match="closes without an end token to fill the rest: give end"):
+    with pytest.raises(UserError, match="^closes without an end token to fill the rest: give end, or leave closes out$"):
         Reading("lm_then_nearest", 5, allowed, closes=allowed)
     reading, rows = Reading("lm_then_nearest", 5, allowed), torch.tensor([0])
     with pytest.raises(UserError, match="noise for the projection 'lm_then_nearest': it belongs to 'guided' alone"):

@@ -158,6 +158,7 @@ def test_the_ledger_says_how_the_noise_was_found(model, calibration):
     found = privacy.release(model, TASK, EXAMPLES, **PRIVATE, calibration=calibration)
     (entry,) = found.ledger
     assert entry.calibration == calibration and calibration in found.statement
+    assert (entry.what, entry.space) == ("sums of clipped gradients per class", "label_rows")
     assert entry.sigma == pytest.approx(2 * mechanism.CALIBRATIONS[calibration](1.0, 1e-5))
 
 
@@ -223,6 +224,9 @@ def test_a_private_release_runs_every_text_alone(model, monkeypatch):
     monkeypatch.setattr(type(model), "hidden_of", lambda self, part: sizes.append(len(part)) or run(self, part))
     privacy.release(model, TASK, EXAMPLES, **PRIVATE)
     assert sizes == [1] * len(EXAMPLES)
+    sizes.clear()
+    privacy.release(model, TASK, EXAMPLES, space="head")
+    assert sizes == [sum(example.label == label for example in EXAMPLES) for label in (0, 1)]
 
 
 def test_the_subspace_is_public_orthonormal_and_holds_the_public_states(model):
@@ -257,7 +261,7 @@ WRONG = {
     "too many directions": ({"space": "label_rows_subspace", "public_texts": PUBLIC, "directions": 6}, "span 5"),
     "no directions": ({"space": "label_rows_subspace", "public_texts": PUBLIC, "directions": 0}, "directions = 0"),
     "an empty class": ({"examples": [e for e in EXAMPLES if e.label == 0]}, "'positive'"),
-    "no examples": ({"examples": []}, "no example"),
+    "no examples": ({"examples": []}, "there is no example of 'negative', 'positive', each of the 2 classes needs one"),
     "an unknown label": ({"examples": [*EXAMPLES, {"text": SECRET, "label": 5}]}, "label 5"),
     "no label": ({"examples": [*EXAMPLES, {"text": SECRET}]}, "no label"),
     "no string": ({"examples": [*EXAMPLES, {"text": [SECRET], "label": 0}]}, "example 6 has a text of type list: give a string"),
@@ -287,10 +291,14 @@ def test_a_wrong_request_is_one_sentence_and_spends_nothing(model, case):
     assert options["ledger"].entries == ()
 
 
-@pytest.mark.parametrize("options", [{"delta": 1e-5}, {"noise_seed": 1}, {"ledger": mechanism.Ledger(1.0, 1e-5)}])
+@pytest.mark.parametrize("options", [{"delta": 1e-5}, {"noise_seed": 1}, {"ledger": mechanism.Ledger(1.0, 1e-5)}, {"delta": 1e-5, "noise_seed": 1}])
 def test_privacy_options_without_epsilon_are_refused(model, options):
-    with pytest.raises(UserError, match="without epsilon"):
+    with pytest.raises(UserError, match=f"^{', '.join(options)} without epsilon"):
         privacy.release(model, TASK, EXAMPLES, **options)
+
+
+def test_a_text_may_be_of_one_token(model):
+    assert privacy.release(model, TASK, EXAMPLES, length=1).length == 1
 
 
 @pytest.mark.parametrize("options", [{}, PRIVATE])

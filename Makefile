@@ -8,16 +8,16 @@ FAST := $(wildcard notebooks/00-quickstart.ipynb)
 # Begun first where no earlier run says how long each takes, so that no core waits for the last one.
 LONGEST := $(addprefix notebooks/,05-ablations.ipynb 03-finetuning.ipynb 08-paper.ipynb)
 
-.PHONY: quickstart test test-oldest mutants lint lab book clean
+.PHONY: quickstart test test-oldest coverage mutants lint lab book clean
 .DELETE_ON_ERROR:
 
 # Nothing here needs the hub: the embedded default model and data are enough.
-quickstart test book: export HF_HUB_OFFLINE = 1
+quickstart test coverage mutants book: export HF_HUB_OFFLINE = 1
 # Waiting threads spin for a moment, then sleep: sleeping at once costs a quiet machine half its speed, spinning on costs a
 # shared one more. The book's notebooks run side by side and share the cores, and so do the tests, few of which take two threads.
 quickstart: export GOMP_SPINCOUNT = 10000
-book test: export OMP_WAIT_POLICY = PASSIVE
-test: export OMP_NUM_THREADS = 1
+book test coverage: export OMP_WAIT_POLICY = PASSIVE
+test coverage mutants: export OMP_NUM_THREADS = 1
 
 quickstart: $(VENV)/.installed-notebooks
 	@mkdir -p results && touch results/.started
@@ -34,9 +34,15 @@ test-oldest:
 	sed -nE 's/^    "([A-Za-z-]+)>=([0-9.]+[0-9]).*/\1==\2.*/p' pyproject.toml > $(VENV)-oldest/constraints.txt
 	PIP_CONSTRAINT=$(VENV)-oldest/constraints.txt $(MAKE) test VENV=$(VENV)-oldest
 
+# The suite with the lines of the package that it reaches counted.
+coverage: $(VENV)/.installed-checks
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
 # Which changes of the solver, the gradients, the privacy and the projection no test would notice; about half an hour.
-mutants: export OMP_NUM_THREADS = 1
-mutants: $(VENV)/.installed-mutation
+mutants: $(VENV)/.installed-checks
 	$(BIN)/python -P -m mutmut run
 	$(BIN)/python tests/mutants.py
 
@@ -63,5 +69,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest mutants results runs build dist book/_build book/executed *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest mutants .coverage .coverage.* results runs build dist book/_build book/executed *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find gradmm tests notebooks -name __pycache__ -prune -exec rm -rf {} +

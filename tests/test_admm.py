@@ -405,3 +405,5 @@ def test_the_last_projection_is_of_the_groups_that_are_finite(name):
     ended = replace(begin, state=replace(begin.state, **{name: part}, active=torch.zeros(2, dtype=torch.bool)))
     result = admm.solve(flat, scripted([1, 2]), ended, config)
     assert result.value.tolist() == [[[-1, -1]], [[1, 2]]] and result.match.tolist() == [math.inf, 0.5]
+    nothing = replace(ended, state=replace(ended.state, **{name: torch.full_like(part, math.nan)}))
+    assert admm.solve(flat, scripted(), nothing, config) is nothing

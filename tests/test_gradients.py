@@ -343,7 +343,7 @@ def test_a_class_without_examples_does_not_keep_the_others_from_being_chosen():
 
 def test_two_classes_are_chosen_for_their_sum_too_and_a_class_of_one_example_counts():
     """Brute force over the first two choices, where each class's own distance alone would choose otherwise."""
-    source = torch.Generator().manual_seed(7)
+    source = torch.Generator().manual_seed(15)
     factors = Factors(*(torch.randn(8, size, generator=source, dtype=torch.float64) for size in (5, 3)))
     targets = [FactorTarget(Factors(*(torch.randn(2, size, generator=source, dtype=torch.float64) for size in (5, 3)))) for _ in range(2)]
     goals = [gradient_of(target.factors, [0, 1]) for target in targets]

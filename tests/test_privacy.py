@@ -297,6 +297,20 @@ def test_privacy_options_without_epsilon_are_refused(model, options):
         privacy.release(model, TASK, EXAMPLES, **options)
 
 
+def test_private_noise_is_drawn_by_one_process_alone(model, monkeypatch):
+    """Each process would draw its own; exact gradients and seeded noise come out the same in all."""
+    monkeypatch.setattr(privacy, "launched", lambda: (0, 2))
+    words = (
+        r"^epsilon = 1.0 in 2 processes would draw and spend the noise 2 times: release in one process, save the Release, and load "
+        r"it in the others with load_release$"
+    )
+    with pytest.raises(UserError, match=words):
+        privacy.release(model, TASK, EXAMPLES, **PRIVATE)
+    assert not privacy.release(model, TASK, EXAMPLES).private and not privacy.release(model, TASK, EXAMPLES, **PRIVATE, noise_seed=1).private
+    monkeypatch.setattr(privacy, "launched", lambda: (0, 1))
+    assert privacy.release(model, TASK, EXAMPLES, **PRIVATE).private
+
+
 def test_a_text_may_be_of_one_token(model):
     assert privacy.release(model, TASK, EXAMPLES, length=1).length == 1
 

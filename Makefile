@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PAPERMILL = $(BIN)/papermill --kernel python3
+# Processes that share the suite: one more than the two cores it is made for, since tests wait for kernels and for one another.
+WORKERS := 3
 # Notebooks that `make test` runs as they are stored; the suite runs the others with their smoke presets.
 FAST := $(wildcard notebooks/00-quickstart.ipynb)
 # Begun first where no earlier run says how long each takes, so that no core waits for the last one.
@@ -25,7 +27,7 @@ quickstart: $(VENV)/.installed-notebooks
 	@echo "Written:" && find results -type f -newer results/.started | sort && rm results/.started
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 	$(if $(FAST),$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 600 $(FAST))
 
 # The suite in an environment of its own with the lowest minor versions that pyproject.toml admits.
@@ -37,7 +39,7 @@ test-oldest:
 # The suite with the lines of the package that it reaches counted.
 coverage: $(VENV)/.installed-checks
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m coverage run -m pytest -n $(WORKERS) --dist worksteal
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 

@@ -43,7 +43,7 @@ coverage: $(VENV)/.installed-checks
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
-# Which changes of the solver, the gradients, the privacy and the projection no test would notice; about half an hour.
+# Which changes of the solver, the gradients, the privacy and the projection no test would notice; a quarter of an hour.
 mutants: $(VENV)/.installed-checks
 	$(BIN)/python -P -m mutmut run
 	$(BIN)/python tests/mutants.py

@@ -11,6 +11,7 @@ import papermill
 import pytest
 import torch
 import yaml
+from executing import ROOT, execute, quiet
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_batch import PARAMETERS, store
@@ -26,7 +27,6 @@ from gradmm.generation import Sampling
 from gradmm.tasks import tokenize_task
 from gradmm.training import FinetuneConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 LONG, NULL, NAN, INF = "x" * 5000, "a\0b", math.nan, math.inf
 FIELDS = {"labels": ["bad", "good"], "verbalizers": [" bad", " great"]}
 
@@ -225,20 +225,15 @@ def test_the_command_line_as_a_process(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("parameters", "words"), [({"n_real": 1}, "n_real = 1, but 2 classes need at least 2"), ({"model": "no/such/model"}, "there is no model folder no/such/model")])
-def test_a_notebook_s_last_cell_is_one_sentence(tmp_path, monkeypatch, parameters, words):
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / ".ipython"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    with pytest.raises(papermill.PapermillExecutionError) as caught:
-        papermill.execute_notebook(
-            str(ROOT / "notebooks" / "00-quickstart.ipynb"), str(tmp_path / "out.ipynb"), parameters, cwd=str(tmp_path),
-            kernel_name="python3", progress_bar=False, start_timeout=batch.KERNEL_SECONDS,
-        )  # fmt: skip
+def test_a_notebook_s_last_cell_is_one_sentence(tmp_path, parameters, words):
+    with quiet(tmp_path), pytest.raises(papermill.PapermillExecutionError) as caught:
+        execute(ROOT / "notebooks" / "00-quickstart.ipynb", parameters, tmp_path)
     assert caught.value.ename == "UserError" and caught.value.evalue.startswith(words)
     assert caught.value.traceback == [f"UserError: {caught.value.evalue}"]
-    cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
+    cells = json.loads((tmp_path / "00-quickstart.ipynb").read_text())["cells"]
     (error,) = (o for cell in cells for o in cell.get("outputs", []) if o["output_type"] == "error")
     assert error["traceback"] == caught.value.traceback
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".ipython") == ["out.ipynb"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".ipython") == ["00-quickstart.ipynb"]
 
 
 # ---------------------------------------------------------------- strategies

@@ -4,12 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import papermill
 import pytest
 import torch
+from executing import ROOT, execute, quiet
 
 import gradmm
-from gradmm import batch, files, methods
+from gradmm import files, methods
 from gradmm.comparison import compare
 from gradmm.examples import check_examples
 from gradmm.generation import Sampling, generate_texts
@@ -17,7 +17,6 @@ from gradmm.settings import SynthesisConfig
 from gradmm.training import FinetuneConfig
 from gradmm.trial import ComparisonConfig
 
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 LABELS = ("a", "b", "c", "d")
 CLUES = ("cat sat", "dog sat", "red movie", "blue film")
 FILLERS = ("the", "a", "i feel", "we saw the", "you like a", "they made the", "you like the", "i saw a")
@@ -105,15 +104,11 @@ def test_a_comparison_with_a_learner(model, tiny_model, folder):
     ],
     ids=["quickstart", "private quickstart", "finetuning"],
 )  # fmt: skip
-def test_a_notebook(name, few, model, folder, tmp_path, monkeypatch):
-    for variable, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path / ".ipython")}.items():
-        monkeypatch.setenv(variable, value)
+def test_a_notebook(name, few, model, folder, tmp_path):
     model.lm.save_pretrained(tmp_path / "tiny")
     model.tokenizer.save_pretrained(tmp_path / "tiny")
     preset = {"model": str(tmp_path / "tiny"), "data": str(folder), "top_k": 5, "output": str(tmp_path / "out"), **few}
-    papermill.execute_notebook(
-        str(NOTEBOOKS / f"{name}.ipynb"), str(tmp_path / "out.ipynb"), preset, cwd=str(tmp_path),
-        kernel_name="python3", progress_bar=False, start_timeout=batch.KERNEL_SECONDS,
-    )  # fmt: skip
+    with quiet(tmp_path):
+        execute(ROOT / "notebooks" / f"{name}.ipynb", preset, tmp_path)
     results = json.loads((tmp_path / "out" / f"{name}.json").read_text(encoding="utf-8"))
     assert 0 <= results["methods"]["gradmm"]["accuracy"]["mean"] <= 1 and results["methods"]["gradmm"]["n"] == 8

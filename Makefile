@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PAPERMILL = $(BIN)/papermill --kernel python3
+# A busy machine takes more than the usual minute to start a kernel.
+KERNEL_SECONDS := 600
+PAPERMILL = $(BIN)/papermill --kernel python3 --start-timeout $(KERNEL_SECONDS)
 # Processes that share the suite: one more than the two cores it is made for, since tests wait for kernels and for one another.
 WORKERS := 3
 # Notebooks that `make test` runs as they are stored; the suite runs the others with their smoke presets.
@@ -28,7 +30,7 @@ quickstart: $(VENV)/.installed-notebooks
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-	$(if $(FAST),$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 600 $(FAST))
+	$(if $(FAST),$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 600 --nbval-kernel-startup-timeout $(KERNEL_SECONDS) $(FAST))
 
 # The suite in an environment of its own with the lowest minor versions that pyproject.toml admits.
 test-oldest:

@@ -31,6 +31,7 @@ from gradmm.models import Model
 from gradmm.records import memory_bytes
 from gradmm.results import Comparison
 from gradmm.runs import RunFolder, finite_or_none
+from gradmm.sizing import ModelShape
 from gradmm.tasks import Task, tokenize_task
 from gradmm.trial import Bench, ComparisonConfig, Trial
 
@@ -103,8 +104,8 @@ def usual_workers(model: Model) -> int:
     """
     if model.device.type != "cpu" or torch.get_num_threads() == 1:
         return 1
-    each = TUNING_COPIES * sum(weight.numel() * max(4, weight.itemsize) for weight in model.lm.parameters())
-    return 2 if 2 * each <= (memory_bytes() or math.inf) else 1
+    shape = ModelShape.of(model)
+    return 2 if 2 * TUNING_COPIES * shape.weights * shape.wide <= (memory_bytes() or math.inf) else 1
 
 
 def _with_coresets(bench: Bench, missing: dict[int, list[str]]) -> Bench:

@@ -63,6 +63,11 @@ def draw_x(model, groups, count, length=4):
     return torch.randn(groups, count, length, model.embedding.shape[1], generator=source, dtype=torch.float64)
 
 
+def draw_factors(source, *shape, sizes=(7, 4), bias=False):
+    """Random pairs: delta (*shape, V) and hidden (*shape, D) of these sizes."""
+    return Factors(*(torch.randn(*shape, size, generator=source, dtype=torch.float64) for size in sizes), bias)
+
+
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
 @pytest.mark.parametrize("count", [1, 2, 10])
 def test_value_and_input_gradient_equal_the_reference(tiny_model, kind, count, distance):
@@ -242,7 +247,7 @@ def test_an_unknown_distance_is_refused():
 def test_greedy_order_equals_a_search_with_explicit_gradients(distance, bias):
     source = torch.Generator().manual_seed(3)
     delta, hidden = (torch.randn(9, size, generator=source, dtype=torch.float64) for size in (7, 4))
-    target = FactorTarget(Factors(*(torch.randn(3, size, generator=source, dtype=torch.float64) for size in (7, 4)), bias))
+    target = FactorTarget(draw_factors(source, 3, bias=bias))
     goal = [(target.factors.delta.mT @ target.factors.hidden) / 3, target.factors.delta.mean(0)][: 1 + bias]
 
     def loss(rows):
@@ -260,8 +265,8 @@ def test_greedy_order_equals_a_search_with_explicit_gradients(distance, bias):
 @pytest.mark.parametrize("bias", [False, True])
 def test_an_exchange_gives_the_loss_of_the_group_that_it_makes(distance, bias):
     source = torch.Generator().manual_seed(4)
-    factors = Factors(*(torch.randn(9, size, generator=source, dtype=torch.float64) for size in (7, 4)), bias)
-    target = FactorTarget(Factors(*(torch.randn(3, size, generator=source, dtype=torch.float64) for size in (7, 4)), bias))
+    factors = draw_factors(source, 9, bias=bias)
+    target = FactorTarget(draw_factors(source, 3, bias=bias))
 
     def loss(members):
         return match_groups(factors[members].unsqueeze(0), torch.tensor([0]), [target], distance).item()
@@ -276,8 +281,8 @@ def test_an_exchange_gives_the_loss_of_the_group_that_it_makes(distance, bias):
 @pytest.mark.parametrize("bias", [False, True])
 def test_losses_as_added_are_those_of_the_groups_that_begin_the_order(distance, bias):
     source = torch.Generator().manual_seed(6)
-    factors = Factors(*(torch.randn(5, size, generator=source, dtype=torch.float64) for size in (7, 4)), bias)
-    target = FactorTarget(Factors(*(torch.randn(3, size, generator=source, dtype=torch.float64) for size in (7, 4)), bias))
+    factors = draw_factors(source, 5, bias=bias)
+    target = FactorTarget(draw_factors(source, 3, bias=bias))
     groups = [match_groups(factors[list(range(n))].unsqueeze(0), torch.tensor([0]), [target], distance).item() for n in range(1, 6)]
     assert losses_as_added(factors, target, distance).tolist() == pytest.approx(groups, abs=1e-12)
     if distance == "cosine":
@@ -344,8 +349,8 @@ def test_a_class_without_examples_does_not_keep_the_others_from_being_chosen():
 def test_two_classes_are_chosen_for_their_sum_too_and_a_class_of_one_example_counts():
     """Brute force over the first two choices, where each class's own distance alone would choose otherwise."""
     source = torch.Generator().manual_seed(15)
-    factors = Factors(*(torch.randn(8, size, generator=source, dtype=torch.float64) for size in (5, 3)))
-    targets = [FactorTarget(Factors(*(torch.randn(2, size, generator=source, dtype=torch.float64) for size in (5, 3)))) for _ in range(2)]
+    factors = draw_factors(source, 8, sizes=(5, 3))
+    targets = [FactorTarget(draw_factors(source, 2, sizes=(5, 3))) for _ in range(2)]
     goals = [gradient_of(target.factors, [0, 1]) for target in targets]
     classes, counts = [0] * 4 + [1] * 4, [1, 3]
     first = greedy_order(factors[:4], targets[0], 1)[0]
@@ -375,8 +380,8 @@ def test_a_class_without_a_count_is_an_error():
 
 def test_a_targets_inner_products_have_the_shape_of_the_examples():
     source = torch.Generator().manual_seed(8)
-    target = FactorTarget(Factors(*(torch.randn(4, size, generator=source, dtype=torch.float64) for size in (5, 3)), True))
-    factors = Factors(*(torch.randn(2, 6, size, generator=source, dtype=torch.float64) for size in (5, 3)), True)
+    target = FactorTarget(draw_factors(source, 4, sizes=(5, 3), bias=True))
+    factors = draw_factors(source, 2, 6, sizes=(5, 3), bias=True)
     weight, bias = gradient_of(target.factors, [0, 1, 2, 3])
     expected = [torch.einsum("kbv,vd,kbd->kb", factors.delta, weight, factors.hidden), factors.delta @ bias]
     for found, wanted in zip(target.inner(factors), expected, strict=True):

@@ -178,7 +178,7 @@ def test_the_spread_of_embeddings_is_their_standard_deviation(tiny_model, monkey
 
 
 @pytest.mark.parametrize(("order", "beams"), [*((order, 1) for order in ORDERS), ("guided", 3)])
-def test_half_precision_tables_take_single_precision_vectors_and_choose_as_their_numbers_say(tiny_model, order, beams):
+def test_half_precision_tables_take_single_precision_vectors(tiny_model, order, beams):
     model = tiny_model("phi", dtype=torch.bfloat16)
     tables, v = Tables.of(model), vectors(tiny_model("phi"), 6, 4).float()
     ids = project(model, tables, v, PROMPTS, torch.zeros(6, dtype=torch.long), Reading(order, 5, every(model), beams=beams))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from executing import SMOKE, execute
+from executing import ROOT, SMOKE, execute, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -23,7 +23,6 @@ from gradmm.comparison import compare
 from gradmm.errors import UserError
 from gradmm.tasks import Task
 
-ROOT = Path(__file__).resolve().parents[1]
 EVIL = [
     "<script>alert(1)</script>",
     "`<script>alert(1)</script>`",
@@ -116,11 +115,10 @@ def evil_data(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["00-quickstart", "02-synthesis"])
-def test_an_executed_notebook_shows_tags_of_the_data(name, tmp_path, monkeypatch):
-    for variable, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path / ".ipython"), "PYTHONPATH": str(ROOT)}.items():
-        monkeypatch.setenv(variable, value)
+def test_an_executed_notebook_shows_tags_of_the_data(name, tmp_path):
     preset = files.read_yaml(SMOKE / f"{name}.yaml") | {"data": str(evil_data(tmp_path / "data"))}
-    executed = execute(ROOT / "notebooks" / f"{name}.ipynb", preset, tmp_path)
+    with quiet(tmp_path):
+        executed = execute(ROOT / "notebooks" / f"{name}.ipynb", preset, tmp_path)
     shown = [output["data"] for cell in executed.cells for output in cell.get("outputs", []) if "data" in output]
     pages = [data["text/html"] for data in shown if "text/html" in data] + [rendered(data["text/markdown"]) for data in shown if "text/markdown" in data]
     assert len(pages) >= 3 and not [found for page in pages if (found := obeyed(page))]

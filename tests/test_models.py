@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import warnings
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -12,6 +13,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
@@ -165,6 +167,19 @@ def test_auto_is_bfloat16_where_the_processor_is_made_for_it(saved, monkeypatch,
     assert model.lm.config._attn_implementation == ("eager" if expected == torch.bfloat16 else "sdpa")
 
 
+def test_bfloat16_warns_where_the_processor_is_not_made_for_it(saved, monkeypatch):
+    folder, capable = saved("llama"), {"amx_bf16": False, "avx512_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable)
+    with pytest.warns(UserWarning, match="this cpu has no instructions for bfloat16, .*: dtype='auto' takes float32 here") as told:
+        assert load_model(folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+    assert told[0].filename == __file__
+    capable["avx512_bf16"] = True
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load_model(folder, device="cpu", dtype="bfloat16")
+    assert not told
+
+
 @pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_on_a_gpu_asks_for_bfloat16_without_emulation(monkeypatch, native, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
@@ -244,16 +259,32 @@ FAMILIES = {
 }
 
 
+class Widened(TorchFunctionMode):
+    """Within this, what a family computes in float32 whatever the weights are is computed in float64."""
+
+    def __torch_function__(self, function, types, given=(), named=None):
+        if function is torch.Tensor.float:
+            return given[0].double()
+        named = {key: widened(value) for key, value in (named or {}).items()}
+        return function(*map(widened, given), **named)
+
+
+def widened(value):
+    return torch.float64 if value is torch.float32 else value
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_have_no_traps(toy_tokenizer, family):
-    lm = random_lm(family, torch.float32, **FAMILIES[family])  # several of them compute in float32 whatever the weights are
-    model = wrap_model(lm, toy_tokenizer, family)
-    assert_padding_changes_nothing(model, 1e-5)
-    ids = torch.tensor(SEQUENCES[:1])
-    logits = torch.nn.functional.linear(model.last_hidden(model.embed(ids)), model.head_weight, model.head_bias)
-    expected = lm(ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(model.embedding[ids], model.embed(ids))
+    lm = random_lm(family, torch.float64, **FAMILIES[family])
+    lm.set_experts_implementation("eager")  # the grouped product of mixtures of experts is for float32 alone
+    with Widened():
+        model = wrap_model(lm, toy_tokenizer, family)
+        assert_padding_changes_nothing(model, 1e-9)
+        ids = torch.tensor(SEQUENCES[:1])
+        logits = torch.nn.functional.linear(model.last_hidden(model.embed(ids)), model.head_weight, model.head_bias)
+        expected = lm(ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(model.embedding[ids], model.embed(ids))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "phi"])

@@ -12,7 +12,7 @@ from gradmm.generation import closing_tokens
 from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.privacy import Release
-from gradmm.projection import Reading, Tables, allowed_tokens
+from gradmm.projection import Reading, Tables, allowed_tokens, gathered_numbers
 from gradmm.settings import SynthesisConfig
 from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.sketch import BodySketch
@@ -112,6 +112,7 @@ class Plan:
             together=self.solver.groups_per_pass,
             top_k=self.config.top_k,
             targets=sum(target.numbers for target in self.release.targets),
+            gathered=gathered_numbers(self.model.device),
             beams=self.config.beams,
         )
         return expected_bytes(ModelShape.of(self.model), work)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 
 from gradmm.errors import is_whole, require, shown
 from gradmm.models import Model, pad_left
 
 ROWS_PER_BLOCK = 4096
-GATHERED_NUMBERS = 1 << 26  # candidates' rows held at once; bounds memory, not results
+GATHERED_NUMBERS = {"cpu": 1 << 20, "other": 1 << 26}  # candidates' rows held at once: what a cache holds, or few launches
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,17 @@ def embedding_spread(tables: Tables, allowed: Tensor) -> float:
 def inner_products(table: Tensor, candidates: Tensor, vectors: Tensor) -> Tensor:
     """table[candidates] . vectors: (V, D), (N, k), (N, D) -> (N, k), in blocks of rows."""
     wide = torch.promote_types(table.dtype, torch.float32)
-    rows = max(1, GATHERED_NUMBERS // (candidates.shape[1] * table.shape[1]))
+    rows = max(1, gathered_numbers(table.device) // (candidates.shape[1] * table.shape[1]))
     blocks = [
-        (table[some].to(wide) @ vector.to(wide).unsqueeze(-1)).squeeze(-1)
+        (vector.to(wide).unsqueeze(1) @ embedding(some, table).to(wide).mT).squeeze(1)
         for some, vector in zip(candidates.split(rows), vectors.split(rows), strict=True)
     ]
     return torch.cat(blocks)
+
+
+def gathered_numbers(device: torch.device) -> int:
+    """Numbers of candidates' rows that `inner_products` holds at once on a device; one candidate list at least."""
+    return GATHERED_NUMBERS["cpu" if device.type == "cpu" else "other"]
 
 
 def _pick(candidates: Tensor, best: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from gradmm.evaluation import LOGITS_AT_ONCE
 from gradmm.generation import Sampling
 from gradmm.matching import ROWS_PER_BLOCK
 from gradmm.models import TOKENS_PER_BATCH, Model
-from gradmm.projection import GATHERED_NUMBERS
 
 ACTIVATION_NUMBERS = 24  # numbers a layer, token and width unit held between forward and backward: 10 to 22 by family, measured
 
@@ -59,6 +58,7 @@ class Work:
         together: groups that an inner step sees at once.
         top_k: candidates of a projection.
         targets: numbers in the released targets.
+        gathered: numbers of candidates' rows that a projection holds at once, see `projection.gathered_numbers`.
         beams: hypotheses of each text that a projection holds.
     """
 
@@ -71,6 +71,7 @@ class Work:
     together: int
     top_k: int
     targets: int
+    gathered: int
     beams: int = 1
 
 
@@ -102,7 +103,7 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
         "start": _walk(shape, work, min(rows, Sampling.batch_size), 5) + 2 * work.batch * state,
         "inner_steps": _inner_steps(shape, work) + 4 * work.batch * state + 8 * work.together * state,
         "projection": _walk(shape, work, walked, 3)
-        + min(GATHERED_NUMBERS, walked * work.top_k * shape.width) * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
+        + min(work.gathered, walked * work.top_k * shape.width) * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
         + 4 * work.batch * state,
         "judging": _judging(shape, texts, work.positions),
     }

@@ -273,8 +273,12 @@ def test_blocks_of_candidates_change_no_token(tiny_model, order, monkeypatch):
     v, reading = vectors(model, 7, 3), Reading(order, 6, every(model))
     whole = project(model, Tables.of(model), v, PROMPTS, rows, reading)
     for numbers in (1, 6 * 32, 2 * 6 * 32, 3 * 6 * 32 + 5):
-        monkeypatch.setattr(projection, "GATHERED_NUMBERS", numbers)
+        monkeypatch.setitem(projection.GATHERED_NUMBERS, "cpu", numbers)
         assert torch.equal(project(model, Tables.of(model), v, PROMPTS, rows, reading), whole)
+
+
+def test_a_gpu_gathers_more_candidates_at_once():
+    assert projection.gathered_numbers(torch.device("cpu")) == 1 << 20 < projection.gathered_numbers(torch.device("cuda:1")) == 1 << 26
 
 
 def test_a_prompt_and_text_may_fill_the_context(tiny_model):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gradmm
+from gradmm.projection import gathered_numbers
 from gradmm.settings import SynthesisConfig
 from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.synthesis import synthesize
@@ -24,8 +25,10 @@ REAL = [{"text": text, "label": label} for label, text in enumerate(("a dull plo
 def paper_work(shape: ModelShape) -> Work:
     """20 groups of 10 on a GPU, 50 real examples with targets in the full head."""
     together = groups_at_once(shape, 36, 10, 20)
-    targets = 50 * (shape.vocabulary + shape.width)
-    return Work(groups=20, count=10, length=28, positions=36, prompt=8, batch=20, together=together, top_k=200, targets=targets)
+    targets, gathered = 50 * (shape.vocabulary + shape.width), gathered_numbers(torch.device("cuda"))
+    return Work(
+        groups=20, count=10, length=28, positions=36, prompt=8, batch=20, together=together, top_k=200, targets=targets, gathered=gathered
+    )
 
 
 def test_phi_in_bfloat16_fits_a_card_of_24_gigabytes():
@@ -45,7 +48,7 @@ def test_an_inner_step_stays_within_the_size_of_the_weights_and_sees_a_group_at_
 
 def test_more_of_anything_never_takes_less():
     work = paper_work(PHI)
-    for name in ("groups", "count", "length", "positions", "prompt", "batch", "together", "top_k", "targets", "beams"):
+    for name in ("groups", "count", "length", "positions", "prompt", "batch", "together", "top_k", "targets", "gathered", "beams"):
         assert expected_bytes(PHI, replace(work, **{name: 2 * getattr(work, name)}))["peak"] >= expected_bytes(PHI, work)["peak"]
 
 

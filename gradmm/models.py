@@ -30,7 +30,6 @@ BUILT_IN = {"demo": DATA / "model", "demo-b": DATA / "model-b"}
 SAFE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-SLOW = "this {device} has no instructions for bfloat16, so it saves memory and takes several times longer: dtype='auto' takes float32 here"
 TOKENS_PER_BATCH = 2048
 HEAD_SCALE = 1000.0
 
@@ -263,7 +262,8 @@ def load_model(
         device: default "cuda" if there is one, else "cpu"; "cuda" is the GPU of this process's number where a launcher started
             several on this machine, else the first.
         dtype: "float32" (default), "bfloat16", "float64", or "auto": bfloat16 where the device multiplies it fast (see
-            `fast_dtype`), else float32; "bfloat16" elsewhere warns, as it is slower there. Only float32 and float64 on a CPU give the same bytes on every run of a machine type.
+            `fast_dtype`), else float32; "bfloat16" elsewhere warns, as it is slower there. Only float32 and float64 on a CPU
+            give the same bytes on every run of a machine type.
 
     Raises:
         UserError: not found, no safetensors weights (pickles are never read), no output head, an unknown device or dtype,
@@ -277,8 +277,12 @@ def load_model(
     """
     device = _device(device)
     dtype = _dtype(dtype, device)
-    if dtype == torch.bfloat16 != fast_dtype(device):
-        warnings.warn(SLOW.format(device=device.type), stacklevel=2)
+    if dtype == torch.bfloat16 and fast_dtype(device) != dtype:
+        warnings.warn(
+            f"this {device.type} has no instructions for bfloat16, so it saves memory and takes several times longer: "
+            "dtype='auto' takes float32 here",
+            stacklevel=2,
+        )
     require(isinstance(name, str | Path) and str(name) != "", f"the model is {shown(name)}: give a hub id, a folder, or demo")
     folder, found = _folder(str(name), revision)
     _refuse_pickles(folder, str(name))
@@ -380,6 +384,11 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     found = torch.cpu.get_capabilities() if torch.device(device).type == "cpu" else {}
     return torch.bfloat16 if found.get("amx_bf16") or found.get("avx512_bf16") else torch.float32
+
+
+def kind_of(device: torch.device) -> str:
+    """The key of a device in tables of what suits each kind: "cpu" or "other"."""
+    return "cpu" if device.type == "cpu" else "other"
 
 
 def _dtype(dtype, device: torch.device) -> torch.dtype:

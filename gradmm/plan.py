@@ -10,7 +10,7 @@ from gradmm import admm, sharding
 from gradmm.errors import require
 from gradmm.generation import closing_tokens
 from gradmm.matching import Matching
-from gradmm.models import Model
+from gradmm.models import Model, kind_of
 from gradmm.privacy import Release
 from gradmm.projection import Reading, Tables, allowed_tokens, gathered_numbers
 from gradmm.settings import SynthesisConfig
@@ -175,7 +175,7 @@ def work_units(model: Model, positions: int, config: SynthesisConfig, groups: in
         positions: tokens of a text with its template.
         groups: all groups of the run.
     """
-    kind = "cpu" if model.device.type == "cpu" else "other"
+    kind = kind_of(model.device)
     most = max(1, TEXTS_PER_BATCH[kind] // (config.group_size * config.beams))
     batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
     if kind == "cpu":

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from gradmm.errors import is_whole, require, shown
-from gradmm.models import Model, pad_left
+from gradmm.models import Model, kind_of, pad_left
 
 ROWS_PER_BLOCK = 4096
 GATHERED_NUMBERS = {"cpu": 1 << 20, "other": 1 << 26}  # candidates' rows held at once: what a cache holds, or few launches
@@ -139,7 +139,7 @@ def inner_products(table: Tensor, candidates: Tensor, vectors: Tensor) -> Tensor
 
 def gathered_numbers(device: torch.device) -> int:
     """Numbers of candidates' rows that `inner_products` holds at once on a device; one candidate list at least."""
-    return GATHERED_NUMBERS["cpu" if device.type == "cpu" else "other"]
+    return GATHERED_NUMBERS[kind_of(device)]
 
 
 def _pick(candidates: Tensor, best: Tensor) -> Tensor:

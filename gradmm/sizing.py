@@ -94,6 +94,7 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
     texts, rows = work.groups * work.count, work.batch * work.count
     walked = rows * work.beams
     state = work.count * work.length * shape.width * shape.wide  # x, z or lam of one group
+    candidates = work.top_k * shape.width  # of one text's place: one list is gathered at least
     held = {
         "weights": shape.weights * shape.bytes,
         "targets": work.targets * shape.wide,
@@ -103,7 +104,7 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
         "start": _walk(shape, work, min(rows, Sampling.batch_size), 5) + 2 * work.batch * state,
         "inner_steps": _inner_steps(shape, work) + 4 * work.batch * state + 8 * work.together * state,
         "projection": _walk(shape, work, walked, 3)
-        + min(work.gathered, walked * work.top_k * shape.width) * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
+        + min(max(work.gathered, candidates), walked * candidates) * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
         + 4 * work.batch * state,
         "judging": _judging(shape, texts, work.positions),
     }

@@ -52,6 +52,11 @@ def test_more_of_anything_never_takes_less():
         assert expected_bytes(PHI, replace(work, **{name: 2 * getattr(work, name)}))["peak"] >= expected_bytes(PHI, work)["peak"]
 
 
+def test_one_list_of_candidates_is_counted_at_least():
+    least, none = (expected_bytes(PHI, replace(paper_work(PHI), gathered=gathered)) for gathered in (200 * 2048, 1))
+    assert none == least
+
+
 def test_the_manifest_says_what_the_run_was_expected_to_take(tiny_model, kind):
     model = tiny_model(kind, dtype=torch.float32)
     config = SynthesisConfig(search="admm", ranking="text", n_synthetic=2, group_size=1, oversample=1, outer_steps=1, inner_steps=1, top_k=5, length=5)

@@ -10,38 +10,32 @@
 Reference: Nguyen et al., ICML 2025, arXiv 2502.17607.
 """
 
-from gradmm.classification import evaluate
-from gradmm.errors import UserError
-from gradmm.examples import Example, Splits, load_data, sample_examples
-from gradmm.finetuning import finetune
-from gradmm.mechanism import Ledger
-from gradmm.models import Model, load_model
-from gradmm.privacy import Release, load_release, release
-from gradmm.settings import PRESETS, SynthesisConfig
-from gradmm.synthesis import SynthesisResult, synthesize
-from gradmm.tasks import TASKS, Task, load_task
-from gradmm.training import FinetuneConfig
+from importlib import import_module
 
-__all__ = [
-    "PRESETS",
-    "TASKS",
-    "Example",
-    "FinetuneConfig",
-    "Ledger",
-    "Model",
-    "Release",
-    "Splits",
-    "SynthesisConfig",
-    "SynthesisResult",
-    "Task",
-    "UserError",
-    "evaluate",
-    "finetune",
-    "load_data",
-    "load_model",
-    "load_release",
-    "load_task",
-    "release",
-    "sample_examples",
-    "synthesize",
-]
+# Each name is imported when it is first asked for: a process that only runs notebooks should not wait for transformers.
+_ROOMS = {
+    "classification": ("evaluate",),
+    "errors": ("UserError",),
+    "examples": ("Example", "Splits", "load_data", "sample_examples"),
+    "finetuning": ("finetune",),
+    "mechanism": ("Ledger",),
+    "models": ("Model", "load_model"),
+    "privacy": ("Release", "load_release", "release"),
+    "settings": ("PRESETS", "SynthesisConfig"),
+    "synthesis": ("SynthesisResult", "synthesize"),
+    "tasks": ("TASKS", "Task", "load_task"),
+    "training": ("FinetuneConfig",),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = sorted(_ROOM_OF)
+
+
+def __getattr__(name: str):
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module 'gradmm' has no attribute {name!r}")
+    return globals().setdefault(name, getattr(import_module(f"gradmm.{_ROOM_OF[name]}"), name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

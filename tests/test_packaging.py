@@ -127,3 +127,12 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == {name for name in tracked if name.startswith("gradmm/")}
+
+
+def test_every_name_comes_from_its_room_and_only_what_is_asked_for_is_imported():
+    assert all(getattr(gradmm, name).__module__ == f"gradmm.{room}" for room, names in gradmm._ROOMS.items() for name in names if not name.isupper())
+    with pytest.raises(AttributeError, match="'gradmm' has no attribute 'syntesize'"):
+        _ = gradmm.syntesize
+    assert set(gradmm.__all__) <= set(dir(gradmm))
+    code = "import sys, gradmm.batch; print(not {'transformers', 'datasets', 'sklearn'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "True\n"

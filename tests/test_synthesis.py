@@ -1,11 +1,9 @@
 """The pipeline: the same bytes again, after a kill and a resume; a reason for every text; one sentence for every misuse."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,36 +174,32 @@ def test_an_interrupted_run_continues_to_the_same_bytes(setting, tmp_path, monke
 
 
 CHILD = """
-import sys, torch
+import os, signal, sys, torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
-import conftest, test_synthesis, gradmm, gradmm.models, gradmm.runs
-from dataclasses import replace
+import conftest, test_synthesis, gradmm.models, gradmm.runs
 gradmm.runs.SNAPSHOT_SECONDS = 0.0
 lm = conftest.make_tiny_lm("llama", dtype=torch.float32)
 model = gradmm.models.wrap_model(lm, conftest.make_toy_tokenizer(), "tiny-llama")
-target = gradmm.release(model, test_synthesis.TASK, test_synthesis.REAL, space="head")
-config = replace(test_synthesis.SMALL, groups_per_batch=2, outer_steps=40, inner_steps=10)
-gradmm.synthesize(model, test_synthesis.TASK, target, config, sys.argv[2], progress=False)
+test_synthesis.long_run(model, sys.argv[2], lambda batch, result: result.state.step < 6 or os.kill(os.getpid(), signal.SIGKILL))
 """
 
 
-def child(output: Path) -> subprocess.Popen:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(Path(__file__).parent), str(output)], env=environment)
+def long_run(model, output, on_step=None):
+    """Twelve steps of each of two batches."""
+    target = gradmm.release(model, TASK, REAL, space="head")
+    synthesize(model, TASK, target, replace(SMALL, groups_per_batch=2, outer_steps=12), output, progress=False, on_step=on_step)
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_to_the_same_bytes(tmp_path):
-    assert child(tmp_path / "whole").wait(timeout=300) == 0
-    killed = child(tmp_path / "cut")
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "cut").glob("batch-*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+def test_a_run_killed_in_one_process_continues_in_another_to_the_same_bytes(tiny_model, tmp_path):
+    command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path / "cut")]
+    assert subprocess.run(command, timeout=300, check=False).returncode == -signal.SIGKILL
     assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["status"] == "running"
-    assert child(tmp_path / "cut").wait(timeout=300) == 0
+    assert list((tmp_path / "cut").glob("batch-*.safetensors"))
+    model = tiny_model("llama", dtype=torch.float32)
+    for name in ("cut", "whole"):
+        long_run(model, tmp_path / name)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 

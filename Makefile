@@ -7,8 +7,6 @@ KERNEL_SECONDS := 600
 PAPERMILL = $(BIN)/papermill --kernel python3 --start-timeout $(KERNEL_SECONDS)
 # Processes that share the suite: one more than the two cores it is made for, since tests wait for kernels and for one another.
 WORKERS := 3
-# Notebooks that `make test` runs as they are stored; the suite runs the others with their smoke presets.
-FAST := $(wildcard notebooks/00-quickstart.ipynb)
 # Begun first where no earlier run says how long each takes, so that no core waits for the last one.
 LONGEST := $(addprefix notebooks/,05-ablations.ipynb 03-finetuning.ipynb 08-paper.ipynb)
 
@@ -30,7 +28,6 @@ quickstart: $(VENV)/.installed-notebooks
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-	$(if $(FAST),$(BIN)/python -m pytest --nbval-lax --nbval-cell-timeout 600 --nbval-kernel-startup-timeout $(KERNEL_SECONDS) $(FAST))
 
 # The suite in an environment of its own with the lowest minor versions that pyproject.toml admits.
 test-oldest:
@@ -62,10 +59,11 @@ book: $(VENV)/.installed-book
 	$(BIN)/jupyter-book build . --path-output book --config book/_config.yml --toc book/_toc.yml -W --keep-going -n
 	@echo "Open book/_build/html/index.html"
 
-# One stamp for each extra: installed once, and again when pyproject.toml changes.
+# One stamp for each extra: installed once, and again when pyproject.toml changes. Python compiles a module when it is first
+# imported; most of those installed never are, and compiling them all takes a minute or two.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "Installing gradmm[$*] into $(VENV); the first time takes minutes"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e ".[$*]"
 	@touch $@
 
 $(BIN)/python:

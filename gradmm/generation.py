@@ -13,14 +13,14 @@ from torch.nn.functional import linear
 
 from gradmm.errors import is_number, is_whole, require, shown
 from gradmm.examples import Example, content_hash
-from gradmm.models import Model, pad_left
+from gradmm.models import Model, Reader
 from gradmm.projection import allowed_tokens
 from gradmm.seeds import generator
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 SENTENCE_ENDS = ".!?…。！？"
 CLOSERS = "\"'”’)]»"
-HALVINGS = 8  # of the range of the logits: leaves about a hundred of ten thousand tokens to sort
+LEVELS = 256  # of the logits, between the least and the greatest: leaves about a hundred of ten thousand tokens to sort
 SPARE = 16  # texts tried at least when some are missing; the first usable ones are kept, so it changes only the speed
 
 
@@ -149,7 +149,7 @@ def generate_texts(
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Probabilities with all but the smallest set of tokens that holds `top_p` set to zero: (N, V) -> (N, V).
 
-    Halving an interval some times brackets the least logit of the set; only the tokens between are sorted.
+    The probability of each of many levels of logits tells on which of them the set ends; only its tokens are sorted.
 
     Args:
         logits: -inf for tokens that must not be drawn.
@@ -158,17 +158,16 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     probabilities = logits.softmax(-1)
     if top_p == 1:
         return probabilities
-    low = logits.masked_fill(logits.isinf(), torch.inf).amin(-1, keepdim=True)  # with all tokens from here on: at least top_p
-    high = logits.amax(-1, keepdim=True) + 1  # with none: less
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        enough = torch.where(logits >= middle, probabilities, 0).sum(-1, keepdim=True) >= top_p
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    between = logits.masked_fill((logits < low) | (logits >= high), -torch.inf)
-    near, places = between.topk(max(1, int(between.isfinite().sum(-1).max())), -1)
-    mass = torch.where(logits >= high, probabilities, 0).sum(-1, keepdim=True) + probabilities.gather(-1, places).cumsum(-1)
+    high = logits.amax(-1, keepdim=True)
+    low = torch.where(logits.isneginf(), high, logits).amin(-1, keepdim=True)
+    levels = ((logits - low) * ((LEVELS - 1) / (high - low).clamp_min(1e-30))).clamp(0, LEVELS - 1).long()
+    held = torch.zeros(len(logits), LEVELS, dtype=probabilities.dtype, device=logits.device).scatter_add_(-1, levels, probabilities)
+    border = LEVELS - 1 - (held.flip(-1).cumsum(-1) < top_p).sum(-1, keepdim=True).clamp_max(LEVELS - 1)
+    there = levels == border
+    near, places = torch.where(there, logits, -torch.inf).topk(int(there.sum(-1).max()), -1)
+    mass = torch.where(levels > border, probabilities, 0).sum(-1, keepdim=True) + probabilities.gather(-1, places).cumsum(-1)
     last = (mass < top_p).sum(-1, keepdim=True).clamp_max(near.shape[-1] - 1)
-    return torch.where(logits >= torch.maximum(near.gather(-1, last), low), probabilities, 0)
+    return torch.where(logits >= near.gather(-1, last), probabilities, 0)
 
 
 def generate_counts(
@@ -202,8 +201,7 @@ def continue_prompts(model: Model, tokens: TaskTokens, classes: Sequence[int], u
     writer = _Writer.of(model, tokens, sampling, allowed)
     ids = torch.full(uniform.shape, -1, dtype=torch.long, device=model.device)
     for rows in torch.arange(len(classes)).split(sampling.batch_size):
-        found = writer._sample([list(tokens.prompts[classes[row]]) for row in rows.tolist()], uniform[rows].to(model.device))
-        ids[rows.to(model.device), : found.shape[1]] = found
+        ids[rows.to(model.device)] = writer._sample([tokens.prompts[classes[row]] for row in rows.tolist()], uniform[rows].to(model.device))
     return ids
 
 
@@ -307,23 +305,22 @@ class _Writer:
         return [*self.tokens.start, *encoded]
 
     @torch.no_grad()
-    def _sample(self, prompts: list[list[int]], uniform: Tensor) -> Tensor:
-        """Continue N prompts: uniform (N, T) numbers in [0, 1) -> (N, <= T) tokens; after a text's end all are -1."""
-        ids, mask = pad_left(prompts, self.model.device)
-        padded = not bool(mask.all())
-        state, cache = self.model.read(ids, mask if padded else None)
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.model.device)
-        chosen: list[Tensor] = []
+    def _sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor) -> Tensor:
+        """Continue N prompts: uniform (N, T) numbers in [0, 1) -> (N, T) tokens; after a text's end all are -1."""
+        reader, ids = Reader.of(self.model, prompts), torch.full(uniform.shape, -1, dtype=torch.long, device=self.model.device)
+        rows = torch.arange(len(prompts), device=self.model.device)  # the texts that go on: no pass reads another
         for step in range(uniform.shape[1]):
-            token = self._draw(state, uniform[:, step], step)
-            stopped = ended | self.stops[token]
-            chosen.append(torch.where(stopped, -1, token))
-            ended = stopped | (self.closes[token] & (step + 1 >= self.sampling.min_tokens))
-            if bool(ended.all()) or step + 1 == uniform.shape[1]:
+            token = self._draw(reader.state, uniform[rows, step], step)
+            stopped = self.stops[token]
+            ids[rows, step] = torch.where(stopped, -1, token)
+            going = (~(stopped | (self.closes[token] & (step + 1 >= self.sampling.min_tokens)))).nonzero().squeeze(1)
+            if len(going) == 0 or step + 1 == uniform.shape[1]:
                 break
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            state, cache = self.model.read(token[:, None], mask if padded else None, cache)
-        return torch.stack(chosen, dim=1)
+            if len(going) < len(rows):
+                rows, token = rows[going], token[going]
+                reader.select(going)
+            reader.read(token)
+        return ids
 
     def _draw(self, state: Tensor, uniform: Tensor, step: int) -> Tensor:
         """One token each by the inverse of the probabilities cumulated over the nucleus: (N, D), (N,) -> (N,)."""

@@ -221,6 +221,37 @@ def _last_position_only(mlp: torch.nn.Module | None) -> Iterator[None]:
             mlp.forward = own
 
 
+@dataclass
+class Reader:
+    """Sequences read side by side, token by token: the states (N, D) at their ends, their cache and mask (N, P) or None."""
+
+    model: Model
+    state: Tensor
+    cache: object
+    mask: Tensor | None
+
+    @staticmethod
+    def of(model: Model, sequences: Sequence[Sequence[int]]) -> "Reader":
+        """N sequences, each of one token at least, that have been read; what is read alike is read once."""
+        places = {sequence: place for place, sequence in enumerate(dict.fromkeys(map(tuple, sequences)))}
+        ids, mask = pad_left(list(places), model.device)
+        padded = None if bool(mask.all()) else mask
+        reader = Reader(model, *model.read(ids, padded), padded)
+        reader.select(torch.tensor([places[tuple(sequence)] for sequence in sequences], device=model.device))
+        return reader
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these sequences alone, in this order; one may come several times."""
+        self.cache.reorder_cache(rows)
+        self.state, self.mask = self.state[rows], None if self.mask is None else self.mask[rows]
+
+    def read(self, token: Tensor) -> None:
+        """One more token of each: (N,)."""
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.state, self.cache = self.model.read(token[:, None], self.mask, self.cache)
+
+
 def pad_left(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Token sequences as (ids, mask), both (N, T), padded on the left with token 0 under mask 0."""
     longest = max(map(len, sequences))

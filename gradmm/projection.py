@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from gradmm.errors import is_whole, require, shown
-from gradmm.models import Model, kind_of, pad_left
+from gradmm.models import Model, Reader, kind_of
 
 ROWS_PER_BLOCK = 4096
 GATHERED_NUMBERS = {"cpu": 1 << 20, "other": 1 << 26}  # candidates' rows held at once: what a cache holds, or few launches
@@ -215,10 +215,11 @@ def project(
         f"a prompt of {longest} and a text of {v.shape[1]} tokens exceed the context of {model.context}: shorten one of them",
     )
     require(noise is None or reading.order == "guided", f"noise for the projection {reading.order!r}: it belongs to 'guided' alone, leave it out")
-    return (_walk if reading.beams == 1 else _walk_by_beams)(tables, v, _Reader.of(model, prompts, rows), reading, noise)
+    reader = Reader.of(model, [prompts[row] for row in rows.tolist()])
+    return (_walk if reading.beams == 1 else _walk_by_beams)(tables, v, reader, reading, noise)
 
 
-def _walk(tables: Tables, v: Tensor, reader: "_Reader", reading: Reading, noise: Tensor | None = None) -> Tensor:
+def _walk(tables: Tables, v: Tensor, reader: Reader, reading: Reading, noise: Tensor | None = None) -> Tensor:
     """Token by token: (N, L, D) -> (N, L)."""
     ended = torch.zeros(v.shape[0], dtype=torch.bool, device=v.device)
     chosen: list[Tensor] = []
@@ -234,7 +235,7 @@ def _walk(tables: Tables, v: Tensor, reader: "_Reader", reading: Reading, noise:
     return torch.stack(chosen, dim=1)
 
 
-def _walk_by_beams(tables: Tables, v: Tensor, reader: "_Reader", reading: Reading, noise: Tensor | None = None) -> Tensor:
+def _walk_by_beams(tables: Tables, v: Tensor, reader: Reader, reading: Reading, noise: Tensor | None = None) -> Tensor:
     """The W best hypotheses of each sequence, grown side by side; the best at the end: (N, L, D) -> (N, L).
 
     Hypotheses are ranked by the mean of their tokens' `guided_scores`, the end token included (Wu et al. 2016 with alpha = 1):
@@ -272,36 +273,6 @@ def _after_the_end(candidates: Tensor, scores: Tensor, ended: Tensor, reading: R
     nothing, over = torch.full_like(scores, -torch.inf), ended.unsqueeze(1)
     nothing[:, 0] = 0
     return torch.where(over, reading.end, candidates), torch.where(over, nothing, scores)
-
-
-@dataclass
-class _Reader:
-    """Sequences read side by side: the states (N, D) at their ends, their cache, and their mask (N, P), None without padding."""
-
-    model: Model
-    state: Tensor
-    cache: object
-    mask: Tensor | None
-
-    @staticmethod
-    def of(model: Model, prompts: Sequence[tuple[int, ...]], rows: Tensor) -> "_Reader":
-        """Encode each prompt once and hand it to its sequences."""
-        ids, mask = pad_left(prompts, model.device)
-        padded = mask if len(set(map(len, prompts))) > 1 else None
-        reader = _Reader(model, *model.read(ids, padded), padded)
-        reader.select(rows)
-        return reader
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with these sequences, in this order."""
-        self.cache.batch_select_indices(rows)
-        self.state, self.mask = self.state[rows], None if self.mask is None else self.mask[rows]
-
-    def read(self, token: Tensor) -> None:
-        """One more token of each: (N,)."""
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        self.state, self.cache = self.model.read(token[:, None], self.mask, self.cache)
 
 
 def _allowed_at(reading: Reading, position: int) -> Tensor:

@@ -5,6 +5,7 @@ Knows no real text. Letters: C classes, D hidden width, r directions, N public t
 
 from collections.abc import Sequence
 from dataclasses import fields
+from weakref import WeakKeyDictionary
 
 import torch
 from sklearn.covariance import ledoit_wolf
@@ -49,11 +50,21 @@ def release_space(
         return Space(rows)
     if name in PUBLIC_SPACES:
         return Space(rows, principal_directions(model, tokens, texts, directions, skip=int(name == "label_rows_centred")))
-    texts = prompted_texts(model, tokens, CALIBRATION_TEXTS) if texts is None else _public(texts, name)
+    texts = _own_texts(model, tokens) if texts is None else _public(texts, name)
     if name in SKETCHES:
         return SKETCHES[name].of(model, tokens, texts)
     whitened = whitening(model.hidden_of([tokens.sequence(text) for text in texts])) if name == "label_rows_whitened" else ()
     return LabelSpace(rows, label_preference(model, tokens, texts), *whitened)
+
+
+# Every release asks for the texts that the model writes by itself; they go with the model that wrote them.
+_WRITTEN: WeakKeyDictionary[Model, tuple[TaskTokens, list[str]]] = WeakKeyDictionary()
+
+
+def _own_texts(model: Model, tokens: TaskTokens) -> list[str]:
+    if _WRITTEN.get(model, (None,))[0] != tokens:
+        _WRITTEN[model] = (tokens, prompted_texts(model, tokens, CALIBRATION_TEXTS))
+    return _WRITTEN[model][1]
 
 
 def principal_directions(

@@ -10,7 +10,7 @@ from gradmm.errors import UserError
 from gradmm.evaluation import is_complete_sentence
 from gradmm.examples import Example, content_hash, load_data, sample_examples
 from gradmm.generation import Sampling, _Writer, closing_tokens, generate_texts, nucleus
-from gradmm.models import load_model
+from gradmm.models import Model, load_model
 from gradmm.projection import allowed_tokens
 from gradmm.tasks import Task, tokenize_task
 
@@ -128,6 +128,17 @@ def test_cached_steps_equal_whole_passes(tiny_model, kind):
         for step in range(9):
             text.append(int(writer._draw(model.hidden_of([prompt + text]), uniform[row : row + 1, step], step)))
         assert found[row].tolist() == text
+
+
+def test_equal_prompts_are_read_once_and_no_pass_reads_a_text_that_has_ended(tiny_model, allowed, monkeypatch):
+    model, sizes, read = tiny_model(), [], Model.read
+    monkeypatch.setattr(Model, "read", lambda self, ids, *some: sizes.append(tuple(ids.shape)) or read(self, ids, *some))
+    writer = writer_of(model, TWO, SAMPLING, allowed)
+    ids = writer._sample([(0, 5, 7)] * 12, torch.rand(12, 16, generator=torch.Generator().manual_seed(0)))
+    written = (ids >= 0).sum(1)
+    closed = writer.closes[ids.gather(1, written[:, None] - 1).squeeze(1)] & (written >= SAMPLING.min_tokens)
+    passes = torch.where(closed | (written == 16), written - 1, written)  # a token that is no part of the text ends the others
+    assert sizes == [(1, 3), *((int((passes > step).sum()), 1) for step in range(int(passes.max())))] and sizes[-1] < (12, 1)
 
 
 def test_masked_tokens_are_not_written(tiny_model, allowed):

@@ -1,13 +1,16 @@
 """Every notebook runs from end to end at its smoke preset, and the numbers that it writes are what it says they are."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import executing
 import nbformat
 import pytest
 
-from gradmm import demo_text, files, records
+from gradmm import batch, demo_text, files, records
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -150,6 +153,16 @@ def test_every_notebook_has_a_preset_and_every_check_a_notebook():
 def test_an_unknown_parameter_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no parameter outer_stepps"):
         executing.execute(NOTEBOOKS[0], {"outer_stepps": 1}, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_stored_quickstart_runs_cell_by_cell_at_its_defaults(tmp_path):
+    shutil.copy(ROOT / "notebooks" / "00-quickstart.ipynb", tmp_path)  # the kernel works where the notebook stands
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout", "600", "--nbval-kernel-startup-timeout", str(batch.KERNEL_SECONDS)]
+    with executing.quiet(tmp_path):
+        done = subprocess.run([*command, "00-quickstart.ipynb"], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    cells = [cell for cell in nbformat.read(tmp_path / "00-quickstart.ipynb", as_version=4).cells if cell.cell_type == "code"]
+    assert done.returncode == 0 and f"{len(cells)} passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradmm import projection, reference
+from gradmm import models, projection, reference
 from gradmm.errors import UserError
 from gradmm.projection import ORDERS, PROJECTIONS, Reading, Tables, allowed_tokens, project, text_mask
 
@@ -104,7 +104,7 @@ def test_one_beam_is_the_plain_walk_and_all_beams_find_the_best_text(tiny_model)
     model, rows = tiny_model("llama"), torch.zeros(3, dtype=torch.long)
     tables, v, allowed = Tables.of(model), vectors(model, 3, 3), few(model, 40, 41, 50)
     reading = Reading("guided", 3, allowed, end=9, min_tokens=2)
-    one = projection._walk_by_beams(tables, v, projection._Reader.of(model, PROMPTS, rows), reading)
+    one = projection._walk_by_beams(tables, v, models.Reader.of(model, [PROMPTS[row] for row in rows]), reading)
     assert torch.equal(one, project(model, tables, v, PROMPTS, rows, reading))
     every_text = Reading("guided", 3, allowed, beams=3**2)  # 3 ways on at each of 3 positions: nothing is ever given up
     found = project(model, tables, v, PROMPTS, rows, every_text)
@@ -126,14 +126,14 @@ def test_one_beam_ends_with_the_first_sentence_that_is_long_enough(tiny_model):
     model, rows, allowed = tiny_model("gpt2"), torch.zeros(20, dtype=torch.long), every(tiny_model("gpt2"))
     closes = torch.rand(97, generator=torch.Generator().manual_seed(2)) < 0.3
     tables, v, reading = Tables.of(model), vectors(model, 20, 9), Reading("guided", 5, allowed, end=9, min_tokens=3, closes=closes)
-    one = projection._walk_by_beams(tables, v, projection._Reader.of(model, PROMPTS, rows), reading)
+    one = projection._walk_by_beams(tables, v, models.Reader.of(model, [PROMPTS[row] for row in rows]), reading)
     assert torch.equal(one, project(model, tables, v, PROMPTS, rows, reading)) and len(set(text_mask(one, 9).sum(-1).tolist())) > 3
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_last_token_is_not_read(tiny_model, beams, monkeypatch):
     model, steps = tiny_model("llama"), []
-    monkeypatch.setattr(projection._Reader, "read", lambda self, token, own=projection._Reader.read: steps.append(token) or own(self, token))
+    monkeypatch.setattr(models.Reader, "read", lambda self, token, own=models.Reader.read: steps.append(token) or own(self, token))
     reading = Reading("guided", 4, every(model), beams=beams)
     project(model, Tables.of(model), vectors(model, 2, 5), PROMPTS, torch.tensor([0, 1]), reading)
     assert len(steps) == 4
@@ -208,7 +208,7 @@ def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order, beams):
     """The default device is another one, as it is for everything that should be on a GPU."""
     model, end = tiny_model("llama"), 9
     tables, v, rows = Tables.of(model), vectors(model, 3, 4), torch.tensor([0, 1, 2])
-    reader, reading = projection._Reader.of(model, PROMPTS, rows), Reading(order, 5, every(model), end=end, min_tokens=2, beams=beams)
+    reader, reading = models.Reader.of(model, [PROMPTS[row] for row in rows]), Reading(order, 5, every(model), end=end, min_tokens=2, beams=beams)
     asked, select = [], reader.select
     reader.read = lambda token: None  # the model's own code is not what is asked
     reader.select = lambda rows: asked.append(rows.device) or select(rows)
@@ -219,9 +219,9 @@ def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order, beams):
 
 def test_prompts_are_read_where_the_model_is_and_with_a_mask_only_if_they_differ_in_length(tiny_model, monkeypatch):
     model, asked = tiny_model("llama"), []
-    monkeypatch.setattr(projection, "pad_left", lambda prompts, device, own=projection.pad_left: asked.append(device) or own(prompts, device))
+    monkeypatch.setattr(models, "pad_left", lambda prompts, device, own=models.pad_left: asked.append(device) or own(prompts, device))
     for lengths in ([2, 2], [2, 3], [1, 2, 3]):
-        reader = projection._Reader.of(model, [(1,) * length for length in lengths], torch.arange(len(lengths)))
+        reader = models.Reader.of(model, [(1,) * length for length in lengths])
         assert (reader.mask is None) == (len(set(lengths)) == 1)
     assert asked == [model.device] * 3
     with torch.device("meta"):

@@ -105,7 +105,7 @@ def evil_data(folder: Path) -> Path:
     task, splits = gradmm.load_data("demo")
     draw = random.Random(0)
     for split in ("train", "validation", "test"):
-        some = getattr(splits, split)[:120]
+        some = getattr(splits, split)[:40]
         rows = [{"text": f"{draw.choice(EVIL)} {example.text}"[:90], "label": example.label} for example in some]
         files.write_json_lines(folder / f"{split}.jsonl", rows)
     evil = {"labels": [EVIL[0], EVIL[3]], "verbalizers": list(task.verbalizers), "template": "{text} `<script>alert(2)</script>\n" + task.template.removeprefix("{text}").strip()}

@@ -1,5 +1,7 @@
 """Release spaces by name: whitening, what is refused, and back from a file's tensors."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,6 +56,16 @@ def test_the_label_spaces_hold_what_public_texts_say(tiny_model):
     assert not torch.equal(plain.preference, spaces.release_space(model, tokens, "label_rows_calibrated").preference)
     with pytest.raises(UserError, match="the space lora needs public texts"):
         spaces.release_space(model, tokens, "lora", [""])
+
+
+def test_a_model_writes_its_own_texts_once_for_a_task(tiny_model, monkeypatch):
+    written, write = [], spaces.prompted_texts
+    monkeypatch.setattr(spaces, "prompted_texts", lambda *some: written.append(some) or write(*some))
+    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    found = [spaces.release_space(one, tokenize_task(TASK, one.tokenizer), "body").preference for one in (model, model, other)]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2]) and len(written) == 2
+    task = replace(TASK, generation_prompts=("a", "the movie was"))
+    assert not torch.equal(spaces.release_space(model, tokenize_task(task, model.tokenizer), "body").preference, found[0]) and len(written) == 3
 
 
 @pytest.mark.parametrize("name", spaces.SPACES)

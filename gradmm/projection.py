@@ -221,18 +221,20 @@ def project(
 
 def _walk(tables: Tables, v: Tensor, reader: Reader, reading: Reading, noise: Tensor | None = None) -> Tensor:
     """Token by token: (N, L, D) -> (N, L)."""
-    ended = torch.zeros(v.shape[0], dtype=torch.bool, device=v.device)
-    chosen: list[Tensor] = []
+    ids = torch.full(v.shape[:2], -1 if reading.end is None else reading.end, device=v.device)
+    rows = torch.arange(len(v), device=v.device)  # the texts that go on: no pass reads another
     for position in range(v.shape[1]):
-        given = (tables, reader.state, v[:, position], _allowed_at(reading, position), reading.k)
-        token = ORDERS[reading.order](*given) if noise is None else guided(*given, noise[:, position])
-        if reading.end is not None:
-            token = torch.where(ended, reading.end, token)
-            ended = ended | _ends(reading, token, position)
-        chosen.append(token)
-        if position + 1 < v.shape[1]:
-            reader.read(token)
-    return torch.stack(chosen, dim=1)
+        given = (tables, reader.state, v[rows, position], _allowed_at(reading, position), reading.k)
+        token = ORDERS[reading.order](*given) if noise is None else guided(*given, noise[rows, position])
+        ids[rows, position] = token
+        going = (~_ends(reading, token, position)).nonzero().squeeze(1)
+        if len(going) == 0 or position + 1 == v.shape[1]:
+            break
+        if len(going) < len(rows):
+            rows, token = rows[going], token[going]
+            reader.select(going)
+        reader.read(token)
+    return ids
 
 
 def _walk_by_beams(tables: Tables, v: Tensor, reader: Reader, reading: Reading, noise: Tensor | None = None) -> Tensor:
@@ -258,8 +260,7 @@ def _walk_by_beams(tables: Tables, v: Tensor, reader: Reader, reading: Reading, 
         totals, lengths = (value.flatten(1).gather(1, best) for value in (grown, counts))
         rows, token = (first + best // reading.k).flatten(), candidates.view(count, -1).gather(1, best).flatten()
         ids = torch.cat([ids[rows], token.unsqueeze(1)], dim=1)
-        if reading.end is not None:
-            ended = (ended.flatten()[rows] | _ends(reading, token, position)).view_as(ended)
+        ended = (ended.flatten()[rows] | _ends(reading, token, position)).view_as(ended)
         if position + 1 < length:
             reader.select(rows)
             reader.read(token)
@@ -285,6 +286,8 @@ def _allowed_at(reading: Reading, position: int) -> Tensor:
 
 def _ends(reading: Reading, token: Tensor, position: int) -> Tensor:
     """Whether a text ends with its token at this position: (N,) -> (N,) bool."""
+    if reading.end is None:
+        return torch.zeros_like(token, dtype=torch.bool)
     if reading.closes is None:
         return token == reading.end
     return reading.closes[token] & (position + 1 >= reading.min_tokens)

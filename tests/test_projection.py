@@ -139,6 +139,15 @@ def test_the_last_token_is_not_read(tiny_model, beams, monkeypatch):
     assert len(steps) == 4
 
 
+def test_no_pass_reads_a_text_that_has_ended(tiny_model, monkeypatch):
+    model, sizes = tiny_model("llama"), []
+    monkeypatch.setattr(models.Reader, "read", lambda self, token, own=models.Reader.read: sizes.append(len(token)) or own(self, token))
+    rows = torch.zeros(9, dtype=torch.long)
+    ids = project(model, Tables.of(model), vectors(model, 9, 8), PROMPTS, rows, Reading("lm_then_nearest", 20, every(model), end=9, min_tokens=2))
+    lengths = text_mask(ids, 9).sum(1)
+    assert sizes == [int((lengths > step).sum()) for step in range(min(7, int(lengths.max())))] and sizes[-1] < 9
+
+
 def score(model, row, ids):
     """The sum of log-probability and inner product over a text behind the first prompt."""
     logits = model.lm(input_ids=torch.tensor([[*PROMPTS[0], *ids.tolist()]])).logits[0, len(PROMPTS[0]) - 1 : -1]

@@ -119,6 +119,8 @@ class Model:
 
     def read(self, ids: Tensor, mask: Tensor | None = None, cache=None):
         """Read tokens, those of a cache before them: (N, T) ids, (N, P + T) mask or None -> (state (N, D) at the end, cache)."""
+        if cache is not None and not any(hasattr(layer, "keys") for layer in cache.layers):
+            mask = None  # a recurrent state (Mamba) has nothing of the padding before it
         output = self.body(inputs_embeds=self.embed(ids), attention_mask=mask, use_cache=True, **({} if cache is None else {self._cache_name: cache}))
         return output.last_hidden_state[:, -1], output[self._cache_name]
 

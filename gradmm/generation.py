@@ -160,11 +160,11 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
         return probabilities
     high = logits.amax(-1, keepdim=True)
     low = torch.where(logits.isneginf(), high, logits).amin(-1, keepdim=True)
-    levels = ((logits - low) * ((LEVELS - 1) / (high - low).clamp_min(1e-30))).clamp(0, LEVELS - 1).long()
+    levels = ((logits - low) * ((LEVELS - 1) / (high - low).clamp_min(1e-30))).clamp(0, LEVELS - 1).nan_to_num(0.0).long()
     held = torch.zeros(len(logits), LEVELS, dtype=probabilities.dtype, device=logits.device).scatter_add_(-1, levels, probabilities)
     border = LEVELS - 1 - (held.flip(-1).cumsum(-1) < top_p).sum(-1, keepdim=True).clamp_max(LEVELS - 1)
     there = levels == border
-    near, places = torch.where(there, logits, -torch.inf).topk(int(there.sum(-1).max()), -1)
+    near, places = torch.where(there, logits, -torch.inf).topk(max(1, int(there.sum(-1).max())), -1)
     mass = torch.where(levels > border, probabilities, 0).sum(-1, keepdim=True) + probabilities.gather(-1, places).cumsum(-1)
     last = (mass < top_p).sum(-1, keepdim=True).clamp_max(near.shape[-1] - 1)
     return torch.where(logits >= near.gather(-1, last), probabilities, 0)

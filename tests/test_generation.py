@@ -107,6 +107,13 @@ def test_equal_logits_are_in_the_nucleus_together(top_p):
     assert ((probabilities * (logits > least)).sum(-1) < top_p).all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_in_its_row(bad):
+    logits = torch.tensor([[0.0, 1, 2, 3], [bad] * 4, [3, bad, 1, -torch.inf]])
+    assert torch.equal(nucleus(logits, 0.7)[0], nucleus(logits[:1], 0.7)[0]) and nucleus(logits[1:], 0.7).shape == (2, 4)
+    assert nucleus(logits[1:2], 0.7).shape == (1, 4)
+
+
 def test_a_draw_at_either_end_is_in_the_nucleus(tiny_model):
     model = tiny_model()
     writer = writer_of(model, TWO, Sampling(top_p=0.5))

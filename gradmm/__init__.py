@@ -11,6 +11,20 @@ Reference: Nguyen et al., ICML 2025, arXiv 2502.17607.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers, which do not ask
+    from gradmm.classification import evaluate
+    from gradmm.errors import UserError
+    from gradmm.examples import Example, Splits, load_data, sample_examples
+    from gradmm.finetuning import finetune
+    from gradmm.mechanism import Ledger
+    from gradmm.models import Model, load_model
+    from gradmm.privacy import Release, load_release, release
+    from gradmm.settings import PRESETS, SynthesisConfig
+    from gradmm.synthesis import SynthesisResult, synthesize
+    from gradmm.tasks import TASKS, Task, load_task
+    from gradmm.training import FinetuneConfig
 
 # Each name is imported when it is first asked for: a process that only runs notebooks should not wait for transformers.
 _ROOMS = {

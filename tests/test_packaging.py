@@ -130,9 +130,13 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(tmp_path):
 
 
 def test_every_name_comes_from_its_room_and_only_what_is_asked_for_is_imported():
-    assert all(getattr(gradmm, name).__module__ == f"gradmm.{room}" for room, names in gradmm._ROOMS.items() for name in names if not name.isupper())
+    rooms = {room: importlib.import_module(f"gradmm.{room}") for room in gradmm._ROOMS}
+    assert all(getattr(gradmm, name) is getattr(rooms[room], name) for room, names in gradmm._ROOMS.items() for name in names)
     with pytest.raises(AttributeError, match="'gradmm' has no attribute 'syntesize'"):
         _ = gradmm.syntesize
     assert set(gradmm.__all__) <= set(dir(gradmm))
+    tree = ast.parse(Path(gradmm.__file__).read_text(encoding="utf-8"))
+    shown = {node.module.removeprefix("gradmm."): {alias.name for alias in node.names} for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {room: names for room, names in shown.items() if room not in ("importlib", "typing")} == {room: set(names) for room, names in gradmm._ROOMS.items()}
     code = "import sys, gradmm.batch; print(not {'transformers', 'datasets', 'sklearn'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "True\n"

@@ -313,13 +313,11 @@ class _Writer:
             token = self._draw(reader.state, uniform[rows, step], step)
             stopped = self.stops[token]
             ids[rows, step] = torch.where(stopped, -1, token)
-            going = (~(stopped | (self.closes[token] & (step + 1 >= self.sampling.min_tokens)))).nonzero().squeeze(1)
-            if len(going) == 0 or step + 1 == uniform.shape[1]:
+            if step + 1 == uniform.shape[1]:
                 break
-            if len(going) < len(rows):
-                rows, token = rows[going], token[going]
-                reader.select(going)
-            reader.read(token)
+            rows = reader.read_on(rows, token, stopped | (self.closes[token] & (step + 1 >= self.sampling.min_tokens)))
+            if len(rows) == 0:
+                break
         return ids
 
     def _draw(self, state: Tensor, uniform: Tensor, step: int) -> Tensor:

@@ -253,6 +253,15 @@ class Reader:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
         self.state, self.cache = self.model.read(token[:, None], self.mask, self.cache)
 
+    def read_on(self, rows: Tensor, token: Tensor, ended: Tensor) -> Tensor:
+        """Read one more token of each text that has not ended and leave the others behind: the numbers (N,) of those that go on."""
+        going = (~ended).nonzero().squeeze(1)
+        if 0 < len(going) < len(rows):
+            self.select(going)
+        if len(going):
+            self.read(token[going])
+        return rows[going]
+
 
 def pad_left(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Token sequences as (ids, mask), both (N, T), padded on the left with token 0 under mask 0."""

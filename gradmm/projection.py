@@ -227,13 +227,11 @@ def _walk(tables: Tables, v: Tensor, reader: Reader, reading: Reading, noise: Te
         given = (tables, reader.state, v[rows, position], _allowed_at(reading, position), reading.k)
         token = ORDERS[reading.order](*given) if noise is None else guided(*given, noise[rows, position])
         ids[rows, position] = token
-        going = (~_ends(reading, token, position)).nonzero().squeeze(1)
-        if len(going) == 0 or position + 1 == v.shape[1]:
+        if position + 1 == v.shape[1]:
             break
-        if len(going) < len(rows):
-            rows, token = rows[going], token[going]
-            reader.select(going)
-        reader.read(token)
+        rows = reader.read_on(rows, token, _ends(reading, token, position))
+        if len(rows) == 0:
+            break
     return ids
 
 

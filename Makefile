@@ -13,6 +13,10 @@ LONGEST := $(addprefix notebooks/,05-ablations.ipynb 03-finetuning.ipynb 08-pape
 .PHONY: quickstart test test-oldest coverage mutants lint lab book clean
 .DELETE_ON_ERROR:
 
+# A container often forbids Python to keep what it compiles; each process would then compile torch and transformers again, ten
+# seconds for each of the many that notebooks and tests start.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Nothing here needs the hub: the embedded default model and data are enough.
 quickstart test coverage mutants book: export HF_HUB_OFFLINE = 1
 # Waiting threads spin for a moment, then sleep: sleeping at once costs a quiet machine half its speed, spinning on costs a
@@ -60,15 +64,17 @@ book: $(VENV)/.installed-book
 	@echo "Open book/_build/html/index.html"
 
 # One stamp for each extra: installed once, and again when pyproject.toml changes. Python compiles a module when it is first
-# imported; most of those installed never are, and compiling them all takes a minute or two.
+# imported; most of those installed never are, and compiling them all takes a minute or two. The pip that comes with Python 3.11
+# takes another minute to settle on versions, so a newer one is fetched first.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	@echo "Installing gradmm[$*] into $(VENV); the first time takes minutes"
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e ".[$*]"
+	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -e ".[$*]"
 	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gradmm needs Python 3.11 or later, $(PYTHON) is $$($(PYTHON) -V 2>&1): run make with PYTHON=python3.11 or another newer one" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	-$(BIN)/python -m pip install -qq --upgrade pip
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest mutants .coverage .coverage.* results runs build dist book/_build book/executed *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -38,6 +38,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    """Long tests first and notebooks before all, since one begun as the last keeps the other workers waiting; none that lacks its GPU."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.stem != "test_notebooks"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -95,8 +95,8 @@ def test_a_comparison_with_a_learner(model, tiny_model, folder):
 @pytest.mark.parametrize(
     ("name", "few"),
     [
-        ("00-quickstart", {"search": "admm", "n_real": 8, "n_synthetic": 8, "outer_steps": 2, "inner_steps": 2, "fine_tuning_seeds": 1}),
-        ("00-quickstart", {"search": "admm", "n_real": 8, "n_synthetic": 8, "outer_steps": 1, "inner_steps": 1, "fine_tuning_seeds": 1,
+        ("00-quickstart", {"search": "admm", "n_real": 8, "n_synthetic": 8, "outer_steps": 2, "inner_steps": 2, "fine_tuning_seeds": 1, "fine_tuning_steps": 2}),
+        ("00-quickstart", {"search": "admm", "n_real": 8, "n_synthetic": 8, "outer_steps": 1, "inner_steps": 1, "fine_tuning_seeds": 1, "fine_tuning_steps": 2,
                            "epsilon": 2.0, "delta": 1e-5, "length": 6}),
         ("03-finetuning", {"methods": ["none", "real", "random", "prompt_only", "shuffled", "gradmm"], "budgets": [1],
                            "budget_methods": ["random", "gradmm"], "fine_tuning_steps": 2, "similarity_steps": [0, 2], "seeds": 1,

@@ -264,7 +264,7 @@ def test_without_accelerate_a_failure_ends_the_other_process_too(tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    errors = [process.communicate(timeout=120)[1] for process in running]
+    errors = [process.communicate(timeout=240)[1] for process in running]
     assert [process.returncode for process in running] == [1, 1]
     assert "UserError: process 1 of 2 ended (ArithmeticError: something broke): what was finished is kept" in errors[0]
     assert errors[1].rstrip().endswith("ArithmeticError: something broke")

@@ -124,6 +124,11 @@ class Result:
     state: State
     stable: Tensor = field(repr=False)
 
+    def without_vectors(self) -> "Result":
+        """What is asked of a run that has ended, without x, z and lam; it cannot be continued."""
+        none = self.state.x.new_empty(0)
+        return replace(self, state=replace(self.state, x=none, z=none, lam=none))
+
 
 def start(x: Tensor, config: Config) -> Result:
     """The point before the first step: x given, lam = 0, no projection yet.
@@ -137,10 +142,11 @@ def start(x: Tensor, config: Config) -> Result:
     require(bool(torch.isfinite(x).all()), "the initial x has values that are not finite: start from finite embeddings")
     groups = x.shape[0]
     ids = torch.full(x.shape[:3], -1, device=x.device)
+    nothing = x.new_zeros(()).expand_as(x)  # takes no memory
     state = State(
         x=x.detach().clone(),
-        z=torch.zeros_like(x),
-        lam=torch.zeros_like(x),
+        z=nothing,
+        lam=nothing,
         rho=torch.full((groups,), config.rho, dtype=x.dtype, device=x.device),
         ids=ids,
         step=0,
@@ -195,18 +201,17 @@ def step(objective: Objective, project: Project, state: State, config: Config) -
         stationarity, inner_gradient, changed (share of tokens), rho.
     """
     groups = state.active.nonzero().squeeze(1)
-    x, lam, rho = state.x[groups], state.lam[groups], state.rho[groups]
-    z, ids = project(x + lam / rho.view(-1, 1, 1, 1), groups)
+    z, ids = project(_pull(state, groups), groups)
     parts = [
-        _move(lambda value, some=some: objective(value, ids[some], groups[some]), x[some], z[some], lam[some], rho[some], config)
+        _move(lambda value, some=some: objective(value, ids[some], groups[some]), state, groups[some], z[some], config)
         for some in _passes(groups, config)
     ]
-    new, lam = (torch.cat([part[place] for part in parts]) for place in (0, 1))
+    x, lam = (torch.cat([part[place] for part in parts]) for place in (0, 1))
     measures = {name: torch.cat([part[2][name] for part in parts]) for name in parts[0][2]}
-    measures |= {"changed": (ids != state.ids[groups]).to(x.dtype).mean((1, 2)), "rho": rho}
+    measures |= {"changed": (ids != state.ids[groups]).to(x.dtype).mean((1, 2)), "rho": state.rho[groups]}
     moved = replace(
         state,
-        x=state.x.index_copy(0, groups, new),
+        x=state.x.index_copy(0, groups, x),
         z=state.z.index_copy(0, groups, z),
         lam=state.lam.index_copy(0, groups, lam),
         ids=state.ids.index_copy(0, groups, ids),
@@ -215,24 +220,29 @@ def step(objective: Objective, project: Project, state: State, config: Config) -
     return moved, measures
 
 
+def _pull(state: State, groups: Tensor) -> Tensor:
+    """x + lam / rho of some groups: what is projected."""
+    return state.x[groups] + state.lam[groups] / state.rho[groups].view(-1, 1, 1, 1)
+
+
 def _passes(groups: Tensor, config: Config) -> tuple[Tensor, ...]:
     """The places of the groups that the objective sees at once."""
     return torch.arange(len(groups), device=groups.device).split(config.groups_per_pass or len(groups))
 
 
-def _move(f, x: Tensor, z: Tensor, lam: Tensor, rho: Tensor, config: Config) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _move(f, state: State, groups: Tensor, z: Tensor, config: Config) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """x, then lam, of the groups of one pass: (x, lam, measurements)."""
-    wide = rho.view(-1, 1, 1, 1)
+    x, lam, rho = state.x[groups], state.lam[groups], state.rho[groups].view(-1, 1, 1, 1)
     with torch.no_grad():
         match_z = f(z)
-    new, inner_gradient = _minimise(f, x, z, lam, wide, config)
+    new, inner_gradient = _minimise(f, x, z, lam, rho, config)
     match_x, gradient = _value_and_gradient(f, new)
-    lam = lam + wide * (new - z)
+    lam = lam + rho * (new - z)
     measures = {
         "match_x": match_x,
         "match_z": match_z,
         "primal": _norm(new - z),
-        "dual": _norm(wide * (new - x)),
+        "dual": _norm(rho * (new - x)),
         "stationarity": _norm(gradient + lam),
         "inner_gradient": inner_gradient,
     }
@@ -324,7 +334,7 @@ def _close(objective: Objective, project: Project, result: Result, config: Confi
     if not len(groups):
         return result
     with torch.no_grad():
-        z, ids = project(state.x[groups] + state.lam[groups] / state.rho[groups].view(-1, 1, 1, 1), groups)
+        z, ids = project(_pull(state, groups), groups)
         values = [objective(z[some], ids[some], groups[some]) for some in _passes(groups, config)]
         return keep_better(result, groups, ids, torch.cat(values))
 

@@ -76,7 +76,7 @@ def _search_groups(plan: Plan, here: Circumstances, units: Sequence[range], clas
 
     def read(number: int) -> admm.Result:
         crew.find(folder.place(number))
-        return folder.load_result(number, plan.model.device)
+        return folder.load_result(number, plan.model.device).without_vectors()
 
     with tqdm(total=total, desc="matching", unit="step", disable=not here.progress) as bar:
 
@@ -85,7 +85,7 @@ def _search_groups(plan: Plan, here: Circumstances, units: Sequence[range], clas
             bar.update(held.state.step if held else 0)
             result = work(number, held, _report(number, here, bar))
             folder.save_result(number, result)
-            return result
+            return result.without_vectors()
 
         results = crew.share("batches", numbers, run, read)
     sizes = [len(ids) for result in results for ids in result.value]

@@ -88,7 +88,7 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
     """What a synthesis takes.
 
     Returns:
-        Bytes that are held throughout (`weights`, `targets`, `state`: x, z and lam of all groups, and the tables), bytes that
+        Bytes that are held throughout (`weights`, `targets`, `state`: x, z and lam of one batch of groups, and the tables), bytes that
         each phase adds (`start`, `inner_steps`, `projection`, `judging`), and `peak`: all that is held and the largest phase.
     """
     texts, rows = work.groups * work.count, work.batch * work.count
@@ -98,7 +98,7 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
     held = {
         "weights": shape.weights * shape.bytes,
         "targets": work.targets * shape.wide,
-        "state": 3 * work.groups * state + shape.vocabulary * shape.wide,
+        "state": 3 * work.batch * state + shape.vocabulary * shape.wide,
     }
     phases = {
         "start": _walk(shape, work, min(rows, Sampling.batch_size), 5) + 2 * work.batch * state,

@@ -38,8 +38,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Long tests first and notebooks before all, since one begun as the last keeps the other workers waiting; none that lacks its GPU."""
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, item.path.stem != "test_notebooks"))
+    """Files with long tests first and notebooks before all, since one begun as the last keeps the other workers waiting."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in long, item.path.stem != "test_notebooks"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

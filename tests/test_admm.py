@@ -291,6 +291,7 @@ def test_a_start_is_as_said():
     begin = admm.start(x, admm.Config(rho=0.7))
     state = begin.state
     assert torch.equal(state.x, x) and state.x is not x and not state.z.any() and not state.lam.any() and state.step == 0
+    assert state.z.untyped_storage().nbytes() == state.lam.untyped_storage().nbytes() == x.element_size()  # zeros take no memory
     assert state.rho.tolist() == [0.7, 0.7] and state.rho.dtype == WIDE and state.active.tolist() == [True, True]
     assert torch.equal(state.ids, torch.full((2, 3, 4), -1)) and torch.equal(begin.value, state.ids) and begin.stable.tolist() == [0, 0]
     assert state.active.dtype == torch.bool and begin.stable.dtype == state.ids.dtype == torch.long

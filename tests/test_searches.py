@@ -207,6 +207,16 @@ def test_two_processes_write_what_one_writes(tiny_model, tmp_path, search_name):
         assert found.history.drop(columns="seconds").equals(alone.history.drop(columns="seconds"))
 
 
+def test_a_batch_that_has_ended_holds_no_vectors(setting, monkeypatch):
+    model, task, release = setting
+    held, own = [], Crew.share
+    monkeypatch.setattr(Crew, "share", lambda self, *asked: held.append(own(self, *asked)) or held[-1])
+    ended = synthesize(model, task, release, replace(SMALL, groups_per_batch=1), progress=False).manifest["groups_ended"]
+    (results,) = held
+    assert len(results) == len(ended) > 1 and all(row["match"] is not None for row in ended)
+    assert [state.x.numel() + state.z.numel() + state.lam.numel() for state in (result.state for result in results)] == [0] * len(results)
+
+
 @pytest.mark.parametrize("search_name", CONFIGS)
 def test_the_body_is_refused(setting, search_name):
     model, task, _ = setting

@@ -52,6 +52,11 @@ def test_more_of_anything_never_takes_less():
         assert expected_bytes(PHI, replace(work, **{name: 2 * getattr(work, name)}))["peak"] >= expected_bytes(PHI, work)["peak"]
 
 
+def test_groups_of_further_batches_hold_no_vectors():
+    one, four = (expected_bytes(PHI, replace(paper_work(PHI), groups=groups)) for groups in (20, 80))
+    assert one["state"] == four["state"] and one["inner_steps"] == four["inner_steps"]
+
+
 def test_one_list_of_candidates_is_counted_at_least():
     least, none = (expected_bytes(PHI, replace(paper_work(PHI), gathered=gathered)) for gathered in (200 * 2048, 1))
     assert none == least

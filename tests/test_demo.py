@@ -204,7 +204,7 @@ def test_fine_tuning_has_room_to_help(data):
     few = []
     for repeat in range(3):
         draw, classifier = generator(repeat, "test/few"), Classifier(data)
-        few.append(classifier.fine_tune(balanced(classifier, draw), 40, 1e-3, draw))
+        few.append(classifier.fine_tune(balanced(classifier, draw), 60, 1e-3, draw))
     everything = Classifier(data).fine_tune(list(range(len(data["train"]))), 80, 1e-3, generator(0, "test/all"))
     assert everything >= 0.92
     assert zero_shot < min(few) and sum(few) / len(few) < everything

@@ -13,12 +13,13 @@ import numpy
 import torch
 from sacrebleu.metrics import BLEU
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 
 from gradmm.errors import require
 from gradmm.examples import content_hash
 from gradmm.generation import CLOSERS, SENTENCE_ENDS
 from gradmm.models import TOKENS_PER_BATCH, Model, batches_by_length, pad_left
+from gradmm.products import linear
 from gradmm.seeds import generator, stream
 
 LOGITS_AT_ONCE = 1 << 22  # numbers held at once; bounds memory, not results

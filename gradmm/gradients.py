@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gradmm.errors import require
+from gradmm.products import linear
 
 DISTANCES = ("cosine", "l2")
 TINY = 1e-30
@@ -126,7 +127,7 @@ def head_factors(hidden: Tensor, labels: Tensor, head: Head) -> Factors:
     Returns:
         Factors with delta (..., V) and hidden (..., D), in float32 or, if `hidden` is float64, float64.
     """
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    logits = linear(hidden, head.weight, head.bias)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     probabilities = torch.softmax(logits, dim=-1, dtype=wide)
     right = torch.ones_like(labels, dtype=wide).unsqueeze(-1)

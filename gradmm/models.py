@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from gradmm import files
 from gradmm.errors import UserError, first_line, require, shown
 from gradmm.markup import check_name
+from gradmm.products import Linear, fast_dtype, lacks_instructions, linear
 from gradmm.sharding import launched
 
 DATA = Path(__file__).parent / "data" / "demo"
@@ -321,7 +323,7 @@ def load_model(
     dtype = _dtype(dtype, device)
     if dtype == torch.bfloat16 and fast_dtype(device) != dtype:
         warnings.warn(
-            f"this {device.type} has no instructions for bfloat16, so it saves memory and takes several times longer: "
+            f"this {device.type} has no instructions for bfloat16, so it saves memory and no time: "
             "dtype='auto' takes float32 here",
             stacklevel=2,
         )
@@ -372,16 +374,32 @@ def wrap_model(lm, tokenizer, name: str, revision: str | None = None, fingerprin
 def quicken(lm) -> None:
     """The same functions by faster kernels, in place.
 
-    One for the tanh form of GELU, which GPT-2 and Phi write as nine operations and keep the values of; and plain products for
-    the attention of a model in bfloat16 on a CPU, where the fused kernel spends its time converting.
+    One for the tanh form of GELU, which GPT-2 and Phi write as nine operations and keep the values of. For a model in bfloat16
+    on a CPU: plain products for its attention, where the fused kernel spends its time converting; or, without instructions
+    for bfloat16, `products.linear` in its linear layers.
     """
+    weights = next(lm.parameters())
+    slow = lacks_instructions(weights)
     for module in list(lm.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
-    weights = next(lm.parameters())
-    if (weights.device.type, weights.dtype) == ("cpu", torch.bfloat16) and getattr(lm.config, "_attn_implementation", None) == "sdpa":
+            elif slow and type(child) in WIDENED:
+                child.__class__ = WIDENED[type(child)]
+    eager = (weights.device.type, weights.dtype) == ("cpu", torch.bfloat16) and not slow
+    if eager and getattr(lm.config, "_attn_implementation", None) == "sdpa":
         lm.set_attn_implementation("eager")
+
+
+class _Conv1D(Conv1D):
+    """GPT-2's linear layer, whose weight is transposed, by `products.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W + b."""
+        return linear(x, self.weight.T, self.bias)
+
+
+WIDENED = {torch.nn.Linear: Linear, Conv1D: _Conv1D}
 
 
 @contextmanager
@@ -414,18 +432,6 @@ def _align(lm: torch.nn.Module) -> None:
     """Move weights from where the file had them to aligned memory: else the files' layout would decide on the last bits."""
     for weights in (*lm.parameters(), *lm.buffers()):
         weights.data = weights.data.clone()
-
-
-def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """The type in which a device multiplies matrices fastest without losing what the method needs.
-
-    bfloat16 on a GPU that computes in it and on a processor with AMX or AVX-512 instructions for it; float32 elsewhere. The
-    solver's state, the matching sums and every training stay in float32.
-    """
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    found = torch.cpu.get_capabilities() if torch.device(device).type == "cpu" else {}
-    return torch.bfloat16 if found.get("amx_bf16") or found.get("avx512_bf16") else torch.float32
 
 
 def kind_of(device: torch.device) -> str:
@@ -510,7 +516,7 @@ def _check_head(model: Model) -> None:
         with _scaled_input(head, HEAD_SCALE):
             logits = model.lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         states = HEAD_SCALE * model.hidden_of([ids[0, :1].tolist(), ids[0].tolist()])
-        expected = torch.nn.functional.linear(states, model.head_weight, model.head_bias)
+        expected = linear(states, model.head_weight, model.head_bias)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{model.name} could not be run as a causal language model ({first_line(error)}): give another model") from error
     require(

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import numpy
 import torch
-from torch.nn.functional import linear
 
 from gradmm import admm, searches, synthesis
 from gradmm.errors import require
@@ -20,6 +19,7 @@ from gradmm.examples import Example
 from gradmm.floors import Work
 from gradmm.models import DTYPES, Model
 from gradmm.privacy import release
+from gradmm.products import linear
 from gradmm.settings import SynthesisConfig
 from gradmm.synthesis import SynthesisResult, synthesize
 from gradmm.tasks import Task

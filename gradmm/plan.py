@@ -6,6 +6,8 @@ Letters: K groups, B examples of a group, L tokens, C classes.
 import math
 from dataclasses import asdict, dataclass, replace
 
+import torch
+
 from gradmm import admm, sharding
 from gradmm.errors import require
 from gradmm.generation import closing_tokens
@@ -19,6 +21,7 @@ from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 TEXTS_PER_BATCH = {"cpu": 64, "other": 256}  # rows of a projection beyond which a step costs in proportion
+BFLOAT16_GROUPS_ON_A_CPU = 2  # of a pass: halves what a pass costs whatever its size, its calls, and fits beside small weights
 
 
 @dataclass(frozen=True)
@@ -167,9 +170,9 @@ def work_units(model: Model, positions: int, config: SynthesisConfig, groups: in
     """The groups of a batch, and the groups that the model sees at once in the solver's inner steps.
 
     Both follow from settings and shapes alone. Batches are as equal as can be and have about the rows from which on a step
-    of the projection costs in proportion. On a CPU an inner step sees one group: more are no faster there, and so nothing
-    that is computed of a group depends on the others, to the last bit. Elsewhere it sees as many groups as keep the
-    activations within the size of the weights, and at least one.
+    of the projection costs in proportion. On a CPU an inner step sees one group, so that nothing that is computed of a group
+    depends on the others, to the last bit; in bfloat16, where that does not hold anyway, two. Elsewhere it sees as many groups
+    as keep the activations within the size of the weights, and at least one.
 
     Args:
         positions: tokens of a text with its template.
@@ -179,5 +182,5 @@ def work_units(model: Model, positions: int, config: SynthesisConfig, groups: in
     most = max(1, TEXTS_PER_BATCH[kind] // (config.group_size * config.beams))
     batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
     if kind == "cpu":
-        return batch, 1
+        return batch, min(batch, BFLOAT16_GROUPS_ON_A_CPU) if model.dtype == torch.bfloat16 else 1
     return batch, groups_at_once(ModelShape.of(model), positions, config.group_size, batch)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from gradmm.errors import is_whole, require, shown
 from gradmm.models import Model, Reader, kind_of
+from gradmm.products import linear
 
 ROWS_PER_BLOCK = 4096
 GATHERED_NUMBERS = {"cpu": 1 << 20, "other": 1 << 26}  # candidates' rows held at once: what a cache holds, or few launches

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from gradmm.evaluation import is_complete_sentence, perplexities
 from gradmm.gradients import Exchange
 from gradmm.plan import Plan
+from gradmm.products import linear
 from gradmm.projection import inner_products, text_mask
 
 

@@ -1,5 +1,6 @@
 """The pipeline: the same bytes again, after a kill and a resume; a reason for every text; one sentence for every misuse."""
 
+import copy
 import json
 import signal
 import subprocess
@@ -247,6 +248,9 @@ def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
     assert work_units(model, 40, SynthesisConfig(group_size=10, search="guided", beams=3), 20) == (2, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=10, groups_per_batch=7), 20) == (7, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=10, groups_per_batch=70), 20) == (20, 1)
+    halved = replace(model, lm=copy.deepcopy(model.lm).bfloat16())
+    assert work_units(halved, 40, SynthesisConfig(group_size=10), 20) == (5, 2)
+    assert work_units(halved, 40, SynthesisConfig(group_size=100), 3) == (1, 1)
     manifest = synthesize(model, task, release, SMALL, progress=False).manifest
     assert (manifest["groups_per_batch"], manifest["groups_per_pass"]) == (4, 1)
 

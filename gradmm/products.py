@@ -1,0 +1,66 @@
+"""x W^T + b with frozen weights, also in bfloat16 on a processor that has no instructions for it. Knows no model.
+
+There the framework multiplies bfloat16 at a tenth of float32's speed, and for a gradient at a sixtieth. Here a part of W
+at a time is widened to float32, and each result is rounded once, as those instructions do.
+Letters: O rows of W, I its columns.
+"""
+
+import torch
+from torch import Tensor
+
+WIDENED_AT_ONCE = 1 << 20  # numbers of W
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """The type in which a device multiplies matrices fastest without losing what the method needs.
+
+    bfloat16 on a GPU that computes in it and on a processor with AMX or AVX-512 instructions for it; float32 elsewhere. The
+    solver's state, the matching sums and every training stay in float32.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    found = torch.cpu.get_capabilities() if torch.device(device).type == "cpu" else {}
+    return torch.bfloat16 if found.get("amx_bf16") or found.get("avx512_bf16") else torch.float32
+
+
+def lacks_instructions(weight: Tensor) -> bool:
+    """Whether the framework would multiply a matrix of this type slowly on its device."""
+    return (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16) and fast_dtype("cpu") != torch.bfloat16
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: (..., I), (O, I), (O,) -> (..., O); differentiable, in bfloat16 without instructions for it in x alone."""
+    if lacks_instructions(weight) and not weight.requires_grad:
+        return _Widened.apply(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+class Linear(torch.nn.Linear):
+    """A linear layer whose product is `linear`'s."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
+        return linear(x, self.weight, self.bias)
+
+
+class _Widened(torch.autograd.Function):
+    """`linear` in float32, rounded to x's type: the values O blocks of rows at a time, the gradient likewise."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        wide, value = x.float(), x.new_empty(*x.shape[:-1], len(weight))
+        for rows in _blocks(weight):
+            value[..., rows] = torch.nn.functional.linear(wide, weight[rows].float(), None if bias is None else bias[rows].float())
+        return value
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return sum(slope[..., rows].float() @ weight[rows].float() for rows in _blocks(weight)).to(slope.dtype), None, None
+
+
+def _blocks(weight: Tensor) -> list[slice]:
+    """Rows of W that are widened together."""
+    size = max(1, WIDENED_AT_ONCE // weight.shape[1])
+    return [slice(first, first + size) for first in range(0, len(weight), size)]

@@ -115,7 +115,7 @@ def performance(results: dict, preset: dict) -> None:
     for dtype, rows in results["floors"].items():
         assert all(0 < row["share"] < 1 and row["seconds"] == results["seconds"][dtype][row["phase"]] for row in rows)
     assert results["literal"][1]["they differ by"] == "0e+00" and all(row["ratio"] > 0 for row in results["literal"])
-    assert results["records"] == results["gpu_records"] == []  # no records in an empty folder
+    assert results["records"] == results["gpu_records"] == results["memory"]["records"] == []  # no records in an empty folder
     assert {name: row["sizes"] for name, row in results["growth"].items()} == preset["growth"]
     assert len(results["types"]) == 2 * preset["seeds"] and all(0 <= row["accuracy"] <= 1 for row in results["types"])
     assert {row["same texts"] for row in results["types"] if row["type"] == "float32"} == {1.0}

@@ -4,7 +4,7 @@ Each row is a fresh process: random weights, a release of random texts, every ph
 verdict, after a warm-up at the shape `tiny` that loads what is loaded once. On a CPU the peak is that of the resident set, read
 every few milliseconds, minus what was resident before the release; so that it is that of the program and not of what the C
 library keeps for later, glibc is told to give freed blocks back at once. On a GPU it is that of the allocator. Prints a table
-beside what `gradmm.sizing` expects, and with --output writes it as JSON.
+beside what `gradmm.sizing` expects, and with --output writes a record.
 """
 
 import argparse
@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from against_reference import SHAPES, keep, random_model
+from against_reference import SHAPES, random_model
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
+from whole_synthesis import save
 
 import gradmm
 
@@ -123,13 +124,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--outer-steps", type=int, default=2)
     parser.add_argument("--inner-steps", type=int, default=2)
     parser.add_argument("--top-k", type=int, default=200)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="a record, such as book/records/memory-small-cpu.json")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    """Measure each type in a fresh process, print, save; returns what was measured."""
+    """Measure each type in a fresh process, print, save; returns the results."""
     options = parse(arguments)
     if options.here:
         row = measure(options)
@@ -145,7 +146,8 @@ def main(arguments: list[str] | None = None) -> dict:
     for row in rows:
         sizes = [row[name] / 1e6 for name in ("weights", "peak_over_weights", "expected_over_weights")]
         print(f"{row['dtype']:10} {sizes[0]:10.1f} {sizes[1]:10.1f} {row['share_of_weights']:6.2f}x {sizes[2]:10.1f}")
-    return keep(rows, options)
+    save({"rows": rows}, options)
+    return {"rows": rows}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from gradmm.errors import UserError
 from gradmm.seeds import generator
@@ -27,7 +28,7 @@ def add_lora(lm: torch.nn.Module, rank: int, seed: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError("adapter = 'lora' needs the package peft: install it with pip install 'gradmm[lora]'") from error
-    transposed = any(type(module).__name__ == "Conv1D" for module in lm.modules())  # GPT-2's layers hold W the other way round
+    transposed = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's layers hold W the other way round
     config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear", fan_in_fan_out=transposed)
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; what counts is drawn below
         inject_adapter_in_model(config, lm)

@@ -70,3 +70,14 @@ def test_another_seed_starts_another_adapter(tiny_model):
     model = tiny_model("llama", dtype=torch.float32)
     one, two, other = (state(trainable_copy(model, replace(CONFIG, seed=seed)).lm) for seed in (1, 1, 2))
     assert same(one, two) and not same(one, other)
+
+
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_a_bfloat16_model_learns_as_the_float32_model_of_its_weights(tiny_model, kind, adapter, monkeypatch):
+    pytest.importorskip("peft", reason="the extra lora is not installed", exc_type=ImportError)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # so that its layers multiply by other means
+    half, single = (tiny_model(kind, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    for ours, theirs in zip([*single.lm.parameters(), *single.lm.buffers()], [*half.lm.parameters(), *half.lm.buffers()], strict=True):
+        ours.copy_(theirs)
+    found, expected = (fit(model, TASK, TRAIN, TRAIN, replace(CONFIG, adapter=adapter)) for model in (half, single))
+    assert found.curve == expected.curve and same(state(found.model.lm), state(expected.model.lm))

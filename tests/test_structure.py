@@ -60,7 +60,7 @@ def test_a_room_imports_only_from_rooms_above(room):
     assert inside <= set(ORDER[: ORDER.index(room)])
 
 
-@pytest.mark.parametrize("room", sorted({"errors", "seeds", "files", "locks", "admm", "runs", "gradients"} & set(ROOMS)))
+@pytest.mark.parametrize("room", sorted({"errors", "seeds", "files", "locks", "admm", "runs", "products", "gradients"} & set(ROOMS)))
 def test_the_mathematics_knows_no_language_model(room):
     assert not {name.split(".")[0] for name in imported(parse(room))} & LANGUAGE
 

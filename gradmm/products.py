@@ -1,7 +1,7 @@
 """x W^T + b with frozen weights, also in bfloat16 on a processor that has no instructions for it. Knows no model.
 
-There the framework multiplies bfloat16 at a tenth of float32's speed, and for a gradient at a sixtieth. Here a part of W
-at a time is widened to float32, and each result is rounded once, as those instructions do.
+There the framework multiplies bfloat16 several times as slowly as float32, and for a gradient tens of times. Here a part of
+W at a time is widened to float32, and each result is rounded once, as those instructions do.
 Letters: O rows of W, I its columns.
 """
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 WIDENED_AT_ONCE = 1 << 20  # numbers of W
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # what the framework calls a processor's for bfloat16; the last are ARM's
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
@@ -24,8 +25,11 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def lacks_instructions(weight: Tensor) -> bool:
-    """Whether the framework would multiply a matrix of this type slowly on its device."""
-    return (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16) and fast_dtype("cpu") != torch.bfloat16
+    """Whether a matrix is in bfloat16 on a processor that has no instructions for it."""
+    if (weight.device.type, weight.dtype) != ("cpu", torch.bfloat16):
+        return False
+    found = torch.cpu.get_capabilities()
+    return not any(found.get(name) for name in INSTRUCTIONS)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from gradmm import files
 from gradmm.errors import UserError, first_line, require, shown
 from gradmm.markup import check_name
-from gradmm.products import Linear, fast_dtype, lacks_instructions, linear
+from gradmm.products import fast_dtype, lacks_instructions, linear
 from gradmm.sharding import launched
 
 DATA = Path(__file__).parent / "data" / "demo"
@@ -391,6 +391,14 @@ def quicken(lm) -> None:
         lm.set_attn_implementation("eager")
 
 
+class _Linear(torch.nn.Linear):
+    """A linear layer by `products.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
+        return linear(x, self.weight, self.bias)
+
+
 class _Conv1D(Conv1D):
     """GPT-2's linear layer, whose weight is transposed, by `products.linear`."""
 
@@ -399,7 +407,7 @@ class _Conv1D(Conv1D):
         return linear(x, self.weight.T, self.bias)
 
 
-WIDENED = {torch.nn.Linear: Linear, Conv1D: _Conv1D}
+WIDENED = {torch.nn.Linear: _Linear, Conv1D: _Conv1D}
 
 
 @contextmanager

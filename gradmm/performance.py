@@ -236,15 +236,21 @@ def shares(works: Mapping[str, Work], seconds: Mapping[str, float], rates: Rates
     return rows
 
 
+def ran_on(record: Mapping) -> str:
+    """The processor with its threads, or the GPU, that a benchmark's record comes from."""
+    machine = record["machine"]
+    return f"{machine['processor']}, {machine['threads']} thread(s)" if record["settings"]["device"] == "cpu" else machine["gpu"]
+
+
 def summary(record: Mapping) -> dict:
     """A row of a table for a record of `tests/benchmarks/whole_synthesis.py`: what ran where, its seconds, ratio, shares and peak."""
-    said, found, machine = record["settings"], record["results"], record["machine"]
+    said, found = record["settings"], record["results"]
     whole, share = found["phases"]["whole"], {row["phase"]: row["share"] for row in found["floors"]}
     ratio = whole["ratio"]
     return {
         "shape": said["shape"],
         "type": said["dtype"],
-        "on": f"{machine['processor']}, {machine['threads']} thread(s)" if said["device"] == "cpu" else machine["gpu"],
+        "on": ran_on(record),
         "groups": found["groups"],
         "steps": f"{said['outer_steps']} x {said['inner_steps']}",
         "seconds": whole["fast_seconds"]["median"],

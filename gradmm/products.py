@@ -5,11 +5,15 @@ W at a time is widened to float32, and each result is rounded once, as those ins
 Letters: O rows of W, I its columns.
 """
 
+from functools import reduce
+from operator import iadd
+
 import torch
 from torch import Tensor
 
 WIDENED_AT_ONCE = 1 << 20  # numbers of W
-INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # what the framework calls a processor's for bfloat16; the last are ARM's
+FAST = ("amx_bf16", "avx512_bf16")  # what the framework calls a processor's instructions for bfloat16
+INSTRUCTIONS = (*FAST, "bf16")  # and ARM's, about whose speed nothing is known here
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
@@ -20,16 +24,17 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     """
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    found = torch.cpu.get_capabilities() if torch.device(device).type == "cpu" else {}
-    return torch.bfloat16 if found.get("amx_bf16") or found.get("avx512_bf16") else torch.float32
+    return torch.bfloat16 if torch.device(device).type == "cpu" and _has_any(FAST) else torch.float32
 
 
 def lacks_instructions(weight: Tensor) -> bool:
     """Whether a matrix is in bfloat16 on a processor that has no instructions for it."""
-    if (weight.device.type, weight.dtype) != ("cpu", torch.bfloat16):
-        return False
+    return (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16) and not _has_any(INSTRUCTIONS)
+
+
+def _has_any(names: tuple[str, ...]) -> bool:
     found = torch.cpu.get_capabilities()
-    return not any(found.get(name) for name in INSTRUCTIONS)
+    return any(found.get(name) for name in names)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,14 +42,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if lacks_instructions(weight) and not weight.requires_grad:
         return _Widened.apply(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
-
-
-class Linear(torch.nn.Linear):
-    """A linear layer whose product is `linear`'s."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x W^T + b."""
-        return linear(x, self.weight, self.bias)
 
 
 class _Widened(torch.autograd.Function):
@@ -61,7 +58,8 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return sum(slope[..., rows].float() @ weight[rows].float() for rows in _blocks(weight)).to(slope.dtype), None, None
+        parts = (slope[..., rows].float() @ weight[rows].float() for rows in _blocks(weight))
+        return reduce(iadd, parts).to(slope.dtype), None, None
 
 
 def _blocks(weight: Tensor) -> list[slice]:

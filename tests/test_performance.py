@@ -75,3 +75,9 @@ def test_a_floor_is_set_by_arithmetic_or_by_memory():
     first, second = performance.shares(works, {"a": 8.0, "b": 4.0}, rates)
     assert (first["bound by"], first["floor_seconds"], first["share"]) == ("arithmetic", 4.0, 0.5)
     assert (second["bound by"], second["floor_seconds"], second["share"]) == ("memory", 3.0, 0.75)
+
+
+@pytest.mark.parametrize(("device", "said"), [("cpu", "Some CPU, 2 thread(s)"), ("cuda", "Some GPU")])
+def test_a_record_says_what_it_ran_on(device, said):
+    machine = {"processor": "Some CPU", "threads": 2, "gpu": "Some GPU"}
+    assert performance.ran_on({"settings": {"device": device}, "machine": machine}) == said

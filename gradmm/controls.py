@@ -41,9 +41,9 @@ def _random(target: FactorTarget, source: torch.Generator, balanced: bool) -> Ta
     delta, hidden = (_normal_like(value, source) for value in (target.factors.delta, target.factors.hidden))
     delta = delta - delta.mean(-1, keepdim=True) if balanced else delta
     if target.factors.bias:
-        delta = delta * (target.norms()[1].sqrt() / delta.mean(0).norm())
+        delta = delta * (target.norms[1].sqrt() / delta.mean(0).norm())
     drawn = FactorTarget(Factors(delta, hidden, target.factors.bias))
-    scale = (target.norms()[0] / drawn.norms()[0]).sqrt()
+    scale = (target.norms[0] / drawn.norms[0]).sqrt()
     return FactorTarget(Factors(delta, hidden * scale, target.factors.bias))
 
 

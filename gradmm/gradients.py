@@ -15,6 +15,7 @@ layer; the identities follow from tr((a b^T)^T c d^T) = (a . c)(b . d).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -156,6 +157,7 @@ class FactorTarget:
         weight = (deltas * hiddens).mean(-1)
         return [weight, deltas.mean(-1)] if factors.bias else [weight]
 
+    @cached_property
     def norms(self) -> list[Tensor]:
         """||G_target||^2 for weight and bias."""
         return group_norms(self.factors)
@@ -183,6 +185,7 @@ class DenseTarget:
         weight = ((factors.hidden @ self.weight.mT) * factors.delta).sum(-1)
         return [weight, factors.delta @ self.bias] if factors.bias else [weight]
 
+    @cached_property
     def norms(self) -> list[Tensor]:
         """||G_target||^2 for weight and bias."""
         weight = self.weight.square().sum()
@@ -249,16 +252,11 @@ def match_groups(factors: Factors, which: Tensor, targets: Sequence[Target], dis
     Returns:
         (K,).
     """
-    norms = group_norms(factors)
-    inners = [torch.zeros_like(norm) for norm in norms]
-    target_norms = [torch.zeros_like(norm) for norm in norms]
-    for number in which.unique().tolist():
-        chosen = (which == number).nonzero().squeeze(1)
-        target = targets[number]
-        for place, (inner, norm) in enumerate(zip(target.inner(factors[chosen]), target.norms(), strict=True)):
-            inners[place] = inners[place].index_copy(0, chosen, inner.mean(1))
-            target_norms[place] = target_norms[place].index_fill(0, chosen, norm.item())
-    return combine(inners, norms, target_norms, distance)
+    numbers, counts = (value.tolist() for value in which.unique_consecutive(return_counts=True))
+    runs = [Factors(*parts, factors.bias) for parts in zip(factors.delta.split(counts), factors.hidden.split(counts), strict=True)]
+    inners = zip(*[[inner.mean(1) for inner in targets[number].inner(run)] for number, run in zip(numbers, runs, strict=True)], strict=True)
+    target_norms = zip(*[targets[number].norms for number in which.tolist()], strict=True)
+    return combine([torch.cat(parts) for parts in inners], group_norms(factors), [torch.stack(parts) for parts in target_norms], distance)
 
 
 def greedy_order(factors: Factors, target: Target, count: int, distance: str = "cosine") -> list[int]:
@@ -305,7 +303,7 @@ def joint_order(
     pools = [(labels == number).nonzero().squeeze(1) for number in range(len(targets))]
     wanted = [min(count, len(pool)) for count, pool in zip(counts, pools, strict=True)]
     several, whole = len(targets) > 1, sum_of(targets)  # the sum of one class is that class
-    norms, whole_norms = [target.norms() for target in targets], whole.norms()
+    norms, whole_norms = [target.norms for target in targets], whole.norms
     to_whole = torch.stack(whole.inner(factors)).double()  # (P, N)
     to_own = torch.zeros_like(to_whole)
     for target, pool in zip(targets, pools, strict=True):
@@ -375,7 +373,7 @@ def losses_as_added(factors: Factors, target: Target, distance: str = "cosine") 
     sizes = torch.arange(1, len(factors.delta) + 1, device=factors.delta.device)
     inners = [inner.cumsum(0) / sizes for inner in target.inner(factors)]
     norms = [gram.cumsum(0).cumsum(1).diagonal() / sizes**2 for gram in grams(factors)]
-    return combine(inners, norms, target.norms(), distance)
+    return combine(inners, norms, target.norms, distance)
 
 
 @dataclass(frozen=True)
@@ -400,7 +398,7 @@ class Exchange:
     def of(factors: Factors, target: Target, count: int, distance: str = "cosine") -> "Exchange":
         """The group of the first `count` gradients: delta (P, V) and hidden (P, D), in the target's coordinates."""
         members = torch.arange(count, device=factors.delta.device)
-        return Exchange(target.inner(factors), grams(factors), target.norms(), distance, members)
+        return Exchange(target.inner(factors), grams(factors), target.norms, distance, members)
 
     def losses(self, places: Tensor, others: Tensor) -> Tensor:
         """The loss with gradient others[t] in place places[t] of the group, for each t alone: (T,), (T,) -> (T,)."""

@@ -171,8 +171,8 @@ def work_units(model: Model, positions: int, config: SynthesisConfig, groups: in
 
     Both follow from settings and shapes alone. Batches are as equal as can be and have about the rows from which on a step
     of the projection costs in proportion. On a CPU an inner step sees one group, so that nothing that is computed of a group
-    depends on the others, to the last bit; in bfloat16, where that does not hold anyway, two. Elsewhere it sees as many groups
-    as keep the activations within the size of the weights, and at least one.
+    depends on the others, to the last bit; in bfloat16, where that does not hold anyway, two, and a batch has no half pass but
+    the last one. Elsewhere it sees as many groups as keep the activations within the size of the weights, and at least one.
 
     Args:
         positions: tokens of a text with its template.
@@ -181,6 +181,8 @@ def work_units(model: Model, positions: int, config: SynthesisConfig, groups: in
     kind = kind_of(model.device)
     most = max(1, TEXTS_PER_BATCH[kind] // (config.group_size * config.beams))
     batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
-    if kind == "cpu":
-        return batch, min(batch, BFLOAT16_GROUPS_ON_A_CPU) if model.dtype == torch.bfloat16 else 1
-    return batch, groups_at_once(ModelShape.of(model), positions, config.group_size, batch)
+    if kind != "cpu":
+        return batch, groups_at_once(ModelShape.of(model), positions, config.group_size, batch)
+    together = min(batch, BFLOAT16_GROUPS_ON_A_CPU) if model.dtype == torch.bfloat16 else 1
+    whole = math.ceil(batch / together) * together
+    return batch if config.groups_per_batch else min(groups, whole), together

@@ -248,8 +248,8 @@ def test_random_targets_have_the_norms_of_the_real_ones(tiny_model, kind):
     trial = Trial(bench_of(model), 0)
     drawn = random_directions(trial.release, 0)
     for ours, theirs in zip(drawn.targets, trial.release.targets, strict=True):
-        assert [float(n) for n in ours.norms()] == pytest.approx([float(n) for n in theirs.norms()], rel=1e-9)
-        assert len(ours.norms()) == (2 if kind == "phi" else 1)
+        assert [float(n) for n in ours.norms] == pytest.approx([float(n) for n in theirs.norms], rel=1e-9)
+        assert len(ours.norms) == (2 if kind == "phi" else 1)
         whole, real = (t.factors.delta.mT @ t.factors.hidden for t in (ours, theirs))
         assert abs(float((whole * real).sum() / (whole.norm() * real.norm()))) < 0.2
     again, other = (random_directions(trial.release, seed) for seed in (0, 1))
@@ -262,8 +262,8 @@ def test_the_controls_know_every_space(model, monkeypatch, space):
     trial = Trial(bench_of(model, config=replace(CONFIG, space=space)), 0)
     drawn, none = random_directions(trial.release, 0), without_gradient(trial.release)
     for ours, theirs, zero in zip(drawn.targets, trial.release.targets, none.targets, strict=True):
-        assert [float(n) for n in ours.norms()] == pytest.approx([float(n) for n in theirs.norms()], rel=1e-5)
-        assert [float(n) for n in zero.norms()] == [0.0] * len(zero.norms())
+        assert [float(n) for n in ours.norms] == pytest.approx([float(n) for n in theirs.norms], rel=1e-5)
+        assert [float(n) for n in zero.norms] == [0.0] * len(zero.norms)
         if space in LABEL_SPACES:  # a sum over the label tokens is zero for every text
             for pairs in (ours.factors, theirs.factors):
                 torch.testing.assert_close(pairs.delta.sum(-1), torch.zeros(len(pairs.delta)), rtol=0, atol=1e-6)

@@ -334,7 +334,7 @@ def test_joint_order_equals_a_search_with_explicit_gradients(distance, bias, den
     held = [DenseTarget(*goal) for goal in goals] if dense else targets
     assert joint_order(factors, classes, held, counts, distance) == slow and len(slow) == 3 + 2 + 3
     whole = sum_of(held)
-    for value, wanted in zip(whole.norms(), total, strict=True):
+    for value, wanted in zip(whole.norms, total, strict=True):
         torch.testing.assert_close(value, wanted.square().sum(), rtol=1e-10, atol=0)
     for value, wanted in zip(whole.inner(factors[:1]), (total[0] @ factors.hidden[0] @ factors.delta[0], *(b @ factors.delta[0] for b in total[1:])), strict=True):
         torch.testing.assert_close(value[0], wanted, rtol=1e-10, atol=1e-12)

@@ -72,10 +72,10 @@ def draw_factors(source, *shape, sizes=(7, 4), bias=False):
 @pytest.mark.parametrize("count", [1, 2, 10])
 def test_value_and_input_gradient_equal_the_reference(tiny_model, kind, count, distance):
     matching, explicit = make(tiny_model, kind, distance=distance)
-    classes = torch.tensor([0, 1, 1])
-    fast = draw_x(matching.model, 3, count).requires_grad_(True)
+    classes = torch.tensor([1, 0, 0, 1])
+    fast = draw_x(matching.model, 4, count).requires_grad_(True)
     slow = fast.detach().clone().requires_grad_(True)
-    value = matching.of_vectors(fast, torch.zeros(3, count, 4, dtype=torch.long), classes)
+    value = matching.of_vectors(fast, torch.zeros(4, count, 4, dtype=torch.long), classes)
     expected = oracle(matching, explicit, slow, classes.tolist(), distance)
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
     found, wanted = torch.autograd.grad(value.sum(), fast)[0], torch.autograd.grad(expected.sum(), slow)[0]

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from gradmm import files
 from gradmm.errors import UserError, first_line, require, shown
 from gradmm.markup import check_name
-from gradmm.products import fast_dtype, lacks_instructions, linear
+from gradmm.products import fast_dtype, keep_few_compiled, lacks_instructions, linear
 from gradmm.sharding import launched
 
 DATA = Path(__file__).parent / "data" / "demo"
@@ -375,8 +375,8 @@ def quicken(lm) -> None:
     """The same functions by faster kernels, in place.
 
     One for the tanh form of GELU, which GPT-2 and Phi write as nine operations and keep the values of. For a model in bfloat16
-    on a CPU: plain products for its attention, where the fused kernel spends its time converting; or, without instructions
-    for bfloat16, `products.linear` in its linear layers.
+    on a CPU: plain products for its attention, where the fused kernel spends its time converting, and few compiled products
+    kept; or, without instructions for bfloat16, `products.linear` in its linear layers.
     """
     weights = next(lm.parameters())
     slow = lacks_instructions(weights)
@@ -386,8 +386,10 @@ def quicken(lm) -> None:
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
             elif slow and type(child) in WIDENED:
                 child.__class__ = WIDENED[type(child)]
-    eager = (weights.device.type, weights.dtype) == ("cpu", torch.bfloat16) and not slow
-    if eager and getattr(lm.config, "_attn_implementation", None) == "sdpa":
+    if (weights.device.type, weights.dtype) != ("cpu", torch.bfloat16) or slow:
+        return
+    keep_few_compiled()
+    if getattr(lm.config, "_attn_implementation", None) == "sdpa":
         lm.set_attn_implementation("eager")
 
 

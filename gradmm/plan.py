@@ -21,6 +21,7 @@ from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 TEXTS_PER_BATCH = {"cpu": 64, "other": 256}  # rows of a projection beyond which a step costs in proportion
+BFLOAT16_TEXTS_ON_A_CPU = 100  # the same, where products take less of a step; more would hold more of the solver's state
 BFLOAT16_GROUPS_ON_A_CPU = 2  # of a pass: halves what a pass costs whatever its size, its calls, and fits beside small weights
 
 
@@ -179,10 +180,11 @@ def work_units(model: Model, positions: int, config: SynthesisConfig, groups: in
         groups: all groups of the run.
     """
     kind = kind_of(model.device)
-    most = max(1, TEXTS_PER_BATCH[kind] // (config.group_size * config.beams))
+    halved = kind == "cpu" and model.dtype == torch.bfloat16
+    most = max(1, (BFLOAT16_TEXTS_ON_A_CPU if halved else TEXTS_PER_BATCH[kind]) // (config.group_size * config.beams))
     batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
     if kind != "cpu":
         return batch, groups_at_once(ModelShape.of(model), positions, config.group_size, batch)
-    together = min(batch, BFLOAT16_GROUPS_ON_A_CPU) if model.dtype == torch.bfloat16 else 1
+    together = min(batch, BFLOAT16_GROUPS_ON_A_CPU) if halved else 1
     whole = math.ceil(batch / together) * together
     return batch if config.groups_per_batch else min(groups, whole), together

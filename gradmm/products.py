@@ -5,6 +5,7 @@ W at a time is widened to float32, and each result is rounded once, as those ins
 Letters: O rows of W, I its columns.
 """
 
+import os
 from functools import reduce
 from operator import iadd
 
@@ -14,6 +15,8 @@ from torch import Tensor
 WIDENED_AT_ONCE = 1 << 20  # numbers of W
 FAST = ("amx_bf16", "avx512_bf16")  # what the framework calls a processor's instructions for bfloat16
 INSTRUCTIONS = (*FAST, "bf16")  # and ARM's, about whose speed nothing is known here
+COMPILED = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's and PyTorch's cache of compiled products
+KEPT = "64"  # of each: a step has some twenty shapes of product
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
@@ -30,6 +33,16 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
 def lacks_instructions(weight: Tensor) -> bool:
     """Whether a matrix is in bfloat16 on a processor that has no instructions for it."""
     return (weight.device.type, weight.dtype) == ("cpu", torch.bfloat16) and not _has_any(INSTRUCTIONS)
+
+
+def keep_few_compiled() -> None:
+    """Bound the memory of compiled products on a CPU; works before the process's first product in bfloat16.
+
+    The framework compiles one for each shape, and texts of many lengths have many. It would keep 1024 in each of two caches,
+    at half a megabyte; what is not there is compiled again in a millisecond. A capacity in the environment is left as it is.
+    """
+    for name in COMPILED:
+        os.environ.setdefault(name, KEPT)
 
 
 def _has_any(names: tuple[str, ...]) -> bool:

@@ -1,5 +1,10 @@
 """Products in bfloat16 without instructions for it: the numbers of float64, rounded, in values, gradients and whole models."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -68,6 +73,42 @@ def test_a_model_s_layers_are_widened_where_the_processor_needs_it(tiny_model, k
     assert len(layers[torch.bfloat16]) > 2
     assert len(plain) == (len(layers[torch.bfloat16]) if instructions else 0)
     assert all(type(layer) in (torch.nn.Linear, Conv1D) for layer in layers[torch.float32])
+
+
+def test_few_compiled_products_are_kept_unless_the_environment_says_how_many(tiny_model, instructions, monkeypatch):
+    theirs, ours = products.COMPILED
+    monkeypatch.setenv(theirs, "7")
+    monkeypatch.delenv(ours, raising=False)
+    tiny_model("gpt2", dtype=torch.float32)
+    assert ours not in os.environ
+    tiny_model("gpt2", dtype=torch.bfloat16)
+    assert (os.environ[theirs], os.environ.get(ours)) == ("7", products.KEPT if instructions else None)
+
+
+COMPILING = """
+import torch
+from gradmm import products
+products.keep_few_compiled()
+if products.lacks_instructions(torch.ones(1).bfloat16()):
+    print(0)
+else:
+    def grown(rows, weight=torch.ones(512, 512).bfloat16()):
+        before = resident()
+        for count in rows:
+            torch.nn.functional.linear(torch.ones(count, 512).bfloat16(), weight)
+        return resident() - before
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * 4096
+    grown(range(1, 101))
+    print(grown(range(101, 401)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_products_of_many_shapes_hold_no_more_memory_than_those_of_a_hundred():
+    environment = {name: value for name, value in os.environ.items() if name not in products.COMPILED}
+    done = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True, check=True, env=environment, stdin=subprocess.DEVNULL)
+    assert int(done.stdout) < 40e6  # 300 more products: 0.25 MB each and more if all were kept
 
 
 def layers_of(model) -> list[torch.nn.Module]:

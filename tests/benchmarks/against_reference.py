@@ -4,11 +4,10 @@ Both do the same work on the same random weights with the same threads: inner st
 matching loss of one group) and projections of one group. Timings alternate, fast then reference, and medians are
 compared. With --dtype bfloat16 the fast path computes in bfloat16 and keeps x and the matching sums in float32, and the
 reference stays in float32. Counts the matrix products' operations on both sides, because they bound the ratio of an inner
-step: both need one forward and one backward pass of the body. Prints a table and, with --output, writes it as JSON.
+step: both need one forward and one backward pass of the body. Prints a table and, with --output, writes a record.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from gradmm import reference
+from gradmm import records, reference
 from gradmm.gradients import FactorTarget, Head, Space, head_factors
 from gradmm.matching import Matching
 from gradmm.models import DTYPES, Model, quicken
@@ -148,13 +147,12 @@ def measure(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def keep(rows: list[dict], options: argparse.Namespace) -> dict:
-    """The rows with what they came from, written as JSON where --output asks for it."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    record = {"settings": settings, "sizes": SHAPES[options.shape], "torch": torch.__version__, "rows": rows}
+def save(results: dict, options: argparse.Namespace) -> None:
+    """A record of the results, with the settings and the sizes that they came from, where --output asks for one."""
     if options.output:
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return record
+        named = {name: value for name, value in vars(options).items() if name not in ("output", "here")}
+        sizes = {"sizes": SHAPES[options.shape]} if "shape" in named else {}
+        records.write_record(options.output, results, named | sizes)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -174,7 +172,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str] | None = None) -> dict:
+def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print, save; returns what was measured."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
@@ -184,7 +182,8 @@ def main(arguments: list[str] | None = None) -> dict:
         spread = f"{row['ratio_low']:.1f} to {row['ratio_high']:.1f}"
         counts = f"{row['fast_operations'] / 1e9:.1f} : {row['reference_operations'] / 1e9:.1f}, differ {row['disagreement']:.1g}"
         print(f"{row['work']:32} {row['fast_seconds']:9.3f} {row['reference_seconds']:10.3f} {row['ratio']:6.1f}x  ({spread}); {counts}")
-    return keep(rows, options)
+    save({"rows": rows}, options)
+    return rows
 
 
 if __name__ == "__main__":

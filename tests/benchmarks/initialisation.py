@@ -1,16 +1,16 @@
 """Matching loss at the start against its cost, on the embedded model: `python tests/benchmarks/initialisation.py`.
 
 For each way to choose a start, and each kind of draw that is asked for: mean and standard error over groups of the loss, the
-texts that had to be evaluated (one forward pass each), and seconds. Prints a table and, with --output, writes it as JSON.
+texts that had to be evaluated (one forward pass each), and seconds. Prints a table and, with --output, writes a record.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
+from against_reference import save
 
 import gradmm
 from gradmm.initialisation import CHOICES, INITIALISATIONS, Shape
@@ -77,9 +77,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     print(f"{'start':14} {'loss':>9} {'error':>9} {'texts evaluated':>16} {'seconds':>9}")
     for row in rows:
         print(f"{row['choice']:14} {row['mean']:9.5f} {row['standard_error']:9.5f} {row['texts evaluated']:16d} {row['seconds']:9.2f}")
-    if options.output:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        options.output.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    save({"rows": rows}, options)
     return rows
 
 

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from against_reference import SHAPES, random_model
+from against_reference import SHAPES, random_model, save
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from whole_synthesis import save
 
 import gradmm
 

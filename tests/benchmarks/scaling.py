@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from against_reference import SHAPES
-from whole_synthesis import TASK, save, settings_of, worded_examples, worded_model
+from against_reference import SHAPES, save
+from whole_synthesis import TASK, settings_of, worded_examples, worded_model
 
 from gradmm import performance
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from against_reference import SHAPES, random_model
+from against_reference import SHAPES, random_model, save
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from gradmm import floors, performance, records, reference, runs
+from gradmm import floors, performance, reference, runs
 from gradmm.examples import Example
 from gradmm.initialisation import Shape, normal
 from gradmm.models import Model
@@ -237,13 +237,6 @@ def show(results: dict, options: argparse.Namespace) -> None:
     print(f"machine: {rates['matmul'] / 1e9:.1f} GFLOP/s, {rates['bandwidth'] / 1e9:.1f} GB/s; memory: {memory['peak'] / 1e6:.0f} MB, weights {memory['weights'] / 1e6:.0f} MB")
     if results["same_tokens"] is not None:
         print(f"tokens that both sides wrote alike: {results['same_tokens']:.0%}")
-
-
-def save(results: dict, options: argparse.Namespace) -> None:
-    """Write the record where --output asks for one."""
-    if options.output:
-        named = {name: value for name, value in vars(options).items() if name != "output"}
-        records.write_record(options.output, results, {**named, "sizes": SHAPES[options.shape]})
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

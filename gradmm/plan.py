@@ -21,7 +21,7 @@ from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 TEXTS_PER_BATCH = {"cpu": 64, "other": 256}  # rows of a projection beyond which a step costs in proportion
-BFLOAT16_TEXTS_ON_A_CPU = 100  # the same, where products take less of a step; more would hold more of the solver's state
+BFLOAT16_TEXTS_ON_A_CPU = 80  # the same, where products take less of a step; more would hold more of the solver's state
 BFLOAT16_GROUPS_ON_A_CPU = 2  # of a pass: halves what a pass costs whatever its size, its calls, and fits beside small weights
 
 

@@ -249,7 +249,7 @@ def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
     assert work_units(model, 40, SynthesisConfig(group_size=10, groups_per_batch=7), 20) == (7, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=10, groups_per_batch=70), 20) == (20, 1)
     halved = replace(model, lm=copy.deepcopy(model.lm).bfloat16())
-    assert work_units(halved, 40, SynthesisConfig(group_size=10), 20) == (10, 2)
+    assert work_units(halved, 40, SynthesisConfig(group_size=10), 20) == (8, 2)
     assert work_units(halved, 40, SynthesisConfig(group_size=10), 22) == (8, 2)
     assert work_units(halved, 40, SynthesisConfig(group_size=10), 13) == (8, 2)
     assert work_units(halved, 40, SynthesisConfig(group_size=10), 5) == (5, 2)

@@ -254,7 +254,7 @@ def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
     assert work_units(halved, 40, SynthesisConfig(group_size=10), 13) == (8, 2)
     assert work_units(halved, 40, SynthesisConfig(group_size=10), 5) == (5, 2)
     assert work_units(halved, 40, SynthesisConfig(group_size=10, groups_per_batch=7), 20) == (7, 2)
-    assert work_units(halved, 40, SynthesisConfig(group_size=200), 3) == (1, 1)
+    assert work_units(halved, 40, SynthesisConfig(group_size=100), 3) == (1, 1)
     manifest = synthesize(model, task, release, SMALL, progress=False).manifest
     assert (manifest["groups_per_batch"], manifest["groups_per_pass"]) == (4, 1)
 

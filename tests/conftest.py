@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import importlib
 import string
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def bench() -> Path:
     if not BENCH.is_dir():
         pytest.skip("the bench folder is not here")
     return BENCH
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The factory `benchmark(name)` of a script as a module."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+    threads = torch.get_num_threads()
+    yield importlib.import_module
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,12 @@
 """The benchmarks run at the shape tiny, and what they write is what they say; how fast, only a quiet machine can tell."""
 
-import importlib
 import math
-from pathlib import Path
 
 import pytest
-import torch
 
 from gradmm import floors, performance, records
 
-FOLDER = Path(__file__).parent / "benchmarks"
 FEW = ["--shape", "tiny", "--groups", "1", "--count", "2", "--top-k", "5", "--real", "4", "--candidates", "2", "--threads", "1"]
-
-
-@pytest.fixture
-def benchmark(monkeypatch):
-    """The factory `benchmark(name)` of a script as a module."""
-    monkeypatch.syspath_prepend(FOLDER)
-    threads = torch.get_num_threads()
-    yield importlib.import_module
-    torch.set_num_threads(threads)
 
 
 def whole(benchmark, path, *more):

@@ -1,8 +1,6 @@
 """Where x starts: named draws that depend on seed and group alone, and the best of several."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +12,6 @@ from gradmm.projection import Reading, allowed_tokens, text_mask
 from gradmm.seeds import generator
 from gradmm.tasks import Task, tokenize_task
 
-SPECIFICATION = importlib.util.spec_from_file_location("benchmark", Path(__file__).parent / "benchmarks" / "initialisation.py")
-benchmark = importlib.util.module_from_spec(SPECIFICATION)
-SPECIFICATION.loader.exec_module(benchmark)
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
 
 
@@ -88,8 +83,9 @@ def test_a_greedy_start_takes_the_texts_that_match_best_together_at_one_evaluati
 
 
 @pytest.mark.slow
-def test_twenty_five_greedy_draws_start_no_higher_than_the_best_of_five_hundred():
-    rows = {row["choice"]: row for row in benchmark.measure(benchmark.parse(["--groups", "2", "--count", "4", "--length", "8"]))}
+def test_twenty_five_greedy_draws_start_no_higher_than_the_best_of_five_hundred(benchmark):
+    script = benchmark("initialisation")
+    rows = {row["choice"]: row for row in script.measure(script.parse(["--groups", "2", "--count", "4", "--length", "8"]))}
     best, few = rows["best of 500"], rows["greedy of 25"]
     assert few["texts evaluated"] * 20 == best["texts evaluated"]
     assert few["mean"] <= best["mean"] + best["standard_error"]

@@ -286,6 +286,17 @@ def test_the_defaults_are_the_published_ones():
     assert (config.tolerance, config.patience, config.balance, config.balance_ratio, config.groups_per_pass) == (0.0, 0, False, 10.0, None)
 
 
+def test_a_result_without_vectors_has_all_else():
+    begin = admm.start(draw(2, 3, 4, 5), admm.Config(rho=0.7))
+    lean = begin.without_vectors()
+    assert [part.numel() for part in (lean.state.x, lean.state.z, lean.state.lam)] == [0, 0, 0]
+    for name in ("value", "match", "stable"):
+        assert getattr(lean, name) is getattr(begin, name)
+    for name in ("rho", "ids", "active"):
+        assert getattr(lean.state, name) is getattr(begin.state, name)
+    assert (lean.reason, lean.history, lean.state.step) == (begin.reason, begin.history, begin.state.step)
+
+
 def test_a_start_is_as_said():
     x = draw(2, 3, 4, 5)
     begin = admm.start(x, admm.Config(rho=0.7))

@@ -32,6 +32,15 @@ def test_equals_brute_force_with_prompts_of_any_lengths_side_by_side(tiny_model,
         assert torch.equal(ids[i : i + 1], expected)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_text_may_have_more_tokens_than_its_vectors_have_numbers(tiny_model, beams):
+    model = tiny_model("llama")
+    v, rows = vectors(model, 1, 40), torch.zeros(1, dtype=torch.long)
+    assert v.shape[1] > v.shape[2]
+    ids = project(model, Tables.of(model), v, PROMPTS[:1], rows, Reading("guided", 3, every(model), beams=beams))
+    assert ids.shape == (1, 40) and bool((ids >= 0).all())
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
     model = tiny_model("llama")
@@ -218,9 +227,10 @@ def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order, beams):
     model, end = tiny_model("llama"), 9
     tables, v, rows = Tables.of(model), vectors(model, 3, 4), torch.tensor([0, 1, 2])
     reader, reading = models.Reader.of(model, [PROMPTS[row] for row in rows]), Reading(order, 5, every(model), end=end, min_tokens=2, beams=beams)
-    asked, select = [], reader.select
+    asked, select, read_on = [], reader.select, reader.read_on
     reader.read = lambda token: None  # the model's own code is not what is asked
     reader.select = lambda rows: asked.append(rows.device) or select(rows)
+    reader.read_on = lambda rows, *given: asked.append(rows.device) or read_on(rows, *given)
     with torch.device("meta"):
         ids = (projection._walk if beams == 1 else projection._walk_by_beams)(tables, v, reader, reading)
     assert {ids.device, *asked} == {v.device} and ids.shape == (3, 4)

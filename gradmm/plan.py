@@ -20,9 +20,11 @@ from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
-TEXTS_PER_BATCH = {"cpu": 64, "other": 256}  # rows of a projection beyond which a step costs in proportion
-BFLOAT16_TEXTS_ON_A_CPU = 80  # the same, where products take less of a step; more would hold more of the solver's state
-BFLOAT16_GROUPS_ON_A_CPU = 2  # of a pass: halves what a pass costs whatever its size, its calls, and fits beside small weights
+# By the kind of device: rows of a projection beyond which a step costs in proportion, and groups of a pass where these are fixed.
+# In bfloat16 a CPU's products take less of a step, so more rows serve, but more would hold more of the solver's state; two groups
+# halve what a pass costs whatever its size, its calls, and fit beside small weights.
+TEXTS_PER_BATCH = {"cpu": 64, "cpu in bfloat16": 80, "other": 256}
+GROUPS_PER_PASS = {"cpu": 1, "cpu in bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -180,11 +182,12 @@ def work_units(model: Model, positions: int, config: SynthesisConfig, groups: in
         groups: all groups of the run.
     """
     kind = kind_of(model.device)
-    halved = kind == "cpu" and model.dtype == torch.bfloat16
-    most = max(1, (BFLOAT16_TEXTS_ON_A_CPU if halved else TEXTS_PER_BATCH[kind]) // (config.group_size * config.beams))
+    if kind == "cpu" and model.dtype == torch.bfloat16:
+        kind = "cpu in bfloat16"
+    most = max(1, TEXTS_PER_BATCH[kind] // (config.group_size * config.beams))
     batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
-    if kind != "cpu":
+    if kind not in GROUPS_PER_PASS:
         return batch, groups_at_once(ModelShape.of(model), positions, config.group_size, batch)
-    together = min(batch, BFLOAT16_GROUPS_ON_A_CPU) if halved else 1
+    together = min(batch, GROUPS_PER_PASS[kind])
     whole = math.ceil(batch / together) * together
     return batch if config.groups_per_batch else min(groups, whole), together

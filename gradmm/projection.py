@@ -6,13 +6,13 @@ authors' code the likeliest of the near ones. A third goes in a direction, by on
 Letter: W hypotheses of a sequence.
 """
 
+import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from gradmm.errors import is_whole, require, shown
 from gradmm.models import Model, Reader, kind_of
@@ -62,8 +62,7 @@ def lm_then_nearest(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
     >>> lm_then_nearest(tables, state, target, every, k=1), lm_then_nearest(tables, state, target, every, k=2)
     (tensor([1]), tensor([2]))
     """
-    logits = linear(state, tables.head, tables.bias).masked_fill(~allowed, -torch.inf)
-    scores, candidates = logits.topk(k)
+    scores, candidates = top(linear(state, tables.head, tables.bias).masked_fill_(~allowed, -torch.inf), k)
     near = inner_products(tables.embedding, candidates, target)
     far = tables.squares[candidates] - 2 * near
     return _pick(candidates, far.masked_fill(scores == -torch.inf, torch.inf).argmin(1))
@@ -71,12 +70,12 @@ def lm_then_nearest(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
 
 def nearest_then_lm(tables: Tables, state: Tensor, target: Tensor, allowed: Tensor, k: int) -> Tensor:
     """Among the k tokens nearest to the target, the most likely one (the authors' code); arguments as `lm_then_nearest`."""
-    far = tables.squares - 2 * linear(target.to(tables.embedding.dtype), tables.embedding)
-    distances, candidates = far.masked_fill(~allowed, torch.inf).topk(k, largest=False)
+    near = 2 * linear(target.to(tables.embedding.dtype), tables.embedding) - tables.squares
+    nearness, candidates = top(near.masked_fill_(~allowed, -torch.inf), k)
     logits = inner_products(tables.head, candidates, state)
     if tables.bias is not None:
         logits = logits + tables.bias[candidates]
-    return _pick(candidates, logits.masked_fill(distances == torch.inf, -torch.inf).argmax(1))
+    return _pick(candidates, logits.masked_fill(nearness == -torch.inf, -torch.inf).argmax(1))
 
 
 PROJECTIONS: dict[str, Choose] = {"lm_then_nearest": lm_then_nearest, "nearest_then_lm": nearest_then_lm}  # towards a point
@@ -113,9 +112,30 @@ def guided_scores(
     """
     logits = linear(state, tables.head, tables.bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    likely, candidates = logits.masked_fill(~allowed, -torch.inf).topk(k)
+    likely, candidates = top(logits.masked_fill(~allowed, -torch.inf), k)
     scores = likely - logits.logsumexp(1, keepdim=True) + inner_products(tables.embedding, candidates, target)
     return candidates, scores if noise is None else scores + noise
+
+
+def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`scores.topk(k)` by two smaller searches: (N, V) -> values, the largest first, and their places, (N, k).
+
+    The V scores stand in c rows of n columns. The k largest are in the k columns with the largest maxima, or equalled there;
+    with c near sqrt(V / k), both searches are of about sqrt(V k) numbers.
+
+    >>> import torch
+    >>> values, places = top(torch.tensor([[3.0, 9.0, 1.0, 7.0, 5.0, 8.0, 2.0, 6.0]]), 2)  # 2 rows of 4 columns
+    >>> values.tolist(), places.tolist()
+    ([[9.0, 8.0]], [[1, 5]])
+    """
+    size = scores.shape[1]
+    c = max(divisor for divisor in range(1, math.isqrt(size // k) + 1) if size % divisor == 0)
+    if c == 1:
+        return scores.topk(k)
+    grid = scores.unflatten(1, (c, size // c))
+    columns = grid.amax(1).topk(k, sorted=False).indices
+    values, places = grid.gather(2, columns.unsqueeze(1).expand(-1, c, -1)).flatten(1).topk(k)
+    return values, columns.gather(1, places % k) + places // k * (size // c)
 
 
 def embedding_spread(tables: Tables, allowed: Tensor) -> float:
@@ -127,15 +147,22 @@ def embedding_spread(tables: Tables, allowed: Tensor) -> float:
     return float((variance / len(mean)).sqrt())
 
 
+@torch.no_grad()
 def inner_products(table: Tensor, candidates: Tensor, vectors: Tensor) -> Tensor:
-    """table[candidates] . vectors: (V, D), (N, k), (N, D) -> (N, k), in blocks of rows."""
-    wide = torch.promote_types(table.dtype, torch.float32)
-    rows = max(1, gathered_numbers(table.device) // (candidates.shape[1] * table.shape[1]))
-    blocks = [
-        (vector.to(wide).unsqueeze(1) @ embedding(some, table).to(wide).mT).squeeze(1)
-        for some, vector in zip(candidates.split(rows), vectors.split(rows), strict=True)
-    ]
-    return torch.cat(blocks)
+    """table[candidates] . vectors: (V, D), (N, k), (N, D) -> (N, k), in blocks of rows that share one place in memory."""
+    (count, k), width = candidates.shape, table.shape[1]
+    rows = max(1, min(count, gathered_numbers(table.device) // (k * width)))
+    found = table.new_empty(rows * k, width)
+    wide = found.to(torch.promote_types(table.dtype, torch.float32))
+    products = wide.new_empty(count, k)
+    parts = (candidates.split(rows), vectors.to(wide.dtype).split(rows), products.split(rows))
+    for some, vector, product in zip(*parts, strict=True):
+        here = slice(some.numel())
+        torch.index_select(table, 0, some.flatten(), out=found[here])
+        if wide is not found:
+            wide[here] = found[here]
+        torch.bmm(vector.unsqueeze(1), wide[here].view(-1, k, width).mT, out=product.unsqueeze(1))
+    return products
 
 
 def gathered_numbers(device: torch.device) -> int:

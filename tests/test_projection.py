@@ -296,6 +296,40 @@ def test_blocks_of_candidates_change_no_token(tiny_model, order, monkeypatch):
         assert torch.equal(project(model, Tables.of(model), v, PROMPTS, rows, reading), whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("numbers", [1, 3 * 4 * 8, 1 << 20])
+def test_inner_products_are_summed_in_single_precision_at_least(dtype, numbers, monkeypatch):
+    monkeypatch.setitem(projection.GATHERED_NUMBERS, "cpu", numbers)
+    source = torch.Generator().manual_seed(0)
+    table, vectors = (torch.randn(count, 8, generator=source).to(dtype) for count in (20, 7))
+    table.requires_grad_(True)
+    candidates = torch.randint(20, (7, 4), generator=source)
+    found = projection.inner_products(table, candidates, vectors)
+    assert found.dtype == torch.promote_types(dtype, torch.float32) and not found.requires_grad
+    torch.testing.assert_close(found.double(), torch.einsum("nkd,nd->nk", table[candidates].double(), vectors.double()), atol=1e-5, rtol=0)
+    assert projection.inner_products(table, candidates[:0], vectors[:0]).shape == (0, 4)
+
+
+def test_the_largest_scores_are_found_by_two_searches():
+    source = torch.Generator().manual_seed(0)
+    for size in (1, 2, 7, 16, 30, 60, 64, 97):
+        scores = torch.randn(3, size, generator=source)
+        for k in range(1, size + 1):
+            values, places = projection.top(scores, k)
+            expected = scores.topk(k)
+            assert torch.equal(values, expected.values) and torch.equal(places, expected.indices)
+
+
+def test_of_equal_scores_as_many_are_found_as_are_asked_for_and_none_twice():
+    source = torch.Generator().manual_seed(0)
+    scores = torch.randint(3, (50, 60), generator=source).to(torch.bfloat16)
+    scores[:, 20:] = -torch.inf
+    for k in range(1, 61):
+        values, places = projection.top(scores, k)
+        assert torch.equal(values, scores.topk(k).values) and torch.equal(values, scores.gather(1, places))
+        assert all(len(set(row)) == k for row in places.tolist())
+
+
 def test_a_gpu_gathers_more_candidates_at_once():
     assert projection.gathered_numbers(torch.device("cpu")) == 1 << 20 < projection.gathered_numbers(torch.device("cuda:1")) == 1 << 26
 

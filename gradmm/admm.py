@@ -85,18 +85,17 @@ def _positive(value) -> bool:
 
 @dataclass(frozen=True)
 class State:
-    """Where the solver stands.
+    """Where the solver stands; z follows from x and lam, so a step neither needs nor keeps the last one.
 
     Attributes:
-        x, z, lam: (K, B, L, D).
+        x, lam: (K, B, L, D).
         rho: (K,).
-        ids: (K, B, L), the discrete form of z, opaque here.
+        ids: (K, B, L), the discrete form of the last z, opaque here.
         step: outer steps taken.
         active: (K,) bool, the groups that still move.
     """
 
     x: Tensor
-    z: Tensor
     lam: Tensor
     rho: Tensor
     ids: Tensor
@@ -125,9 +124,9 @@ class Result:
     stable: Tensor = field(repr=False)
 
     def without_vectors(self) -> "Result":
-        """What is asked of a run that has ended, without x, z and lam; it cannot be continued."""
+        """What is asked of a run that has ended, without x and lam; it cannot be continued."""
         none = self.state.x.new_empty(0)
-        return replace(self, state=replace(self.state, x=none, z=none, lam=none))
+        return replace(self, state=replace(self.state, x=none, lam=none))
 
 
 def start(x: Tensor, config: Config) -> Result:
@@ -142,11 +141,9 @@ def start(x: Tensor, config: Config) -> Result:
     require(bool(torch.isfinite(x).all()), "the initial x has values that are not finite: start from finite embeddings")
     groups = x.shape[0]
     ids = torch.full(x.shape[:3], -1, device=x.device)
-    nothing = x.new_zeros(()).expand_as(x)  # takes no memory
     state = State(
         x=x.detach().clone(),
-        z=nothing,
-        lam=nothing,
+        lam=x.new_zeros(()).expand_as(x),  # takes no memory
         rho=torch.full((groups,), config.rho, dtype=x.dtype, device=x.device),
         ids=ids,
         step=0,
@@ -186,6 +183,7 @@ def solve(
     (tensor([[[1, 1]]]), ('step limit: all 5 outer steps were taken',))
     """
     result = begin
+    del begin  # else its vectors would be held to the end
     while result.state.active.any():
         result = _finish(_advance(objective, project, result, config), config)
         if callback is not None and callback(result):
@@ -202,18 +200,17 @@ def step(objective: Objective, project: Project, state: State, config: Config) -
     """
     groups = state.active.nonzero().squeeze(1)
     z, ids = project(_pull(state, groups), groups)
-    parts = [
-        _move(lambda value, some=some: objective(value, ids[some], groups[some]), state, groups[some], z[some], config)
-        for some in _passes(groups, config)
-    ]
-    x, lam = (torch.cat([part[place] for part in parts]) for place in (0, 1))
-    measures = {name: torch.cat([part[2][name] for part in parts]) for name in parts[0][2]}
+    x, parts = state.x.clone(), []
+    for some in _passes(groups, config):
+        here = groups[some]
+        x[here], measured = _move(lambda value, some=some, here=here: objective(value, ids[some], here), state, here, z[some], config)
+        parts.append(measured)
+    measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     measures |= {"changed": (ids != state.ids[groups]).to(x.dtype).mean((1, 2)), "rho": state.rho[groups]}
     moved = replace(
         state,
-        x=state.x.index_copy(0, groups, x),
-        z=state.z.index_copy(0, groups, z),
-        lam=state.lam.index_copy(0, groups, lam),
+        x=x,
+        lam=state.lam.index_copy(0, groups, _ascended(state, groups, x[groups], z)),
         ids=state.ids.index_copy(0, groups, ids),
         step=state.step + 1,
     )
@@ -225,28 +222,31 @@ def _pull(state: State, groups: Tensor) -> Tensor:
     return state.x[groups] + state.lam[groups] / state.rho[groups].view(-1, 1, 1, 1)
 
 
+def _ascended(state: State, groups: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    """lam + rho (x - z) of some groups."""
+    return state.lam[groups] + state.rho[groups].view(-1, 1, 1, 1) * (x - z)
+
+
 def _passes(groups: Tensor, config: Config) -> tuple[Tensor, ...]:
     """The places of the groups that the objective sees at once."""
     return torch.arange(len(groups), device=groups.device).split(config.groups_per_pass or len(groups))
 
 
-def _move(f, state: State, groups: Tensor, z: Tensor, config: Config) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """x, then lam, of the groups of one pass: (x, lam, measurements)."""
+def _move(f, state: State, groups: Tensor, z: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """x of the groups of one pass, and measurements."""
     x, lam, rho = state.x[groups], state.lam[groups], state.rho[groups].view(-1, 1, 1, 1)
     with torch.no_grad():
         match_z = f(z)
     new, inner_gradient = _minimise(f, x, z, lam, rho, config)
     match_x, gradient = _value_and_gradient(f, new)
-    lam = lam + rho * (new - z)
-    measures = {
+    return new, {
         "match_x": match_x,
         "match_z": match_z,
         "primal": _norm(new - z),
         "dual": _norm(rho * (new - x)),
-        "stationarity": _norm(gradient + lam),
+        "stationarity": _norm(gradient + _ascended(state, groups, new, z)),
         "inner_gradient": inner_gradient,
     }
-    return new, lam, measures
 
 
 def _minimise(f, x: Tensor, z: Tensor, lam: Tensor, rho: Tensor, config: Config) -> tuple[Tensor, Tensor]:

@@ -202,7 +202,7 @@ def drafts(ids: Tensor, match: Tensor) -> admm.Result:
     """Where a search among texts begins: (K, B, L) tokens and f (K,)."""
     groups, nothing = len(ids), match.new_empty(*ids.shape, 0)
     state = admm.State(
-        x=nothing, z=nothing, lam=nothing, rho=match.new_zeros(groups), ids=ids, step=0,
+        x=nothing, lam=nothing, rho=match.new_zeros(groups), ids=ids, step=0,
         active=torch.ones(groups, dtype=torch.bool, device=ids.device),
     )  # fmt: skip
     none = admm.Result(torch.full_like(ids, -1), torch.full_like(match, math.inf), ("",) * groups, [], state, torch.zeros_like(ids[:, 0, 0]))

@@ -88,21 +88,21 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
     """What a synthesis takes.
 
     Returns:
-        Bytes that are held throughout (`weights`, `targets`, `state`: x, z and lam of one batch of groups, and the tables), bytes that
+        Bytes that are held throughout (`weights`, `targets`, `state`: x and lam of one batch of groups, and the tables), bytes that
         each phase adds (`start`, `inner_steps`, `projection`, `judging`), and `peak`: all that is held and the largest phase.
     """
     texts, rows = work.groups * work.count, work.batch * work.count
     walked = rows * work.beams
-    state = work.count * work.length * shape.width * shape.wide  # x, z or lam of one group
+    state = work.count * work.length * shape.width * shape.wide  # x or lam of one group
     candidates = work.top_k * shape.width  # of one text's place: one list is gathered at least
     held = {
         "weights": shape.weights * shape.bytes,
         "targets": work.targets * shape.wide,
-        "state": 3 * work.batch * state + shape.vocabulary * shape.wide,
+        "state": 2 * work.batch * state + shape.vocabulary * shape.wide,
     }
     phases = {
         "start": _walk(shape, work, min(rows, Sampling.batch_size), 5) + 2 * work.batch * state,
-        "inner_steps": _inner_steps(shape, work) + 4 * work.batch * state + 8 * work.together * state,
+        "inner_steps": max(_inner_steps(shape, work) + 2 * work.batch * state + 8 * work.together * state, 8 * work.batch * state),
         "projection": _walk(shape, work, walked, 3)
         + min(max(work.gathered, candidates), walked * candidates) * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
         + 4 * work.batch * state,

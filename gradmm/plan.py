@@ -20,11 +20,11 @@ from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
-# By the kind of device: rows of a projection beyond which a step costs in proportion, and groups of a pass where these are fixed.
-# In bfloat16 a CPU's products take less of a step, so more rows serve, but more would hold more of the solver's state; two groups
-# halve what a pass costs whatever its size, its calls, and fit beside small weights.
-TEXTS_PER_BATCH = {"cpu": 64, "cpu in bfloat16": 80, "other": 256}
-GROUPS_PER_PASS = {"cpu": 1, "cpu in bfloat16": 2}
+# By the kind of device: rows of a projection. More of them share what a step costs whatever its size, the reading of the weights
+# and the calls, but hold more of the solver's state and more keys and values.
+TEXTS_PER_BATCH = {"cpu": 100, "other": 256}
+# By the weights' type: groups of a pass on a CPU. In bfloat16 two share its calls, and fit beside small weights.
+GROUPS_PER_PASS = {torch.float64: 1, torch.float32: 1, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True)
@@ -172,22 +172,20 @@ def _check_context(model: Model, tokens: TaskTokens, length: int) -> None:
 def work_units(model: Model, positions: int, config: SynthesisConfig, groups: int) -> tuple[int, int]:
     """The groups of a batch, and the groups that the model sees at once in the solver's inner steps.
 
-    Both follow from settings and shapes alone. Batches are as equal as can be and have about the rows from which on a step
-    of the projection costs in proportion. On a CPU an inner step sees one group, so that nothing that is computed of a group
-    depends on the others, to the last bit; in bfloat16, where that does not hold anyway, two, and a batch has no half pass but
-    the last one. Elsewhere it sees as many groups as keep the activations within the size of the weights, and at least one.
+    Both follow from settings and shapes alone. Batches are as equal as can be, with about `TEXTS_PER_BATCH` at most. On a CPU an
+    inner step sees one group, so that nothing that is computed of a group depends on the others, to the last bit; in bfloat16,
+    where that does not hold anyway, two, and a batch has no half pass but the last one. Elsewhere it sees as many groups as keep
+    the activations within the size of the weights, and at least one.
 
     Args:
         positions: tokens of a text with its template.
         groups: all groups of the run.
     """
     kind = kind_of(model.device)
-    if kind == "cpu" and model.dtype == torch.bfloat16:
-        kind = "cpu in bfloat16"
     most = max(1, TEXTS_PER_BATCH[kind] // (config.group_size * config.beams))
     batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
-    if kind not in GROUPS_PER_PASS:
+    if kind != "cpu":
         return batch, groups_at_once(ModelShape.of(model), positions, config.group_size, batch)
-    together = min(batch, GROUPS_PER_PASS[kind])
+    together = min(batch, GROUPS_PER_PASS[model.dtype])
     whole = math.ceil(batch / together) * together
     return batch if config.groups_per_batch else min(groups, whole), together

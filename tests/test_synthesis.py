@@ -242,14 +242,14 @@ def test_a_group_that_stops_changes_no_byte_of_the_others(setting, monkeypatch):
 def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
     model, task, release = setting
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: pytest.fail("memory was asked for"))
-    assert work_units(model, 40, SynthesisConfig(group_size=10), 20) == (5, 1)
-    assert work_units(model, 40, SynthesisConfig(group_size=10), 21) == (6, 1)
+    assert work_units(model, 40, SynthesisConfig(group_size=10), 20) == (10, 1)
+    assert work_units(model, 40, SynthesisConfig(group_size=10), 21) == (7, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=100), 3) == (1, 1)
-    assert work_units(model, 40, SynthesisConfig(group_size=10, search="guided", beams=3), 20) == (2, 1)
+    assert work_units(model, 40, SynthesisConfig(group_size=10, search="guided", beams=3), 20) == (3, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=10, groups_per_batch=7), 20) == (7, 1)
     assert work_units(model, 40, SynthesisConfig(group_size=10, groups_per_batch=70), 20) == (20, 1)
     halved = replace(model, lm=copy.deepcopy(model.lm).bfloat16())
-    assert work_units(halved, 40, SynthesisConfig(group_size=10), 20) == (8, 2)
+    assert work_units(halved, 40, SynthesisConfig(group_size=10), 20) == (10, 2)
     assert work_units(halved, 40, SynthesisConfig(group_size=10), 22) == (8, 2)
     assert work_units(halved, 40, SynthesisConfig(group_size=10), 13) == (8, 2)
     assert work_units(halved, 40, SynthesisConfig(group_size=10), 5) == (5, 2)

@@ -147,9 +147,11 @@ def embedding_spread(tables: Tables, allowed: Tensor) -> float:
     return float((variance / len(mean)).sqrt())
 
 
-@torch.no_grad()
 def inner_products(table: Tensor, candidates: Tensor, vectors: Tensor) -> Tensor:
-    """table[candidates] . vectors: (V, D), (N, k), (N, D) -> (N, k), in blocks of rows that share one place in memory."""
+    """table[candidates] . vectors: (V, D), (N, k), (N, D) -> (N, k), without a gradient.
+
+    In blocks of rows that share one place in memory: to the processor new memory costs more than the products in it.
+    """
     (count, k), width = candidates.shape, table.shape[1]
     rows = max(1, min(count, gathered_numbers(table.device) // (k * width)))
     found = table.new_empty(rows * k, width)

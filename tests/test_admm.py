@@ -301,12 +301,13 @@ def test_a_result_without_vectors_has_all_else():
 
 def test_a_step_holds_four_vectors_of_each_group_while_the_objective_is_asked():
     codes, held = draw(5, 2), set()
-    config = admm.Config(outer_steps=3, inner_steps=2, groups_per_pass=1)
-    begin = admm.start(draw(6, 1, 3, 2), config)
+    config = admm.Config(outer_steps=3, inner_steps=1, groups_per_pass=1)
+    begin = admm.start(draw(3, 1, 3, 2), config)
 
     def objective(x, ids, groups):
-        found = (some.untyped_storage() for some in gc.get_objects() if type(some) is torch.Tensor and some.shape == begin.state.x.shape)
-        held.add(len({some.data_ptr() for some in found if some.nbytes() == 8 * begin.state.x.numel()} - {begin.state.x.data_ptr()}))
+        if x.requires_grad and groups == 2:  # the last pass holds most, and to look through all objects takes its time
+            found = (some.untyped_storage() for some in gc.get_objects() if type(some) is torch.Tensor and some.shape == begin.state.x.shape)
+            held.add(len({some.data_ptr() for some in found if some.nbytes() == 8 * begin.state.x.numel()} - {begin.state.x.data_ptr()}))
         return x.square().sum((1, 2, 3))
 
     admm.solve(objective, nearest(codes), begin, config)

@@ -207,7 +207,7 @@ def step(objective: Objective, project: Project, state: State, config: Config) -
         parts.append(measured)
     measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     measures |= {"changed": (ids != state.ids[groups]).to(x.dtype).mean((1, 2)), "rho": state.rho[groups]}
-    moved = replace(
+    moved = replace(  # lam here and not in the passes, where it would be held beside the old one
         state,
         x=x,
         lam=state.lam.index_copy(0, groups, _ascended(state, groups, x[groups], z)),

@@ -2,6 +2,7 @@
 
     task, data = gradmm.load_data("demo")
     model = gradmm.load_model("demo")
+    gradmm.check_fit(model, task, data)
     real = gradmm.sample_examples(data.train, 50, task, seed=0)
     target = gradmm.release(model, task, real)
     result = gradmm.synthesize(model, task, target, gradmm.SynthesisConfig(seed=0))
@@ -14,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not ask
-    from gradmm.classification import evaluate
+    from gradmm.classification import check_fit, evaluate
     from gradmm.errors import UserError
     from gradmm.examples import Example, Splits, load_data, sample_examples
     from gradmm.finetuning import finetune
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not ask
 
 # Each name is imported when it is first asked for: a process that only runs notebooks should not wait for transformers.
 _ROOMS = {
-    "classification": ("evaluate",),
+    "classification": ("check_fit", "evaluate"),
     "errors": ("UserError",),
     "examples": ("Example", "Splits", "load_data", "sample_examples"),
     "finetuning": ("finetune",),

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gradmm.errors import require
-from gradmm.examples import Example, check_examples
+from gradmm.examples import Example, Splits, check_examples
 from gradmm.models import Model
-from gradmm.tasks import Task, TaskTokens, tokenize_task
+from gradmm.rows import SPLITS
+from gradmm.tasks import PROBE, Task, TaskTokens, tokenize_task
 
 TOKENS_PER_BATCH = 1024
 
@@ -59,8 +60,37 @@ class Encoded:
         require(len(examples) > 0, f"there are 0 {what} examples, at least 1 is needed: give some")
         examples = check_examples(examples, task, f"{what} example")
         sequences = [tokens.sequence(example.text) for example in examples]
-        model.check_lengths(sequences)
+        model.check_lengths(sequences, [example.origin for example in examples])
         return Encoded(sequences, torch.tensor([example.label for example in examples], device=model.device))
+
+
+def check_fit(model: Model, task: Task, splits: Splits, needed: Sequence[str] = ("validation", "test")) -> None:
+    """Check, before the model's first pass, that data, task and model go together: to call right after they are loaded.
+
+    Args:
+        needed: the splits that will be used whole; texts drawn from another one are checked where they are used.
+
+    Raises:
+        UserError: a verbalizer that is not one token (see `tokenize_task`), a needed split without a text of `task.min_words`
+            words (and why), or with a text that is longer than the model's context (file, line and how many).
+    """
+    unknown = [name for name in needed if name not in SPLITS]
+    require(not unknown, f"the splits {unknown} are not known: use some of {', '.join(SPLITS)}")
+    tokens = tokenize_task(task, model.tokenizer)
+    because = f" ({'; '.join(splits.notes)})" if splits.notes else ""
+    for name in needed:
+        examples = getattr(splits, name)
+        usable = name == "test" or any(len(example.text.split()) >= task.min_words for example in examples)
+        require(len(examples) > 0, f"{splits.source} has no {name} text{because}: put others into {name}.jsonl")
+        require(usable, f"{splits.source} has no {name} text of the {task.min_words} words that task {task.name!r} asks for: lower its min_words")
+        _check_lengths(model, tokens, examples)
+
+
+def _check_lengths(model: Model, tokens: TaskTokens, examples: Sequence[Example]) -> None:
+    """As `Model.check_lengths`; texts of fewer bytes than the context has tokens are short enough without a look."""
+    around = len(tokens.sequence(PROBE))
+    some = [example for example in examples if around + len(example.text.encode()) > model.context]
+    model.check_lengths([tokens.sequence(example.text) for example in some], [example.origin or "a text" for example in some])
 
 
 def evaluate(model: Model, task: Task, examples: Sequence[Example], tokens_per_batch: int = TOKENS_PER_BATCH) -> Evaluation:

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from gradmm import files
-from gradmm.classification import evaluate
+from gradmm.classification import check_fit, evaluate
 from gradmm.coresets import CORESETS, select_coresets
 from gradmm.errors import UserError, is_whole, require, shown
 from gradmm.examples import Example, Splits, without_overlap
@@ -30,9 +30,10 @@ from gradmm.methods import METHODS, WRITING
 from gradmm.models import Model
 from gradmm.records import memory_bytes
 from gradmm.results import Comparison
+from gradmm.rows import SPLITS
 from gradmm.runs import RunFolder, finite_or_none
 from gradmm.sizing import ModelShape
-from gradmm.tasks import Task, tokenize_task
+from gradmm.tasks import Task
 from gradmm.trial import Bench, ComparisonConfig, Trial
 
 TUNING_COPIES = 6  # numbers a weight in a fine-tuning: as it came, as it is, gradient, two moments, and the best so far
@@ -73,14 +74,15 @@ def compare(
         Comparison.
 
     Raises:
-        UserError: an unknown method, repeated seeds, learners of one name or for which a verbalizer is no token, or a folder that holds a
-            comparison with other settings or another run at work.
+        UserError: an unknown method, repeated seeds, learners of one name, data that does not fit the task or some model (see
+            `classification.check_fit`), or a folder that holds a comparison with other settings or another run at work.
     """
     begun, config = time.time(), config or ComparisonConfig()
     workers = usual_workers(model) if workers is None else workers
     _check(model, methods, seeds, workers)
-    _check_learners(model, task, learners)
     splits = replace(splits, test=thinned(splits.test, 0, config.max_test))
+    check_fit(model, task, splits, SPLITS)
+    _check_learners(model, task, splits, learners)
     with alone(output):
         folder = RunFolder.open(output, _identity(model, task, splits, config, second, learners))
         settings = hashlib.sha256(json.dumps(folder.manifest, sort_keys=True).encode()).hexdigest()
@@ -126,14 +128,14 @@ def _check(model: Model, methods: Sequence[str], seeds: Sequence[int], workers: 
     require(workers == 1 or model.device.type == "cpu", f"workers = {workers} on {model.device}: several are for the CPU, give 1")
 
 
-def _check_learners(model: Model, task: Task, learners: Sequence[Model]) -> None:
+def _check_learners(model: Model, task: Task, splits: Splits, learners: Sequence[Model]) -> None:
     names = [one.name for one in (model, *learners)]
     require(len(set(names)) == len(names), f"the models {', '.join(names)} must have different names: give each learner once")
     away = [one.name for one in learners if one.device != model.device]
     require(not away, f"the learners {', '.join(away)} are not on {model.device} as {model.name} is: load them there")
     for one in learners:
         try:
-            tokenize_task(task, one.tokenizer)  # now, not after hours of writing texts that it cannot learn from
+            check_fit(one, task, splits, SPLITS)  # now, not after hours of writing texts that it cannot learn from
         except UserError as error:
             raise UserError(f"{one.name} cannot learn this task: {error}") from error
 

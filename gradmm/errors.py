@@ -12,6 +12,10 @@ class UserError(ValueError):
         return [f"UserError: {self}"]
 
 
+class DataWarning(UserWarning):
+    """Says once what was left out or moved when data was loaded, and where."""
+
+
 def first_line(error: Exception) -> str:
     """What another library's error says, in one line."""
     lines = str(error).strip().splitlines()

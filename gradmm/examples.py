@@ -5,29 +5,36 @@ text, and a text that occurs in several splits stays in the last of train < vali
 """
 
 import hashlib
-from collections import Counter
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from gradmm import files
-from gradmm.errors import UserError, first_line, require, shown
-from gradmm.markup import check_name
+from gradmm.errors import DataWarning, UserError, first_line, is_whole, require, shown
+from gradmm.markup import plain_name
+from gradmm.rows import SPLITS, Row, check_row, names_by_label, read_label_names, read_rows
 from gradmm.seeds import generator
 from gradmm.tasks import DEMO, TASKS, HubSource, Task, load_task
 
-SPLITS = ("train", "validation", "test")
 CARVED_SHARE = 0.1
+LARGE_SHARE = 1 / 3  # of the train rows: more of them in carved splits is said
 
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled text; `label` counts from 0."""
+    """One labelled text; `label` counts from 0.
+
+    Attributes:
+        origin: where it was read, such as "reviews/train.jsonl, line 4", for errors; empty if unknown, no part of equality.
+    """
 
     text: str
     label: int
+    origin: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ class Splits:
 
     Attributes:
         source: the folder's name, or the hub id with the commit read; never a path.
-        dropped: how many texts were left out because a later split or an earlier row holds the same text.
+        dropped: how many rows were left out: another row holds the same text.
+        notes: a sentence on each kind of row that was left out or moved: how many and where the first stands, never a text.
     """
 
     train: list[Example]
@@ -44,6 +52,7 @@ class Splits:
     test: list[Example]
     source: str
     dropped: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def content_hash(text: str) -> str:
@@ -51,18 +60,19 @@ def content_hash(text: str) -> str:
     return hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()
 
 
-def load_data(data: str | Path, task: Task | None = None) -> tuple[Task, Splits]:
-    """Load a task's examples.
+def load_data(data: str | Path, task: Task | str | Path | Mapping | None = None) -> tuple[Task, Splits]:
+    """Load a task's examples; a `DataWarning` says once what was left out or moved.
 
     Args:
         data: a folder of `{train,validation,test}.jsonl` (`text`, `label`), "demo", or a registered name with a hub source.
-        task: the task; None takes the one that the folder or name implies.
+        task: whatever `load_task` takes; None takes the one that the folder or name implies.
 
     Returns:
         (task, splits).
 
     Raises:
-        UserError: no such data, a broken row (file and line), an empty text, an unknown label, or one class only.
+        UserError: no such data, a broken row (file and line), an empty text, an unknown label, a file that looks like a split
+            and is not read, or a class without a train example (and why).
 
     Example:
         >>> import gradmm
@@ -73,10 +83,12 @@ def load_data(data: str | Path, task: Task | None = None) -> tuple[Task, Splits]
         Traceback (most recent call last):
         gradmm.errors.UserError: there is no data 'nowhere': give a folder with train.jsonl, demo, or one of ...
     """
-    folder = DEMO if str(data) == "demo" else files.as_path(data, "the data")
+    folder = DEMO if isinstance(data, str) and data == "demo" else files.as_path(data, "the data")
+    task = None if task is None else load_task(task)
     if folder.is_dir():
+        given = read_rows(folder)
         task = load_task(folder) if task is None else task
-        rows, source = _folder_rows(folder, task), check_name(folder.resolve().name, "the data's folder")
+        rows, source = _folder_examples(given, folder, task), plain_name(folder.resolve().name)
     else:
         require(
             str(data) in TASKS or (task is not None and task.hub is not None),
@@ -86,32 +98,95 @@ def load_data(data: str | Path, task: Task | None = None) -> tuple[Task, Splits]
         rows, source = _hub_rows(TASKS[str(data)] if str(data) in TASKS else task, task)
     splits = split_by_content(rows, source)
     _check_classes(splits, task)
+    for note in splits.notes:
+        warnings.warn(f"{source}: {note}", DataWarning, stacklevel=2)
     return task, splits
 
 
 def split_by_content(rows: Mapping[str, list[Example]], source: str) -> Splits:
-    """Make the three splits disjoint by content hash; carve a missing validation or test split from train."""
-    held: dict[str, tuple[str, Example]] = {}
-    total = 0
+    """Make the three splits disjoint by content hash; carve a missing validation or test split from train.
+
+    A text that several splits hold stays in the last of them. One that stands in that split under several labels is left
+    out, since nobody can say which is right; of several rows with one label the last stays.
+    """
+    groups: dict[str, list[tuple[str, Example]]] = defaultdict(list)
     for split in SPLITS:
         for example in rows.get(split, ()):
-            total += 1
-            held[content_hash(example.text)] = (split, example)
+            groups[content_hash(example.text)].append((split, example))
+    kept: dict[str, tuple[str, Example]] = {}
+    repeated, contradicted, elsewhere = [], [], defaultdict(list)
+    for digest, members in groups.items():
+        split, last = members[-1]
+        within = [example for name, example in members if name == split]
+        for name, example in members[: len(members) - len(within)]:
+            elsewhere[name, split].append((example, last))
+        if len({example.label for example in within}) > 1:
+            contradicted.append(within)
+        else:
+            kept[digest] = (split, last)
+            repeated += [(example, last) for example in within[:-1]]
+    places = _carve({digest: example.label for digest, (split, example) in kept.items() if split == "train"}, rows)
     parts: dict[str, list[Example]] = {split: [] for split in SPLITS}
-    for digest, (split, example) in held.items():
-        parts[_carve(digest, rows) if split == "train" else split].append(example)
-    return Splits(**parts, source=source, dropped=total - len(held))
+    for digest, (split, example) in kept.items():
+        parts[places.get(digest, split)].append(example)
+    notes = [*_notes(rows, repeated, contradicted, elsewhere), *_note_of_carving(places)]
+    return Splits(**parts, source=source, dropped=sum(map(len, groups.values())) - len(kept), notes=tuple(notes))
 
 
-def _carve(digest: str, rows: Mapping[str, list[Example]]) -> str:
-    """Where a train text goes: a fixed tenth of the hashes for each split that the source lacks."""
-    place = int(digest[:12], 16) / 16**12
-    for split in ("validation", "test"):
-        if not rows.get(split):
-            if place < CARVED_SHARE:
-                return split
-            place -= CARVED_SHARE
-    return "train"
+def _carve(labels: Mapping[str, int], rows: Mapping[str, list[Example]]) -> dict[str, str]:
+    """Where each train text goes, by its hash: a fixed tenth of the hashes for each split that the source lacks.
+
+    Where that leaves train or a carved split without a text of some class, one moves there: the lowest hash of the split
+    that has most texts of the class and keeps some, or else of a split after it.
+    """
+    missing = [split for split in SPLITS[1:] if not rows.get(split)]
+    places = {}
+    for digest in labels:
+        place = int(digest[:12], 16) / 16**12 / CARVED_SHARE
+        places[digest] = missing[int(place)] if place < len(missing) else "train"
+    for label in set(labels.values()) if missing else ():
+        held = {split: [] for split in ("train", *missing)}
+        for digest in sorted(digest for digest, its in labels.items() if its == label):
+            held[places[digest]].append(digest)
+        for number, (split, members) in enumerate(held.items()):
+            givers = [some for some in held.values() if len(some) > 1] or [some for some in [*held.values()][number + 1 :] if some]
+            if not members and givers:
+                members.append(max(givers, key=len).pop(0))
+                places[members[0]] = split
+    return places
+
+
+def _notes(rows: Mapping, repeated: list, contradicted: list, elsewhere: Mapping) -> list[str]:
+    """A sentence on each kind of row that was left out."""
+    notes = []
+    if repeated:
+        notes.append(f"{len(repeated)} row(s) repeat another row's text and label, of which the last stays{_first(*repeated[0])}")
+    if contradicted:
+        notes.append(
+            f"{len(contradicted)} text(s) stand under several labels in {sum(map(len, contradicted))} rows, which are left out"
+            f"{_first(*_contradiction(contradicted[0]))}"
+        )
+    for (split, later), pairs in elsewhere.items():
+        share = f"all {len(pairs)}" if len(pairs) == len(rows[split]) else f"{len(pairs)} of {len(rows[split])}"
+        other = sum(one.label != two.label for one, two in pairs)
+        under = f", {other} of them under another label" if other else ""
+        notes.append(f"{share} {split} rows are left out, since their texts are in {later} too{under}{_first(*pairs[0])}")
+    return notes
+
+
+def _contradiction(members: Sequence[Example]) -> tuple[Example, Example]:
+    return members[0], next(example for example in members if example.label != members[0].label)
+
+
+def _first(one: Example, two: Example) -> str:
+    return f" (first: {one.origin} and {two.origin})" if one.origin and two.origin else ""
+
+
+def _note_of_carving(places: Mapping[str, str]) -> list[str]:
+    carved = sorted({split for split in places.values() if split != "train"}, key=SPLITS.index)
+    count = sum(split != "train" for split in places.values())
+    said = f"{count} of {len(places)} train texts serve as {' and '.join(carved)}, so that every class has some there"
+    return [said] if count > LARGE_SHARE * len(places) else []
 
 
 def sample_examples(examples: Sequence[Example], n: int, task: Task, seed: int) -> list[Example]:
@@ -121,7 +196,7 @@ def sample_examples(examples: Sequence[Example], n: int, task: Task, seed: int) 
         UserError: n below the number of classes, or more than some class has.
     """
     count = len(task.labels)
-    require(type(n) is int, f"n_real = {shown(n)} is not a whole number: give how many real examples to draw in all")
+    require(is_whole(n), f"n_real = {shown(n)} is not a whole number: give how many real examples to draw in all")
     require(n >= count, f"n_real = {n}, but {count} classes need at least {count}: ask for more examples")
     drawn = []
     for label in range(count):
@@ -144,10 +219,10 @@ def refuse_overlap(seen: Iterable[Example], test: Iterable[Example]) -> None:
         UserError: there is one.
     """
     hashes = {content_hash(example.text) for example in test}
-    shared = [number for number, example in enumerate(seen, 1) if content_hash(example.text) in hashes]
+    shared = [example.origin or f"number {number}" for number, example in enumerate(seen, 1) if content_hash(example.text) in hashes]
     require(
         not shared,
-        f"{len(shared)} text(s) are in the test set too, such as number {shared[:1]}: split once and keep the test set unseen",
+        f"{len(shared)} text(s) are in the test set too, such as {', '.join(shared[:1])}: split once and keep the test set unseen",
     )
 
 
@@ -158,51 +233,60 @@ def without_overlap(written: Iterable[Example], test: Iterable[Example]) -> list
 
 
 def check_examples(rows: Iterable, task: Task, where: str = "row") -> list[Example]:
-    """Rows with `text` and `label` (dicts or Examples) as Examples.
+    """Rows with `text` and `label` (dicts or Examples) as Examples whose origin is `where` and their number, if they have none.
 
     Raises:
-        UserError: a row without text, with an empty text, or with a label that the task does not know.
+        UserError: no rows, a row without text, with an empty text, or with a label that the task does not know.
     """
+    require(
+        isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping) and not hasattr(rows, "iterrows"),
+        f"the rows are of type {type(rows).__name__}: give a list of objects with text and label, which a data frame's "
+        'to_dict("records") is',
+    )
     return [_example(row, task, f"{where} {number}") for number, row in enumerate(rows, 1)]
 
 
 def _example(row, task: Task, where: str) -> Example:
+    origin = where
     if isinstance(row, Example):
-        row = {"text": row.text, "label": row.label}
-    require(isinstance(row, Mapping), f"{where} is {type(row).__name__}: give an object with text and label")
-    for name in ("text", "label"):
-        require(name in row, f"{where} has no {name}: give an object with text and label")
-    text = row["text"]
-    require(isinstance(text, str), f"{where} has a text of type {type(text).__name__}: give a string")
-    require(bool(text.strip()), f"{where} has an empty text: every row needs at least one word")
-    require(
-        not any("\ud800" <= mark <= "\udfff" for mark in text),
-        f"{where} has half a surrogate pair in its text, which is no character: mend or remove that row",
-    )
-    return Example(text.strip(), _label_number(row["label"], task, where))
+        row, origin = {"text": row.text, "label": row.label}, row.origin or where
+    return _of_task(check_row(row, origin), task)
 
 
-def _label_number(label, task: Task, where: str) -> int:
+def _of_task(row: Row, task: Task) -> Example:
+    """A row as an example: its label by the task's names, or else as a number from 0."""
+    label, names = row.label, ", ".join(task.labels)
     if isinstance(label, str) and label in task.labels:
-        return task.labels.index(label)
-    if type(label) is int and 0 <= label < len(task.labels):
-        return label
-    raise UserError(
-        f"{where} has the label {shown(label)}: task {task.name!r} knows 0 to {len(task.labels) - 1} or {', '.join(task.labels)}"
-    )
+        return Example(row.text, task.labels.index(label), row.origin)
+    if isinstance(label, int) and 0 <= label < len(task.labels):
+        return Example(row.text, label, row.origin)
+    twins = [name for name in task.labels if isinstance(label, str) and name.casefold() == label.casefold()]
+    mend = f": write {twins[0]!r}" if twins else ""
+    raise UserError(f"{row.origin} has the label {shown(label)}: task {task.name!r} knows 0 to {len(task.labels) - 1} or {names}{mend}")
 
 
-def _folder_rows(folder: Path, task: Task) -> dict[str, list[Example]]:
-    paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
+def _folder_examples(rows: Mapping[str, list[Row]], folder: Path, task: Task) -> dict[str, list[Example]]:
+    """A folder's rows as examples, their labels as its labels.json calls them."""
+    names = read_label_names(folder)
+    if not names and all(label.isdecimal() for label in task.labels):
+        names = names_by_label(task.labels)
+    known = set(names.values()) <= set(task.labels)
     require(
-        paths["train"].is_file(),
-        f'{folder} has no train.jsonl: put rows such as {{"text": "...", "label": 0}} there, one a line',
+        known or list(names) == [str(number) for number in range(len(task.labels))],
+        f"{folder / 'labels.json'} names {', '.join(map(repr, dict.fromkeys(names.values())))}, and task {task.name!r} knows "
+        f"{', '.join(map(repr, task.labels))}: write the same names in both",
     )
-    return {
-        split: check_examples(files.read_json_lines(path), task, f"{path}, line")
-        for split, path in paths.items()
-        if path.is_file()
-    }
+    return {split: [_of_task(_renamed(row, names) if known else row, task) for row in some] for split, some in rows.items()}
+
+
+def _renamed(row: Row, names: Mapping[str, str]) -> Row:
+    named = names.get(str(row.label))
+    require(
+        named is not None or not names or isinstance(row.label, str),
+        f"{row.origin} has the label {row.label}, and those with a name are {', '.join(names)}: name it in labels.json too, as in "
+        f'{{"labels": {{"{row.label}": "..."}}}}',
+    )
+    return row if named is None else row._replace(label=named)
 
 
 def _hub_rows(origin: Task, task: Task) -> tuple[dict[str, list[Example]], str]:
@@ -229,17 +313,21 @@ def _hub_split(read: Mapping, split: str, hub: HubSource, task: Task) -> list[Ex
     table, columns = read[split], (hub.text, hub.label)
     absent = [column for column in columns if column not in table.column_names]
     require(not absent, f"the hub's data set {hub.path!r} has no column {absent[:1]}: it has {', '.join(table.column_names)}")
-    pairs = zip(table[hub.text], table[hub.label], strict=True)
-    if hub.classes is not None:
-        pairs = ((text, hub.classes.index(label)) for text, label in pairs if label in hub.classes)
-    return check_examples(({"text": text, "label": label} for text, label in pairs), task, f"{hub.path}, {split}, row")
+    found = []
+    for number, (text, label) in enumerate(zip(table[hub.text], table[hub.label], strict=True), 1):
+        if hub.classes is None or label in hub.classes:
+            label = label if hub.classes is None else hub.classes.index(label)
+            found.append(_example({"text": text, "label": label}, task, f"{hub.path}, {split}, row {number}"))
+    return found
 
 
 def _check_classes(splits: Splits, task: Task) -> None:
     counts = Counter(example.label for example in splits.train)
     absent = [name for number, name in enumerate(task.labels) if not counts[number]]
+    because = f" ({'; '.join(splits.notes)})" if splits.notes else ""
+    mend = "take such rows out of one file" if because else "add rows or take the label out of the task"
     require(
         not absent,
-        f"{splits.source} has no train example of {', '.join(map(repr, absent))}: every one of the {len(task.labels)} "
-        "classes needs some, so add rows or take the label out of the task",
+        f"{splits.source} has no train example of {', '.join(map(repr, absent))}{because}: every one of the {len(task.labels)} "
+        f"classes needs some, so {mend}",
     )

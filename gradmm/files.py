@@ -28,7 +28,9 @@ def as_path(value: Any, what: str) -> Path:
     Raises:
         UserError: no text, or a path that is too long, holds a null character or may not be looked at.
     """
-    require(isinstance(value, str | Path), f"{what} is {shown(value)}: give a path or a name as text")
+    if not isinstance(value, str | Path):  # of other values only the type is shown: they may hold private text
+        said = shown(value) if value is None or isinstance(value, int | float) else f"of type {type(value).__name__}"
+        raise UserError(f"{what} is {said}: give a path or a name as text")
     try:
         os.lstat(value)
     except (FileNotFoundError, NotADirectoryError):
@@ -137,7 +139,20 @@ def read_json(path: Path, limit: int = MAX_SETTINGS_BYTES) -> Any:
 def read_json_lines(path: Path) -> list[Any]:
     """Read one JSON value a line, so that value i stands on line i + 1; a syntax error or blank line names file and line."""
     text = read_text(path).rstrip()
-    return [_parse_json(line, path, number) for number, line in enumerate(text.split("\n"), 1)] if text else []
+    try:
+        return [_parse_json(line, path, number) for number, line in enumerate(text.split("\n"), 1)] if text else []
+    except UserError as error:
+        if not _is_json(text):
+            raise
+        raise UserError(f"{path} is one JSON value over several lines: write one object a line, with no commas between them") from error
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_yaml(path: Path) -> Any:

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from gradmm.classification import Encoded, Evaluation, evaluate
-from gradmm.examples import Example, refuse_overlap
+from gradmm.classification import TOKENS_PER_BATCH, Encoded, Evaluation, score
+from gradmm.errors import require
+from gradmm.examples import Example, check_examples, refuse_overlap
 from gradmm.models import Model
 from gradmm.seeds import generator
 from gradmm.tasks import Task, tokenize_task
@@ -93,11 +94,15 @@ def finetune(
         True
     """
     config = config or FinetuneConfig()
+    train, validation, test = (
+        check_examples(some, task, f"{what} example") for some, what in ((train, "train"), (validation, "validation"), (test, "test"))
+    )
     refuse_overlap([*train, *validation], test)
-    begun = time.perf_counter()
+    begun, tokens = time.perf_counter(), tokenize_task(task, model.tokenizer)
+    asked = Encoded.of(model, task, tokens, test, "test")
     found = fit(model, task, train, validation, config, progress)
     return FinetuneResult(
-        test=evaluate(found.model, task, test),
+        test=score(found.model, tokens, asked, TOKENS_PER_BATCH),
         learning_rate=found.learning_rate,
         step=found.step,
         validation_accuracy=found.validation_accuracy,
@@ -144,7 +149,13 @@ def fit(
 
 
 def _drawn(validation: Sequence[Example], task: Task, config: FinetuneConfig) -> list[Example]:
+    validation = check_examples(validation, task, "validation example")
     pool = [example for example in validation if len(example.text.split()) >= task.min_words]
+    require(
+        len(pool) > 0 or not validation,
+        f"none of the {len(validation)} validation examples has the {task.min_words} words that task {task.name!r} asks for: "
+        "give longer ones or lower its min_words",
+    )
     order = torch.randperm(len(pool), generator=generator(config.seed, "validation examples")).tolist()
     return [pool[row] for row in sorted(order[: config.max_validation])]
 

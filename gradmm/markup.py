@@ -5,6 +5,7 @@ import re
 
 from gradmm.errors import require, shown
 
+PLAIN = str.maketrans({"<": "(", ">": ")", "[": "(", "]": ")", "`": "'"})
 OBEYED = re.compile(r"[\\`*\[\]|#~$^{}]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is one; & < > stand in entities
 
 
@@ -30,3 +31,8 @@ def check_name(name: str, what: str) -> str:
     odd = sorted({mark for mark in name if mark in "<>[]`" or not mark.isprintable()})
     require(not odd, f"{what} {shown(name)} holds {', '.join(map(repr, odd[:3]))}: give it a name without them")
     return name
+
+
+def plain_name(name: str) -> str:
+    """A name that `check_name` takes, made of any file's or folder's name: `hotels [v2]` becomes `hotels (v2)`."""
+    return "".join(mark if mark.isprintable() else "_" for mark in name.translate(PLAIN))

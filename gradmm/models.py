@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from gradmm import files
 from gradmm.errors import UserError, first_line, require, shown
-from gradmm.markup import check_name
+from gradmm.markup import plain_name
 from gradmm.products import fast_dtype, keep_few_compiled, lacks_instructions, linear
 from gradmm.sharding import launched
 
@@ -181,18 +181,24 @@ class Model:
             states[rows] = self.last_hidden(self.embed(ids), mask)
         return states
 
-    def check_lengths(self, sequences: Sequence[Sequence[int]]) -> None:
+    def check_lengths(self, sequences: Sequence[Sequence[int]], places: Sequence[str] = ()) -> None:
         """Raise for a sequence that is empty or longer than the context.
 
+        Args:
+            places: what an error calls each sequence, such as "train.jsonl, line 4"; without them they are numbered.
+
         Raises:
-            UserError: there is one.
+            UserError: there is one; the first is named, and how many there are.
         """
-        for number, sequence in enumerate(sequences, 1):
-            require(len(sequence) > 0, f"text {number} has no tokens: every text needs at least one")
-            require(
-                len(sequence) <= self.context,
-                f"text {number} has {len(sequence)} tokens with its template, {self.name} reads {self.context}: "
-                "shorten it or leave it out",
+        places = places or [f"text {number}" for number in range(1, len(sequences) + 1)]
+        for place, sequence in zip(places, sequences, strict=True):
+            require(len(sequence) > 0, f"{place} has no tokens: every text needs at least one")
+        long = [index for index, sequence in enumerate(sequences) if len(sequence) > self.context]
+        if long:
+            more = f", and {len(long) - 1} more of the {len(sequences)} texts are too long" if len(long) > 1 else ""
+            raise UserError(
+                f"{places[long[0]]} has {len(sequences[long[0]])} tokens with its template, {self.name} reads {self.context}{more}: "
+                f"shorten {'them or leave them' if more else 'it or leave it'} out"
             )
 
 
@@ -348,7 +354,7 @@ def load_model(
         f"{name} lacks {len(absent)} of its weights, such as {absent[:1]}, which would be random: give the whole model, "
         "saved with its output head",
     )
-    called = str(name) if found or str(name) in BUILT_IN else check_name(Path(folder).resolve().name, "the model's folder")
+    called = str(name) if found or str(name) in BUILT_IN else plain_name(Path(folder).resolve().name)
     return wrap_model(lm.to(device), tokenizer, called, found, _hash_files(folder))
 
 

@@ -188,13 +188,13 @@ def release(
     tokens = tokenize_task(task, model.tokenizer)
     _check_arguments(epsilon, delta, length, ledger, noise_seed)
     space = space or ("body" if epsilon is None else "label_rows")
+    classes = _by_class(model, tokens, examples, task)  # before the space: some spaces run the model
     found = release_space(model, tokens, space, public_texts, directions)
     if epsilon is not None:
         size = coordinates(model, found) * len(task.labels)
         entry = plan_entry("sums of clipped gradients per class", space, epsilon, delta, relation, clip, calibration, size)
         if ledger is not None:
             ledger.check(entry)  # before the work of many gradients
-    classes = _by_class(examples, task)
     factors = _factors(model, tokens, classes, found, one_by_one=epsilon is not None)
     common = {
         "space": found,
@@ -238,9 +238,10 @@ def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:
 # ---------------------------------------------------------------- private examples
 
 
-def _by_class(examples: Iterable, task: Task) -> list[list[Example]]:
-    """The examples of each class; messages name rows and labels, never text."""
+def _by_class(model: Model, tokens: TaskTokens, examples: Iterable, task: Task) -> list[list[Example]]:
+    """The examples of each class; messages name rows, counted as they were given, and labels, never text."""
     found = check_examples(examples, task, "example")
+    model.check_lengths([tokens.sequence(example.text) for example in found], [example.origin for example in found])
     classes = [[example for example in found if example.label == label] for label in range(len(task.labels))]
     empty = [name for name, members in zip(task.labels, classes, strict=True) if not members]
     require(not empty, f"there is no example of {', '.join(map(repr, empty))}, each of the {len(classes)} classes needs one: add some")
@@ -253,7 +254,6 @@ def _factors(model: Model, tokens: TaskTokens, classes: list[list[Example]], spa
     `one_by_one` runs every text alone, so that no rounding of one example's gradient depends on another example.
     """
     sequences = [[tokens.sequence(example.text) for example in members] for members in classes]
-    model.check_lengths([sequence for members in sequences for sequence in members])
     found = []
     for number, members in enumerate(sequences):
         runs = [[sequence] for sequence in members] if one_by_one else [members]

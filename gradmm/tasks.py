@@ -6,16 +6,23 @@ An example reads `template.format(text=...)` followed by its label's verbalizer,
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+import string
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 
 from gradmm import files
 from gradmm.errors import UserError, require, shown
-from gradmm.markup import check_name
+from gradmm.markup import check_name, plain_name
+from gradmm.rows import Row, read_label_names, read_split
 
 SLOT = "{text}"
 PROBE = "some words"
+LETTERS = tuple(string.ascii_uppercase)
+MOST_NAMED = 200  # labels that an error spells out
 DEMO = Path(__file__).parent / "data" / "demo"
 
 
@@ -100,6 +107,8 @@ class Task:
         check_name(self.name, "the task's name")
         count = len(self.labels)
         require(count >= 2, f"task {self.name!r} has {count} class(es), at least 2 are needed: name the other labels")
+        for label in self.labels:
+            require(label == label.strip() != "", f"task {self.name!r} has the label {label!r}: give a name without spaces around it")
         require(len(set(self.labels)) == count, f"task {self.name!r} repeats a label in {self.labels}: name each once")
         for name in ("verbalizers", "generation_prompts"):
             given = len(getattr(self, name))
@@ -225,18 +234,33 @@ def _label_tokens(task: Task, tokenizer) -> tuple[int, ...]:
     prompt = task.template.replace(SLOT, PROBE)
     pieces = [_continuation(tokenizer, prompt, verbalizer) for verbalizer in task.verbalizers]
     tokens = [_single(tokenizer, some) for some in pieces]
-    for number, (label, verbalizer) in enumerate(zip(task.labels, task.verbalizers, strict=True)):
-        first = tokens.index(tokens[number])
-        if tokens[number] is not None and first == number:
-            continue
-        if tokens[number] is None:
+    faults = {}
+    for number, (token, verbalizer) in enumerate(zip(tokens, task.verbalizers, strict=True)):
+        if token is None:
             parts = [tokenizer.decode([piece]) for piece in pieces[number] or _encode(tokenizer, verbalizer)]
-            fault = f"is {len(parts)} token(s) {parts} after the template, 1 known token of its own is needed"
-        else:
-            fault = f"is the same token as label {task.labels[first]!r}'s, all {len(tokens)} must differ"
-        better = _candidates(tokenizer, prompt, verbalizer, label, set(tokens))
-        raise UserError(f"the verbalizer {verbalizer!r} of label {label!r} {fault}: use one such as {better}")
+            faults[number] = f"is {len(parts)} token(s) {parts} after the template, 1 known token of its own is needed"
+        elif tokens.index(token) != number:
+            first = task.labels[tokens.index(token)]
+            faults[number] = f"is the same token as label {first!r}'s, all {len(tokens)} must differ"
+    require(not faults, _mended(task, tokenizer, tokens, faults) if faults else "")
     return tuple(tokens)
+
+
+def _mended(task: Task, tokenizer, tokens: list[int | None], faults: Mapping[int, str]) -> str:
+    """What is wrong with some verbalizers, with words that would do, all different, and a task file that has them."""
+    finder, said, verbalizers = _Words(task, tokenizer, tokens), [], [*task.verbalizers]
+    for number, fault in faults.items():
+        better = finder.like(task.verbalizers[number], task.labels[number])
+        verbalizers[number] = [*better, verbalizers[number]][0]
+        use = f"use one such as {better}" if better else "the tokenizer has no other word of one token"
+        said.append(f"the verbalizer {task.verbalizers[number]!r} of label {task.labels[number]!r} {fault}: {use}")
+    usual = Task(task.name, task.labels, [f" {label}" for label in task.labels]).to_dict()
+    values = replace(task, verbalizers=verbalizers, hub=None).to_dict()
+    plain = {key: value for key, value in values.items() if key in ("labels", "verbalizers", "template") or value != usual[key]}
+    return (
+        f"{'; '.join(said)}; write this line, with words that suit the classes, into task.yaml in the data's folder or into a "
+        f"file that you give as the task: {json.dumps(plain, ensure_ascii=False)}"
+    )
 
 
 def _single(tokenizer, pieces: list[int] | None) -> int | None:
@@ -244,21 +268,34 @@ def _single(tokenizer, pieces: list[int] | None) -> int | None:
     return pieces[0] if pieces and len(pieces) == 1 and pieces[0] not in tokenizer.all_special_ids else None
 
 
-def _candidates(tokenizer, prompt: str, verbalizer: str, label: str, taken: set, count: int = 3) -> list[str]:
-    """Verbalizers that would do: other spellings first, then the vocabulary's words with the longest shared start."""
-    words = [verbalizer.strip(), label.strip()]
-    spellings = [form for word in words if word for form in (word, word.lower(), word.capitalize())]
-    known = {tokenizer.decode([token]).strip() for token in range(min(len(tokenizer), 300_000))}
-    near = sorted(filter(str.isalpha, known), key=lambda word: (-_shared_start(word.lower(), words[0].lower()), word))
-    usable: list[str] = []
-    for form in (space + word for word in [*spellings, *near] for space in (" ", "")):
-        token = None if _runs_on(prompt, form) else _single(tokenizer, _continuation(tokenizer, prompt, form))
-        if token is not None and token not in taken:
-            usable.append(form)
-            taken = taken | {token}
-        if len(usable) == count:
-            break
-    return usable
+class _Words:
+    """Verbalizers that would do for a task, each given out once."""
+
+    def __init__(self, task: Task, tokenizer, tokens: Iterable[int | None]) -> None:
+        self.prompt, self.tokenizer, self.taken = task.template.replace(SLOT, PROBE), tokenizer, {*tokens}
+        known = {tokenizer.decode([token]).strip() for token in range(min(len(tokenizer), 300_000))}
+        self.known = sorted(filter(str.isalpha, known), key=lambda word: (word != word.lower(), len(word), word))
+
+    def like(self, verbalizer: str, label: str, count: int = 3) -> list[str]:
+        """Up to `count`: spellings of the verbalizer, the label and the words in them, the last first, then similar words."""
+        whole = [verbalizer.strip(), label.strip()]
+        parts = [part for word in whole for part in reversed(re.findall(r"[^\W\d_]+", word))]
+        if whole[0].isdecimal():
+            parts += ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+        spellings = [form for word in [*whole, *parts] for form in (word, word.lower(), word.capitalize())]
+        start = (parts or whole)[0].lower()
+        near = sorted((word for word in self.known if word[0].lower() == start[0]), key=lambda word: -_shared_start(word.lower(), start))
+        spaces = (" ", "") if verbalizer.startswith(" ") else ("", " ")
+        forms = [space + word for words in ([*spellings, *near], self.known) for space in spaces for word in words]
+        return list(islice(filter(self._takes, forms), count))
+
+    def _takes(self, form: str) -> bool:
+        """Whether a verbalizer is one token that no other has; it then is taken."""
+        pieces = None if _runs_on(self.prompt, form) else _continuation(self.tokenizer, self.prompt, form)
+        token = _single(self.tokenizer, pieces)
+        free = token is not None and token not in self.taken
+        self.taken |= {token} if free else set()
+        return free
 
 
 def _shared_start(one: str, other: str) -> int:
@@ -322,10 +359,11 @@ def load_task(task: "str | Path | Task | Mapping") -> Task:
     """Find a task: a `Task`, a mapping of its fields, a registered name, a YAML file, or a folder of JSON lines.
 
     A folder's task is its `task.yaml`; without one, a registered task of the folder's name with the same labels; without
-    that, its labels (from `labels.json` or its rows) serve as verbalizers.
+    that, its labels (from `labels.json` or its rows) serve as verbalizers, or letters where they are numbers without names.
 
     Raises:
-        UserError: nothing of that name, an unknown field, or fields that do not fit together.
+        UserError: nothing of that name, an unknown field, fields that do not fit together, or rows whose labels make no
+            classes (file and line are named).
 
     >>> task = load_task({"labels": ["bad", "good"], "verbalizers": [" bad", " great"], "template": "{text} It was"})
     >>> task.template.format(text="We stayed an hour."), task.verbalizers
@@ -341,7 +379,7 @@ def load_task(task: "str | Path | Task | Mapping") -> Task:
     if path.is_dir():
         return _task_from_folder(path)
     if path.is_file():
-        return _task_from_mapping(files.read_yaml(path), path.stem)
+        return _task_from_mapping(files.read_yaml(path), plain_name(path.stem))
     require(
         str(task) in TASKS,
         f"there is no task {shown(str(task))}: give one of {', '.join(['demo', *TASKS])}, a YAML file, or a folder with train.jsonl",
@@ -371,15 +409,20 @@ def _known_fields(values, kind: type, needed: tuple[str, ...], what: str) -> dic
 def _task_from_folder(folder: Path) -> Task:
     given, name = folder / "task.yaml", folder.resolve().name
     if given.is_file():
-        return _task_from_mapping(files.read_yaml(given), name)
+        return _task_from_mapping(files.read_yaml(given), plain_name(name))
+    others = [path.name for path in (folder / "task.yml", folder / "task.json") if path.is_file()]
+    require(not others, f"{folder} holds {', '.join(others)}, which is not read: rename it to task.yaml or move it elsewhere")
     labels, namesake = _labels_of(folder), TASKS.get(name)
     if namesake is not None and set(labels) <= set(namesake.labels):
         return _with_labels(namesake, labels)
     if namesake is not None and labels == tuple(str(number) for number in range(len(namesake.labels))):
         return replace(namesake, hub=None)
     if labels == ("negative", "positive"):
-        return Task(name, labels, (" bad", " great"))
-    return Task(name, labels, tuple(f" {label}" for label in labels), template="{text} Category:")
+        return Task(plain_name(name), labels, (" bad", " great"))
+    words = labels
+    if all(label.isdecimal() for label in labels) and len(labels) <= len(LETTERS):
+        words = LETTERS  # a number is seldom one token behind a space
+    return Task(plain_name(name), labels, tuple(f" {word}" for word in words[: len(labels)]), template="{text} Category:")
 
 
 def _with_labels(task: Task, labels: tuple[str, ...]) -> Task:
@@ -390,28 +433,42 @@ def _with_labels(task: Task, labels: tuple[str, ...]) -> Task:
 
 
 def _labels_of(folder: Path) -> tuple[str, ...]:
-    named = folder / "labels.json"
-    if named.is_file():
-        value = files.read_json(named)
-        names = value.get("labels") if isinstance(value, Mapping) else value
-        require(
-            isinstance(names, list) and all(isinstance(name, str) for name in names),
-            f"{named} holds no list of label names: write {{\"labels\": [\"negative\", \"positive\"]}}",
-        )
-        return tuple(names)
-    path = _train_file(folder)
-    values = {row["label"] for row in files.read_json_lines(path) if isinstance(row, Mapping) and type(row.get("label")) in (str, int)}
-    numbers = sorted(value for value in values if isinstance(value, int))
+    """The names of a folder's classes: from `labels.json`, or else from the labels of its train rows."""
+    named = read_label_names(folder)
+    if named:
+        return tuple(dict.fromkeys(named.values()))
+    rows = read_split(folder)
+    first: dict[int | str, Row] = {}
+    for row in rows:
+        first.setdefault(row.label, row)
+    require(len(first) > 1, f"all {len(rows)} rows of {folder / 'train.jsonl'} have the label {rows[0].label!r}, at least 2 classes are needed: add rows of others")
+    names, numbers = (sorted(label for label in first if isinstance(label, kind)) for kind in (str, int))
     if not numbers:
-        return tuple(sorted(values))
-    require(
-        len(numbers) == len(values) and numbers == list(range(len(numbers))),
-        f"the labels of {path} are {shown(sorted(values, key=str))}: use names, or every number from 0, or name them in labels.json",
-    )
+        _refuse_twins(names, first)
+        return tuple(names)
+    if names or numbers != list(range(len(numbers))):
+        raise UserError(_unnamed(folder, [*numbers, *names]))
     return tuple(map(str, numbers))
 
 
-def _train_file(folder: Path) -> Path:
-    path = folder / "train.jsonl"
-    require(path.is_file(), f"{folder} has no train.jsonl: put rows such as {{\"text\": \"...\", \"label\": 0}} there, one a line")
-    return path
+def _refuse_twins(names: Iterable[str], first: Mapping[int | str, Row]) -> None:
+    """Raise for two names that differ in case or spaces alone: no class of its own, but a slip."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(unicodedata.normalize("NFC", " ".join(name.casefold().split())), name)
+        require(
+            other == name,
+            f"{first[name].origin} has the label {name!r} and {first[other].origin} {other!r}, which read the same but for case or spaces: "
+            "write one of them in all rows",
+        )
+
+
+def _unnamed(folder: Path, labels: Sequence[int | str]) -> str:
+    """That a folder's labels are no names and no numbers from 0, with a `labels.json` that they can have."""
+    names = {str(label): label if isinstance(label, str) else f"class {label}" for label in labels[:MOST_NAMED]}
+    if len(labels) == 2 and all(isinstance(label, int) for label in labels):
+        names = dict(zip(names, ("negative", "positive"), strict=True))
+    return (
+        f"the labels of {folder / 'train.jsonl'} are {shown(list(labels))}: use names, or every number from 0, or name them in "
+        f"labels.json beside it, {json.dumps({'labels': names}, ensure_ascii=False)}, with your own names for the classes"
+    )

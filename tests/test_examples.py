@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradmm.errors import UserError
+from gradmm.errors import DataWarning, UserError
 from gradmm.examples import (
     SPLITS,
     Example,
@@ -107,15 +108,91 @@ def test_a_text_in_several_splits_stays_in_the_last(folder):
     twin = {"text": "  TEXT number 3   of some more words ", "label": 1}
     write_rows(folder / "validation.jsonl", [*rows_of(10, start=100), twin])
     write_rows(folder / "test.jsonl", [*rows_of(10, start=200), twin, twin])
-    splits = load_data(folder)[1]
+    with pytest.warns(DataWarning) as said:
+        splits = load_data(folder)[1]
     assert [len(getattr(splits, split)) for split in SPLITS] == [39, 10, 11]
     assert splits.dropped == 3
+    assert splits.notes == (
+        "1 row(s) repeat another row's text and label, of which the last stays (first: mine/test.jsonl, line 11 and mine/test.jsonl, line 12)",
+        "1 of 40 train rows are left out, since their texts are in test too (first: mine/train.jsonl, line 4 and mine/test.jsonl, line 12)",
+        "1 of 11 validation rows are left out, since their texts are in test too (first: mine/validation.jsonl, line 11 and mine/test.jsonl, line 12)",
+    )
+    assert [str(one.message) for one in said] == [f"mine: {note}" for note in splits.notes]
     assert content_hash(twin["text"]) in {content_hash(e.text) for e in splits.test}
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(1, (2, 0, 0)), (2, (2, 2, 0)), (3, (2, 2, 2)), (4, (4, 2, 2)), (6, (8, 2, 2))])
+@pytest.mark.parametrize("word", ["text", "room", "film", "plot"])
+def test_few_rows_are_carved_so_that_each_split_has_every_class(count, sizes, word):
+    splits = split_by_content({"train": check_examples(rows_of(2 * count, word=word), TWO)}, "few")
+    found = {split: Counter(example.label for example in getattr(splits, split)) for split in SPLITS}
+    assert sum(map(Counter.total, found.values())) == 2 * count
+    for split, size in zip(SPLITS, sizes, strict=True):
+        assert set(found[split]) == ({0, 1} if size else set())
+    if 1 < count < 4:
+        assert splits.notes == (f"{2 * count - 2} of {2 * count} train texts serve as {'validation' if count == 2 else 'validation and test'}, so that every class has some there",)
+    elif count == 6:
+        assert splits.notes == () or len(splits.train) < 8
+
+
+@pytest.mark.parametrize("rare", [0, 1, 2])
+def test_a_rare_class_has_some_in_every_split(rare):
+    rows = [Example(f"{e.text} {i}", rare if i % 40 == 0 else (rare + 1 + i % 2) % 3) for i, e in enumerate(check_examples(rows_of(240), TWO))]
+    splits = split_by_content({"train": rows}, "rare")
+    assert all({example.label for example in getattr(splits, split)} == {0, 1, 2} for split in SPLITS)
+    by_hash = split_by_content({"train": [e for e in rows if e.label != rare]}, "rare")
+    for split in SPLITS:  # the other classes lie where their hashes put them
+        assert [e for e in getattr(splits, split) if e.label != rare] == getattr(by_hash, split)
+
+
+LABELLED_TWICE = {
+    # rows as (text, label) of each split -> texts that stay in train, texts left out, first lines named
+    "far apart": ({"train": [("one", 0), ("two", 1), ("three", 0), ("one", 1)]}, {"two", "three"}, 1, (1, 4)),
+    "in other words": ({"train": [("One", 0), ("two", 1), (" one ", 1), ("three", 0)]}, {"two", "three"}, 1, (1, 3)),
+    "thrice": ({"train": [("two", 1), ("one", 0), ("one", 0), ("one", 1), ("three", 0), ("four", 0), ("four", 1)]}, {"two", "three"}, 2, (2, 4)),
+}
+
+
+@pytest.mark.parametrize("case", LABELLED_TWICE)
+def test_a_text_under_several_labels_is_left_out_and_said_once(tmp_path, case):
+    rows, kept, count, lines = LABELLED_TWICE[case]
+    spare = [{"text": f"spare {n}", "label": n % 2} for n in range(4)]
+    folder = write_rows(tmp_path / "mine" / "train.jsonl", [{"text": text, "label": label} for text, label in rows["train"]]).parent
+    for split, some in (("validation", spare[:2]), ("test", spare[2:])):
+        write_rows(folder / f"{split}.jsonl", some)
+    with pytest.warns(DataWarning) as said:
+        splits = load_data(folder, TWO)[1]
+    assert texts(splits.train) == kept and splits.dropped == len(rows["train"]) - 2
+    (warned,) = said
+    assert str(warned.message) == (
+        f"mine: {count} text(s) stand under several labels in {splits.dropped} rows, which are left out "
+        f"(first: mine/train.jsonl, line {lines[0]} and mine/train.jsonl, line {lines[1]})"
+    )
+    assert warned.filename == __file__
+
+
+def test_a_text_labelled_otherwise_in_a_later_split_is_said(folder):
+    write_rows(folder / "test.jsonl", [*rows_of(10, start=200), {"text": "text number 3 of some more words", "label": 0}])
+    with pytest.warns(DataWarning, match="1 of 40 train rows are left out, since their texts are in test too, 1 of them under another label"):
+        splits = load_data(folder)[1]
+    assert Example("text number 3 of some more words", 0) in splits.test
+
+
+TRAIN_IS_LATER = [("test", 40), ("validation", 40), ("test", 39)]
+
+
+@pytest.mark.parametrize(("split", "count"), TRAIN_IS_LATER)
+def test_no_train_example_says_why(folder, split, count):
+    write_rows(folder / f"{split}.jsonl", rows_of(40))
+    write_rows(folder / "train.jsonl", rows_of(count))
+    with pytest.raises(UserError, match=f"no train example of '0', '1' .all {count} train rows are left out, since their texts are in {split} too"):
+        load_data(folder)
 
 
 def test_the_bench_loads(bench):
     for name, sizes in {"sst2": (67349, 872), "rotten_tomatoes": (10662, 1066)}.items():
-        task, splits = load_data(bench / "data" / name)
+        with pytest.warns(DataWarning) if name == "sst2" else nullcontext():
+            task, splits = load_data(bench / "data" / name)
         assert task.labels == ("negative", "positive") and task.verbalizers == (" bad", " great")
         assert len(splits.test) <= sizes[1]
         drawn = sample_examples(splits.train, 50, task, seed=0)
@@ -138,10 +215,11 @@ BROKEN_FOLDERS = {
     "a negative number": ([{"text": "words", "label": -1}], "line 1 has the label -1"),
     "an unknown name": ([{"text": "words", "label": "Positive"}], "line 1 has the label 'Positive'"),
     "a fraction": ([{"text": "words", "label": 1.0}], "line 1 has the label 1.0"),
-    "true": ([{"text": "words", "label": True}], "line 1 has the label True"),
+    "true": ([{"text": "words", "label": True}], "line 1 has the label true, which is no whole number and no name: write it as in .*1}"),
     "a list": ([{"text": "words", "label": [0] * 999}], "line 1 has the label .0, 0, 0"),
+    "a name but for its case": ([LINE, {"text": "words", "label": "Positive"}], "line 2 has the label 'Positive': .* write 'positive'"),
     "one class": ([LINE], "mine has no train example of 'positive': every one of the 2 classes needs some"),
-    "no rows": ([], "mine has no train example of 'negative', 'positive'"),
+    "no rows": ([], "train.jsonl is empty: put rows such as"),
 }
 
 
@@ -182,7 +260,13 @@ def hashes(splits) -> dict[str, set[str]]:
 @given(some_splits)
 def test_splits_share_nothing_and_lose_nothing(rows):
     splits = split_by_content(rows, "here")
-    held, given_hashes = hashes(splits), {content_hash(e.text) for some in rows.values() for e in some}
+    held, labels = hashes(splits), {}
+    for split in SPLITS:  # of each text, the labels in the last split that holds it
+        own = {}
+        for example in rows.get(split, []):
+            own.setdefault(content_hash(example.text), set()).add(example.label)
+        labels |= own
+    given_hashes = {digest for digest, some in labels.items() if len(some) == 1}
     assert sum(map(len, held.values())) == len(set().union(*held.values())) == len(given_hashes)
     assert set().union(*held.values()) == given_hashes
     kept = [example for split in SPLITS for example in getattr(splits, split)]
@@ -191,7 +275,7 @@ def test_splits_share_nothing_and_lose_nothing(rows):
     for split in SPLITS[1:]:
         if rows.get(split):
             later = {content_hash(e.text) for other in SPLITS[SPLITS.index(split) + 1 :] for e in rows.get(other, [])}
-            assert held[split] == {content_hash(e.text) for e in rows[split]} - later
+            assert held[split] == ({content_hash(e.text) for e in rows[split]} - later) & given_hashes
 
 
 @given(some_splits, st.randoms(use_true_random=False))
@@ -247,7 +331,7 @@ def test_short_texts_are_not_drawn():
 def test_overlap_is_refused_without_showing_the_text():
     test = [Example("A Secret  text", 0), Example("another", 1)]
     refuse_overlap([Example("no overlap", 0)], test)
-    with pytest.raises(UserError, match="1 text.s. are in the test set too, such as number .2.: split once") as caught:
+    with pytest.raises(UserError, match="1 text.s. are in the test set too, such as number 2: split once") as caught:
         refuse_overlap([Example("fine", 0), Example("a secret text", 1)], test)
     assert "secret" not in str(caught.value)
 

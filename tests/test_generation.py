@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from gradmm.errors import UserError
+from gradmm.errors import DataWarning, UserError
 from gradmm.evaluation import is_complete_sentence
 from gradmm.examples import Example, content_hash, load_data, sample_examples
 from gradmm.generation import Sampling, _Writer, closing_tokens, generate_texts, nucleus
@@ -207,7 +207,8 @@ def test_unusable_requests_are_refused(tiny_model):
 @pytest.mark.slow
 def test_the_bench_model_writes_sentences_of_both_classes(bench):
     model = load_model(bench / "imdb-lm")
-    task, splits = load_data(bench / "data" / "sst2")
+    with pytest.warns(DataWarning):
+        task, splits = load_data(bench / "data" / "sst2")
     shots = sample_examples(splits.train, 10, task, 0)
     for given in ((), shots):
         texts = generate_texts(model, task, 10, 0, shots=given)

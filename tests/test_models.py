@@ -344,6 +344,8 @@ def test_no_text_no_tokens_and_too_many_tokens(tiny_model):
     assert model.hidden_of([[5] * 64]).shape == (1, 32)
     with pytest.raises(UserError, match="text 2 has 65 tokens with its template, tiny-llama reads 64: shorten it or leave it out"):
         model.hidden_of([[5], [5] * 65])
+    with pytest.raises(UserError, match="^b has 70 tokens with its template, tiny-llama reads 64, and 2 more of the 4 texts are too long: shorten them or leave them out"):
+        model.check_lengths([[5], [5] * 70, [5] * 65, [5] * 80], ["a", "b", "c", "d"])
     with pytest.raises(UserError, match="text 1 has no tokens: every text needs at least one"):
         model.hidden_of([[]])
 

@@ -70,6 +70,21 @@ def test_without_epsilon_the_length_is_the_real_mean(model):
     assert privacy.release(model, TASK, [Example("a", 0), Example("b", 1)]).length == len(tokens.encode("a")) == 1
 
 
+@pytest.mark.parametrize("space", ["head", "body", "label_rows_calibrated"])
+@pytest.mark.parametrize("place", [1, 3, 5])
+def test_a_row_is_counted_as_it_was_given_and_found_before_the_model_runs(model, monkeypatch, space, place):
+    long = {"text": f"{SECRET} " * 40, "label": 0}
+    rows = [{"text": example.text, "label": 1 - example.label} for example in EXAMPLES]
+    rows.insert(place - 1, long)
+    monkeypatch.setattr(type(model), "last_hidden", lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(UserError, match=f"^example {place} has .* tokens with its template, tiny-phi reads 64") as caught:
+        privacy.release(model, TASK, rows, space=space)
+    assert SECRET not in str(caught.value)
+    rows[place - 1] = Example(long["text"], 0, "mine/train.jsonl, line 9")
+    with pytest.raises(UserError, match="^mine/train.jsonl, line 9 has "):
+        privacy.release(model, TASK, rows, space=space)
+
+
 def test_a_release_names_what_it_belongs_to(model):
     found = privacy.release(model, TASK, EXAMPLES)
     assert (found.model, found.task) == (model.fingerprint, TASK.fingerprint)

@@ -79,7 +79,7 @@ def test_tables_show_tags(text):
 
 
 @pytest.mark.parametrize("name", ["<script>", "a`b", "[x](y)", "two\nlines", "\u202eback", "nul\0"])
-def test_a_name_that_could_be_obeyed_is_refused(name, tmp_path):
+def test_a_name_that_could_be_obeyed_is_refused_or_made_plain(name, tmp_path):
     with pytest.raises(UserError, match="the task's name .* holds .*: give it a name without them"):
         Task(name, ("bad", "good"), (" bad", " great"))
     if "\0" not in name and "/" not in name:
@@ -87,8 +87,15 @@ def test_a_name_that_could_be_obeyed_is_refused(name, tmp_path):
         folder.mkdir()
         rows = [{"text": f"words {n}", "label": n % 2} for n in range(40)]
         files.write_json_lines(folder / "train.jsonl", rows)
-        with pytest.raises(UserError, match="the data's folder .* holds"):
-            gradmm.load_data(folder, TWO)
+        splits = gradmm.load_data(folder, TWO)[1]
+        assert markup.check_name(splits.source, "the source") == markup.plain_name(name) == gradmm.load_task(folder).name
+        assert splits.train[0].origin.startswith(f"{splits.source}/train.jsonl, line ")
+        assert rendered(f"**{splits.source}**") == f"<p><strong>{splits.source}</strong></p>\n"
+
+
+def test_odd_names_of_folders_stay_readable():
+    assert markup.plain_name("hotels [v2]") == "hotels (v2)" and markup.plain_name("<a>\n`b`") == "(a)_'b'"
+    assert markup.plain_name("中文 (v2), 50% & more") == "中文 (v2), 50% & more"
 
 
 def test_a_card_of_an_evil_task_is_harmless(tiny_model, tmp_path):

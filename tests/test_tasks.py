@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gradmm.errors import UserError
+from gradmm.examples import load_data
 from gradmm.tasks import TASKS, HubSource, Task, load_task, tokenize_task
 
 CORPUS = (
@@ -145,13 +146,44 @@ def test_a_verbalizer_that_fails_names_candidates_that_pass(tokenizer, verbalize
     message = str(caught.value)
     wrong = 0 if verbalizers[0] == " zzz" else 1
     assert repr(verbalizers[wrong]) in message and repr(task.labels[wrong]) in message
-    candidates = [a or b for a, b in re.findall(r"'([^']*)'|\"([^\"]*)\"", message.split("use one such as")[1])]
+    said, line = message.split("write this line")
+    candidates = [a or b for a, b in re.findall(r"'([^']*)'|\"([^\"]*)\"", said.split("use one such as")[1])]
     assert len(candidates) == 3
     for candidate in candidates:
         mended = [*verbalizers]
         mended[wrong] = candidate
         labels = tokenize_task(replace(task, verbalizers=mended), tokenizer).labels
         assert len(set(labels)) == 2
+    copied = yaml.safe_load(line[line.index("{") :])
+    assert load_task(copied) == replace(task, name="task", verbalizers=[candidates[0] if n == wrong else v for n, v in enumerate(verbalizers)])
+
+
+MANY = {
+    "all of them": [" Sci/Tech", " very good", " zzz", " not_bad"],
+    "some": [" bad", " good good", " it", " film!"],
+    "one word for all": [" bad"] * 4,
+    "numbers": [f" {number}" for number in range(30)],
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_all_verbalizers_that_fail_are_named_at_once_with_a_task_file_that_works(tmp_path, tokenizer, case):
+    labels = [verbalizer.strip() if case != "one word for all" else f"class {n}" for n, verbalizer in enumerate(MANY[case])]
+    folder = folder_of(tmp_path, "mine", labels)
+    (folder / "labels.json").write_text(json.dumps({"labels": labels}))
+    task = replace(load_task(folder), verbalizers=MANY[case])
+    with pytest.raises(UserError, match="write this line, with words that suit the classes, into task.yaml") as caught:
+        tokenize_task(task, tokenizer)
+    message = str(caught.value)
+    assert "\n" not in message
+    (folder / "task.yaml").write_text(message[message.index('{"labels"') :], encoding="utf-8")
+    mended = load_task(folder)
+    found = tokenize_task(mended, tokenizer).labels
+    assert len(set(found)) == len(labels) and mended.labels == tuple(labels)
+    changed = [n for n, (old, new) in enumerate(zip(task.verbalizers, mended.verbalizers, strict=True)) if old != new]
+    assert changed and message.count("the verbalizer ") == len(changed)
+    candidates = re.findall(r"'([^']*)'", " ".join(re.findall(r"use one such as \[(.*?)\]", message)))
+    assert len(candidates) == len(set(candidates)) >= len(changed)
 
 
 def test_the_pieces_of_a_split_verbalizer_are_named(byte_level):
@@ -214,6 +246,8 @@ WRONG_TASKS = {
     "min_words true": ({"min_words": True}, "min_words = True"),
     "min_words in words": ({"min_words": "six"}, "min_words = 'six'"),
     "an empty verbalizer": ({"verbalizers": [" bad", " "]}, "empty verbalizer for label 'good'"),
+    "a label with spaces": ({"labels": ["bad", "good "]}, "has the label 'good ': give a name without spaces around it"),
+    "an empty label": ({"labels": ["bad", ""]}, "has the label ''"),
     "a nameless task": ({"name": ""}, "has the name ''"),
     "a number for a name": ({"name": 3}, "has the name 3"),
     "an unknown field": ({"verbaliser": [" a"], 3: 4}, "unknown field 'verbaliser', 3: the fields are generation_prompts"),
@@ -304,13 +338,17 @@ def folder_of(root, name: str, labels, named=None):
 SENTIMENT = ("negative", "positive")
 FOLDERS = {
     # name of the folder, labels of the rows, labels.json -> labels, verbalizers
-    "numbers": ("mine", [0, 1, 3, 2], None, ("0", "1", "2", "3"), (" 0", " 1", " 2", " 3")),
+    "numbers": ("mine", [0, 1, 3, 2], None, ("0", "1", "2", "3"), (" A", " B", " C", " D")),
     "names": ("mine", ["tea", "ale", "tea"], None, ("ale", "tea"), (" ale", " tea")),
     "sentiment by name": ("mine", ["positive", "negative"], None, SENTIMENT, (" bad", " great")),
+    "many numbers": ("mine", list(range(27)), None, tuple(map(str, range(27))), tuple(f" {n}" for n in range(27))),
+    "numbers from 1": ("mine", [2, 1], {"labels": {"1": "low", "2": "high"}}, ("low", "high"), (" low", " high")),
+    "numbers for names": ("mine", [2, 1], {"labels": ["1", "2"]}, ("1", "2"), (" A", " B")),
+    "stars": ("mine", [1, 2, 5], {"labels": {"1": "bad", "2": "bad", "5": "good"}}, ("bad", "good"), (" bad", " good")),
     "named": ("mine", [1, 0], ["low", "high"], ("low", "high"), (" low", " high")),
     "named with counts": ("mine", [1, 0], {"labels": ["low", "high"], "rows": 2}, ("low", "high"), (" low", " high")),
     "registered, numbers": ("sst2", [1, 0], None, SENTIMENT, (" bad", " great")),
-    "registered, other number": ("sst2", [1, 0, 2], None, ("0", "1", "2"), (" 0", " 1", " 2")),
+    "registered, other number": ("sst2", [1, 0, 2], None, ("0", "1", "2"), (" A", " B", " C")),
     "registered, named": ("sst2", [1, 0], list(SENTIMENT), SENTIMENT, (" bad", " great")),
     "registered, other order": ("sst2", [1, 0], ["positive", "negative"], ("positive", "negative"), (" great", " bad")),
     "registered, other labels": ("sst2", [1, 0], ["ham", "spam"], ("ham", "spam"), (" ham", " spam")),
@@ -352,10 +390,40 @@ def test_a_labels_file_without_names_is_refused(tmp_path, named):
 def test_a_folder_without_rows_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no train.jsonl: put rows such as"):
         load_task(tmp_path)
-    with pytest.raises(UserError, match="1 class.es., at least 2"):
+    with pytest.raises(UserError, match="all 2 rows of .*train.jsonl have the label 'a', at least 2 classes are needed"):
         load_task(folder_of(tmp_path, "one", ["a", "a"]))
-    with pytest.raises(UserError, match="0 class.es., at least 2"):
-        load_task(folder_of(tmp_path, "none", [None, [1], True, 0.5]))
+    with pytest.raises(UserError, match="none/train.jsonl is empty|none.train.jsonl is empty"):
+        load_task(folder_of(tmp_path, "none", []))
+
+
+TWINS = [["Positive", "positive"], ["sci  tech", "Sci Tech"], ["caf\u00e9", "cafe\u0301"], ["STRASSE", "stra\u00dfe"]]
+
+
+@pytest.mark.parametrize("labels", TWINS)
+def test_names_that_differ_in_case_or_spaces_alone_are_refused(tmp_path, labels):
+    with pytest.raises(UserError, match="mine/train.jsonl, line .*read the same but for case or spaces: write one of them") as caught:
+        load_task(folder_of(tmp_path, "mine", [*labels, "other"]))
+    assert all(f"line {number} " in str(caught.value) or f"line {number + 1} " in str(caught.value) for number in (1,))
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [-1, 1], [1, 2, 3, 4, 5], [0, 2], [0, "good"]])
+def test_the_advice_on_other_numbers_works_when_it_is_followed(tmp_path, labels):
+    folder = folder_of(tmp_path, "mine", labels * 20)
+    with pytest.raises(UserError, match="name them in labels.json beside it, ") as caught:
+        load_task(folder)
+    message = str(caught.value)
+    (folder / "labels.json").write_text(message[message.index('{"labels"') : message.rindex("}") + 1])
+    task, splits = load_data(folder)
+    assert len(task.labels) == len(labels)
+    rows = [example for split in (splits.train, splits.validation, splits.test) for example in split]
+    assert all(labels[int(e.text.split()[1]) % len(labels)] == sorted(labels, key=lambda x: (isinstance(x, str), x))[e.label] for e in rows)
+
+
+@pytest.mark.parametrize("name", ["task.yml", "task.json"])
+def test_a_task_file_that_would_not_be_read_is_refused(tmp_path, name):
+    (folder_of(tmp_path, "mine", [0, 1]) / name).write_text("labels: [a, b]\n")
+    with pytest.raises(UserError, match=f"holds {name}, which is not read: rename it to task.yaml or move it elsewhere"):
+        load_task(tmp_path / "mine")
 
 
 def test_the_built_in_task_comes_before_a_folder_of_its_name(tmp_path, monkeypatch):

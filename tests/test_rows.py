@@ -1,0 +1,254 @@
+"""Rows of every kind that users bring: read, or refused by file, line and value with a line that works."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy
+import pandas
+import pytest
+import torch
+
+from gradmm.errors import UserError
+from gradmm.examples import Example, check_examples, load_data
+from gradmm.rows import check_row, read_label_names, read_rows
+from gradmm.tasks import Task, load_task
+
+TWO = Task("two", ("negative", "positive"), (" bad", " great"))
+SECRET = "zanzibar"
+GOOD = [{"text": f"{SECRET} number {i}", "label": i % 2} for i in range(40)]
+
+
+def folder_of(root: Path, train, **others) -> Path:
+    """A folder of these files: text as it stands, rows as JSON lines."""
+    folder = root / "mine"
+    folder.mkdir(exist_ok=True)
+    for name, rows in {"train.jsonl": train, **others}.items():
+        text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def refused(act) -> str:
+    with pytest.raises(UserError) as caught:
+        act()
+    message = str(caught.value)
+    assert "\n" not in message and SECRET not in message and "class(es)" not in message
+    return message
+
+
+def labelled(label) -> dict:
+    return {"text": f"{SECRET} and more", "label": label}
+
+
+# kind -> what stands in row 3, what the message says of it
+WRONG_LABELS = {
+    "a float": {1.0: '1.0, .*"label": 1}', 0.0: '0.0, .*"label": 0}', 2.5: '2.5, .*"label": 0}', float("nan"): "NaN, ", float("inf"): "Infinity, ", -1.0: '-1.0, .*"label": -1}'},
+    "true or false": {True: 'true, .*"label": 1}', False: 'false, .*"label": 0}'},
+    "nothing": {None: "null, "},
+    "a list": {"[1]": r'\[1\], .*"label": 1}', '["good"]': r'\["good"\], .*"label": "good"}', "[]": r"\[\], ", "[true]": r'\[true\], .*"label": 1}', "[0, 1]": r"\[0, 1\], "},
+    "an object": {'{"a": 1}': '{"a": 1}, ', "{}": "{}, "},
+    "spaces around a name": {'"positive "': "'positive ', with spaces around the name: write 'positive'", '" a"': "' a', with", '"a\\n"': "'a.n', with"},
+    "an empty name": {'""': "an empty label", '" "': "an empty label", '"\\t"': "an empty label"},
+    "a whole text": {json.dumps("words " * 50): "a label of 300 characters, more than 100", json.dumps(SECRET * 20): "a label of 160", json.dumps("x" * 101): "a label of 101"},
+}
+LABELS = [(kind, label, words) for kind, some in WRONG_LABELS.items() for label, words in some.items()]
+
+
+@pytest.mark.parametrize(("kind", "label", "words"), LABELS, ids=[f"{kind}, {str(label)[:12]}" for kind, label, _ in LABELS])
+def test_a_wrong_label_is_named_before_any_class_is_inferred(tmp_path, kind, label, words):
+    row = labelled(json.loads(label) if isinstance(label, str) else label)
+    folder = folder_of(tmp_path, [*GOOD[:2], row, *GOOD])
+    for task in (None, TWO):
+        message = refused(lambda task=task: load_data(folder, task))
+        assert re.search(f"mine/train.jsonl, line 3 has (the label )?{words}", message), message
+        for line in re.findall(r"write it as in (\{.*\})$", message):
+            assert check_row(json.loads(line), "here").label == json.loads(line)["label"]
+    assert "row 1 has " in refused(lambda: check_examples([row], TWO))
+
+
+def test_every_label_of_such_a_kind_is_refused_not_counted_as_no_class(tmp_path):
+    for labels in ([1.0, 0.0], [True, False], [None, None], [[1], [0]], ["a ", "b "]):
+        folder = folder_of(tmp_path, [labelled(label) for label in labels] * 6)
+        assert "train.jsonl, line 1 has the label " in refused(lambda folder=folder: load_data(folder))
+
+
+WRONG_FILES = {
+    "an empty file": (["", "\n", "  \n\n"], "train.jsonl is empty: put rows such as {"),
+    "an array on one line": (
+        [json.dumps(GOOD), "[]", "[1, 2]", json.dumps([[row] for row in GOOD])],
+        "mine/train.jsonl, line 1 is list: give an object with text and label, one a line, such as {",
+    ),
+    "one value over several lines": (
+        [json.dumps(GOOD, indent=1), json.dumps(GOOD, indent=4), json.dumps({"data": GOOD}, indent=2)],
+        "train.jsonl is one JSON value over several lines: write one object a line",
+    ),
+    "lines that are no objects": (['"text"', "1", "null"], "mine/train.jsonl, line 1 is "),
+    "other columns": (['{"sentence": "a", "label": 1}', '{"Text": "a", "label": 1}', "{}"], "mine/train.jsonl, line 1 has no text: give"),
+    "no label": (['{"text": "a"}', '{"text": "a", "class": 1}', '{"text": "a", "Label": 1}'], "mine/train.jsonl, line 1 has no label: give"),
+    "a text that is none": (['{"text": " ", "label": 1}', '{"text": null, "label": 1}', '{"text": ["a"], "label": 1}'], "mine/train.jsonl, line 1 has a"),
+}
+FILES = [(kind, number, content, words) for kind, (some, words) in WRONG_FILES.items() for number, content in enumerate(some)]
+
+
+@pytest.mark.parametrize(("kind", "number", "content", "words"), FILES, ids=[f"{kind} {number}" for kind, number, *_ in FILES])
+def test_a_wrong_file_is_named_before_any_class_is_inferred(tmp_path, kind, number, content, words):
+    folder = folder_of(tmp_path, content)
+    for act in (lambda: load_data(folder), lambda: load_data(folder, TWO), lambda: load_task(folder)):
+        assert words in refused(act)
+    folder_of(tmp_path, GOOD, **{"test.jsonl": content})
+    assert words.replace("train", "test") in refused(lambda: load_data(folder))
+
+
+UNREAD = {
+    "dev.jsonl": "validation", "val.jsonl": "validation", "valid.jsonl": "validation", "Dev_Set.ndjson": "validation", "eval.jsonl": "validation",
+    "development.jsonl": "validation", "training.jsonl": "train", "Test.jsonl": "test", "test-00000-of-00001.jsonl": "test", "testing.ndjson": "test",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_file_that_looks_like_a_split_is_not_left_aside_in_silence(tmp_path, name):
+    folder = folder_of(tmp_path, GOOD, **{name: GOOD[:2]})
+    message = refused(lambda: load_data(folder))
+    assert f"holds {name}, which looks like a split and is not read: " in message
+    if UNREAD[name] == "train":
+        assert "add its rows to train.jsonl" in message
+    else:
+        old, new = re.search("`mv (.*) (.*)`", message).groups()
+        Path(old).rename(new)
+        assert len(read_rows(folder)[UNREAD[name]]) == 2
+    assert refused(lambda: load_data(folder_of(tmp_path, GOOD, **{name: GOOD[:2], f"{UNREAD[name]}.jsonl": GOOD[:2]})))
+
+
+@pytest.mark.parametrize("name", ["train.csv", "test.parquet", "validation.json", "train-00001-of-00002.tsv"])
+def test_a_table_that_looks_like_a_split_is_not_left_aside_in_silence(tmp_path, name):
+    split = re.match("[a-z]*", name).group()
+    message = refused(lambda: load_data(folder_of(tmp_path, GOOD, **{name: "text,label\n"})))
+    wanted = f"add its rows to {split}.jsonl" if split == "train" else f"write its rows into {split}.jsonl, one object a line"
+    assert f"holds {name}, which looks like a split and is not read: {wanted}" in message
+    (tmp_path / "mine" / "train.jsonl").unlink()
+    assert f"holds {name}, which looks like a split" in refused(lambda: load_task(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("name", ["labels.json", "notes.txt", "test_results.json", "manifest.json", "latest.csv", "README.md"])
+def test_other_files_may_stand_beside_the_splits(tmp_path, name):
+    assert list(read_rows(folder_of(tmp_path, GOOD, **{name: "[]"}))) == ["train"]
+
+
+# ---------------------------------------------------------------- labels.json
+
+
+def test_labels_json_names_numbers_from_0_or_any_labels(tmp_path):
+    for labels, names in (
+        (["low", "high"], {"0": "low", "1": "high"}),
+        (["1", "2"], {"1": "1", "2": "2"}),
+        ({"1": "low", "2": "high"}, {"1": "low", "2": "high"}),
+        ({"neg": "low", "pos": "high", "ok": "high"}, {"neg": "low", "pos": "high", "ok": "high"}),
+    ):
+        folder = folder_of(tmp_path, GOOD, **{"labels.json": json.dumps({"labels": labels})})
+        assert read_label_names(folder) == names
+        assert load_task(folder).labels == tuple(dict.fromkeys(names.values()))
+    (folder / "labels.json").unlink()
+    assert read_label_names(folder) == {}
+
+
+NAMED = [
+    # labels of the rows, labels.json -> number of each class
+    ([2, 1], ["1", "2"], [1, 0]),
+    ([2, 1], {"1": "low", "2": "high"}, [1, 0]),
+    ([1, 2, 4, 5], {"1": "low", "2": "low", "4": "high", "5": "high"}, [0, 0, 1, 1]),
+    (["neg", "pos"], {"pos": "good", "neg": "bad"}, [1, 0]),
+    ([0, "high"], {"0": "low", "1": "high"}, [0, 1]),
+    (["0", "1"], {"0": "low", "1": "high"}, [0, 1]),
+]
+
+
+@pytest.mark.parametrize(("labels", "named", "numbers"), NAMED)
+def test_rows_get_the_names_of_labels_json(tmp_path, labels, named, numbers):
+    rows = [{"text": f"some words {number}", "label": labels[number % len(labels)]} for number in range(40)]
+    task, splits = load_data(folder_of(tmp_path, rows, **{"labels.json": json.dumps({"labels": named})}))
+    found = [example for split in (splits.train, splits.validation, splits.test) for example in split]
+    assert len(found) == 40 and all(numbers[int(e.text.split()[-1]) % len(labels)] == e.label for e in found)
+
+
+def test_a_given_task_takes_the_names_of_labels_json_whatever_their_order(tmp_path):
+    folder = folder_of(tmp_path, GOOD, **{"labels.json": '["positive", "negative"]'})
+    assert {e.label for e in load_data(folder, TWO)[1].train if int(e.text.split()[-1]) % 2 == 0} == {1}
+    folder_of(tmp_path, GOOD, **{"labels.json": '["low", "high"]'})
+    assert {e.label for e in load_data(folder, TWO)[1].train if int(e.text.split()[-1]) % 2 == 0} == {0}
+    folder_of(tmp_path, GOOD, **{"labels.json": '{"0": "low", "2": "high"}', "task.yaml": 'labels: [low, top]\nverbalizers: [" a", " b"]\n'})
+    assert "labels.json holds no list of label names" in refused(lambda: load_data(folder))
+    folder_of(tmp_path, GOOD, **{"labels.json": '{"labels": {"0": "low", "2": "high"}}'})
+    assert "labels.json names 'low', 'high', and task 'mine' knows 'low', 'top': write the same names in both" in refused(lambda: load_data(folder))
+
+
+def test_a_label_without_a_name_is_refused_by_line(tmp_path):
+    for named in ({"1": "low", "2": "high"}, {"0": "low", "2": "high"}, ["1", "2"], ["low", "high"]):
+        rows = [*GOOD, labelled(7)]
+        message = refused(lambda rows=rows, named=named: load_data(folder_of(tmp_path, rows, **{"labels.json": json.dumps({"labels": named})})))
+        assert re.search("mine/train.jsonl, line [0-9]+ has the label [017], and those with a name are ", message)
+
+
+def test_the_example_of_the_readme_works_as_it_stands(tmp_path):
+    page = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    line = json.loads(re.search(r"reviews/train.jsonl +(\{.*\})", page).group(1))
+    rows = [{**line, "text": f"{line['text']} {number}", "label": (line["label"] + number) % 2} for number in range(24)]
+    task, splits = load_data(folder_of(tmp_path, rows))
+    assert task.labels == ("0", "1") and all(len(part) >= 2 for part in (splits.train, splits.validation, splits.test))
+    named = re.search(r"reviews/labels.json +optional: (\{.*\})", page).group(1)
+    assert load_data(folder_of(tmp_path, rows, **{"labels.json": named}))[0].verbalizers == (" bad", " great")
+    stars = re.search(r'`(\{"labels": \{.*\}\})`', page).group(1)
+    rows = [{**row, "label": (1, 2, 5)[number % 3]} for number, row in enumerate(rows)]
+    assert load_data(folder_of(tmp_path, rows, **{"labels.json": stars}))[0].labels == ("negative", "positive")
+    (tmp_path / "mine" / "labels.json").unlink()
+    rows = [{**row, "label": number % 2} for number, row in enumerate(rows)]
+    task = load_data(folder_of(tmp_path, rows, **{"task.yaml": re.search("```yaml\n(.*?)```", page, re.DOTALL).group(1)}))[0]
+    assert task.verbalizers == (" bad", " great") and all(task.generation_prompts)
+
+
+# ---------------------------------------------------------------- values from Python
+
+
+@pytest.mark.parametrize("kind", [numpy.int64, numpy.int32, numpy.uint8, int])
+def test_whole_numbers_of_other_libraries_are_labels(kind):
+    (found,) = check_examples([{"text": "words", "label": kind(1)}], TWO)
+    assert found == Example("words", 1) and type(found.label) is int
+    assert check_examples(pandas.DataFrame({"text": ["a", "b"], "label": [0, 1]}).to_dict("records"), TWO) == [Example("a", 0), Example("b", 1)]
+
+
+@pytest.mark.parametrize("label", [numpy.float64(1.0), numpy.bool_(True), numpy.array([1]), torch.tensor(1.0), object()])
+def test_other_values_of_other_libraries_are_not(label):
+    assert "row 1 has the label " in refused(lambda: check_examples([labelled(label)], TWO))
+
+
+FRAME = pandas.DataFrame(GOOD)
+WRONG_TYPES = [FRAME, FRAME["text"], GOOD, {"train": GOOD}, numpy.array([SECRET]), (SECRET,), SECRET.encode(), {SECRET}, lambda: SECRET]
+
+
+@pytest.mark.parametrize("value", WRONG_TYPES, ids=lambda value: type(value).__name__)
+def test_a_value_of_another_type_is_refused_without_what_it_holds(tmp_path, value):
+    assert f"the data is of type {type(value).__name__}: give a path or a name as text" in refused(lambda: load_data(value))
+    message = refused(lambda: load_data(folder_of(tmp_path, GOOD), value))
+    assert "the task is of type" in message or "unknown field 'train'" in message
+    assert refused(lambda: load_task(value))
+
+
+@pytest.mark.parametrize("rows", [FRAME, "words", {"text": "a", "label": 0}, 3, None, b"words"], ids=lambda rows: type(rows).__name__)
+def test_what_is_no_list_of_rows_is_refused(rows):
+    assert f"the rows are of type {type(rows).__name__}: give a list of objects" in refused(lambda: check_examples(rows, TWO))
+
+
+def test_a_task_may_be_given_in_every_form(tmp_path):
+    folder = folder_of(tmp_path, GOOD)
+    (tmp_path / "t.yaml").write_text('labels: [negative, positive]\nverbalizers: [" bad", " great"]\n')
+    for task in (TWO, "sst2", tmp_path / "t.yaml", str(tmp_path / "t.yaml"), {"labels": ["negative", "positive"], "verbalizers": [" a", " b"]}):
+        found, splits = load_data(folder, task)
+        assert found == load_task(task) and len(splits.train) >= 2
+
+
+def test_a_row_says_where_it_stands():
+    assert check_row({"text": " a ", "label": "b"}, "here, line 3") == ("a", "b", "here, line 3")
+    (one, two) = check_examples([{"text": "a", "label": 0}, Example("b", 1, "there, line 9")], TWO, "given")
+    assert (one.origin, two.origin) == ("given 1", "there, line 9")
+    assert one == Example("a", 0) and hash(one) == hash(Example("a", 0)) and repr(one) == "Example(text='a', label=0)"
+    assert "there, line 9 has the label 5" in refused(lambda: check_examples([Example("b", 5, "there, line 9")], TWO))

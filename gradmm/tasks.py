@@ -248,9 +248,10 @@ def _label_tokens(task: Task, tokenizer) -> tuple[int, ...]:
 
 def _mended(task: Task, tokenizer, tokens: list[int | None], faults: Mapping[int, str]) -> str:
     """What is wrong with some verbalizers, with words that would do, all different, and a task file that has them."""
-    finder, said, verbalizers = _Words(task, tokenizer, tokens), [], [*task.verbalizers]
+    sound = [verbalizer for number, verbalizer in enumerate(task.verbalizers) if number not in faults]
+    finder, said, verbalizers = _Words(task, tokenizer, tokens, sound), [], [*task.verbalizers]
     for number, fault in faults.items():
-        better = finder.like(task.verbalizers[number], task.labels[number])
+        better = finder.like(task.verbalizers[number], task.labels[number], 3 if len(faults) <= 3 else 1)
         verbalizers[number] = [*better, verbalizers[number]][0]
         use = f"use one such as {better}" if better else "the tokenizer has no other word of one token"
         said.append(f"the verbalizer {task.verbalizers[number]!r} of label {task.labels[number]!r} {fault}: {use}")
@@ -271,31 +272,35 @@ def _single(tokenizer, pieces: list[int] | None) -> int | None:
 class _Words:
     """Verbalizers that would do for a task, each given out once."""
 
-    def __init__(self, task: Task, tokenizer, tokens: Iterable[int | None]) -> None:
-        self.prompt, self.tokenizer, self.taken = task.template.replace(SLOT, PROBE), tokenizer, {*tokens}
+    def __init__(self, task: Task, tokenizer, tokens: Iterable[int | None], words: Iterable[str]) -> None:
+        self.prompt, self.tokenizer = task.template.replace(SLOT, PROBE), tokenizer
+        self.tokens, self.words = {*tokens}, {word.strip().casefold() for word in words}
         known = {tokenizer.decode([token]).strip() for token in range(min(len(tokenizer), 300_000))}
         self.known = sorted(filter(str.isalpha, known), key=lambda word: (word != word.lower(), len(word), word))
 
-    def like(self, verbalizer: str, label: str, count: int = 3) -> list[str]:
+    def like(self, verbalizer: str, label: str, count: int) -> list[str]:
         """Up to `count`: spellings of the verbalizer, the label and the words in them, the last first, then similar words."""
         whole = [verbalizer.strip(), label.strip()]
         parts = [part for word in whole for part in reversed(re.findall(r"[^\W\d_]+", word))]
-        if whole[0].isdecimal():
-            parts += ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+        parts += LETTERS if whole[0].isdecimal() else ()
         spellings = [form for word in [*whole, *parts] for form in (word, word.lower(), word.capitalize())]
         start = (parts or whole)[0].lower()
         near = sorted((word for word in self.known if word[0].lower() == start[0]), key=lambda word: -_shared_start(word.lower(), start))
         spaces = (" ", "") if verbalizer.startswith(" ") else ("", " ")
-        forms = [space + word for words in ([*spellings, *near], self.known) for space in spaces for word in words]
+        forms = (space + word for words in ([*spellings, *near], self.known) for space in spaces for word in words)
         return list(islice(filter(self._takes, forms), count))
 
     def _takes(self, form: str) -> bool:
-        """Whether a verbalizer is one token that no other has; it then is taken."""
-        pieces = None if _runs_on(self.prompt, form) else _continuation(self.tokenizer, self.prompt, form)
-        token = _single(self.tokenizer, pieces)
-        free = token is not None and token not in self.taken
-        self.taken |= {token} if free else set()
-        return free
+        """Whether a verbalizer is one token and a word that no other has, in whatever case; it then is taken."""
+        word = form.strip().casefold()
+        if word in self.words or _runs_on(self.prompt, form):
+            return False
+        token = _single(self.tokenizer, _continuation(self.tokenizer, self.prompt, form))
+        if token is None or token in self.tokens:
+            return False
+        self.tokens.add(token)
+        self.words.add(word)
+        return True
 
 
 def _shared_start(one: str, other: str) -> int:

@@ -445,6 +445,11 @@ def test_a_cut_file_is_refused(saved, name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "shown"), [("tiny [v2]", "tiny (v2)"), ("<b>`x`", "(b)'x'"), ("two\nlines", "two_lines"), ("50% & $x", "50% & $x")])
+def test_a_model_may_lie_in_a_folder_of_any_name(tmp_path, tiny_lm, toy_tokenizer, name, shown):
+    assert load_model(save(tiny_lm("llama"), toy_tokenizer, tmp_path / name)).name == shown
+
+
 def test_a_folder_without_tokenizer_is_refused(tmp_path, tiny_lm):
     tiny_lm("llama").save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match="bare is no causal language model that can be loaded"):

@@ -71,8 +71,8 @@ def check_fit(model: Model, task: Task, splits: Splits, needed: Sequence[str] = 
         needed: the splits that will be used whole; texts drawn from another one are checked where they are used.
 
     Raises:
-        UserError: a verbalizer that is not one token (see `tokenize_task`), a needed split without a text of `task.min_words`
-            words (and why), or with a text that is longer than the model's context (file, line and how many).
+        UserError: a verbalizer that is not one token (see `tokenize_task`), a needed split without a text of
+            `task.min_words` words (and why), or with a text longer than the model's context (file, line and how many).
     """
     unknown = [name for name in needed if name not in SPLITS]
     require(not unknown, f"the splits {unknown} are not known: use some of {', '.join(SPLITS)}")
@@ -82,7 +82,11 @@ def check_fit(model: Model, task: Task, splits: Splits, needed: Sequence[str] = 
         examples = getattr(splits, name)
         usable = name == "test" or any(len(example.text.split()) >= task.min_words for example in examples)
         require(len(examples) > 0, f"{splits.source} has no {name} text{because}: put others into {name}.jsonl")
-        require(usable, f"{splits.source} has no {name} text of the {task.min_words} words that task {task.name!r} asks for: lower its min_words")
+        require(
+            usable,
+            f"{splits.source} has no {name} text of the {task.min_words} words that task {task.name!r} asks for: "
+            "lower its min_words",
+        )
         _check_lengths(model, tokens, examples)
 
 
@@ -90,7 +94,8 @@ def _check_lengths(model: Model, tokens: TaskTokens, examples: Sequence[Example]
     """As `Model.check_lengths`; texts of fewer bytes than the context has tokens are short enough without a look."""
     around = len(tokens.sequence(PROBE))
     some = [example for example in examples if around + len(example.text.encode()) > model.context]
-    model.check_lengths([tokens.sequence(example.text) for example in some], [example.origin or "a text" for example in some])
+    places = [example.origin or "a text" for example in some]
+    model.check_lengths([tokens.sequence(example.text) for example in some], places)
 
 
 def evaluate(model: Model, task: Task, examples: Sequence[Example], tokens_per_batch: int = TOKENS_PER_BATCH) -> Evaluation:

@@ -74,8 +74,8 @@ def compare(
         Comparison.
 
     Raises:
-        UserError: an unknown method, repeated seeds, learners of one name, data that does not fit the task or some model (see
-            `classification.check_fit`), or a folder that holds a comparison with other settings or another run at work.
+        UserError: an unknown method, repeated seeds, learners of one name, data that does not fit the task or a model
+            (see `classification.check_fit`), or a folder with a comparison of other settings or another run at work.
     """
     begun, config = time.time(), config or ComparisonConfig()
     workers = usual_workers(model) if workers is None else workers

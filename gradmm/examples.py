@@ -29,7 +29,7 @@ class Example:
     """One labelled text; `label` counts from 0.
 
     Attributes:
-        origin: where it was read, such as "reviews/train.jsonl, line 4", for errors; empty if unknown, no part of equality.
+        origin: where it was read, such as "reviews/train.jsonl, line 4", for errors; no part of equality.
     """
 
     text: str
@@ -44,7 +44,7 @@ class Splits:
     Attributes:
         source: the folder's name, or the hub id with the commit read; never a path.
         dropped: how many rows were left out: another row holds the same text.
-        notes: a sentence on each kind of row that was left out or moved: how many and where the first stands, never a text.
+        notes: a sentence on each kind of row left out or moved: how many and where the first stands, never a text.
     """
 
     train: list[Example]
@@ -71,8 +71,8 @@ def load_data(data: str | Path, task: Task | str | Path | Mapping | None = None)
         (task, splits).
 
     Raises:
-        UserError: no such data, a broken row (file and line), an empty text, an unknown label, a file that looks like a split
-            and is not read, or a class without a train example (and why).
+        UserError: no such data, a broken row (file and line), an empty text, an unknown label, a file that looks like a
+            split and is not read, or a class without a train example (and why).
 
     Example:
         >>> import gradmm
@@ -106,8 +106,8 @@ def load_data(data: str | Path, task: Task | str | Path | Mapping | None = None)
 def split_by_content(rows: Mapping[str, list[Example]], source: str) -> Splits:
     """Make the three splits disjoint by content hash; carve a missing validation or test split from train.
 
-    A text that several splits hold stays in the last of them. One that stands in that split under several labels is left
-    out, since nobody can say which is right; of several rows with one label the last stays.
+    A text that several splits hold stays in the last of them. One that stands in that split under several labels is
+    left out, since nobody can say which is right; of several rows with one label the last stays.
     """
     groups: dict[str, list[tuple[str, Example]]] = defaultdict(list)
     for split in SPLITS:
@@ -136,8 +136,8 @@ def split_by_content(rows: Mapping[str, list[Example]], source: str) -> Splits:
 def _carve(labels: Mapping[str, int], rows: Mapping[str, list[Example]]) -> dict[str, str]:
     """Where each train text goes, by its hash: a fixed tenth of the hashes for each split that the source lacks.
 
-    Where that leaves train or a carved split without a text of some class, one moves there: the lowest hash of the split
-    that has most texts of the class and keeps some, or else of a split after it.
+    Where that leaves train or a carved split without a text of some class, one moves there: the lowest hash of the
+    split that has most texts of the class and keeps some, or else of a split after it.
     """
     missing = [split for split in SPLITS[1:] if not rows.get(split)]
     places = {}
@@ -149,7 +149,8 @@ def _carve(labels: Mapping[str, int], rows: Mapping[str, list[Example]]) -> dict
         for digest in sorted(digest for digest, its in labels.items() if its == label):
             held[places[digest]].append(digest)
         for number, (split, members) in enumerate(held.items()):
-            givers = [some for some in held.values() if len(some) > 1] or [some for some in [*held.values()][number + 1 :] if some]
+            later = [*held.values()][number + 1 :]
+            givers = [some for some in held.values() if len(some) > 1] or [some for some in later if some]
             if not members and givers:
                 members.append(max(givers, key=len).pop(0))
                 places[members[0]] = split
@@ -160,17 +161,20 @@ def _notes(rows: Mapping, repeated: list, contradicted: list, elsewhere: Mapping
     """A sentence on each kind of row that was left out."""
     notes = []
     if repeated:
-        notes.append(f"{len(repeated)} row(s) repeat another row's text and label, of which the last stays{_first(*repeated[0])}")
+        said = f"{len(repeated)} row(s) repeat another row's text and label, of which the last stays"
+        notes.append(said + _first(*repeated[0]))
     if contradicted:
         notes.append(
-            f"{len(contradicted)} text(s) stand under several labels in {sum(map(len, contradicted))} rows, which are left out"
+            f"{len(contradicted)} text(s) stand under several labels in {sum(map(len, contradicted))} rows, which are "
+            "left out"
             f"{_first(*_contradiction(contradicted[0]))}"
         )
     for (split, later), pairs in elsewhere.items():
         share = f"all {len(pairs)}" if len(pairs) == len(rows[split]) else f"{len(pairs)} of {len(rows[split])}"
         other = sum(one.label != two.label for one, two in pairs)
         under = f", {other} of them under another label" if other else ""
-        notes.append(f"{share} {split} rows are left out, since their texts are in {later} too{under}{_first(*pairs[0])}")
+        said = f"{share} {split} rows are left out, since their texts are in {later} too"
+        notes.append(said + under + _first(*pairs[0]))
     return notes
 
 
@@ -219,10 +223,15 @@ def refuse_overlap(seen: Iterable[Example], test: Iterable[Example]) -> None:
         UserError: there is one.
     """
     hashes = {content_hash(example.text) for example in test}
-    shared = [example.origin or f"number {number}" for number, example in enumerate(seen, 1) if content_hash(example.text) in hashes]
+    shared = [
+        example.origin or f"number {number}"
+        for number, example in enumerate(seen, 1)
+        if content_hash(example.text) in hashes
+    ]
     require(
         not shared,
-        f"{len(shared)} text(s) are in the test set too, such as {', '.join(shared[:1])}: split once and keep the test set unseen",
+        f"{len(shared)} text(s) are in the test set too, such as {', '.join(shared[:1])}: split once and keep the "
+        "test set unseen",
     )
 
 
@@ -233,7 +242,7 @@ def without_overlap(written: Iterable[Example], test: Iterable[Example]) -> list
 
 
 def check_examples(rows: Iterable, task: Task, where: str = "row") -> list[Example]:
-    """Rows with `text` and `label` (dicts or Examples) as Examples whose origin is `where` and their number, if they have none.
+    """Rows with `text` and `label` (dicts or Examples) as Examples; without an origin they get `where` and their number.
 
     Raises:
         UserError: no rows, a row without text, with an empty text, or with a label that the task does not know.
@@ -262,7 +271,8 @@ def _of_task(row: Row, task: Task) -> Example:
         return Example(row.text, label, row.origin)
     twins = [name for name in task.labels if isinstance(label, str) and name.casefold() == label.casefold()]
     mend = f": write {twins[0]!r}" if twins else ""
-    raise UserError(f"{row.origin} has the label {shown(label)}: task {task.name!r} knows 0 to {len(task.labels) - 1} or {names}{mend}")
+    known = f"task {task.name!r} knows 0 to {len(task.labels) - 1} or {names}"
+    raise UserError(f"{row.origin} has the label {shown(label)}: {known}{mend}")
 
 
 def _folder_examples(rows: Mapping[str, list[Row]], folder: Path, task: Task) -> dict[str, list[Example]]:
@@ -273,17 +283,21 @@ def _folder_examples(rows: Mapping[str, list[Row]], folder: Path, task: Task) ->
     known = set(names.values()) <= set(task.labels)
     require(
         known or list(names) == [str(number) for number in range(len(task.labels))],
-        f"{folder / 'labels.json'} names {', '.join(map(repr, dict.fromkeys(names.values())))}, and task {task.name!r} knows "
+        f"{folder / 'labels.json'} names {', '.join(map(repr, dict.fromkeys(names.values())))}, and task "
+        f"{task.name!r} knows "
         f"{', '.join(map(repr, task.labels))}: write the same names in both",
     )
-    return {split: [_of_task(_renamed(row, names) if known else row, task) for row in some] for split, some in rows.items()}
+    return {
+        split: [_of_task(_renamed(row, names) if known else row, task) for row in some] for split, some in rows.items()
+    }
 
 
 def _renamed(row: Row, names: Mapping[str, str]) -> Row:
     named = names.get(str(row.label))
     require(
         named is not None or not names or isinstance(row.label, str),
-        f"{row.origin} has the label {row.label}, and those with a name are {', '.join(names)}: name it in labels.json too, as in "
+        f"{row.origin} has the label {row.label}, and those with a name are {', '.join(names)}: name it in "
+        "labels.json too, as in "
         f'{{"labels": {{"{row.label}": "..."}}}}',
     )
     return row if named is None else row._replace(label=named)
@@ -328,6 +342,7 @@ def _check_classes(splits: Splits, task: Task) -> None:
     mend = "take such rows out of one file" if because else "add rows or take the label out of the task"
     require(
         not absent,
-        f"{splits.source} has no train example of {', '.join(map(repr, absent))}{because}: every one of the {len(task.labels)} "
+        f"{splits.source} has no train example of {', '.join(map(repr, absent))}{because}: every one of the "
+        f"{len(task.labels)} "
         f"classes needs some, so {mend}",
     )

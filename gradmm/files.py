@@ -137,14 +137,20 @@ def read_json(path: Path, limit: int = MAX_SETTINGS_BYTES) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """Read one JSON value a line, so that value i stands on line i + 1; a syntax error or blank line names file and line."""
+    """Read one JSON value a line, so that value i stands on line i + 1.
+
+    Raises:
+        UserError: a syntax error or blank line (file and line are named), or one value that stands over several lines.
+    """
     text = read_text(path).rstrip()
     try:
         return [_parse_json(line, path, number) for number, line in enumerate(text.split("\n"), 1)] if text else []
     except UserError as error:
         if not _is_json(text):
             raise
-        raise UserError(f"{path} is one JSON value over several lines: write one object a line, with no commas between them") from error
+        raise UserError(
+            f"{path} is one JSON value over several lines: write one object a line, with no commas between them"
+        ) from error
 
 
 def _is_json(text: str) -> bool:

@@ -94,9 +94,9 @@ def finetune(
         True
     """
     config = config or FinetuneConfig()
-    train, validation, test = (
-        check_examples(some, task, f"{what} example") for some, what in ((train, "train"), (validation, "validation"), (test, "test"))
-    )
+    train = check_examples(train, task, "train example")
+    validation = check_examples(validation, task, "validation example")
+    test = check_examples(test, task, "test example")
     refuse_overlap([*train, *validation], test)
     begun, tokens = time.perf_counter(), tokenize_task(task, model.tokenizer)
     asked = Encoded.of(model, task, tokens, test, "test")
@@ -153,7 +153,8 @@ def _drawn(validation: Sequence[Example], task: Task, config: FinetuneConfig) ->
     pool = [example for example in validation if len(example.text.split()) >= task.min_words]
     require(
         len(pool) > 0 or not validation,
-        f"none of the {len(validation)} validation examples has the {task.min_words} words that task {task.name!r} asks for: "
+        f"none of the {len(validation)} validation examples has the {task.min_words} words that task {task.name!r} "
+        "asks for: "
         "give longer ones or lower its min_words",
     )
     order = torch.randperm(len(pool), generator=generator(config.seed, "validation examples")).tolist()

@@ -41,7 +41,10 @@ def check_row(row: Any, where: str) -> Row:
     Raises:
         UserError: no mapping, no text or an empty one, or a label that is neither a whole number nor a short name.
     """
-    require(isinstance(row, Mapping), f"{where} is {type(row).__name__}: give an object with text and label, one a line, such as {LINE}")
+    require(
+        isinstance(row, Mapping),
+        f"{where} is {type(row).__name__}: give an object with text and label, one a line, such as {LINE}",
+    )
     for name in ("text", "label"):
         require(name in row, f"{where} has no {name}: give an object with text and label, such as {LINE}")
     text = row["text"]
@@ -62,16 +65,19 @@ def _check_label(label: Any, where: str) -> int | str:
     if not isinstance(label, str):
         better = _meant(label)
         line = LINE.replace("0", json.dumps(better, ensure_ascii=False))
-        raise UserError(f"{where} has the label {_as_json(label)}, which is no whole number and no name: write it as in {line}")
+        said = f"{where} has the label {_as_json(label)}, which is no whole number and no name"
+        raise UserError(f"{said}: write it as in {line}")
     require(
         len(label) <= LONGEST_LABEL,
-        f"{where} has a label of {len(label)} characters, more than {LONGEST_LABEL}: give the name of a class, such as {LINE}",
+        f"{where} has a label of {len(label)} characters, more than {LONGEST_LABEL}: give the name of a class, such "
+        f"as {LINE}",
     )
     _check_characters(label, f"{where} has half a surrogate pair in its label")
     require(bool(label.strip()), f"{where} has an empty label: give a whole number or a name, such as {LINE}")
     require(
         label == label.strip(),
-        f"{where} has the label {label!r}, with spaces around the name: write {label.strip()!r}, as in every row of its class",
+        f"{where} has the label {label!r}, with spaces around the name: write {label.strip()!r}, as in every row of "
+        "its class",
     )
     return str(label)
 
@@ -104,7 +110,8 @@ def read_rows(folder: Path) -> dict[str, list[Row]]:
         UserError: no train.jsonl, an empty file, a broken row, or a file that looks like a split and is not read.
     """
     _refuse_unread(folder)
-    return {split: read_split(folder, split) for split in SPLITS if split == "train" or (folder / f"{split}.jsonl").is_file()}
+    there = [split for split in SPLITS if split == "train" or (folder / f"{split}.jsonl").is_file()]
+    return {split: read_split(folder, split) for split in there}
 
 
 def read_split(folder: Path, split: str = "train") -> list[Row]:
@@ -118,7 +125,8 @@ def read_split(folder: Path, split: str = "train") -> list[Row]:
         _refuse_unread(folder)
     require(path.is_file(), f"{folder} has no {path.name}: put rows such as {LINE} there, one a line")
     values = files.read_json_lines(path)
-    require(len(values) > 0, f"{path} is empty: put rows such as {LINE} there, one a line" + (", or remove the file" if split != "train" else ""))
+    instead = "" if split == "train" else ", or remove the file"
+    require(len(values) > 0, f"{path} is empty: put rows such as {LINE} there, one a line{instead}")
     called = f"{plain_name(folder.resolve().name)}/{path.name}"
     return [check_row(value, f"{called}, line {number}") for number, value in enumerate(values, 1)]
 
@@ -137,11 +145,12 @@ def _refuse_unread(folder: Path) -> None:
             mend = f"rename it with `mv {shlex.quote(str(path))} {shlex.quote(str(wanted))}`"
         else:
             mend = f"write its rows into {wanted.name}, one object a line such as {LINE},"
-        raise UserError(f"{folder} holds {path.name}, which looks like a split and is not read: {mend} or move it elsewhere")
+        said = f"{folder} holds {path.name}, which looks like a split and is not read"
+        raise UserError(f"{said}: {mend} or move it elsewhere")
 
 
 def _split_meant(path: Path) -> str | None:
-    """The split that a file is named after, as `dev.jsonl` or `train-00000-of-00002.parquet` are; None for other files."""
+    """The split that a data file such as `dev.jsonl` or `train-00000-of-00002.parquet` is named after, or None."""
     if path.suffix.lower() not in (*LINES, *TABLES) or not path.is_file():
         return None
     words = set(re.findall("[a-z]+", path.stem.lower())) - FILLERS
@@ -150,10 +159,11 @@ def _split_meant(path: Path) -> str | None:
 
 
 def read_label_names(folder: Path) -> dict[str, str]:
-    """What `labels.json` calls each label of the rows: label as text -> name, in the order of the classes; empty without it.
+    """What `labels.json` calls each label of the rows: label as text -> name, in the order of the classes.
 
     `{"labels": ["negative", "positive"]}` names the numbers from 0 (or, if all its names are numbers, these numbers);
-    `{"labels": {"1": "negative", "2": "positive"}}` names any labels, and several may have one name.
+    `{"labels": {"1": "negative", "2": "positive"}}` names any labels, and several may have one name. Without the
+    file it is empty.
 
     Raises:
         UserError: neither of these forms.

@@ -108,7 +108,8 @@ class Task:
         count = len(self.labels)
         require(count >= 2, f"task {self.name!r} has {count} class(es), at least 2 are needed: name the other labels")
         for label in self.labels:
-            require(label == label.strip() != "", f"task {self.name!r} has the label {label!r}: give a name without spaces around it")
+            sound = label == label.strip() != ""
+            require(sound, f"task {self.name!r} has the label {label!r}: give a name without spaces around it")
         require(len(set(self.labels)) == count, f"task {self.name!r} repeats a label in {self.labels}: name each once")
         for name in ("verbalizers", "generation_prompts"):
             given = len(getattr(self, name))
@@ -257,9 +258,11 @@ def _mended(task: Task, tokenizer, tokens: list[int | None], faults: Mapping[int
         said.append(f"the verbalizer {task.verbalizers[number]!r} of label {task.labels[number]!r} {fault}: {use}")
     usual = Task(task.name, task.labels, [f" {label}" for label in task.labels]).to_dict()
     values = replace(task, verbalizers=verbalizers, hub=None).to_dict()
-    plain = {key: value for key, value in values.items() if key in ("labels", "verbalizers", "template") or value != usual[key]}
+    always = ("labels", "verbalizers", "template")
+    plain = {key: value for key, value in values.items() if key in always or value != usual[key]}
     return (
-        f"{'; '.join(said)}; write this line, with words that suit the classes, into task.yaml in the data's folder or into a "
+        f"{'; '.join(said)}; write this line, with words that suit the classes, into task.yaml in the data's folder "
+        "or into a "
         f"file that you give as the task: {json.dumps(plain, ensure_ascii=False)}"
     )
 
@@ -279,13 +282,14 @@ class _Words:
         self.known = sorted(filter(str.isalpha, known), key=lambda word: (word != word.lower(), len(word), word))
 
     def like(self, verbalizer: str, label: str, count: int) -> list[str]:
-        """Up to `count`: spellings of the verbalizer, the label and the words in them, the last first, then similar words."""
+        """Up to `count`: spellings of verbalizer, label and the words in them, the last first, then similar words."""
         whole = [verbalizer.strip(), label.strip()]
         parts = [part for word in whole for part in reversed(re.findall(r"[^\W\d_]+", word))]
         parts += LETTERS if whole[0].isdecimal() else ()
         spellings = [form for word in [*whole, *parts] for form in (word, word.lower(), word.capitalize())]
         start = (parts or whole)[0].lower()
-        near = sorted((word for word in self.known if word[0].lower() == start[0]), key=lambda word: -_shared_start(word.lower(), start))
+        near = [word for word in self.known if word[0].lower() == start[0]]
+        near.sort(key=lambda word: -_shared_start(word.lower(), start))
         spaces = (" ", "") if verbalizer.startswith(" ") else ("", " ")
         forms = (space + word for words in ([*spellings, *near], self.known) for space in spaces for word in words)
         return list(islice(filter(self._takes, forms), count))
@@ -364,7 +368,7 @@ def load_task(task: "str | Path | Task | Mapping") -> Task:
     """Find a task: a `Task`, a mapping of its fields, a registered name, a YAML file, or a folder of JSON lines.
 
     A folder's task is its `task.yaml`; without one, a registered task of the folder's name with the same labels; without
-    that, its labels (from `labels.json` or its rows) serve as verbalizers, or letters where they are numbers without names.
+    that, its labels (from `labels.json` or its rows) serve as verbalizers, or letters where they are numbers.
 
     Raises:
         UserError: nothing of that name, an unknown field, fields that do not fit together, or rows whose labels make no
@@ -416,7 +420,10 @@ def _task_from_folder(folder: Path) -> Task:
     if given.is_file():
         return _task_from_mapping(files.read_yaml(given), plain_name(name))
     others = [path.name for path in (folder / "task.yml", folder / "task.json") if path.is_file()]
-    require(not others, f"{folder} holds {', '.join(others)}, which is not read: rename it to task.yaml or move it elsewhere")
+    require(
+        not others,
+        f"{folder} holds {', '.join(others)}, which is not read: rename it to task.yaml or move it elsewhere",
+    )
     labels, namesake = _labels_of(folder), TASKS.get(name)
     if namesake is not None and set(labels) <= set(namesake.labels):
         return _with_labels(namesake, labels)
@@ -427,7 +434,8 @@ def _task_from_folder(folder: Path) -> Task:
     words = labels
     if all(label.isdecimal() for label in labels) and len(labels) <= len(LETTERS):
         words = LETTERS  # a number is seldom one token behind a space
-    return Task(plain_name(name), labels, tuple(f" {word}" for word in words[: len(labels)]), template="{text} Category:")
+    verbalizers = tuple(f" {word}" for word in words[: len(labels)])
+    return Task(plain_name(name), labels, verbalizers, template="{text} Category:")
 
 
 def _with_labels(task: Task, labels: tuple[str, ...]) -> Task:
@@ -446,7 +454,11 @@ def _labels_of(folder: Path) -> tuple[str, ...]:
     first: dict[int | str, Row] = {}
     for row in rows:
         first.setdefault(row.label, row)
-    require(len(first) > 1, f"all {len(rows)} rows of {folder / 'train.jsonl'} have the label {rows[0].label!r}, at least 2 classes are needed: add rows of others")
+    require(
+        len(first) > 1,
+        f"all {len(rows)} rows of {folder / 'train.jsonl'} have the label {rows[0].label!r}, at least 2 classes are "
+        "needed: add rows of others",
+    )
     names, numbers = (sorted(label for label in first if isinstance(label, kind)) for kind in (str, int))
     if not numbers:
         _refuse_twins(names, first)
@@ -463,7 +475,8 @@ def _refuse_twins(names: Iterable[str], first: Mapping[int | str, Row]) -> None:
         other = seen.setdefault(unicodedata.normalize("NFC", " ".join(name.casefold().split())), name)
         require(
             other == name,
-            f"{first[name].origin} has the label {name!r} and {first[other].origin} {other!r}, which read the same but for case or spaces: "
+            f"{first[name].origin} has the label {name!r} and {first[other].origin} {other!r}, which read the same "
+            "but for case or spaces: "
             "write one of them in all rows",
         )
 
@@ -474,6 +487,8 @@ def _unnamed(folder: Path, labels: Sequence[int | str]) -> str:
     if len(labels) == 2 and all(isinstance(label, int) for label in labels):
         names = dict(zip(names, ("negative", "positive"), strict=True))
     return (
-        f"the labels of {folder / 'train.jsonl'} are {shown(list(labels))}: use names, or every number from 0, or name them in "
-        f"labels.json beside it, {json.dumps({'labels': names}, ensure_ascii=False)}, with your own names for the classes"
+        f"the labels of {folder / 'train.jsonl'} are {shown(list(labels))}: use names, or every number from 0, or "
+        "name them in "
+        f"labels.json beside it, {json.dumps({'labels': names}, ensure_ascii=False)}, with your own names for the "
+        "classes"
     )

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from gradmm.classification import label_preference
 from gradmm.comparison import compare
 from gradmm.errors import require
-from gradmm.examples import Example, Splits
+from gradmm.examples import Example, Splits, check_examples
 from gradmm.gradients import Factors, Head, head_factors
-from gradmm.models import Model
+from gradmm.models import Model, require_model
 from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 from gradmm.trial import ComparisonConfig, written_texts
@@ -50,8 +50,10 @@ def agreement(
         calibrated"), set, per_class (mean cosine), contrast (cosine), and classes (the mean cosine of the real classes'
         gradients to each other, the same for every set).
     """
-    tokens = tokenize_task(task, model.tokenizer)
-    rows = []
+    require_model(model)
+    tokens, rows = tokenize_task(task, model.tokenizer), []
+    real = check_examples(real, task, "real example")
+    sets = {name: check_examples(examples, task, f"{name} example") for name, examples in sets.items()}
     for loss, (head, labels) in _losses(model, tokens, public).items():
         target = _class_means(model, tokens, head, labels, real)
         pairs = cosine_similarity(target[:, None], target[None], dim=-1)

@@ -70,7 +70,7 @@ class Config:
             value = getattr(self, name)
             require(is_whole(value) and value >= 1, f"{name} = {shown(value)}, it must be a whole number of at least 1: try 10")
         require(
-            self.groups_per_pass is None or (isinstance(self.groups_per_pass, int) and self.groups_per_pass >= 1),
+            self.groups_per_pass is None or (is_whole(self.groups_per_pass) and self.groups_per_pass >= 1),
             f"groups_per_pass = {self.groups_per_pass!r}, it must be a whole number of at least 1, or None for all groups at once",
         )
         require(self.clip is None or _positive(self.clip), f"clip = {shown(self.clip)}, it must be above 0, or None for no clipping")

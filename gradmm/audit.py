@@ -15,8 +15,9 @@ The lower bound is the largest epsilon that the number of right guesses refutes 
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy
 import torch
@@ -25,13 +26,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from gradmm.errors import require
+from gradmm.errors import is_number, require, require_texts, require_type, require_whole
 from gradmm.evaluation import longest_shared_spans, words
-from gradmm.examples import Example
+from gradmm.examples import Example, check_examples
 from gradmm.gradients import DenseTarget, Factors, HeadSpace
 from gradmm.matching import factors_of
 from gradmm.mechanism import Bits, LedgerEntry, clip_scale, noised_sums, system_bits
-from gradmm.models import Model
+from gradmm.models import Model, require_model
 from gradmm.privacy import Release, release
 from gradmm.seeds import generator
 from gradmm.sketch import BodySketch
@@ -85,10 +86,10 @@ def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float,
         UserError: counts that do not fit together, or a confidence outside (0, 1).
     """
     require(
-        0 <= correct <= guesses <= canaries and guesses >= 1,
+        all(isinstance(count, Integral) for count in (canaries, guesses, correct)) and 0 <= correct <= guesses <= canaries and guesses >= 1,
         f"{correct} right of {guesses} guesses about {canaries} canaries: give right <= guesses <= canaries",
     )
-    require(0 < confidence < 1, f"confidence = {confidence}, it must lie between 0 and 1: give such as 0.95")
+    require(is_number(confidence) and 0 < confidence < 1, f"confidence = {confidence!r}, it must lie between 0 and 1: give such as 0.95")
     low, high = 0.0, LARGEST_EPSILON
     if p_value(canaries, guesses, correct, low, delta) > 1 - confidence:
         return 0.0
@@ -119,8 +120,12 @@ def audit_mechanism(
         confidence: of the lower bound.
         seed: of the coins.
         bits: the noise's source.
+
+    Raises:
+        UserError: no ledger entry, no whole number of canaries, or a confidence outside (0, 1).
     """
-    rows = math.isqrt(canaries - 1) + 1
+    require_type(entry, LedgerEntry, "the entry", "give an entry of a Release's ledger")
+    rows = math.isqrt(require_whole(canaries, "canaries", 1) - 1) + 1
     coins = _coins(canaries, seed)
     numbers = torch.arange(canaries)
     delta, hidden = torch.zeros(canaries, rows, dtype=torch.float64), torch.zeros(canaries, rows, dtype=torch.float64)
@@ -137,7 +142,7 @@ def audit_release(
     model: Model,
     task: Task,
     canaries: Sequence[tuple[Example, Example | None]],
-    companions: Sequence[Example] = (),
+    companions: Iterable = (),
     *,
     guesses: int | None = None,
     confidence: float = 0.95,
@@ -152,13 +157,21 @@ def audit_release(
 
     Args:
         model, task, options: as for `release`; `epsilon` is needed.
-        canaries: m pairs; the second is None exactly when the relation is "add-remove".
-        companions: further private examples; every class needs one, whatever the coins say.
+        canaries: m pairs of examples or rows; the second is None exactly when the relation is "add-remove".
+        companions: further private examples, whatever `examples.check_examples` takes; every class needs one, whatever the coins
+            say.
         guesses, confidence, seed: as in `audit_mechanism`.
 
     Raises:
         UserError: as `release`, no canaries, or pairs that do not fit the relation.
     """
+    require_model(model)
+    require(
+        isinstance(canaries, Iterable) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in canaries),
+        f"the canaries are of type {type(canaries).__name__}: give a list of pairs of examples",
+    )
+    canaries = [tuple(None if one is None else check_examples([one], task, "canary")[0] for one in pair) for pair in canaries]
+    companions = check_examples(companions, task, "companion")
     require(len(canaries) > 0, "there are no canaries: give pairs of examples")
     require(options.get("epsilon") is not None, "epsilon is None, and a release without privacy has no claim to audit: give epsilon")
     paired = options.get("relation", "replace-one") == "replace-one"
@@ -304,14 +317,16 @@ def membership(
     )
 
 
-def loss_scores(model: Model, task: Task, examples: Sequence[Example], reference: Model | None = None) -> list[float]:
+def loss_scores(model: Model, task: Task, examples: Iterable, reference: Model | None = None) -> list[float]:
     """Minus each example's label loss under a (fine-tuned) model, in nats; with a reference, how much lower than under it."""
+    examples = check_examples(examples, task, "example")
     scores = -_label_losses(model, task, examples)
     return (scores if reference is None else scores + _label_losses(reference, task, examples)).tolist()
 
 
 @torch.no_grad()
 def _label_losses(model: Model, task: Task, examples: Sequence[Example]) -> Tensor:
+    require_model(model)
     tokens = tokenize_task(task, model.tokenizer)
     logits = model.logits_of(model.hidden_of([tokens.sequence(example.text) for example in examples]), tokens.labels)
     labels = torch.tensor([example.label for example in examples], device=logits.device)
@@ -361,7 +376,15 @@ TEXT_ATTACKS: dict[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]
 def attack_texts(
     synthetic: Sequence[str], members: Sequence[str], others: Sequence[str], seed: int = 0
 ) -> dict[str, Membership]:
-    """Every attack that needs nothing but published texts: attack's name -> how well it tells members from others."""
+    """Every attack that needs nothing but published texts: attack's name -> how well it tells members from others.
+
+    Raises:
+        UserError: examples where texts belong, or none of them.
+    """
+    synthetic, members, others = (
+        require_texts(texts, name)
+        for name, texts in (("the synthetic texts", synthetic), ("the members", members), ("the others", others))
+    )
     return {
         name: membership(score(members, synthetic), score(others, synthetic), seed=seed) for name, score in TEXT_ATTACKS.items()
     }

@@ -18,7 +18,7 @@ COLUMNS = """
 | `kept`, `reason` | whether the text belongs to the set, and why (not) |
 """
 LIMITS = """
-- Use the rows with `kept` = true. The others are there so that the choice can be seen.
+- Train on `train.jsonl`. The candidates with `kept` = false are there so that the choice can be seen.
 - Every text was written by a language model: it may be false or offensive and carries over what that model learned,
   biases included. It describes no real person, product or event.
 - The set is made for fine-tuning classifiers on this task. Judge it on real held-out data, beside texts that were written
@@ -38,10 +38,10 @@ def dataset_card(manifest: Mapping) -> str:
     revision = f" at revision {model['revision']}" if model["revision"] else ""
     parts = [
         "---\ntags:\n- synthetic\ntask_categories:\n- text-classification\nconfigs:\n- config_name: default\n"
-        "  data_files: synthetic.jsonl\n---",
+        "  data_files: train.jsonl\n- config_name: candidates\n  data_files: synthetic.jsonl\n---",
         f"# Synthetic texts for {literal(task['name'])}",
-        f"{manifest['kept']} synthetic texts with the labels {', '.join(map(literal, task['labels']))}, in `synthetic.jsonl`, "
-        "one JSON object a line. They were written so that the gradient of the fine-tuning loss on them is close to a target "
+        f"{manifest['kept']} synthetic texts with the labels {', '.join(map(literal, task['labels']))}, in `train.jsonl`, "
+        "one JSON object a line; `synthetic.jsonl`, the configuration `candidates`, holds all that were written. They were written so that the gradient of the fine-tuning loss on them is close to a target "
         "gradient (Nguyen et al. 2025, arXiv 2502.17607).",
         f"## Privacy\n\n{_privacy(release)}",
         "## How it was made",

@@ -3,7 +3,7 @@
 Same template and same label tokens as where gradients are matched. Letters: N examples, C classes, D hidden width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,9 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from gradmm.errors import require
+from gradmm.errors import require, require_texts, require_type, require_whole
 from gradmm.examples import Example, Splits, check_examples
-from gradmm.models import Model
+from gradmm.models import Model, require_model
 from gradmm.rows import SPLITS
 from gradmm.tasks import PROBE, Task, TaskTokens, tokenize_task
 
@@ -57,8 +57,8 @@ class Encoded:
         Raises:
             UserError: no examples, a label that the task does not have, or a text too long for the model.
         """
-        require(len(examples) > 0, f"there are 0 {what} examples, at least 1 is needed: give some")
         examples = check_examples(examples, task, f"{what} example")
+        require(len(examples) > 0, f"there are 0 {what} examples, at least 1 is needed: give some")
         sequences = [tokens.sequence(example.text) for example in examples]
         model.check_lengths(sequences, [example.origin for example in examples])
         return Encoded(sequences, torch.tensor([example.label for example in examples], device=model.device))
@@ -74,6 +74,8 @@ def check_fit(model: Model, task: Task, splits: Splits, needed: Sequence[str] = 
         UserError: a verbalizer that is not one token (see `tokenize_task`), a needed split without a text of
             `task.min_words` words (and why), or with a text longer than the model's context (file, line and how many).
     """
+    require_model(model)
+    require_type(splits, Splits, "the splits", "give what gradmm.load_data returns")
     unknown = [name for name in needed if name not in SPLITS]
     require(not unknown, f"the splits {unknown} are not known: use some of {', '.join(SPLITS)}")
     tokens = tokenize_task(task, model.tokenizer)
@@ -98,18 +100,23 @@ def _check_lengths(model: Model, tokens: TaskTokens, examples: Sequence[Example]
     model.check_lengths([tokens.sequence(example.text) for example in some], places)
 
 
-def evaluate(model: Model, task: Task, examples: Sequence[Example], tokens_per_batch: int = TOKENS_PER_BATCH) -> Evaluation:
+def evaluate(model: Model, task: Task, examples: Iterable, tokens_per_batch: int = TOKENS_PER_BATCH) -> Evaluation:
     """Predict the label of each example: the likeliest of the C verbalizers after the prompt.
+
+    Args:
+        examples: whatever `check_examples` takes, such as a split of `load_data` or the `kept` of a synthesis.
+        tokens_per_batch: tokens of one pass, padding included; it changes speed and memory alone.
 
     Raises:
         UserError: no examples, a label that the task does not know, or a text longer than the model's context.
     """
-    tokens = tokenize_task(task, model.tokenizer)
+    require_model(model)
+    tokens, tokens_per_batch = tokenize_task(task, model.tokenizer), require_whole(tokens_per_batch, "tokens_per_batch", 1)
     return score(model, tokens, Encoded.of(model, task, tokens, examples, "test"), tokens_per_batch)
 
 
 @torch.no_grad()
-def evaluate_calibrated(model: Model, task: Task, examples: Sequence[Example], texts: Sequence[str]) -> Evaluation:
+def evaluate_calibrated(model: Model, task: Task, examples: Iterable, texts: Sequence[str]) -> Evaluation:
     """As `evaluate`, with each verbalizer's mean log-probability over unlabelled texts taken out first.
 
     It takes the model's preference for some verbalizer away and teaches it nothing, so what a training set adds shows above
@@ -121,17 +128,23 @@ def evaluate_calibrated(model: Model, task: Task, examples: Sequence[Example], t
     Raises:
         UserError: as `evaluate`; no texts.
     """
-    tokens = tokenize_task(task, model.tokenizer)
+    require_model(model)
+    tokens, texts = tokenize_task(task, model.tokenizer), require_texts(texts, "the texts to calibrate on")
     require(len(texts) > 0, "there are 0 texts to calibrate on, at least 1 is needed: give some, such as the validation texts")
-    preference = label_preference(model, tokens, texts)
-    return score(model, tokens, Encoded.of(model, task, tokens, examples, "test"), TOKENS_PER_BATCH, preference)
+    data = Encoded.of(model, task, tokens, examples, "test")
+    return score(model, tokens, data, TOKENS_PER_BATCH, label_preference(model, tokens, texts))
+
+
+def label_preference(model: Model, tokens: TaskTokens, texts: Sequence[str]) -> Tensor:
+    """The mean of `label_logs` over texts: (C,), float32 at least."""
+    return label_logs(model, tokens, texts).mean(0)
 
 
 @torch.no_grad()
-def label_preference(model: Model, tokens: TaskTokens, texts: Sequence[str]) -> Tensor:
-    """The mean log-probability over texts of each label token, softmax over these alone: (C,), float32 at least."""
+def label_logs(model: Model, tokens: TaskTokens, texts: Sequence[str]) -> Tensor:
+    """The log-probability of each label token behind each text, softmax over these alone: (N, C), float32 at least."""
     hidden = model.hidden_of([tokens.sequence(text) for text in texts])
-    return model.logits_of(hidden, tokens.labels).log_softmax(-1).mean(0)
+    return model.logits_of(hidden, tokens.labels).log_softmax(-1)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,13 +21,13 @@ from tqdm.auto import tqdm
 from gradmm import files
 from gradmm.classification import check_fit, evaluate
 from gradmm.coresets import CORESETS, select_coresets
-from gradmm.errors import UserError, is_whole, require, shown
-from gradmm.examples import Example, Splits, without_overlap
+from gradmm.errors import UserError, is_whole, require, require_flag, require_type, shown
+from gradmm.examples import Example, Splits, check_examples, without_overlap
 from gradmm.finetuning import finetune
 from gradmm.locks import alone
 from gradmm.measures import measure, measure_on, similarities, thinned
 from gradmm.methods import METHODS, WRITING
-from gradmm.models import Model
+from gradmm.models import Model, require_model
 from gradmm.records import memory_bytes
 from gradmm.results import Comparison
 from gradmm.rows import SPLITS
@@ -51,7 +51,7 @@ def compare(
     workers: int | None = 1,
     second: Model | None = None,
     learners: Sequence[Model] = (),
-    pools: Mapping[int, Sequence[Example]] | None = None,
+    pools: Mapping[int, Iterable] | None = None,
 ) -> Comparison:
     """Make each method's examples, train on them, and judge: every seed draws real examples, texts and batches anew.
 
@@ -67,26 +67,28 @@ def compare(
         second: another model for a second perplexity.
         learners: further models, of any architecture and tokenizer, that are trained and judged on the same examples, which
             `model` wrote or chose; see `Comparison.on`.
-        pools: for each seed the texts that these settings would write, if another comparison wrote them: gradmm chooses
-            from them. Others would make other results without a word.
+        pools: for each seed the texts that these settings would write, if another comparison or synthesis wrote them, kept or
+            not: gradmm chooses from them. Others would make other results without a word.
 
     Returns:
         Comparison.
 
     Raises:
-        UserError: an unknown method, repeated seeds, learners of one name, data that does not fit the task or a model
+        UserError: an argument of another type, an unknown method, repeated seeds, learners of one name, data that does not fit the task or a model
             (see `classification.check_fit`), or a folder with a comparison of other settings or another run at work.
     """
+    _check_types(model, splits, config, methods, seeds, progress, second, learners, pools)
     begun, config = time.time(), config or ComparisonConfig()
     workers = usual_workers(model) if workers is None else workers
     _check(model, methods, seeds, workers)
+    seeds, pools = [int(seed) for seed in seeds], {seed: _candidates(rows, task) for seed, rows in (pools or {}).items()}
     splits = replace(splits, test=thinned(splits.test, 0, config.max_test))
     check_fit(model, task, splits, SPLITS)
     _check_learners(model, task, splits, learners)
     with alone(output):
         folder = RunFolder.open(output, _identity(model, task, splits, config, second, learners))
         settings = hashlib.sha256(json.dumps(folder.manifest, sort_keys=True).encode()).hexdigest()
-        bench = Bench(model, task, splits, config, {}, settings, folder.path, second, tuple(learners), pools or {})
+        bench = Bench(model, task, splits, config, {}, settings, folder.path, second, tuple(learners), pools)
         if folder.path is not None:
             files.remove_unfinished(folder.path / "records")
         records = {(name, seed): bench.load(name, seed) for seed in seeds for name in methods}
@@ -118,8 +120,26 @@ def _with_coresets(bench: Bench, missing: dict[int, list[str]]) -> Bench:
     return replace(bench, coresets=select_coresets(bench.model, bench.task, bench.splits.train, bench.config.synthesis.n_synthetic, wanted))
 
 
+def _check_types(model, splits, config, methods, seeds, progress, second, learners, pools) -> None:
+    for one in (model, *([] if second is None else [second]), *learners):
+        require_model(one)
+    require_type(splits, Splits, "the splits", "give what gradmm.load_data returns")
+    require_type(config, ComparisonConfig | None, "the config", "give a ComparisonConfig")
+    for name, values in (("methods", methods), ("seeds", seeds)):
+        listed = isinstance(values, Iterable) and not isinstance(values, str | bytes)
+        require(listed, f"{name} are of type {type(values).__name__}: give a list")
+    require_type(pools, Mapping | None, "the pools", "give a mapping from seeds to texts")
+    require_flag(progress, "progress")
+
+
+def _candidates(rows: Iterable, task: Task) -> list[Example]:
+    """A pool as Examples: the texts that gradmm chooses from, whether or not another choice kept them; none that is empty."""
+    rows = [row if isinstance(row, Example) else {**row, "kept": True} for row in rows]
+    return check_examples((row for row in rows if isinstance(row, Example) or row.get("text")), task, "pool text")
+
+
 def _check(model: Model, methods: Sequence[str], seeds: Sequence[int], workers: int) -> None:
-    unknown = [name for name in methods if name not in METHODS]
+    unknown = [name for name in methods if not isinstance(name, str) or name not in METHODS]
     require(not unknown and len(methods) > 0, f"the methods {unknown} are not known: use some of {', '.join(METHODS)}")
     require(len(set(methods)) == len(methods), f"methods = {list(methods)} names one twice: give each once")
     require(all(map(is_whole, seeds)), f"seeds = {shown(list(seeds))}, they must be whole numbers: give such as [0, 1, 2]")
@@ -230,7 +250,7 @@ def _trained(trial: Trial, model: Model, examples: Sequence[Example]) -> dict:
         chosen = {"learning_rate": None, "step": 0, "validation_accuracy": None, "curve": []}
     else:
         config = replace(bench.config.finetuning, seed=trial.seed)
-        found = finetune(model, bench.task, examples, splits.validation, splits.test, config)
+        found = finetune(model, bench.task, examples, splits.validation, splits.test, config, progress=False)
         test, curve = found.test, [_finite(row) for row in found.curve]
         chosen = {"learning_rate": found.learning_rate, "step": found.step}
         chosen |= {"validation_accuracy": found.validation_accuracy, "curve": curve}

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gradmm.errors import require
-from gradmm.examples import Example, sample_examples
-from gradmm.models import Model
+from gradmm.errors import require, require_whole
+from gradmm.examples import Example, check_examples, sample_examples
+from gradmm.models import Model, require_model
 from gradmm.tasks import Task, tokenize_task
 
 
@@ -65,6 +65,7 @@ def select_coreset(
     Raises:
         UserError: an unknown method, n below the number of classes or above what some class has.
     """
+    require_model(model)
     require(method in METHODS, f"the coreset method {method!r} is not known: use one of {', '.join(METHODS)}")
     if method == "random":
         return sample_examples(examples, n, task, seed)
@@ -77,8 +78,9 @@ def select_coresets(model: Model, task: Task, examples: Sequence[Example], n: in
     Raises:
         UserError: as `select_coreset`.
     """
-    classes = len(task.labels)
-    require(isinstance(n, int) and n >= classes, f"n = {n!r}, but {classes} classes need at least {classes}: ask for more examples")
+    require_model(model)
+    examples, classes = check_examples(examples, task, "example"), len(task.labels)
+    require(require_whole(n, "n") >= classes, f"n = {n}, but {classes} classes need at least {classes}: ask for more examples")
     tokens = tokenize_task(task, model.tokenizer)
     chosen: dict[str, list[Example]] = {method: [] for method in methods}
     for label, name in enumerate(task.labels):

@@ -1,7 +1,11 @@
 """The one error that a user's input can cause; its message is one sentence that names the value, the limit and the mend."""
 
+import math
 import reprlib
-import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any
 
 
 class UserError(ValueError):
@@ -23,23 +27,97 @@ def first_line(error: Exception) -> str:
 
 
 def shown(value) -> str:
-    """A value as an error names it: its repr, cut short (input may be huge)."""
+    """A value as an error names it: its repr in one line, cut short (input may be huge)."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 60
-    return short.repr(value)
+    return " ".join(short.repr(value).splitlines())
 
 
 def is_number(value) -> bool:
-    """Whether a value is a finite number of the size of a float; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    """Whether a value is a finite number of the size of a float, numpy's included; true and false are none."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def is_whole(value) -> bool:
-    """Whether a value is a whole number; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value is a whole number, numpy's included; true and false are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_type(value, kinds: type | tuple[type, ...], name: str, mend: str) -> None:
+    """Raise unless a value is of one of these types; the error names its type alone, as a value may hold real text.
+
+    Args:
+        name: the argument as the error names it, such as "the task".
+        mend: what to give instead, such as "give what gradmm.load_task returns".
+
+    Raises:
+        UserError: it is of another type.
+    """
+    require(isinstance(value, kinds), f"{name} is of type {type(value).__name__}: {mend}")
+
+
+def require_whole(value, name: str, least: int | None = None) -> int:
+    """A whole number as Python's own.
+
+    Raises:
+        UserError: no whole number, or one below `least`.
+    """
+    bound = "" if least is None else f" of at least {least}"
+    require(
+        is_whole(value) and (least is None or value >= least),
+        f"{name} = {shown(value)}, it must be a whole number{bound}: give such as {0 if least is None else least}",
+    )
+    return int(value)
+
+
+def require_texts(values, name: str) -> list[str]:
+    """Texts as a list; no text is shown.
+
+    Raises:
+        UserError: one text alone, or something that is no text.
+    """
+    several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
+    require(several, f"{name} are of type {type(values).__name__}: give a list of texts")
+    texts = list(values)
+    wrong = [type(text).__name__ for text in texts if not isinstance(text, str)]
+    require(not wrong, f"{name} hold something of type {', '.join(wrong[:1])}: give a list of texts")
+    return texts
+
+
+def require_flag(value, name: str) -> None:
+    """Raise unless a value is True or False.
+
+    Raises:
+        UserError: it is neither.
+    """
+    require(isinstance(value, bool), f"{name} = {shown(value)}, it must be True or False: give one of them")
+
+
+def plain_fields(settings: Any) -> None:
+    """Make Python's own of the numpy numbers in a frozen dataclass, so that equal settings are equal files."""
+    for item in fields(settings):
+        value = getattr(settings, item.name, None)
+        if type(value).__module__ == "numpy" and isinstance(value, Real):
+            object.__setattr__(settings, item.name, int(value) if isinstance(value, Integral) else float(value))
+
+
+def settings_from(kind: type, values: Mapping) -> Any:
+    """The settings of a dataclass from plain values.
+
+    Raises:
+        UserError: no mapping, a name that is no setting, or a value that a setting cannot have.
+    """
+    require_type(values, Mapping, "the settings", f"give a mapping from the names of {kind.__name__}'s settings")
+    known = {item.name for item in fields(kind) if item.init}
+    unknown = sorted(map(shown, set(values) - known))
+    require(not unknown, f"unknown setting {', '.join(unknown)}: the settings are {', '.join(sorted(known))}")
+    return kind(**values)

@@ -15,7 +15,7 @@ from sacrebleu.metrics import BLEU
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from gradmm.errors import require
+from gradmm.errors import require, require_whole
 from gradmm.examples import content_hash
 from gradmm.generation import CLOSERS, SENTENCE_ENDS
 from gradmm.models import TOKENS_PER_BATCH, Model, batches_by_length, pad_left
@@ -117,7 +117,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     Raises:
         UserError: n is no whole number of at least 1.
     """
-    require(isinstance(n, int) and n >= 1, f"n = {n!r}, it must be a whole number of at least 1: 1 and 2 are usual")
+    n = require_whole(n, "n", 1)
     grams = [gram for text in texts for gram in zip(*(words(text)[i:] for i in range(n)), strict=False)]
     return len(set(grams)) / len(grams) if grams else 0.0
 

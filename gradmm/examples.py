@@ -18,7 +18,7 @@ from gradmm.errors import DataWarning, UserError, first_line, is_whole, require,
 from gradmm.markup import plain_name
 from gradmm.rows import SPLITS, Row, check_row, names_by_label, read_label_names, read_rows
 from gradmm.seeds import generator
-from gradmm.tasks import DEMO, TASKS, HubSource, Task, load_task
+from gradmm.tasks import DEMO, TASKS, HubSource, Task, load_task, require_task
 
 CARVED_SHARE = 0.1
 LARGE_SHARE = 1 / 3  # of the train rows: more of them in carved splits is said
@@ -193,13 +193,16 @@ def _note_of_carving(places: Mapping[str, str]) -> list[str]:
     return [said] if count > LARGE_SHARE * len(places) else []
 
 
-def sample_examples(examples: Sequence[Example], n: int, task: Task, seed: int) -> list[Example]:
+def sample_examples(examples: Iterable, n: int, task: Task, seed: int) -> list[Example]:
     """Draw `n` examples in all, as equal a number of each class as `n` allows, of at least `task.min_words` words.
 
+    Args:
+        examples: whatever `check_examples` takes.
+
     Raises:
-        UserError: n below the number of classes, or more than some class has.
+        UserError: as `check_examples`; n below the number of classes, or more than some class has.
     """
-    count = len(task.labels)
+    examples, count = check_examples(examples, task, "example"), len(task.labels)
     require(is_whole(n), f"n_real = {shown(n)} is not a whole number: give how many real examples to draw in all")
     require(n >= count, f"n_real = {n}, but {count} classes need at least {count}: ask for more examples")
     drawn = []
@@ -217,7 +220,7 @@ def sample_examples(examples: Sequence[Example], n: int, task: Task, seed: int) 
 
 
 def refuse_overlap(seen: Iterable[Example], test: Iterable[Example]) -> None:
-    """Raise if any example that training or generation saw is in the test set; its text may be private and is not shown.
+    """Raise if an example that training or generation saw is in the test set; its text may be private and isn't shown.
 
     Raises:
         UserError: there is one.
@@ -236,23 +239,33 @@ def refuse_overlap(seen: Iterable[Example], test: Iterable[Example]) -> None:
 
 
 def without_overlap(written: Iterable[Example], test: Iterable[Example]) -> list[Example]:
-    """The examples whose text is not in the test set: a model may by chance write a text that stands there word for word."""
+    """The examples whose text is not in the test set: a model may by chance write one that stands there word for word."""
     hashes = {content_hash(example.text) for example in test}
     return [example for example in written if content_hash(example.text) not in hashes]
 
 
 def check_examples(rows: Iterable, task: Task, where: str = "row") -> list[Example]:
-    """Rows with `text` and `label` (dicts or Examples) as Examples; without an origin they get `where` and their number.
+    """Rows with `text` and `label` as Examples: what every public function does first with the examples it is given.
+
+    Args:
+        rows: Examples or mappings: lists of them, a `datasets.Dataset`, what a synthesis wrote. Labels are numbers, numpy's
+            included, or names. A row whose `kept` is False, as a synthesis marks what it rejected, is left out.
+        where: what an error calls a row, with its number; an Example with an origin is called by that.
 
     Raises:
         UserError: no rows, a row without text, with an empty text, or with a label that the task does not know.
     """
+    require_task(task)
     require(
         isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping) and not hasattr(rows, "iterrows"),
         f"the rows are of type {type(rows).__name__}: give a list of objects with text and label, which a data frame's "
         'to_dict("records") is',
     )
-    return [_example(row, task, f"{where} {number}") for number, row in enumerate(rows, 1)]
+    return [_example(row, task, f"{where} {number}") for number, row in enumerate(rows, 1) if not _rejected(row)]
+
+
+def _rejected(row) -> bool:
+    return isinstance(row, Mapping) and row.get("kept") is False
 
 
 def _example(row, task: Task, where: str) -> Example:

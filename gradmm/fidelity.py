@@ -13,17 +13,17 @@ directions of the release space, D hidden width.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gradmm.errors import require
-from gradmm.examples import Example
+from gradmm.examples import check_examples
 from gradmm.gradients import Factors, Head, Space, head_factors
 from gradmm.mechanism import LedgerEntry, clip_scale, noised_sums, plan_entry, seeded_bits
-from gradmm.models import Model
+from gradmm.models import Model, require_model
 from gradmm.privacy import Release
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
@@ -38,7 +38,7 @@ def expected_cosine(signal: float, coordinates: int, sigma: float) -> float:
 def fidelity(
     model: Model,
     task: Task,
-    examples: Sequence[Example],
+    examples: Iterable,
     sizes: Sequence[int],
     spaces: Mapping[str, Space],
     epsilons: Sequence[float],
@@ -63,6 +63,8 @@ def fidelity(
     Raises:
         UserError: sizes that do not ascend or exceed the examples of a class.
     """
+    require_model(model)
+    examples = check_examples(examples, task, "example")
     classes = [[e for e in examples if e.label == label] for label in range(len(task.labels))]
     counts = [size // len(classes) for size in sizes]
     require(

@@ -5,21 +5,42 @@ tokens, and all choices made on validation examples.
 """
 
 import hashlib
+import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
+from torch import Tensor
+from tqdm.auto import tqdm
 
+from gradmm import files
 from gradmm.classification import TOKENS_PER_BATCH, Encoded, Evaluation, score
-from gradmm.errors import require
+from gradmm.errors import UserError, first_line, require, require_flag, require_type
 from gradmm.examples import Example, check_examples, refuse_overlap
-from gradmm.models import Model
+from gradmm.locks import alone
+from gradmm.models import Model, require_model
+from gradmm.runs import RunFolder, finite_or_none
 from gradmm.seeds import generator
 from gradmm.tasks import Task, tokenize_task
-from gradmm.training import FinetuneConfig, finish, learnt_weights, restart, train_at_rate, trainable_copy
+from gradmm.training import (
+    FinetuneConfig,
+    adamw,
+    finish,
+    learnt_weights,
+    optimizer_state,
+    restart,
+    restore_optimizer,
+    train_at_rate,
+    trainable_copy,
+)
 
-Progress = Callable[[dict], None]
+OnLook = Callable[[dict], None]
+SNAPSHOT_SECONDS = 10.0
+STATE, RESULT = "training.safetensors", "finetuning.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,22 +87,29 @@ class FinetuneResult:
 def finetune(
     model: Model,
     task: Task,
-    train: Sequence[Example],
-    validation: Sequence[Example],
-    test: Sequence[Example],
+    train: Iterable,
+    validation: Iterable,
+    test: Iterable,
     config: FinetuneConfig | None = None,
-    progress: Progress | None = None,
+    output: str | Path | None = None,
+    progress: bool = True,
+    on_look: OnLook | None = None,
 ) -> FinetuneResult:
     """Fine-tune a copy of the model, choose rate and step on validation, and read the test examples once.
 
     Args:
         model: left as it is.
-        train: any number of examples, any source.
-        progress: called with each row of the curve.
+        train: any number of examples, any source: whatever `examples.check_examples` takes, such as the `kept` of a synthesis.
+        validation, test: the same.
+        config: the settings.
+        output: a folder of its own that keeps unfinished work, which the same call continues to the same result, and the
+            figures of a finished one, which are read back. None keeps everything in memory.
+        progress: whether to show a progress bar if it takes more than two seconds.
+        on_look: called with each new row of the curve.
 
     Raises:
-        UserError: a train or validation text that is in the test set, no examples, an unknown label, or a text that is too
-            long.
+        UserError: an argument of another type, a train or validation text that is in the test set, no examples, an unknown
+            label, a text that is too long, or a folder that holds other work.
 
     Example:
         >>> import gradmm
@@ -93,31 +121,62 @@ def finetune(
         >>> 0 <= found.accuracy <= 1 and found.step <= 2
         True
     """
-    config = config or FinetuneConfig()
+    _check(model, config, progress, on_look)
+    config, tokens = config or FinetuneConfig(), tokenize_task(task, model.tokenizer)
     train = check_examples(train, task, "train example")
     validation = check_examples(validation, task, "validation example")
     test = check_examples(test, task, "test example")
     refuse_overlap([*train, *validation], test)
-    begun, tokens = time.perf_counter(), tokenize_task(task, model.tokenizer)
     asked = Encoded.of(model, task, tokens, test, "test")
-    found = fit(model, task, train, validation, config, progress)
-    return FinetuneResult(
-        test=score(found.model, tokens, asked, TOKENS_PER_BATCH),
-        learning_rate=found.learning_rate,
-        step=found.step,
-        validation_accuracy=found.validation_accuracy,
-        curve=found.curve,
-        seconds=time.perf_counter() - begun,
-    )
+    with alone(output):
+        folder = RunFolder.open(output, _identity(model, task, config, train=train, validation=validation, test=test))
+        if folder.finished:
+            return _read(folder.path)
+        saved = Checkpoint(folder.path)
+        with _bar(config, progress) as show:
+            found = fit(model, task, train, validation, config, lambda row: (show(row), on_look and on_look(row)), saved)
+        result = FinetuneResult(
+            test=score(found.model, tokens, asked, TOKENS_PER_BATCH),
+            learning_rate=found.learning_rate,
+            step=found.step,
+            validation_accuracy=found.validation_accuracy,
+            curve=found.curve,
+            seconds=saved.seconds,
+        )
+        _write(folder, result)
+    return result
+
+
+def _check(model, config, progress, on_look) -> None:
+    require_model(model)
+    require_type(config, FinetuneConfig | None, "the config", "give a gradmm.FinetuneConfig")
+    require_flag(progress, "progress")
+    require(on_look is None or callable(on_look), f"on_look is of type {type(on_look).__name__}: give a function, or None")
+
+
+@contextmanager
+def _bar(config: FinetuneConfig, progress: bool) -> Iterator[OnLook]:
+    """A progress bar over the steps of all rates, moved by the rows of the curve."""
+    total = len(config.learning_rates) * config.steps
+    with tqdm(total=total, desc="fine-tuning", unit="step", disable=not progress, delay=2) as bar:
+
+        def show(row: dict) -> None:
+            done = config.learning_rates.index(row["learning_rate"]) * config.steps + row["step"]
+            bar.set_postfix(rate=row["learning_rate"], validation=f"{row['validation_accuracy']:.3f}", refresh=False)
+            bar.update(max(0, done - bar.n))
+
+        yield show
+        bar.update(total - bar.n)  # what a rate that was given up left undone
 
 
 def fit(
     model: Model,
     task: Task,
-    train: Sequence[Example],
-    validation: Sequence[Example],
+    train: Iterable,
+    validation: Iterable,
     config: FinetuneConfig,
-    progress: Progress | None = None,
+    on_look: OnLook | None = None,
+    saved: "Checkpoint | None" = None,
 ) -> Training:
     """Train a copy of the model, all of it or `config.adapter`, at each rate, and keep the best rate and step.
 
@@ -126,26 +185,42 @@ def fit(
     ties go to the earliest step, then to the first rate. Validation texts of fewer than `task.min_words` words are left
     out, as they are where real examples are drawn.
 
+    Args:
+        saved: where unfinished work is kept and continued from; None keeps none.
+
     Raises:
         UserError: as `finetune`.
     """
-    tokens = tokenize_task(task, model.tokenizer)
+    require_model(model)
+    tokens, saved = tokenize_task(task, model.tokenizer), saved or Checkpoint(None)
+    train, validation = check_examples(train, task, "train example"), _drawn(validation, task, config)
     data = Encoded.of(model, task, tokens, train, "train")
-    looks = Encoded.of(model, task, tokens, _drawn(validation, task, config), "validation")
-    best, weights, curve = None, None, []
+    looks = Encoded.of(model, task, tokens, validation, "validation")
     trained = trainable_copy(model, config)
-    for rate in config.learning_rates:
+    rows, best, held = saved.load()
+    weights = held["best"]
+    for number, rate in enumerate(config.learning_rates):
+        if number < len(rows) - 1:
+            continue  # done before the interruption
         restart(trained, model, config)
-        for row in train_at_rate(trained, tokens, data, looks, rate, config, start=curve[0] if curve else None):
-            curve.append(row)
-            if progress is not None:
-                progress(row)
+        optimizer = adamw(trained, rate, config)
+        if number == len(rows) - 1:
+            trained.lm.load_state_dict(held["weights"], strict=False)
+            restore_optimizer(trained, optimizer, held["optimizer"])
+        else:
+            rows.append([])
+        start = rows[0][0] if rows[0] else None
+        for row in train_at_rate(trained, tokens, data, looks, rate, config, start, rows[number], optimizer):
+            rows[number].append(row)
+            if on_look is not None:
+                on_look(row)
             if best is None or (-row["validation_accuracy"], row["step"]) < (-best["validation_accuracy"], best["step"]):
                 best, weights = row, learnt_weights(trained)
+            saved.snapshot(rows, best, weights, trained, optimizer)
     finish(trained, weights, config)
-    fingerprint = _identity(model, config, train, validation)
+    fingerprint = _fingerprint(model, config, train, validation)
     named = replace(trained, name=f"{model.name}, fine-tuned", revision=None, fingerprint=fingerprint)
-    return Training(named, best["learning_rate"], best["step"], best["validation_accuracy"], curve)
+    return Training(named, best["learning_rate"], best["step"], best["validation_accuracy"], sum(rows, []))
 
 
 def _drawn(validation: Sequence[Example], task: Task, config: FinetuneConfig) -> list[Example]:
@@ -161,6 +236,105 @@ def _drawn(validation: Sequence[Example], task: Task, config: FinetuneConfig) ->
     return [pool[row] for row in sorted(order[: config.max_validation])]
 
 
-def _identity(model: Model, config: FinetuneConfig, *sets: Sequence[Example]) -> str:
+def _fingerprint(model: Model, config: FinetuneConfig, *sets: Sequence[Example]) -> str:
     parts = repr((model.fingerprint, asdict(config), [[(example.text, example.label) for example in some] for some in sets]))
     return hashlib.sha256(parts.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- folders
+
+
+def _identity(model: Model, task: Task, config: FinetuneConfig, **sets: Sequence[Example]) -> dict:
+    """What must be equal for unfinished work to be continued and finished work to be read back."""
+    hashes = {name: [(example.text, example.label) for example in some] for name, some in sets.items()}
+    return {
+        "fine-tuning": asdict(config),
+        "task": task.to_dict(),
+        "model": {"name": model.name, "revision": model.revision, "fingerprint": model.fingerprint,
+                  "dtype": str(model.dtype).removeprefix("torch.")},
+        "data": {name: hashlib.sha256(repr(rows).encode()).hexdigest() for name, rows in hashes.items()},
+    }  # fmt: skip
+
+
+class Checkpoint:
+    """An unfinished training in a folder: the curve, the best weights, and weights and moments at the last look.
+
+    Attributes:
+        seconds: that the training has taken, before an interruption and since.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = None if folder is None else folder / STATE
+        self._begun = self._saved = time.monotonic()
+        self._before = self._cost = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._begun
+
+    def load(self) -> tuple[list[list[dict]], dict | None, dict[str, dict[str, Tensor]]]:
+        """The rows of each rate, the best of them, and the tensors by kind; empty where nothing was saved.
+
+        Raises:
+            UserError: the file there is no saved training.
+        """
+        held: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("weights", "best", "optimizer")}
+        if self.path is None or not self.path.exists():
+            return [], None, held
+        tensors, metadata = files.read_tensors(self.path)
+        try:
+            state = json.loads(metadata["training"])
+            rows, best, self._before = state["rows"], state["best"], state["seconds"]
+            for name, tensor in tensors.items():
+                kind, rest = name.split("/", 1)
+                held[kind][rest] = tensor
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.path} is no saved training ({first_line(error)}): remove it and run again") from error
+        return [[_with_loss(row, "validation_loss") for row in some] for some in rows], _with_loss(best, "validation_loss"), held
+
+    def snapshot(self, rows: list[list[dict]], best: dict, weights: dict[str, Tensor], trained: Model, optimizer) -> None:
+        """Save the training as it stands, so seldom that it takes a tenth of the time at most."""
+        begun = time.monotonic()
+        if self.path is None or begun - self._saved < max(SNAPSHOT_SECONDS, 10 * self._cost):
+            return
+        kinds = {"weights": learnt_weights(trained), "best": weights, "optimizer": optimizer_state(trained, optimizer)}
+        tensors = {f"{kind}/{name}": tensor for kind, some in kinds.items() for name, tensor in some.items()}
+        state = {"rows": [[_finite(row) for row in some] for some in rows], "best": _finite(best), "seconds": self.seconds}
+        files.write_tensors(self.path, tensors, {"training": json.dumps(state)})
+        self._saved = time.monotonic()
+        self._cost = self._saved - begun
+
+
+def _write(folder: RunFolder, result: FinetuneResult) -> None:
+    if folder.path is None:
+        return
+    held = asdict(result) | {"test": _finite(asdict(result.test)), "curve": [_finite(row) for row in result.curve]}
+    files.write_json(folder.path / RESULT, held)
+    files.write_json(folder.path / "manifest.json", {**folder.manifest, "status": "complete"})
+    _clear(folder.path)
+
+
+def _read(folder: Path) -> FinetuneResult:
+    held, place = files.read_json(folder / RESULT, files.MAX_TEXT_BYTES), folder / RESULT
+    try:
+        test = {name: tuple(value) if isinstance(value, list) else value for name, value in held["test"].items()}
+        curve = [_with_loss(row, "validation_loss") for row in held["curve"]]
+        result = FinetuneResult(**{**held, "test": Evaluation(**_with_loss(test, "loss")), "curve": curve})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place} is no finished fine-tuning ({first_line(error)}): remove its folder and run again") from error
+    _clear(folder)
+    return result
+
+
+def _clear(folder: Path) -> None:
+    with suppress(OSError):  # figures on a read-only disk are read all the same
+        (folder / STATE).unlink(missing_ok=True)
+
+
+def _finite(row: dict) -> dict:
+    return {name: finite_or_none(value) for name, value in row.items()}
+
+
+def _with_loss(row: dict, name: str) -> dict:
+    """The inverse of `_finite`: a loss that was not finite reads as infinity."""
+    return {**row, name: math.inf if row[name] is None else row[name]}

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmm.errors import is_number, is_whole, require, shown
-from gradmm.examples import Example, content_hash
-from gradmm.models import Model, Reader
+from gradmm.errors import is_number, is_whole, plain_fields, require, require_type, require_whole, shown
+from gradmm.examples import Example, check_examples, content_hash
+from gradmm.models import Model, Reader, require_model
 from gradmm.products import linear
 from gradmm.projection import allowed_tokens
 from gradmm.seeds import generator
@@ -49,6 +49,7 @@ class Sampling:
     rounds: int = 8
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         warmth = self.temperature
         require(is_number(warmth) and warmth > 0, f"temperature = {shown(warmth)}, it must be above 0: 1 samples from the model")
         require(is_number(self.top_p) and 0 < self.top_p <= 1, f"top_p = {shown(self.top_p)}, it must be above 0 and at most 1: 0.95 is usual")
@@ -100,7 +101,7 @@ def generate_texts(
     and more are written.
 
     Args:
-        shots: labelled real examples to draw shots from; none for zero-shot.
+        shots: labelled real examples to draw shots from, whatever `check_examples` takes; none for zero-shot.
         allowed: (V,) bool, tokens that a text may hold; None takes `projection.allowed_tokens`.
         share: writes the batches of a round, all classes' together; they do not depend on one another, so it may share them
             out. The batches follow from the settings and from what earlier rounds gave.
@@ -112,8 +113,10 @@ def generate_texts(
         UserError: a class without shots though some are given, too few usable texts after `rounds`, or a prompt that
             leaves no room in the context.
     """
-    sampling = sampling or Sampling()
-    require(isinstance(n_per_class, int) and n_per_class >= 1, f"n_per_class = {n_per_class!r}, it must be at least 1: 50 is usual")
+    require_model(model)
+    require_type(sampling, Sampling | None, "sampling", "give a Sampling")
+    sampling, n_per_class, seed = sampling or Sampling(), require_whole(n_per_class, "n_per_class", 1), require_whole(seed, "seed")
+    shots = check_examples(shots, task, "shot")
     pools = [[example.text for example in shots if example.label == label] for label in range(len(task.labels))]
     bare = [name for name, pool in zip(task.labels, pools, strict=True) if shots and not pool]
     require(not bare, f"the labels {bare} have 0 of the {len(shots)} shots: give at least one of each class")

@@ -22,11 +22,14 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from gradmm.errors import is_number, require
+from gradmm.errors import is_number, require, require_type, shown
 from gradmm.gradients import DenseTarget, Factors
 from gradmm.seeds import generator
 
 RELATIONS = {"replace-one": 2.0, "add-remove": 1.0}  # sensitivity of a clipped sum, in units of the clip
+# A mechanism that hands out each example as it is with the chance delta is (0, delta)-private, so a delta of 1 / n promises next
+# to nothing. The number of examples is private; this bound is not, and no claim above it is called private for any number.
+LARGEST_DELTA = 0.01
 CLIP_RANGE = (1e-30, 1e30)  # a float32 holds the noised sums
 SOLVER_TOLERANCE = 1e-16
 SOLVER_SLACK = 1e-9  # relative: above the root finder's tolerance, so that the claim errs on the safe side
@@ -119,17 +122,39 @@ def plan_entry(
     >>> entry.sensitivity, round(entry.sigma, 2)
     (2.0, 7.46)
     """
-    require(is_number(epsilon) and epsilon > 0, f"epsilon = {epsilon!r}, it must be positive and finite: give such as 1.0")
+    require(is_number(epsilon) and epsilon > 0, f"epsilon = {shown(epsilon)}, it must be positive and finite: give such as 1.0")
     require(delta is not None, f"epsilon = {epsilon} without delta: give delta too, well below 1 / number of examples")
-    require(is_number(delta) and 0 < delta < 1, f"delta = {delta!r}, it must lie between 0 and 1: give such as 1e-5")
-    least, most = CLIP_RANGE
-    require(is_number(clip) and least <= clip <= most, f"clip = {clip!r}, it must lie between {least:g} and {most:g}: give such as 1.0")
-    require(relation in RELATIONS, f"the relation {relation!r} is not known: use one of {', '.join(RELATIONS)}")
-    require(calibration in CALIBRATIONS, f"the calibration {calibration!r} is not known: use one of {', '.join(CALIBRATIONS)}")
+    require(is_number(delta) and 0 < delta < 1, f"delta = {shown(delta)}, it must lie between 0 and 1: give such as 1e-5")
+    check_clipping(clip, relation, calibration)
     sensitivity = RELATIONS[relation] * clip
     sigma = sensitivity * CALIBRATIONS[calibration](epsilon, delta)
     values = (float(epsilon), float(delta), relation, float(clip), sensitivity, calibration, sigma, coordinates)
     return LedgerEntry(what, space, *values)
+
+
+def check_delta(delta: float) -> None:
+    """Check that a delta that stands for privacy is a small chance; for any number of examples, which is private itself.
+
+    Raises:
+        UserError: above `LARGEST_DELTA`.
+    """
+    require(
+        not is_number(delta) or delta <= LARGEST_DELTA,
+        f"delta = {shown(delta)}, it must be at most {LARGEST_DELTA} (whoever hands out each example as it is with the chance delta "
+        "keeps to it): give such as 1e-5, well below 1 / number of examples",
+    )
+
+
+def check_clipping(clip: float, relation: str, calibration: str) -> None:
+    """Check what a claim says of the mechanism beside its budget.
+
+    Raises:
+        UserError: clip not positive and finite, an unknown relation or calibration.
+    """
+    least, most = CLIP_RANGE
+    require(is_number(clip) and least <= clip <= most, f"clip = {shown(clip)}, it must lie between {least:g} and {most:g}: give such as 1.0")
+    for name, value, known in (("relation", relation, RELATIONS), ("calibration", calibration, CALIBRATIONS)):
+        require(isinstance(value, str) and value in known, f"the {name} {shown(value)} is not known: use one of {', '.join(known)}")
 
 
 # ---------------------------------------------------------------- composition
@@ -169,7 +194,9 @@ class Ledger:
     entries: tuple[LedgerEntry, ...] = ()
 
     def __post_init__(self) -> None:
+        check_delta(self.delta)
         plan_entry("budget", "none", self.epsilon, self.delta, "replace-one", 1.0, "exact", 1)
+        require_type(self.entries, tuple | list, "the ledger's entries", "give the `ledger` of a Release")
         entries, self.entries = tuple(self.entries), ()
         for entry in entries:
             self.charge(entry)
@@ -185,6 +212,7 @@ class Ledger:
         Raises:
             UserError: the budget would be exceeded.
         """
+        require_type(entry, LedgerEntry, "the expense", "give a LedgerEntry, as in the `ledger` of a Release")
         after = total_epsilon((*self.entries, entry), self.delta)
         require(
             after <= self.epsilon * (1 + SOLVER_SLACK),

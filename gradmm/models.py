@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from gradmm import files
-from gradmm.errors import UserError, first_line, require, shown
+from gradmm.errors import UserError, first_line, require, require_type, shown
 from gradmm.markup import plain_name
 from gradmm.products import fast_dtype, keep_few_compiled, lacks_instructions, linear
 from gradmm.sharding import launched
@@ -295,6 +295,15 @@ def batches_by_length(sequences: Sequence[Sequence[int]], tokens_per_batch: int)
     return batches
 
 
+def require_model(model) -> None:
+    """Raise unless it is a `Model`, not its name or folder.
+
+    Raises:
+        UserError: it is of another type.
+    """
+    require_type(model, Model, "the model", "give what gradmm.load_model returns")
+
+
 # ---------------------------------------------------------------- loading
 
 
@@ -326,6 +335,8 @@ def load_model(
         >>> model.name, model.context
         ('demo', 128)
     """
+    require(isinstance(name, str | Path) and str(name) != "", f"the model is {shown(name)}: give a hub id, a folder, or demo")
+    require_type(revision, str | None, "the revision", "give a hub commit, tag or branch as text")
     device = _device(device)
     dtype = _dtype(dtype, device)
     if dtype == torch.bfloat16 and fast_dtype(device) != dtype:
@@ -334,7 +345,6 @@ def load_model(
             "dtype='auto' takes float32 here",
             stacklevel=2,
         )
-    require(isinstance(name, str | Path) and str(name) != "", f"the model is {shown(name)}: give a hub id, a folder, or demo")
     folder, found = _folder(str(name), revision)
     _refuse_pickles(folder, str(name))
     try:
@@ -435,6 +445,7 @@ def _quiet() -> Iterator[None]:
 def _device(device) -> torch.device:
     _, processes, number = launched()
     gpu = f"cuda:{number}" if processes > 1 else "cuda"
+    require_type(device, str | torch.device | None, "the device", "use cpu, cuda or auto")
     if device in (None, "", "auto"):
         return torch.device(gpu if torch.cuda.is_available() else "cpu")
     device = gpu if str(device) == "cuda" else device
@@ -457,6 +468,7 @@ def kind_of(device: torch.device) -> str:
 
 
 def _dtype(dtype, device: torch.device) -> torch.dtype:
+    require_type(dtype, str | torch.dtype | None, "the dtype", f"use one of {', '.join(DTYPES)} or auto")
     if dtype == "auto":
         return fast_dtype(device)
     found = DTYPES.get(dtype or "float32", dtype)

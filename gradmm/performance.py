@@ -159,7 +159,7 @@ def time_synthesis(
         The result, and the seconds of `floors.PHASES`, of "other" (plans, diagnostics, bookkeeping) and of the "whole".
     """
     begun = time.perf_counter()
-    made = release(model, task, examples, space=config.space)
+    made = release(model, task, examples, space=config.space, progress=False)
     wait(model.device)
     target = time.perf_counter() - begun
     with clocks(model.device) as spent:

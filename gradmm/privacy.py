@@ -29,20 +29,22 @@ import torch
 from torch import Tensor
 
 from gradmm import files
-from gradmm.errors import UserError, first_line, is_whole, require
+from gradmm.errors import UserError, first_line, require, require_flag, require_texts, require_type, require_whole
 from gradmm.examples import Example, check_examples
 from gradmm.gradients import DenseTarget, Factors, FactorTarget, HeadSpace, Target
 from gradmm.matching import factors_of
 from gradmm.mechanism import (
     Ledger,
     LedgerEntry,
+    check_clipping,
+    check_delta,
     noised_sums,
     plan_entry,
     seeded_bits,
     system_bits,
     total_epsilon,
 )
-from gradmm.models import Model
+from gradmm.models import Model, require_model
 from gradmm.sharding import launched
 from gradmm.sketch import BodySketch
 from gradmm.spaces import coordinates, release_space, space_from, tensors_of
@@ -99,7 +101,7 @@ class Release:
         """Write one safetensors file with the fields as metadata."""
         # One entry alone: safetensors writes several in no fixed order, and equal Releases should be equal files.
         held = json.dumps({"fields": json.loads(_fields_json(self)), "fingerprint": self.fingerprint}, ensure_ascii=False)
-        return files.write_tensors(Path(path), _tensors(self), {"release": held})
+        return files.write_tensors(files.as_path(path, "the Release"), _tensors(self), {"release": held})
 
 
 def load_release(path: str | Path) -> Release:
@@ -108,7 +110,7 @@ def load_release(path: str | Path) -> Release:
     Raises:
         UserError: no safetensors file, no Release, or contents that differ from what was saved.
     """
-    tensors, metadata = files.read_tensors(Path(path))
+    tensors, metadata = files.read_tensors(files.as_path(path, "the Release"))
     try:
         held = json.loads(metadata["release"])
         found = _assemble(held["fields"], tensors)
@@ -135,15 +137,19 @@ def release(
     directions: int | None = None,
     ledger: Ledger | None = None,
     noise_seed: int | None = None,
+    cache: str | Path | None = None,
+    progress: bool = True,
 ) -> Release:
     """Turn real examples into the gradients that synthetic text is to match.
 
     Args:
         model: the language model.
         task: the task.
-        examples: `Example`s or mappings with `text` and `label`; at least one of every class.
+        examples: `Example`s, mappings with `text` and `label`, or a `datasets.Dataset` of them, see `examples.check_examples`; at
+            least one of every class.
         epsilon: None releases the exact gradients without privacy; otherwise a positive number.
-        delta: the chance, in (0, 1), with which epsilon may fail; needed with epsilon.
+        delta: the chance with which epsilon may fail, at most 0.01; needed with epsilon. The usual advice is well below
+            1 / number of examples: who hands out each example as it is with the chance delta keeps to it.
         clip: the largest L2 norm of one example's gradient in the release space (clip, relation and calibration act with
             epsilon alone).
         space: "head" (V x D), "label_rows" (the C labels' rows, C x D), "label_rows_subspace" (C x r: those rows times
@@ -163,10 +169,14 @@ def release(
         calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.
         length: L, tokens of a synthetic text; public, hence needed with epsilon; None takes the real texts' mean without.
         public_texts: texts that are not private: needed for the two subspaces; for the spaces under the loss over the label
-            tokens what preference and whitening are measured on (None: texts that the model writes from the public prompts).
+            tokens what preference and whitening are measured on (None: texts that the model writes from the public prompts, as
+            many as the estimate needs, see `spaces.own_texts`).
         directions: r; None takes 4, or as many as there are texts or hidden units if fewer.
         ledger: the budget to charge; None counts this release alone.
         noise_seed: fixes the noise for a repeatable experiment; the Release is then marked as not private.
+        cache: a folder, such as the run's, that keeps the public texts that the model writes, so that a later release of the
+            same model and task reads them back; nothing of the real examples is written there.
+        progress: whether to show a progress bar if writing them takes more than two seconds.
 
     Returns:
         Release.
@@ -185,11 +195,13 @@ def release(
         >>> gradmm.release(model, task, real, epsilon=1.0, delta=1e-5, length=16).private
         True
     """
+    require_model(model)
     tokens = tokenize_task(task, model.tokenizer)
     _check_arguments(epsilon, delta, length, ledger, noise_seed)
+    _check_options(delta, clip, relation, calibration, public_texts, directions, cache, progress)
     space = space or ("body" if epsilon is None else "label_rows")
     classes = _by_class(model, tokens, examples, task)  # before the space: some spaces run the model
-    found = release_space(model, tokens, space, public_texts, directions)
+    found = release_space(model, tokens, space, public_texts, directions, cache, progress)
     if epsilon is not None:
         size = coordinates(model, found) * len(task.labels)
         entry = plan_entry("sums of clipped gradients per class", space, epsilon, delta, relation, clip, calibration, size)
@@ -207,19 +219,18 @@ def release(
     if epsilon is None:
         exact = tuple(FactorTarget(pairs) for pairs in factors)
         statement = "not private: the gradients of the real examples as they are"
-        length = length or _mean_length(tokens, classes)
+        length = int(length or _mean_length(tokens, classes))
         return Release(targets=exact, private=False, statement=statement, ledger=(), length=length, **common)
     spent = _charge(ledger, entry)
     noised = noised_sums(factors, entry, system_bits if noise_seed is None else seeded_bits(noise_seed))
     statement = _statement(spent, noise_seed)
-    return Release(targets=noised, private=noise_seed is None, statement=statement, ledger=spent, length=length, **common)
+    return Release(targets=noised, private=noise_seed is None, statement=statement, ledger=spent, length=int(length), **common)
 
 
 def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:
-    require(
-        length is None or (is_whole(length) and length >= 1),
-        f"length = {length!r}, it must be a whole number of at least 1: give the tokens of a synthetic text",
-    )
+    if length is not None:
+        require_whole(length, "length", 1)
+    require_type(ledger, Ledger | None, "the ledger", "give a gradmm.Ledger such as Ledger(epsilon=1.0, delta=1e-5)")
     require(
         epsilon is None or length is not None,
         f"epsilon = {epsilon} without a length, and the real texts' own length is private: give length, the tokens of a synthetic text",
@@ -232,7 +243,20 @@ def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:
         f"epsilon = {epsilon} in {processes} processes would draw and spend the noise {processes} times: release in one process, "
         "save the Release, and load it in the others with load_release",
     )
-    require(noise_seed is None or isinstance(noise_seed, int), f"noise_seed = {noise_seed!r}: give a whole number, or None for privacy")
+    if noise_seed is not None:
+        require_whole(noise_seed, "noise_seed")
+
+
+def _check_options(delta, clip, relation, calibration, public_texts, directions, cache, progress) -> None:
+    check_delta(delta)
+    check_clipping(clip, relation, calibration)
+    if public_texts is not None:
+        require_texts(public_texts, "public_texts")
+    if directions is not None:
+        require_whole(directions, "directions", 1)
+    if cache is not None:
+        files.as_path(cache, "the cache")
+    require_flag(progress, "progress")
 
 
 # ---------------------------------------------------------------- private examples

@@ -22,6 +22,7 @@ from gradmm.errors import UserError, require
 PACKAGES = ("gradmm", "torch", "transformers", "datasets", "tokenizers", "numpy")
 SNAPSHOT_SECONDS = 10.0
 CLOCK_COLUMNS = ["seconds"]
+RESULTS = ("README.md", "train.jsonl", "synthetic.jsonl", "history.jsonl", "timings.jsonl")
 
 
 def versions() -> dict[str, str]:
@@ -103,7 +104,7 @@ class RunFolder:
             self._compare(self._held())
             return
         held = sorted(path.name for path in self.path.glob("*")) if self.path.exists() else []
-        clash = [name for name in held if name in ("README.md", "synthetic.jsonl", "history.jsonl", "timings.jsonl")]
+        clash = [name for name in held if name in RESULTS]
         require(not clash, f"{self.path} holds {', '.join(clash)} but no manifest: choose another output folder or empty this one")
         files.write_json(place, {**self.manifest, "status": "running"})
 
@@ -166,7 +167,9 @@ class RunFolder:
         }
         if self.path is None:
             return
-        files.write_json_lines(self.path / "synthetic.jsonl", ({k: finite_or_none(v) for k, v in row.items()} for row in rows))
+        rows = [{name: finite_or_none(value) for name, value in row.items()} for row in rows]
+        files.write_json_lines(self.path / "synthetic.jsonl", rows)
+        files.write_json_lines(self.path / "train.jsonl", [row for row in rows if row.get("kept")])
         files.write_json_lines(self.path / "history.jsonl", plain_rows(history.drop(columns=CLOCK_COLUMNS, errors="ignore")))
         files.write_json_lines(self.path / "timings.jsonl", plain_rows(history.filter(["step", "group", *CLOCK_COLUMNS])))
         files.write_text(self.path / "README.md", card)

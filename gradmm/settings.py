@@ -3,10 +3,10 @@
 Knows no model and no text: what a setting means is told where it is used. Letters: B examples of a group, L tokens.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from gradmm import admm
-from gradmm.errors import is_number, is_whole, require, shown
+from gradmm.errors import is_number, is_whole, plain_fields, require, require_flag, require_whole, settings_from, shown
 from gradmm.gradients import DISTANCES
 from gradmm.initialisation import CHOICES, INITIALISATIONS
 from gradmm.projection import PROJECTIONS
@@ -101,6 +101,7 @@ class SynthesisConfig:
     solver: admm.Config = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("n_synthetic", "group_size", "top_k", "min_tokens", "init_candidates", "beams", "tries"):
             _require_count(name, getattr(self, name))
         for name in ("length", "groups_per_batch"):
@@ -113,8 +114,8 @@ class SynthesisConfig:
             f"init_norm = {shown(self.init_norm)}, it must be above 0, or None: None takes the mean norm of the embeddings",
         )
         for name in ("early_end", "balance_rho"):
-            require(isinstance(getattr(self, name), bool), f"{name} = {shown(getattr(self, name))}, it must be True or False: give one of them")
-        require(is_whole(self.seed), f"seed = {shown(self.seed)}, it must be a whole number: give such as 0")
+            require_flag(getattr(self, name), name)
+        require_whole(self.seed, "seed")
         require(self.early_end or self.init == "normal", "init = 'generated' writes texts of several lengths: set early_end, or init = 'normal'")
         for name, known in (("search", SEARCHES), ("end_at", ENDS), ("init", INITIALISATIONS), ("init_choice", CHOICES), ("projection", PROJECTIONS), ("filter", FILTERS), ("distance", DISTANCES), ("ranking", RANKINGS)):
             value = getattr(self, name)
@@ -146,10 +147,7 @@ class SynthesisConfig:
         Raises:
             UserError: a name that is no setting, or a value that a setting cannot have.
         """
-        known = {item.name for item in fields(SynthesisConfig) if item.init}
-        unknown = sorted(set(values) - known)
-        require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}: the settings are {', '.join(sorted(known))}")
-        return SynthesisConfig(**values)
+        return settings_from(SynthesisConfig, values)
 
 
 def _require_count(name: str, value) -> None:

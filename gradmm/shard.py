@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     if launched()[0] == 0:
-        sys.stdout.write(f"{len(result.kept)} of {len(result.dataset)} texts are kept in {given.output}/synthetic.jsonl\n")
+        sys.stdout.write(f"{len(result.kept)} of {len(result.dataset)} texts are kept in {given.output}/train.jsonl\n")
     return 0
 
 

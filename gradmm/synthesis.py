@@ -12,19 +12,19 @@ from pathlib import Path
 import datasets
 import pandas
 
-from gradmm import sharding
+from gradmm import files, sharding
 from gradmm.card import dataset_card
-from gradmm.errors import require
+from gradmm.errors import require, require_flag, require_type
 from gradmm.judging import judge_texts
 from gradmm.locks import alone
-from gradmm.models import Model
+from gradmm.models import Model, require_model
 from gradmm.plan import Plan
 from gradmm.privacy import Release
 from gradmm.runs import RunFolder
 from gradmm.searches import OnStep, Written, search
 from gradmm.settings import SynthesisConfig
 from gradmm.sharding import Crew
-from gradmm.tasks import Task
+from gradmm.tasks import Task, require_task
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SynthesisResult:
     """What a synthesis gives.
 
     Attributes:
-        dataset: every text written: text, label, label_name, match, perplexity, group, kept, reason.
+        dataset: every text written, kept or not: text, label, label_name, match, perplexity, group, kept, reason.
         history: one row per step and group, with its label; `admm.step` names the columns, for a search among texts
             `searches.guided_round` or `searches.swap_round`; of a pool one row per text kept, in the order in which they were
             taken, with the loss (match_z) of its class's texts up to it taken together.
@@ -45,8 +45,8 @@ class SynthesisResult:
 
     @cached_property
     def kept(self) -> datasets.Dataset:
-        """The texts that were kept."""
-        return self.dataset.filter(lambda row: row["kept"])
+        """The texts that were kept: what to train on."""
+        return self.dataset.select([place for place, kept in enumerate(self.dataset["kept"]) if kept])
 
 
 def synthesize(
@@ -65,8 +65,8 @@ def synthesize(
         task: its task.
         release: from `gradmm.release`; private text itself is refused.
         config: the settings.
-        output: a folder that receives `synthetic.jsonl`, `history.jsonl`, `manifest.json`, `README.md` and unfinished work.
-            Unfinished work of the same settings is continued, finished work read back. None keeps everything in memory.
+        output: a folder that receives `train.jsonl` (the kept texts: what `datasets.load_dataset` of the folder gives),
+            `synthetic.jsonl` (all texts), `history.jsonl`, `manifest.json`, `README.md` and unfinished work. Unfinished work of the same settings is continued, finished work read back. None keeps everything in memory.
             Processes that a launcher started (`gradmm.sharding`) share the work and all return the whole result; they need
             a folder that each of them sees.
         progress: whether to show a progress bar.
@@ -76,7 +76,7 @@ def synthesize(
         SynthesisResult.
 
     Raises:
-        UserError: `release` is no Release or belongs to another model or task; the settings do not fit the model; the
+        UserError: an argument of another type; `release` belongs to another model or task; the settings do not fit the model; the
             folder holds another run's settings, or another run is at work in it.
 
     Example:
@@ -89,6 +89,7 @@ def synthesize(
         >>> len(result.dataset), [row["label_name"] for row in result.kept]
         (4, ['negative', 'positive'])
     """
+    _check_arguments(config, output, progress, on_step)
     release, config = _checked(release, model, task).to(model.device), config or SynthesisConfig()
     plan = Plan.of(model, task, release, config)
     plan.check_processes()
@@ -114,7 +115,17 @@ def _conclude(plan: Plan, written: Written | None, folder: RunFolder) -> Synthes
     return result
 
 
+def _check_arguments(config, output, progress, on_step) -> None:
+    require_type(config, SynthesisConfig | None, "the config", "give a gradmm.SynthesisConfig, such as gradmm.PRESETS['pool']")
+    if output is not None:
+        files.as_path(output, "the output folder")
+    require_flag(progress, "progress")
+    require(on_step is None or callable(on_step), f"on_step is of type {type(on_step).__name__}: give a function, or None")
+
+
 def _checked(release, model: Model, task: Task) -> Release:
+    require_model(model)
+    require_task(task)
     require(
         isinstance(release, Release),
         f"synthesize was given {type(release).__name__} where a Release belongs: real texts enter through gradmm.release alone",

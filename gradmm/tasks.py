@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from gradmm import files
-from gradmm.errors import UserError, require, shown
+from gradmm.errors import UserError, is_whole, plain_fields, require, require_type, shown
 from gradmm.markup import check_name, plain_name
 from gradmm.rows import Row, read_label_names, read_split
 
@@ -87,6 +87,7 @@ class Task:
     hub: HubSource | None = None
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         self._freeze("labels")
         self._freeze("verbalizers")
         self._freeze("generation_prompts", ("",) * len(self.labels))
@@ -114,12 +115,14 @@ class Task:
         for name in ("verbalizers", "generation_prompts"):
             given = len(getattr(self, name))
             require(given == count, f"task {self.name!r} has {given} {name} for {count} labels: give one a label")
+        source = "give a HubSource such as HubSource('owner/data'), or None"
+        require_type(self.hub, HubSource | None, f"the hub of task {self.name!r}", source)
         require(
             self.hub is None or self.hub.classes is None or len(self.hub.classes) == count,
             f"task {self.name!r} has {count} labels but another number of hub classes: give one class a label",
         )
         require(
-            type(self.min_words) is int and self.min_words >= 1,
+            is_whole(self.min_words) and self.min_words >= 1,
             f"task {self.name!r} has min_words = {shown(self.min_words)}: give a whole number of at least 1",
         )
 
@@ -154,6 +157,15 @@ class Task:
 def _runs_on(before: str, after: str) -> bool:
     """Whether two texts would join into one word, in a script that sets words apart (it then has upper and lower case)."""
     return all(mark.isdigit() or mark.lower() != mark.upper() for mark in (before[-1:], after[:1]) if mark) and bool(after)
+
+
+def require_task(task) -> None:
+    """Raise unless it is a `Task`, not its name or folder.
+
+    Raises:
+        UserError: it is of another type.
+    """
+    require_type(task, Task, "the task", "give what gradmm.load_task or gradmm.load_data returns")
 
 
 # ---------------------------------------------------------------- tokens
@@ -202,6 +214,7 @@ def tokenize_task(task: Task, tokenizer) -> TaskTokens:
         UserError: a verbalizer of several tokens (its pieces and candidates are named), two that share a token, or a
             template that runs into the text.
     """
+    require_task(task)
     before, after = task.template.split(SLOT)
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     start = () if begin is None else (begin,)

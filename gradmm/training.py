@@ -5,8 +5,9 @@ Knows nothing of where examples come from, nor of choosing among rates and steps
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from gradmm.adapters import ADAPTERS, add_lora, fold_lora, start_lora
 from gradmm.classification import Encoded, score
-from gradmm.errors import is_number, is_whole, require, shown
+from gradmm.errors import is_number, is_whole, plain_fields, require, require_flag, require_whole, settings_from, shown
 from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
@@ -59,6 +60,7 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         rates = self.learning_rates
         require(
             isinstance(rates, list | tuple) and len(rates) > 0 and all(is_number(rate) and 0 < rate < 1 for rate in rates),
@@ -79,8 +81,8 @@ class FinetuneConfig:
             is_number(self.gradient_clip) and self.gradient_clip > 0,
             f"gradient_clip = {shown(self.gradient_clip)}, it must be above 0: the default is 1.0",
         )
-        require(isinstance(self.autocast, bool), f"autocast = {shown(self.autocast)}, it must be True or False: give one of them")
-        require(is_whole(self.seed), f"seed = {shown(self.seed)}, it must be a whole number: give such as 0")
+        require_flag(self.autocast, "autocast")
+        require_whole(self.seed, "seed")
         require(self.adapter in (None, *ADAPTERS), f"the adapter {shown(self.adapter)} is not known: use None or one of {', '.join(ADAPTERS)}")
 
     @staticmethod
@@ -90,10 +92,7 @@ class FinetuneConfig:
         Raises:
             UserError: a name that is no setting, or a value that a setting cannot have.
         """
-        known = {item.name for item in fields(FinetuneConfig)}
-        unknown = sorted(set(values) - known)
-        require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}: the settings are {', '.join(sorted(known))}")
-        return FinetuneConfig(**values)
+        return settings_from(FinetuneConfig, values)
 
 
 def _default(name: str):
@@ -139,8 +138,37 @@ def finish(trained: Model, weights: dict[str, Tensor], config: FinetuneConfig) -
     trained.lm.requires_grad_(False)
 
 
+def adamw(model: Model, rate: float, config: FinetuneConfig) -> torch.optim.AdamW:
+    """The optimizer of the weights that learn."""
+    fused = model.device.type in ("cpu", "cuda")
+    learning = [weights for weights in model.lm.parameters() if weights.requires_grad]
+    return torch.optim.AdamW(learning, lr=rate, weight_decay=config.weight_decay, fused=fused)
+
+
+def optimizer_state(model: Model, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """What an optimizer keeps of each weight that has learnt: `moment/weight` -> tensor."""
+    learning = [(name, weights) for name, weights in model.lm.named_parameters() if weights in optimizer.state]
+    return {f"{key}/{name}": value for name, weights in learning for key, value in optimizer.state[weights].items()}
+
+
+def restore_optimizer(model: Model, optimizer: torch.optim.AdamW, held: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_state`, for a new optimizer."""
+    for name, weights in model.lm.named_parameters():
+        moments = {key.split("/")[0]: value.to(weights.device) for key, value in held.items() if key.split("/")[1] == name}
+        if moments:
+            optimizer.state[weights] = moments
+
+
 def train_at_rate(
-    model: Model, tokens: TaskTokens, data: Encoded, looks: Encoded, rate: float, config: FinetuneConfig, start: dict | None = None
+    model: Model,
+    tokens: TaskTokens,
+    data: Encoded,
+    looks: Encoded,
+    rate: float,
+    config: FinetuneConfig,
+    start: dict | None = None,
+    past: Sequence[dict] = (),
+    optimizer: torch.optim.AdamW | None = None,
 ) -> Iterator[dict]:
     """Train at one peak rate, in place.
 
@@ -149,29 +177,36 @@ def train_at_rate(
         data: the examples to train on.
         looks: the examples to look at.
         start: another rate's row of step 0, at which all rates have the same weights; None looks.
+        past: the rows of an interrupted training at this rate, which goes on behind the last of them; model and optimizer are
+            as they were then.
+        optimizer: from `adamw`; None makes one.
 
     Yields:
         A row of `Training.curve` at each look; the run ends early where it diverges or runs out of patience.
     """
-    fused = model.device.type in ("cpu", "cuda")
-    learning = [weights for weights in model.lm.parameters() if weights.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=config.weight_decay, fused=fused)
-    order = _order(len(data.sequences), config)
+    optimizer = optimizer or adamw(model, rate, config)
+    begin, looked = (past[-1]["step"], True) if past else (0, False)
+    order = islice(_order(len(data.sequences), config), begin, None)
     losses: list[float] = []
-    best, waited = -1.0, 0
-    for step in range(config.steps + 1):
-        if step % config.eval_every == 0 or step == config.steps:
+    for step in range(begin, config.steps + 1):
+        if (step % config.eval_every == 0 or step == config.steps) and not (looked and step == begin):
             row = {**start, "learning_rate": rate} if step == 0 and start else _look(model, tokens, looks, rate, step, losses, config)
+            past = [*past, row]
             yield row
             losses.clear()
-            best, waited = max(best, row["validation_accuracy"]), 0 if row["validation_accuracy"] > best else waited + 1
-            if step == config.steps or waited == config.patience:
-                return
+        if step == config.steps or _waited(past) == config.patience:
+            return
         for group in optimizer.param_groups:
             group["lr"] = rate * _schedule(step, config)
         losses.append(_step(model, tokens, data, next(order), optimizer, config))
         if not math.isfinite(losses[-1]):
             return
+
+
+def _waited(rows: Sequence[dict]) -> int:
+    """The looks since the first of the best."""
+    accuracies = [row["validation_accuracy"] for row in rows]
+    return len(accuracies) - 1 - accuracies.index(max(accuracies))
 
 
 def _look(model: Model, tokens: TaskTokens, looks: Encoded, rate: float, step: int, losses: list[float], config) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gradmm import files
 from gradmm.controls import without_gradient
-from gradmm.errors import is_whole, require, shown
+from gradmm.errors import is_whole, plain_fields, require, require_type, shown
 from gradmm.examples import Example, Splits, check_examples, sample_examples
 from gradmm.generation import Sampling
 from gradmm.judging import keep_examples
@@ -49,6 +49,9 @@ class ComparisonConfig:
     similarity_steps: tuple[int, ...] = (0, 10, 50)
 
     def __post_init__(self) -> None:
+        plain_fields(self)
+        for name, kind in (("synthesis", SynthesisConfig), ("finetuning", FinetuneConfig), ("sampling", Sampling)):
+            require_type(getattr(self, name), kind, f"a comparison's {name}", f"give a {kind.__name__}")
         require(is_whole(self.n_real) and self.n_real >= 1, f"n_real = {shown(self.n_real)}, it must be a whole number of at least 1: give such as 50")
         require(
             self.space is None or (isinstance(self.space, str) and self.space in SPACES),
@@ -135,7 +138,8 @@ class Trial:
     @cached_property
     def release(self) -> Release:
         """Their exact gradients."""
-        return release(self.bench.model, self.bench.task, self.real, space=self.bench.config.release_space)
+        space, cache = self.bench.config.release_space, self.bench.folder
+        return release(self.bench.model, self.bench.task, self.real, space=space, cache=cache, progress=False)
 
     @cached_property
     def blank(self) -> Release:

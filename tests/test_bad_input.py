@@ -105,7 +105,7 @@ CASES = {
     "budget: epsilon infinite": (lambda at: private(epsilon=INF), "epsilon = inf, it must be positive and finite"),
     "budget: epsilon in words": (lambda at: private(epsilon="1"), "epsilon = '1', it must be positive and finite"),
     "budget: no delta": (lambda at: private(delta=None), "without delta: give delta too"),
-    "budget: delta 1": (lambda at: private(delta=1), "delta = 1, it must lie between 0 and 1"),
+    "budget: delta 1": (lambda at: private(delta=1), "delta = 1, it must be at most 0.01"),
     "budget: clip": (lambda at: private(clip=0), "clip = 0, it must lie between"),
     "budget: a relation": (lambda at: private(relation="swap"), "the relation 'swap' is not known: use one of"),
     "budget: no length": (lambda at: private(length=None), "the real texts' own length is private: give length"),

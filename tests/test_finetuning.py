@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
+from gradmm import files, finetuning
 from gradmm import training as training_room
 from gradmm.classification import evaluate, evaluate_calibrated, score
 from gradmm.errors import DataWarning, UserError
@@ -199,7 +200,7 @@ def test_short_validation_texts_are_left_out_and_their_number_is_limited(tiny_mo
 
 def test_progress_sees_each_row(tiny_model):
     seen = []
-    assert run(tiny_model("llama"), TWO, progress=seen.append).curve == seen
+    assert run(tiny_model("llama"), TWO, on_look=seen.append).curve == seen
     assert set(seen[0]) == {"learning_rate", "step", "train_loss", "validation_loss", "validation_accuracy"}
 
 
@@ -248,3 +249,106 @@ def test_real_examples_teach_the_bench_model(bench):
     config = FinetuneConfig(steps=30, learning_rates=(1e-4,), eval_every=15)
     result = finetune(model, task, real, splits.validation, splits.test, config)
     assert evaluate(model, task, splits.test).accuracy < 0.6 < 0.68 < result.accuracy
+
+
+# ---------------------------------------------------------------- interrupted and finished work
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def killed_at(look: int):
+    """A callback that ends the training at a look, counted from 1."""
+    seen = []
+
+    def on_look(row: dict) -> None:
+        seen.append(row)
+        if len(seen) == look:
+            raise Killed
+
+    return on_look
+
+
+@pytest.mark.parametrize("look", [1, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("options", [{}, {"batch_size": 3, "patience": 2}, {"adapter": "lora", "adapter_rank": 2}], ids=str)
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tiny_model, tmp_path, monkeypatch, look, options):
+    monkeypatch.setattr(finetuning, "SNAPSHOT_SECONDS", -1.0)
+    if "adapter" in options:
+        pytest.importorskip("peft")
+    model, config = tiny_model("gpt2", dtype=torch.float32), replace(QUICK, **options)
+    whole = run(model, TWO, config, progress=False)
+    with pytest.raises(Killed):
+        run(model, TWO, config, output=tmp_path, progress=False, on_look=killed_at(min(look, len(whole.curve))))
+    looks = []
+    again = run(model, TWO, config, output=tmp_path, progress=False, on_look=looks.append)
+    assert (again.curve, again.test) == (whole.curve, whole.test)
+    assert (again.learning_rate, again.step, again.validation_accuracy) == (whole.learning_rate, whole.step, whole.validation_accuracy)
+    assert looks == whole.curve[-len(looks) :] and len(looks) >= len(whole.curve) - look + 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["finetuning.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_are_those_of_an_uninterrupted_training_to_the_last_bit(tiny_model, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(finetuning, "SNAPSHOT_SECONDS", -1.0)
+    model, config = tiny_model("llama", dtype=dtype), replace(QUICK, learning_rates=(3e-3,), steps=16)
+    sets = (toy(TWO, 0, 8), toy(TWO, 20, 6))
+    whole = fit(model, TWO, *sets, config)
+    with pytest.raises(Killed):
+        fit(model, TWO, *sets, config, killed_at(3), finetuning.Checkpoint(tmp_path))
+    again = fit(model, TWO, *sets, config, saved=finetuning.Checkpoint(tmp_path))
+    theirs = whole.model.lm.state_dict()
+    assert again.step == whole.step and all(torch.equal(value, theirs[name]) for name, value in again.model.lm.state_dict().items())
+
+
+def test_a_finished_training_is_read_back(tiny_model, tmp_path, monkeypatch):
+    model = tiny_model("llama", dtype=torch.float32)
+    first = run(model, TWO, output=tmp_path, progress=False)
+    monkeypatch.setattr(finetuning, "fit", None)
+    again = run(model, TWO, output=tmp_path, progress=False)
+    assert (again.curve, again.test, again.seconds, again.macro_f1) == (first.curve, first.test, first.seconds, first.macro_f1)
+    for changed in ({"config": replace(QUICK, seed=1)}, {"count": 7}):
+        with pytest.raises(UserError, match="holds a run with other settings: .*choose another output folder"):
+            run(model, TWO, output=tmp_path, progress=False, **changed)
+    with pytest.raises(UserError, match=r"other settings: task\.name"):
+        run(model, replace(TWO, name="other"), output=tmp_path, progress=False)
+    (tmp_path / "finetuning.json").write_text("{}")
+    with pytest.raises(UserError, match=r"finetuning\.json is no finished fine-tuning .*: remove its folder and run again"):
+        run(model, TWO, output=tmp_path, progress=False)
+
+
+def test_a_training_that_diverged_is_read_back(tiny_model, tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    model.head_weight.mul_(1e30)
+    first, again = (run(model, TWO, output=tmp_path, progress=False) for _ in range(2))
+    assert [row["step"] for row in again.curve] == [row["step"] for row in first.curve] and again.test.accuracy == first.test.accuracy
+
+
+def test_unfinished_work_that_is_damaged_is_named(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "SNAPSHOT_SECONDS", -1.0)
+    model = tiny_model("llama", dtype=torch.float32)
+    with pytest.raises(Killed):
+        run(model, TWO, output=tmp_path, progress=False, on_look=killed_at(2))
+    files.write_tensors(tmp_path / finetuning.STATE, {"x": torch.ones(1)}, {})
+    with pytest.raises(UserError, match=r"training\.safetensors is no saved training .*: remove it and run again"):
+        run(model, TWO, output=tmp_path, progress=False)
+    (tmp_path / finetuning.STATE).write_bytes(b"half")
+    with pytest.raises(UserError, match=r"training\.safetensors is no whole safetensors file"):
+        run(model, TWO, output=tmp_path, progress=False)
+
+
+def test_saving_takes_a_tenth_of_the_time_at_most(tiny_model, tmp_path, monkeypatch):
+    saved, write, clock = [], files.write_tensors, iter(range(0, 10_000, 6))
+    monkeypatch.setattr(finetuning.files, "write_tensors", lambda *given: saved.append(given) or write(*given))
+    monkeypatch.setattr(finetuning.time, "monotonic", lambda: next(clock))  # six seconds pass at every look: so long a save takes
+    run(tiny_model("llama"), TWO, replace(QUICK, steps=40, eval_every=1), output=tmp_path, progress=False)
+    assert 1 < len(saved) <= 82 / 10
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_long_training_is_shown(tiny_model, monkeypatch, capfd, progress):
+    clock = iter(range(0, 10_000, 3))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    run(tiny_model("llama"), TWO, progress=progress)
+    shown = capfd.readouterr().err
+    assert ("fine-tuning: 100%" in shown and "24/24" in shown) if progress else shown == ""

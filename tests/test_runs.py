@@ -45,11 +45,12 @@ def test_another_runs_settings_are_named_and_its_files_kept(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_foreign_files_are_not_overwritten(tmp_path):
-    (tmp_path / "synthetic.jsonl").write_text("mine")
-    with pytest.raises(UserError, match=r"holds synthetic\.jsonl but no manifest"):
+@pytest.mark.parametrize("name", runs.RESULTS)
+def test_foreign_files_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"holds {name} but no manifest"):
         runs.RunFolder.open(tmp_path, IDENTITY)
-    assert (tmp_path / "synthetic.jsonl").read_text() == "mine"
+    assert (tmp_path / name).read_text() == "mine"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file: give a folder"):
         runs.RunFolder.open(tmp_path / "file", IDENTITY)
@@ -66,10 +67,13 @@ def test_the_end_of_a_run_leaves_results_without_clocks_and_no_unfinished_work(t
     folder = runs.RunFolder.open(tmp_path, IDENTITY)
     folder.save_result(0, some_result())
     history = pandas.DataFrame([{"step": 1, "group": 0, "match_z": float("nan"), "seconds": 0.5}])
-    folder.finish([{"text": "a", "match": float("inf")}], history, dict(folder.manifest), "# card\n")
+    rows = [{"text": "a", "match": float("inf"), "kept": True}, {"text": "b", "match": 0.5, "kept": False}]
+    folder.finish(rows, history, dict(folder.manifest), "# card\n")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"README.md", "manifest.json", "synthetic.jsonl", "history.jsonl", "timings.jsonl"}
-    assert json.loads((tmp_path / "synthetic.jsonl").read_text()) == {"text": "a", "match": None}
+    assert names == {"README.md", "manifest.json", "train.jsonl", "synthetic.jsonl", "history.jsonl", "timings.jsonl"}
+    written = [json.loads(line) for line in (tmp_path / "synthetic.jsonl").read_text().splitlines()]
+    assert written == [{**rows[0], "match": None}, rows[1]]
+    assert json.loads((tmp_path / "train.jsonl").read_text()) == {"text": "a", "match": None, "kept": True}
     assert json.loads((tmp_path / "history.jsonl").read_text()) == {"step": 1, "group": 0, "match_z": None}
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["status"] == "complete" and manifest["clock"]["seconds"] >= 0 and manifest["versions"]["torch"]
@@ -81,3 +85,12 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     folder.save_result(0, some_result())
     folder.finish([], pandas.DataFrame([{"step": 1, "group": 0, "seconds": 1.0}]), {}, "")
     assert folder.load_result(0, torch.device("cpu")) is None and not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_finished_without_a_file_of_kept_texts_is_read_back(tmp_path):
+    folder = runs.RunFolder.open(tmp_path, IDENTITY)
+    history = pandas.DataFrame([{"step": 1, "group": 0, "match_z": 0.5}])
+    folder.finish([{"text": "a", "match": 1.0, "kept": True}], history, dict(folder.manifest), "# card\n")
+    (tmp_path / "train.jsonl").unlink()
+    again = runs.RunFolder.open(tmp_path, IDENTITY)
+    assert again.finished and again.load()[0] == [{"text": "a", "match": 1.0, "kept": True}]

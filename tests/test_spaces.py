@@ -1,17 +1,22 @@
 """Release spaces by name: whitening, what is refused, and back from a file's tensors."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from gradmm import path, spaces
-from gradmm.classification import label_preference
+from gradmm.classification import label_logs, label_preference
 from gradmm.errors import UserError
+from gradmm.examples import Example
+from gradmm.generation import prompted_texts
 from gradmm.gradients import LabelSpace, Space
+from gradmm.privacy import release
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was", ("a", "the"))
+REAL = [Example("the actors were fine", 1), Example("a dull story", 0)]
 PUBLIC = ["some words", "a dog sat on the cat", "two red words", "this text is about sports", "they made time"]
 
 
@@ -66,6 +71,53 @@ def test_a_model_writes_its_own_texts_once_for_a_task(tiny_model, monkeypatch):
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2]) and len(written) == 2
     task = replace(TASK, generation_prompts=("a", "the movie was"))
     assert not torch.equal(spaces.release_space(model, tokenize_task(task, model.tokenizer), "body").preference, found[0]) and len(written) == 3
+
+
+def spread_of(model, tokens, texts) -> list[float]:
+    """The standard error of each label's mean log-probability against all labels', with the spread within the classes."""
+    logs = label_logs(model, tokens, texts).double().unflatten(0, (2, -1))
+    return ((logs - logs.mean(-1, keepdim=True)).var(1).mean(0) / len(texts)).sqrt().tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
+def test_as_many_texts_are_written_as_the_preference_needs(tiny_model, monkeypatch, kind):
+    monkeypatch.setattr(spaces, "CALIBRATION_TEXTS", 64)
+    model = tiny_model(kind)
+    tokens = tokenize_task(TASK, model.tokenizer)
+    first = prompted_texts(model, tokens, spaces.FIRST_TEXTS)
+    error = max(spread_of(model, tokens, first))
+    for bound, count in ((2 * error, 8), (error / 1.5, 18), (error / 2.1, 36), (error / 9, 64), (0.0, 64)):
+        texts = spaces.own_texts(model, tokens, bound)
+        assert len(texts) == 2 * count and texts[:16] == first
+        assert len(set(texts)) > count  # the later texts are other draws than the first
+    enough = spaces.own_texts(model, tokens, error / 2.1)
+    assert max(spread_of(model, tokens, [*enough[:8], *enough[16:44], *enough[8:16], *enough[44:]])) < error
+
+
+def test_a_cache_keeps_the_texts_of_one_model_task_and_bound(tiny_model, monkeypatch, tmp_path):
+    written, write = [], spaces.prompted_texts
+    monkeypatch.setattr(spaces, "prompted_texts", lambda *some, **more: written.append(some) or write(*some, **more))
+    found = [release(tiny_model("llama"), TASK, REAL, cache=tmp_path).fingerprint for _ in range(3)]
+    assert len(set(found)) == 1 and len(written) == 1 and [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+    assert release(tiny_model("llama"), TASK, REAL).fingerprint == found[0] and len(written) == 2
+    assert not {example.text for example in REAL} & set(json.loads((tmp_path / "calibration.json").read_text())["texts"])
+    release(tiny_model("llama", seed=1), TASK, REAL, cache=tmp_path)
+    assert len(written) == 3  # another model writes its own, and the cache is now its
+    release(tiny_model("llama", seed=1), replace(TASK, generation_prompts=("a", "the movie")), REAL, cache=tmp_path)
+    assert len(written) == 4
+    model = tiny_model("llama", seed=2)
+    release(model, TASK, REAL)
+    release(model, TASK, REAL, cache=tmp_path)  # what is in memory goes to the folder
+    release(tiny_model("llama", seed=2), TASK, REAL, cache=tmp_path)
+    assert len(written) == 5
+
+
+def test_writing_them_is_shown_where_it_takes_long(tiny_model, monkeypatch, capfd):
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))  # three seconds pass at every look
+    for progress, shown in ((True, True), (False, False)):
+        release(tiny_model("llama"), TASK, REAL, progress=progress)
+        assert ("measuring the model's preference" in capfd.readouterr().err) == shown
 
 
 @pytest.mark.parametrize("name", spaces.SPACES)

@@ -86,10 +86,15 @@ def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float,
         UserError: counts that do not fit together, or a confidence outside (0, 1).
     """
     require(
-        all(isinstance(count, Integral) for count in (canaries, guesses, correct)) and 0 <= correct <= guesses <= canaries and guesses >= 1,
+        all(isinstance(count, Integral) for count in (canaries, guesses, correct))
+        and 0 <= correct <= guesses <= canaries
+        and guesses >= 1,
         f"{correct} right of {guesses} guesses about {canaries} canaries: give right <= guesses <= canaries",
     )
-    require(is_number(confidence) and 0 < confidence < 1, f"confidence = {confidence!r}, it must lie between 0 and 1: give such as 0.95")
+    require(
+        is_number(confidence) and 0 < confidence < 1,
+        f"confidence = {confidence!r}, it must lie between 0 and 1: give such as 0.95",
+    )
     low, high = 0.0, LARGEST_EPSILON
     if p_value(canaries, guesses, correct, low, delta) > 1 - confidence:
         return 0.0
@@ -158,8 +163,8 @@ def audit_release(
     Args:
         model, task, options: as for `release`; `epsilon` is needed.
         canaries: m pairs of examples or rows; the second is None exactly when the relation is "add-remove".
-        companions: further private examples, whatever `examples.check_examples` takes; every class needs one, whatever the coins
-            say.
+        companions: further private examples, whatever `examples.check_examples` takes; every class needs one, whatever
+            the coins say.
         guesses, confidence, seed: as in `audit_mechanism`.
 
     Raises:
@@ -170,7 +175,9 @@ def audit_release(
         isinstance(canaries, Iterable) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in canaries),
         f"the canaries are of type {type(canaries).__name__}: give a list of pairs of examples",
     )
-    canaries = [tuple(None if one is None else check_examples([one], task, "canary")[0] for one in pair) for pair in canaries]
+    canaries = [
+        tuple(None if one is None else check_examples([one], task, "canary")[0] for one in pair) for pair in canaries
+    ]
     companions = check_examples(companions, task, "companion")
     require(len(canaries) > 0, "there are no canaries: give pairs of examples")
     require(options.get("epsilon") is not None, "epsilon is None, and a release without privacy has no claim to audit: give epsilon")

@@ -40,8 +40,9 @@ def dataset_card(manifest: Mapping) -> str:
         "---\ntags:\n- synthetic\ntask_categories:\n- text-classification\nconfigs:\n- config_name: default\n"
         "  data_files: train.jsonl\n- config_name: candidates\n  data_files: synthetic.jsonl\n---",
         f"# Synthetic texts for {literal(task['name'])}",
-        f"{manifest['kept']} synthetic texts with the labels {', '.join(map(literal, task['labels']))}, in `train.jsonl`, "
-        "one JSON object a line; `synthetic.jsonl`, the configuration `candidates`, holds all that were written. They were written so that the gradient of the fine-tuning loss on them is close to a target "
+        f"{manifest['kept']} synthetic texts with the labels {', '.join(map(literal, task['labels']))}, in "
+        "`train.jsonl`, one JSON object a line; `synthetic.jsonl`, the configuration `candidates`, holds all that were "
+        "written. They were written so that the gradient of the fine-tuning loss on them is close to a target "
         "gradient (Nguyen et al. 2025, arXiv 2502.17607).",
         f"## Privacy\n\n{_privacy(release)}",
         "## How it was made",

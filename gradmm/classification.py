@@ -111,7 +111,8 @@ def evaluate(model: Model, task: Task, examples: Iterable, tokens_per_batch: int
         UserError: no examples, a label that the task does not know, or a text longer than the model's context.
     """
     require_model(model)
-    tokens, tokens_per_batch = tokenize_task(task, model.tokenizer), require_whole(tokens_per_batch, "tokens_per_batch", 1)
+    tokens_per_batch = require_whole(tokens_per_batch, "tokens_per_batch", 1)
+    tokens = tokenize_task(task, model.tokenizer)
     return score(model, tokens, Encoded.of(model, task, tokens, examples, "test"), tokens_per_batch)
 
 

@@ -67,21 +67,23 @@ def compare(
         second: another model for a second perplexity.
         learners: further models, of any architecture and tokenizer, that are trained and judged on the same examples, which
             `model` wrote or chose; see `Comparison.on`.
-        pools: for each seed the texts that these settings would write, if another comparison or synthesis wrote them, kept or
-            not: gradmm chooses from them. Others would make other results without a word.
+        pools: for each seed the texts that these settings would write, if another comparison or synthesis wrote them,
+            kept or not: gradmm chooses from them. Others would make other results without a word.
 
     Returns:
         Comparison.
 
     Raises:
-        UserError: an argument of another type, an unknown method, repeated seeds, learners of one name, data that does not fit the task or a model
-            (see `classification.check_fit`), or a folder with a comparison of other settings or another run at work.
+        UserError: an argument of another type, an unknown method, repeated seeds, learners of one name, data that does
+            not fit the task or a model (see `classification.check_fit`), or a folder with a comparison of other
+            settings or another run at work.
     """
     _check_types(model, splits, config, methods, seeds, progress, second, learners, pools)
     begun, config = time.time(), config or ComparisonConfig()
     workers = usual_workers(model) if workers is None else workers
     _check(model, methods, seeds, workers)
-    seeds, pools = [int(seed) for seed in seeds], {seed: _candidates(rows, task) for seed, rows in (pools or {}).items()}
+    seeds = [int(seed) for seed in seeds]
+    pools = {seed: _candidates(rows, task) for seed, rows in (pools or {}).items()}
     splits = replace(splits, test=thinned(splits.test, 0, config.max_test))
     check_fit(model, task, splits, SPLITS)
     _check_learners(model, task, splits, learners)
@@ -133,7 +135,7 @@ def _check_types(model, splits, config, methods, seeds, progress, second, learne
 
 
 def _candidates(rows: Iterable, task: Task) -> list[Example]:
-    """A pool as Examples: the texts that gradmm chooses from, whether or not another choice kept them; none that is empty."""
+    """A pool as Examples: the texts to choose from, whether or not another choice kept them; none that is empty."""
     rows = [row if isinstance(row, Example) else {**row, "kept": True} for row in rows]
     return check_examples((row for row in rows if isinstance(row, Example) or row.get("text")), task, "pool text")
 

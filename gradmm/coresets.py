@@ -80,7 +80,10 @@ def select_coresets(model: Model, task: Task, examples: Sequence[Example], n: in
     """
     require_model(model)
     examples, classes = check_examples(examples, task, "example"), len(task.labels)
-    require(require_whole(n, "n") >= classes, f"n = {n}, but {classes} classes need at least {classes}: ask for more examples")
+    require(
+        require_whole(n, "n") >= classes,
+        f"n = {n}, but {classes} classes need at least {classes}: ask for more examples",
+    )
     tokens = tokenize_task(task, model.tokenizer)
     chosen: dict[str, list[Example]] = {method: [] for method in methods}
     for label, name in enumerate(task.labels):

@@ -239,7 +239,7 @@ def refuse_overlap(seen: Iterable[Example], test: Iterable[Example]) -> None:
 
 
 def without_overlap(written: Iterable[Example], test: Iterable[Example]) -> list[Example]:
-    """The examples whose text is not in the test set: a model may by chance write one that stands there word for word."""
+    """The examples whose text isn't in the test set: a model may by chance write one that stands there as it is."""
     hashes = {content_hash(example.text) for example in test}
     return [example for example in written if content_hash(example.text) not in hashes]
 
@@ -248,8 +248,8 @@ def check_examples(rows: Iterable, task: Task, where: str = "row") -> list[Examp
     """Rows with `text` and `label` as Examples: what every public function does first with the examples it is given.
 
     Args:
-        rows: Examples or mappings: lists of them, a `datasets.Dataset`, what a synthesis wrote. Labels are numbers, numpy's
-            included, or names. A row whose `kept` is False, as a synthesis marks what it rejected, is left out.
+        rows: Examples or mappings: lists of them, a `datasets.Dataset`, what a synthesis wrote. Labels are numbers,
+            numpy's included, or names. A row whose `kept` is False, as a synthesis marks its rejects, is left out.
         where: what an error calls a row, with its number; an Example with an origin is called by that.
 
     Raises:

@@ -99,17 +99,18 @@ def finetune(
 
     Args:
         model: left as it is.
-        train: any number of examples, any source: whatever `examples.check_examples` takes, such as the `kept` of a synthesis.
+        train: any number of examples, any source: whatever `examples.check_examples` takes, such as the `kept` of a
+            synthesis.
         validation, test: the same.
         config: the settings.
-        output: a folder of its own that keeps unfinished work, which the same call continues to the same result, and the
-            figures of a finished one, which are read back. None keeps everything in memory.
+        output: a folder of its own that keeps unfinished work, which the same call continues to the same result, and
+            the figures of a finished one, which are read back. None keeps everything in memory.
         progress: whether to show a progress bar if it takes more than two seconds.
         on_look: called with each new row of the curve.
 
     Raises:
-        UserError: an argument of another type, a train or validation text that is in the test set, no examples, an unknown
-            label, a text that is too long, or a folder that holds other work.
+        UserError: an argument of another type, a train or validation text that is in the test set, no examples, an
+            unknown label, a text that is too long, or a folder that holds other work.
 
     Example:
         >>> import gradmm
@@ -134,7 +135,8 @@ def finetune(
             return _read(folder.path)
         saved = Checkpoint(folder.path)
         with _bar(config, progress) as show:
-            found = fit(model, task, train, validation, config, lambda row: (show(row), on_look and on_look(row)), saved)
+            look = show if on_look is None else lambda row: (show(row), on_look(row))
+            found = fit(model, task, train, validation, config, look, saved)
         result = FinetuneResult(
             test=score(found.model, tokens, asked, TOKENS_PER_BATCH),
             learning_rate=found.learning_rate,
@@ -151,7 +153,9 @@ def _check(model, config, progress, on_look) -> None:
     require_model(model)
     require_type(config, FinetuneConfig | None, "the config", "give a gradmm.FinetuneConfig")
     require_flag(progress, "progress")
-    require(on_look is None or callable(on_look), f"on_look is of type {type(on_look).__name__}: give a function, or None")
+    require(
+        on_look is None or callable(on_look), f"on_look is of type {type(on_look).__name__}: give a function, or None"
+    )
 
 
 @contextmanager
@@ -257,11 +261,7 @@ def _identity(model: Model, task: Task, config: FinetuneConfig, **sets: Sequence
 
 
 class Checkpoint:
-    """An unfinished training in a folder: the curve, the best weights, and weights and moments at the last look.
-
-    Attributes:
-        seconds: that the training has taken, before an interruption and since.
-    """
+    """An unfinished training in a folder: the curve, the best weights, and weights and moments at the last look."""
 
     def __init__(self, folder: Path | None) -> None:
         self.path = None if folder is None else folder / STATE
@@ -270,6 +270,7 @@ class Checkpoint:
 
     @property
     def seconds(self) -> float:
+        """What the training has taken, before an interruption and since."""
         return self._before + time.monotonic() - self._begun
 
     def load(self) -> tuple[list[list[dict]], dict | None, dict[str, dict[str, Tensor]]]:
@@ -289,17 +290,29 @@ class Checkpoint:
                 kind, rest = name.split("/", 1)
                 held[kind][rest] = tensor
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.path} is no saved training ({first_line(error)}): remove it and run again") from error
-        return [[_with_loss(row, "validation_loss") for row in some] for some in rows], _with_loss(best, "validation_loss"), held
+            raise UserError(
+                f"{self.path} is no saved training ({first_line(error)}): remove it and run again"
+            ) from error
+        return (
+            [[_with_loss(row, "validation_loss") for row in some] for some in rows],
+            _with_loss(best, "validation_loss"),
+            held,
+        )
 
-    def snapshot(self, rows: list[list[dict]], best: dict, weights: dict[str, Tensor], trained: Model, optimizer) -> None:
+    def snapshot(
+        self, rows: list[list[dict]], best: dict, weights: dict[str, Tensor], trained: Model, optimizer
+    ) -> None:
         """Save the training as it stands, so seldom that it takes a tenth of the time at most."""
         begun = time.monotonic()
         if self.path is None or begun - self._saved < max(SNAPSHOT_SECONDS, 10 * self._cost):
             return
         kinds = {"weights": learnt_weights(trained), "best": weights, "optimizer": optimizer_state(trained, optimizer)}
         tensors = {f"{kind}/{name}": tensor for kind, some in kinds.items() for name, tensor in some.items()}
-        state = {"rows": [[_finite(row) for row in some] for some in rows], "best": _finite(best), "seconds": self.seconds}
+        state = {
+            "rows": [[_finite(row) for row in some] for some in rows],
+            "best": _finite(best),
+            "seconds": self.seconds,
+        }
         files.write_tensors(self.path, tensors, {"training": json.dumps(state)})
         self._saved = time.monotonic()
         self._cost = self._saved - begun
@@ -321,7 +334,9 @@ def _read(folder: Path) -> FinetuneResult:
         curve = [_with_loss(row, "validation_loss") for row in held["curve"]]
         result = FinetuneResult(**{**held, "test": Evaluation(**_with_loss(test, "loss")), "curve": curve})
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place} is no finished fine-tuning ({first_line(error)}): remove its folder and run again") from error
+        raise UserError(
+            f"{place} is no finished fine-tuning ({first_line(error)}): remove its folder and run again"
+        ) from error
     _clear(folder)
     return result
 

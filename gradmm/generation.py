@@ -115,8 +115,8 @@ def generate_texts(
     """
     require_model(model)
     require_type(sampling, Sampling | None, "sampling", "give a Sampling")
-    sampling, n_per_class, seed = sampling or Sampling(), require_whole(n_per_class, "n_per_class", 1), require_whole(seed, "seed")
-    shots = check_examples(shots, task, "shot")
+    sampling, shots = sampling or Sampling(), check_examples(shots, task, "shot")
+    n_per_class, seed = require_whole(n_per_class, "n_per_class", 1), require_whole(seed, "seed")
     pools = [[example.text for example in shots if example.label == label] for label in range(len(task.labels))]
     bare = [name for name, pool in zip(task.labels, pools, strict=True) if shots and not pool]
     require(not bare, f"the labels {bare} have 0 of the {len(shots)} shots: give at least one of each class")

@@ -27,8 +27,9 @@ from gradmm.gradients import DenseTarget, Factors
 from gradmm.seeds import generator
 
 RELATIONS = {"replace-one": 2.0, "add-remove": 1.0}  # sensitivity of a clipped sum, in units of the clip
-# A mechanism that hands out each example as it is with the chance delta is (0, delta)-private, so a delta of 1 / n promises next
-# to nothing. The number of examples is private; this bound is not, and no claim above it is called private for any number.
+# A mechanism that hands out each example as it is with the chance delta is (0, delta)-private, so a delta of 1 / n
+# promises next to nothing. The number of examples is private; this bound is public, and no claim above it is called
+# private, however many there are.
 LARGEST_DELTA = 0.01
 CLIP_RANGE = (1e-30, 1e30)  # a float32 holds the noised sums
 SOLVER_TOLERANCE = 1e-16
@@ -122,9 +123,14 @@ def plan_entry(
     >>> entry.sensitivity, round(entry.sigma, 2)
     (2.0, 7.46)
     """
-    require(is_number(epsilon) and epsilon > 0, f"epsilon = {shown(epsilon)}, it must be positive and finite: give such as 1.0")
+    require(
+        is_number(epsilon) and epsilon > 0,
+        f"epsilon = {shown(epsilon)}, it must be positive and finite: give such as 1.0",
+    )
     require(delta is not None, f"epsilon = {epsilon} without delta: give delta too, well below 1 / number of examples")
-    require(is_number(delta) and 0 < delta < 1, f"delta = {shown(delta)}, it must lie between 0 and 1: give such as 1e-5")
+    require(
+        is_number(delta) and 0 < delta < 1, f"delta = {shown(delta)}, it must lie between 0 and 1: give such as 1e-5"
+    )
     check_clipping(clip, relation, calibration)
     sensitivity = RELATIONS[relation] * clip
     sigma = sensitivity * CALIBRATIONS[calibration](epsilon, delta)
@@ -133,15 +139,15 @@ def plan_entry(
 
 
 def check_delta(delta: float) -> None:
-    """Check that a delta that stands for privacy is a small chance; for any number of examples, which is private itself.
+    """Check that a delta is a small chance, whatever the number of examples, which is private itself.
 
     Raises:
         UserError: above `LARGEST_DELTA`.
     """
     require(
         not is_number(delta) or delta <= LARGEST_DELTA,
-        f"delta = {shown(delta)}, it must be at most {LARGEST_DELTA} (whoever hands out each example as it is with the chance delta "
-        "keeps to it): give such as 1e-5, well below 1 / number of examples",
+        f"delta = {shown(delta)}, it must be at most {LARGEST_DELTA} (whoever hands out each example as it is with the "
+        "chance delta keeps to it): give such as 1e-5, well below 1 / number of examples",
     )
 
 
@@ -152,9 +158,15 @@ def check_clipping(clip: float, relation: str, calibration: str) -> None:
         UserError: clip not positive and finite, an unknown relation or calibration.
     """
     least, most = CLIP_RANGE
-    require(is_number(clip) and least <= clip <= most, f"clip = {shown(clip)}, it must lie between {least:g} and {most:g}: give such as 1.0")
+    require(
+        is_number(clip) and least <= clip <= most,
+        f"clip = {shown(clip)}, it must lie between {least:g} and {most:g}: give such as 1.0",
+    )
     for name, value, known in (("relation", relation, RELATIONS), ("calibration", calibration, CALIBRATIONS)):
-        require(isinstance(value, str) and value in known, f"the {name} {shown(value)} is not known: use one of {', '.join(known)}")
+        require(
+            isinstance(value, str) and value in known,
+            f"the {name} {shown(value)} is not known: use one of {', '.join(known)}",
+        )
 
 
 # ---------------------------------------------------------------- composition

@@ -335,7 +335,10 @@ def load_model(
         >>> model.name, model.context
         ('demo', 128)
     """
-    require(isinstance(name, str | Path) and str(name) != "", f"the model is {shown(name)}: give a hub id, a folder, or demo")
+    require(
+        isinstance(name, str | Path) and str(name) != "",
+        f"the model is {shown(name)}: give a hub id, a folder, or demo",
+    )
     require_type(revision, str | None, "the revision", "give a hub commit, tag or branch as text")
     device = _device(device)
     dtype = _dtype(dtype, device)

@@ -145,8 +145,8 @@ def release(
     Args:
         model: the language model.
         task: the task.
-        examples: `Example`s, mappings with `text` and `label`, or a `datasets.Dataset` of them, see `examples.check_examples`; at
-            least one of every class.
+        examples: `Example`s, mappings with `text` and `label`, or a `datasets.Dataset` of them, see
+            `examples.check_examples`; at least one of every class.
         epsilon: None releases the exact gradients without privacy; otherwise a positive number.
         delta: the chance with which epsilon may fail, at most 0.01; needed with epsilon. The usual advice is well below
             1 / number of examples: who hands out each example as it is with the chance delta keeps to it.
@@ -169,13 +169,13 @@ def release(
         calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.
         length: L, tokens of a synthetic text; public, hence needed with epsilon; None takes the real texts' mean without.
         public_texts: texts that are not private: needed for the two subspaces; for the spaces under the loss over the label
-            tokens what preference and whitening are measured on (None: texts that the model writes from the public prompts, as
-            many as the estimate needs, see `spaces.own_texts`).
+            tokens what preference and whitening are measured on (None: texts that the model writes from the public
+            prompts, as many as the estimate needs, see `spaces.own_texts`).
         directions: r; None takes 4, or as many as there are texts or hidden units if fewer.
         ledger: the budget to charge; None counts this release alone.
         noise_seed: fixes the noise for a repeatable experiment; the Release is then marked as not private.
-        cache: a folder, such as the run's, that keeps the public texts that the model writes, so that a later release of the
-            same model and task reads them back; nothing of the real examples is written there.
+        cache: a folder, such as the run's, that keeps the public texts that the model writes, so that a later release
+            of the same model and task reads them back; nothing of the real examples is written there.
         progress: whether to show a progress bar if writing them takes more than two seconds.
 
     Returns:
@@ -224,7 +224,9 @@ def release(
     spent = _charge(ledger, entry)
     noised = noised_sums(factors, entry, system_bits if noise_seed is None else seeded_bits(noise_seed))
     statement = _statement(spent, noise_seed)
-    return Release(targets=noised, private=noise_seed is None, statement=statement, ledger=spent, length=int(length), **common)
+    return Release(
+        targets=noised, private=noise_seed is None, statement=statement, ledger=spent, length=int(length), **common
+    )
 
 
 def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:

@@ -30,10 +30,10 @@ PUBLIC_SPACES = ("label_rows_subspace", "label_rows_centred")  # made from publi
 LABEL_SPACES = ("label_rows_calibrated", "label_rows_whitened")
 SKETCHES = {"body": BodySketch, "last_block": LastBlockSketch, "lora": LoraSketch, "body_path": PathSketch}
 SPACES = (*HEAD_SPACES, *LABEL_SPACES, *SKETCHES)
-# Where a space that measures the model's preference is given no public texts, the model writes some: of each class so many at
-# first, and then as many as bring the preference's standard error down to the bound, at most so many in all. An error of 0.15
-# nats moves a label's probability by at most 0.04; on SmolLM2 the target's cosine to that of 64 texts a class was then 0.996 or
-# more, while another draw of real examples moves it much further.
+# Where a space that measures the model's preference is given no public texts, the model writes some: of each class so
+# many at first, and then as many as bring the preference's standard error down to the bound, at most so many in all. An
+# error of 0.15 nats moves a label's probability by at most 0.04; on SmolLM2 the target's cosine to that of 64 texts a
+# class was then 0.996 or more, while another draw of real examples moves it much further.
 FIRST_TEXTS, CALIBRATION_TEXTS = 8, 64
 PREFERENCE_ERROR = 0.15
 DEFAULT_DIRECTIONS = 4  # keeps most of what sets the classes apart and little room for noise; notebook 04 measures it
@@ -66,7 +66,9 @@ def release_space(
         return Space(rows)
     if name in PUBLIC_SPACES:
         return Space(rows, principal_directions(model, tokens, texts, directions, skip=int(name == "label_rows_centred")))
-    bound = 0.0 if name == "label_rows_whitened" else PREFERENCE_ERROR  # a covariance wants all the texts that there may be
+    bound = (
+        0.0 if name == "label_rows_whitened" else PREFERENCE_ERROR
+    )  # a covariance wants all the texts that there may be
     texts = own_texts(model, tokens, bound, cache, progress) if texts is None else _public(texts, name)
     if name in SKETCHES:
         return SKETCHES[name].of(model, tokens, texts)
@@ -80,9 +82,13 @@ CACHED = "calibration.json"
 
 
 def own_texts(
-    model: Model, tokens: TaskTokens, bound: float = PREFERENCE_ERROR, cache: str | Path | None = None, progress: bool = False
+    model: Model,
+    tokens: TaskTokens,
+    bound: float = PREFERENCE_ERROR,
+    cache: str | Path | None = None,
+    progress: bool = False,
 ) -> list[str]:
-    """Texts that the model writes from the public prompts, as many as measure its preference among the labels well enough.
+    """Texts that the model writes from the public prompts, as many as its preference for some label needs.
 
     Args:
         bound: the largest standard error, in nats, of a label's mean log-probability against that of all labels; 0 has
@@ -101,10 +107,17 @@ def own_texts(
 def _write(model: Model, tokens: TaskTokens, bound: float, progress: bool) -> list[str]:
     """Stein's two stages: the spread within the classes of a first few texts says how many are needed in all."""
     classes, first = len(tokens.labels), min(FIRST_TEXTS, CALIBRATION_TEXTS)
-    with tqdm(total=first * classes, desc="measuring the model's preference", unit="text", disable=not progress, delay=2) as bar:
+    with tqdm(
+        total=first * classes, desc="measuring the model's preference", unit="text", disable=not progress, delay=2
+    ) as bar:
         texts = prompted_texts(model, tokens, first)
         logs = label_logs(model, tokens, texts).double()
-        spread = (logs - logs.mean(1, keepdim=True)).view(classes, first, classes).var(1, correction=min(1, first - 1)).mean(0)
+        spread = (
+            (logs - logs.mean(1, keepdim=True))
+            .view(classes, first, classes)
+            .var(1, correction=min(1, first - 1))
+            .mean(0)
+        )
         error = float(spread.max() / (first * classes)) ** 0.5
         needed = math.ceil(min(CALIBRATION_TEXTS, first * (error / bound) ** 2)) if bound else CALIBRATION_TEXTS
         bar.total = max(first, needed) * classes

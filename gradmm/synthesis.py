@@ -66,9 +66,10 @@ def synthesize(
         release: from `gradmm.release`; private text itself is refused.
         config: the settings.
         output: a folder that receives `train.jsonl` (the kept texts: what `datasets.load_dataset` of the folder gives),
-            `synthetic.jsonl` (all texts), `history.jsonl`, `manifest.json`, `README.md` and unfinished work. Unfinished work of the same settings is continued, finished work read back. None keeps everything in memory.
-            Processes that a launcher started (`gradmm.sharding`) share the work and all return the whole result; they need
-            a folder that each of them sees.
+            `synthetic.jsonl` (all texts), `history.jsonl`, `manifest.json`, `README.md` and unfinished work. Unfinished
+            work of the same settings is continued, finished work read back. None keeps everything in memory. Processes
+            that a launcher started (`gradmm.sharding`) share the work and all return the whole result; they need a
+            folder that each of them sees.
         progress: whether to show a progress bar.
         on_step: sees the number of the batch and the solver's Result after every outer step.
 
@@ -76,8 +77,8 @@ def synthesize(
         SynthesisResult.
 
     Raises:
-        UserError: an argument of another type; `release` belongs to another model or task; the settings do not fit the model; the
-            folder holds another run's settings, or another run is at work in it.
+        UserError: an argument of another type; `release` belongs to another model or task; the settings do not fit the
+            model; the folder holds another run's settings, or another run is at work in it.
 
     Example:
         >>> import gradmm
@@ -116,11 +117,15 @@ def _conclude(plan: Plan, written: Written | None, folder: RunFolder) -> Synthes
 
 
 def _check_arguments(config, output, progress, on_step) -> None:
-    require_type(config, SynthesisConfig | None, "the config", "give a gradmm.SynthesisConfig, such as gradmm.PRESETS['pool']")
+    require_type(
+        config, SynthesisConfig | None, "the config", "give a gradmm.SynthesisConfig, such as gradmm.PRESETS['pool']"
+    )
     if output is not None:
         files.as_path(output, "the output folder")
     require_flag(progress, "progress")
-    require(on_step is None or callable(on_step), f"on_step is of type {type(on_step).__name__}: give a function, or None")
+    require(
+        on_step is None or callable(on_step), f"on_step is of type {type(on_step).__name__}: give a function, or None"
+    )
 
 
 def _checked(release, model: Model, task: Task) -> Release:

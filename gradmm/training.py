@@ -154,7 +154,9 @@ def optimizer_state(model: Model, optimizer: torch.optim.AdamW) -> dict[str, Ten
 def restore_optimizer(model: Model, optimizer: torch.optim.AdamW, held: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_state`, for a new optimizer."""
     for name, weights in model.lm.named_parameters():
-        moments = {key.split("/")[0]: value.to(weights.device) for key, value in held.items() if key.split("/")[1] == name}
+        moments = {
+            key.split("/")[0]: value.to(weights.device) for key, value in held.items() if key.split("/")[1] == name
+        }
         if moments:
             optimizer.state[weights] = moments
 
@@ -177,8 +179,8 @@ def train_at_rate(
         data: the examples to train on.
         looks: the examples to look at.
         start: another rate's row of step 0, at which all rates have the same weights; None looks.
-        past: the rows of an interrupted training at this rate, which goes on behind the last of them; model and optimizer are
-            as they were then.
+        past: the rows of an interrupted training at this rate, which goes on behind the last of them; model and
+            optimizer are as they were then.
         optimizer: from `adamw`; None makes one.
 
     Yields:

@@ -126,7 +126,7 @@ def test_finished_runs_are_read_back_and_missing_ones_done(model, whole, tmp_pat
     compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0,), **options)
     (tmp_path / "records" / "gradmm-seed0.json").unlink()
     done = []
-    monkeypatch.setattr(comparison, "finetune", lambda *args, _run=comparison.finetune: done.append(args[-1].seed) or _run(*args))
+    monkeypatch.setattr(comparison, "finetune", lambda *args, _run=comparison.finetune, **how: done.append(args[-1].seed) or _run(*args, **how))
     resumed = compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0, 1), **options)
     assert done == [0, 1, 1]
     assert resumed.records == [r for r in whole[0].records if r["method"] in ("none", "real", "gradmm")]

@@ -271,7 +271,9 @@ def killed_at(look: int):
 
 
 @pytest.mark.parametrize("look", [1, 3, 4, 5, 6, 8])
-@pytest.mark.parametrize("options", [{}, {"batch_size": 3, "patience": 2}, {"adapter": "lora", "adapter_rank": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_size": 3, "patience": 2}, {"adapter": "lora", "adapter_rank": 2}], ids=str
+)
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tiny_model, tmp_path, monkeypatch, look, options):
     monkeypatch.setattr(finetuning, "SNAPSHOT_SECONDS", -1.0)
     if "adapter" in options:
@@ -283,7 +285,11 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tiny_model, tmp_pa
     looks = []
     again = run(model, TWO, config, output=tmp_path, progress=False, on_look=looks.append)
     assert (again.curve, again.test) == (whole.curve, whole.test)
-    assert (again.learning_rate, again.step, again.validation_accuracy) == (whole.learning_rate, whole.step, whole.validation_accuracy)
+    assert (again.learning_rate, again.step, again.validation_accuracy) == (
+        whole.learning_rate,
+        whole.step,
+        whole.validation_accuracy,
+    )
     assert looks == whole.curve[-len(looks) :] and len(looks) >= len(whole.curve) - look + 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["finetuning.json", "manifest.json"]
 
@@ -298,7 +304,9 @@ def test_the_weights_are_those_of_an_uninterrupted_training_to_the_last_bit(tiny
         fit(model, TWO, *sets, config, killed_at(3), finetuning.Checkpoint(tmp_path))
     again = fit(model, TWO, *sets, config, saved=finetuning.Checkpoint(tmp_path))
     theirs = whole.model.lm.state_dict()
-    assert again.step == whole.step and all(torch.equal(value, theirs[name]) for name, value in again.model.lm.state_dict().items())
+    assert again.step == whole.step and all(
+        torch.equal(value, theirs[name]) for name, value in again.model.lm.state_dict().items()
+    )
 
 
 def test_a_finished_training_is_read_back(tiny_model, tmp_path, monkeypatch):
@@ -306,14 +314,21 @@ def test_a_finished_training_is_read_back(tiny_model, tmp_path, monkeypatch):
     first = run(model, TWO, output=tmp_path, progress=False)
     monkeypatch.setattr(finetuning, "fit", None)
     again = run(model, TWO, output=tmp_path, progress=False)
-    assert (again.curve, again.test, again.seconds, again.macro_f1) == (first.curve, first.test, first.seconds, first.macro_f1)
+    assert (again.curve, again.test, again.seconds, again.macro_f1) == (
+        first.curve,
+        first.test,
+        first.seconds,
+        first.macro_f1,
+    )
     for changed in ({"config": replace(QUICK, seed=1)}, {"count": 7}):
         with pytest.raises(UserError, match="holds a run with other settings: .*choose another output folder"):
             run(model, TWO, output=tmp_path, progress=False, **changed)
     with pytest.raises(UserError, match=r"other settings: task\.name"):
         run(model, replace(TWO, name="other"), output=tmp_path, progress=False)
     (tmp_path / "finetuning.json").write_text("{}")
-    with pytest.raises(UserError, match=r"finetuning\.json is no finished fine-tuning .*: remove its folder and run again"):
+    with pytest.raises(
+        UserError, match=r"finetuning\.json is no finished fine-tuning .*: remove its folder and run again"
+    ):
         run(model, TWO, output=tmp_path, progress=False)
 
 
@@ -321,7 +336,9 @@ def test_a_training_that_diverged_is_read_back(tiny_model, tmp_path):
     model = tiny_model("llama", dtype=torch.float32)
     model.head_weight.mul_(1e30)
     first, again = (run(model, TWO, output=tmp_path, progress=False) for _ in range(2))
-    assert [row["step"] for row in again.curve] == [row["step"] for row in first.curve] and again.test.accuracy == first.test.accuracy
+    assert [row["step"] for row in again.curve] == [
+        row["step"] for row in first.curve
+    ] and again.test.accuracy == first.test.accuracy
 
 
 def test_unfinished_work_that_is_damaged_is_named(tiny_model, tmp_path, monkeypatch):
@@ -340,7 +357,9 @@ def test_unfinished_work_that_is_damaged_is_named(tiny_model, tmp_path, monkeypa
 def test_saving_takes_a_tenth_of_the_time_at_most(tiny_model, tmp_path, monkeypatch):
     saved, write, clock = [], files.write_tensors, iter(range(0, 10_000, 6))
     monkeypatch.setattr(finetuning.files, "write_tensors", lambda *given: saved.append(given) or write(*given))
-    monkeypatch.setattr(finetuning.time, "monotonic", lambda: next(clock))  # six seconds pass at every look: so long a save takes
+    monkeypatch.setattr(
+        finetuning.time, "monotonic", lambda: next(clock)
+    )  # six seconds pass at every look: so long a save takes
     run(tiny_model("llama"), TWO, replace(QUICK, steps=40, eval_every=1), output=tmp_path, progress=False)
     assert 1 < len(saved) <= 82 / 10
 

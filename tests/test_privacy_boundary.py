@@ -112,7 +112,8 @@ def test_no_private_words_and_no_private_statistic_is_written(model, tmp_path, r
     run(model, rows, tmp_path, space=space)
     held = {name: content.decode("utf-8", "replace").lower() for name, content in written(tmp_path).items()}
     assert set(held) == {"release.safetensors", *(f"run/{name}" for name in
-        ("README.md", "manifest.json", "synthetic.jsonl", "history.jsonl", "timings.jsonl"))}  # fmt: skip
+        ("README.md", "manifest.json", "train.jsonl", "synthetic.jsonl", "history.jsonl", "timings.jsonl")
+    )}  # fmt: skip
     together = "\n".join(held.values())
     assert not [words for words in word_runs(rows, 3) if words in together]
     manifest = json.loads(held["run/manifest.json"])

@@ -1,4 +1,4 @@
-"""Every public function: arguments of another type or range are one sentence before any work, and rows of any kind go in alike."""
+"""Every public function: wrong types and ranges are one sentence before any work, and rows of any kind go in alike."""
 
 import math
 from dataclasses import replace
@@ -24,11 +24,13 @@ from gradmm.generation import Sampling, generate_texts
 from gradmm.mechanism import CALIBRATIONS, LedgerEntry
 from gradmm.models import Model
 from gradmm.settings import PRESETS
-from gradmm.tasks import HubSource
 from gradmm.trial import ComparisonConfig
 
 SECRET = "zebra"
-PRIVATE = [{"text": f"the {SECRET} was {word}", "label": label} for word, label in (("good", 1), ("bad", 0), ("fine", 1), ("dull", 0))]
+PRIVATE = [
+    {"text": f"the {SECRET} was {word}", "label": label}
+    for word, label in (("good", 1), ("bad", 0), ("fine", 1), ("dull", 0))
+]
 FRAME = pandas.DataFrame(PRIVATE)
 NAN, INF = math.nan, math.inf
 HELD: dict = {}
@@ -55,7 +57,9 @@ def written(release=None, **options):
 
 def tuned(**options):
     sets = {"train": PRIVATE, "validation": REAL, "test": toy(TWO, 30, 2)}
-    return gradmm.finetune(**{"model": HELD["model"], "task": TASK, "config": QUICK, "progress": False, **sets, **options})
+    return gradmm.finetune(
+        **{"model": HELD["model"], "task": TASK, "config": QUICK, "progress": False, **sets, **options}
+    )
 
 
 def judged(**options):
@@ -67,7 +71,14 @@ def drawn(**options):
 
 
 def compared(**options):
-    given = {"model": HELD["model"], "task": TWO, "splits": splits_of(TWO), "config": CONFIG, "methods": ("none",), "progress": False}
+    given = {
+        "model": HELD["model"],
+        "task": TWO,
+        "splits": splits_of(TWO),
+        "config": CONFIG,
+        "methods": ("none",),
+        "progress": False,
+    }
     return compare(**{**given, **options})
 
 
@@ -242,8 +253,13 @@ def test_numpy_s_numbers_are_numbers_and_its_bools_are_none():
 def test_settings_of_numpy_are_settings_of_python():
     ours, theirs = replace(SMALL, seed=3, rho=0.5), replace(SMALL, seed=numpy.int64(3), rho=numpy.float64(0.5))
     assert ours == theirs and (type(theirs.seed), type(theirs.rho)) == (int, float)
-    assert type(replace(QUICK, steps=numpy.int32(12)).steps) is int and type(Sampling(shots=numpy.int64(2)).shots) is int
-    assert type(ComparisonConfig(n_real=numpy.int64(4)).n_real) is int and type(replace(TASK, min_words=numpy.int64(2)).min_words) is int
+    assert (
+        type(replace(QUICK, steps=numpy.int32(12)).steps) is int and type(Sampling(shots=numpy.int64(2)).shots) is int
+    )
+    assert (
+        type(ComparisonConfig(n_real=numpy.int64(4)).n_real) is int
+        and type(replace(TASK, min_words=numpy.int64(2)).min_words) is int
+    )
 
 
 def test_arguments_of_numpy_do_what_python_s_do():
@@ -268,12 +284,18 @@ KINDS = {
     "dicts": WORDS,
     "Examples": [gradmm.Example(**row) for row in WORDS],
     "a Dataset": datasets.Dataset.from_list(WORDS),
-    "a Dataset of classes": datasets.Dataset.from_list(WORDS).cast_column("label", datasets.ClassLabel(names=list(TWO.labels))),
+    "a Dataset of classes": datasets.Dataset.from_list(WORDS).cast_column(
+        "label", datasets.ClassLabel(names=list(TWO.labels))
+    ),
     "an iterator": WORDS,
     "numpy's labels": [{**row, "label": numpy.int64(row["label"])} for row in WORDS],
     "names": [{**row, "label": TWO.labels[row["label"]]} for row in WORDS],
     "a frame's records": pandas.DataFrame(WORDS).to_dict("records"),
-    "candidates": [*WORDS, {"text": "", "label": 0, "kept": False}, {"text": "a rejected text", "label": 1, "kept": False}],
+    "candidates": [
+        *WORDS,
+        {"text": "", "label": 0, "kept": False},
+        {"text": "a rejected text", "label": 1, "kept": False},
+    ],
 }
 TAKERS = {
     "check_examples": lambda model, rows: check_examples(rows, TWO),
@@ -306,7 +328,9 @@ def test_what_a_synthesis_returns_every_other_function_takes(tmp_path):
     rejected = len(result.dataset) - len(result.kept)
     assert rejected > 0 and all(result.kept["kept"]) and result.kept.column_names == result.dataset.column_names
     loaded = datasets.load_dataset(str(tmp_path / "run"), split="train", cache_dir=str(tmp_path / "cache"))
-    everything = datasets.load_dataset(str(tmp_path / "run"), "candidates", split="train", cache_dir=str(tmp_path / "cache"))
+    everything = datasets.load_dataset(
+        str(tmp_path / "run"), "candidates", split="train", cache_dir=str(tmp_path / "cache")
+    )
     assert loaded["text"] == result.kept["text"] and everything["text"] == result.dataset["text"]
     for rows in (result.kept, result.dataset, result.kept.to_list(), loaded, everything):
         assert [example.text for example in check_examples(rows, TASK)] == result.kept["text"]
@@ -321,7 +345,11 @@ def test_the_pools_of_a_comparison_are_all_candidates(tmp_path):
 
     result = written()
     full = [text for text in result.dataset["text"] if text]
-    for rows in (result.dataset, result.dataset.to_list(), [gradmm.Example(r["text"], r["label"]) for r in result.dataset if r["text"]]):
+    for rows in (
+        result.dataset,
+        result.dataset.to_list(),
+        [gradmm.Example(r["text"], r["label"]) for r in result.dataset if r["text"]],
+    ):
         assert [example.text for example in _candidates(rows, TASK)] == full
 
 

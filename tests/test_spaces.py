@@ -74,7 +74,7 @@ def test_a_model_writes_its_own_texts_once_for_a_task(tiny_model, monkeypatch):
 
 
 def spread_of(model, tokens, texts) -> list[float]:
-    """The standard error of each label's mean log-probability against all labels', with the spread within the classes."""
+    """The standard error of each label's mean log-probability against all labels', by the spread within the classes."""
     logs = label_logs(model, tokens, texts).double().unflatten(0, (2, -1))
     return ((logs - logs.mean(-1, keepdim=True)).var(1).mean(0) / len(texts)).sqrt().tolist()
 
@@ -98,9 +98,15 @@ def test_a_cache_keeps_the_texts_of_one_model_task_and_bound(tiny_model, monkeyp
     written, write = [], spaces.prompted_texts
     monkeypatch.setattr(spaces, "prompted_texts", lambda *some, **more: written.append(some) or write(*some, **more))
     found = [release(tiny_model("llama"), TASK, REAL, cache=tmp_path).fingerprint for _ in range(3)]
-    assert len(set(found)) == 1 and len(written) == 1 and [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+    assert (
+        len(set(found)) == 1
+        and len(written) == 1
+        and [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+    )
     assert release(tiny_model("llama"), TASK, REAL).fingerprint == found[0] and len(written) == 2
-    assert not {example.text for example in REAL} & set(json.loads((tmp_path / "calibration.json").read_text())["texts"])
+    assert not {example.text for example in REAL} & set(
+        json.loads((tmp_path / "calibration.json").read_text())["texts"]
+    )
     release(tiny_model("llama", seed=1), TASK, REAL, cache=tmp_path)
     assert len(written) == 3  # another model writes its own, and the cache is now its
     release(tiny_model("llama", seed=1), replace(TASK, generation_prompts=("a", "the movie")), REAL, cache=tmp_path)

@@ -22,7 +22,7 @@ from gradmm.errors import UserError, require
 PACKAGES = ("gradmm", "torch", "transformers", "datasets", "tokenizers", "numpy")
 SNAPSHOT_SECONDS = 10.0
 CLOCK_COLUMNS = ["seconds"]
-RESULTS = ("README.md", "train.jsonl", "synthetic.jsonl", "history.jsonl", "timings.jsonl")
+RUN_FILES = ("README.md", "train.jsonl", "synthetic.jsonl", "history.jsonl", "timings.jsonl")
 
 
 def versions() -> dict[str, str]:
@@ -104,7 +104,7 @@ class RunFolder:
             self._compare(self._held())
             return
         held = sorted(path.name for path in self.path.glob("*")) if self.path.exists() else []
-        clash = [name for name in held if name in RESULTS]
+        clash = [name for name in held if name in RUN_FILES]
         require(not clash, f"{self.path} holds {', '.join(clash)} but no manifest: choose another output folder or empty this one")
         files.write_json(place, {**self.manifest, "status": "running"})
 

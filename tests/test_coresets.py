@@ -19,7 +19,7 @@ from gradmm.tasks import Task, tokenize_task
 FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), template="{text} this is")
 WORDS = ("the", "cat", "dog", "sat", "on", "red", "blue", "we", "saw", "actor")
 EXAMPLES = [
-    Example(f"{first} {second} {'movie ' * (number % 3)}", number % 4)
+    Example(f"{first} {second}{' movie' * (number % 3)}", number % 4)
     for number, (first, second) in enumerate(itertools.permutations(WORDS, 2))
 ]
 

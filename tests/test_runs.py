@@ -45,7 +45,7 @@ def test_another_runs_settings_are_named_and_its_files_kept(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", runs.RESULTS)
+@pytest.mark.parametrize("name", runs.RUN_FILES)
 def test_foreign_files_are_not_overwritten(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=rf"holds {name} but no manifest"):

@@ -127,7 +127,7 @@ def paper(results: dict, preset: dict) -> None:
     assert [claim["verified"] for claim in results["claims"]].count(False) >= 1 and "transfer" in results["experiments"]
     assert list(results["methods"]) == ["demo", "demo-b"] and results["n_test"] == preset["max_test"]
     runs = [one["accuracy"]["runs"] for by_method in results["methods"].values() for one in by_method.values()]
-    runs += [one["runs"] for one in results["private"].values()]
+    runs += [one["runs"] for one in results["with_noise"].values()]
     assert all(len(values) == preset["seeds"] and all(0 <= value <= 1 for value in values) for values in runs)
     assert len(results["answers"]) == 5 and {row["holds here"] for row in results["answers"]} <= {"yes", "no, worse", "not shown"}
 

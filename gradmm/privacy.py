@@ -259,7 +259,8 @@ def _public_arguments(model: Model, task: Task, source: Mapping[str, Any], optio
     """All that tells one release from another and is no secret, with the defaults of what was not given."""
     defaults = {name: option.default for name, option in signature(release).parameters.items() if option.kind is option.KEYWORD_ONLY}
     given = {**defaults, **options}
-    given |= {"ledger": None, "public_texts": given["public_texts"] and files.digest(list(given["public_texts"]))}
+    del given["ledger"]  # the folder's own
+    given["public_texts"] = given["public_texts"] and files.digest(list(given["public_texts"]))
     return json.loads(json.dumps({"model": model.fingerprint, "task": task.fingerprint, **source, **given}, default=str))
 
 

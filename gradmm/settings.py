@@ -226,10 +226,12 @@ def preset(name: str, **changes) -> SynthesisConfig:
 
 
 def described(name: str, config: SynthesisConfig) -> str:
-    """What a run is made with, in Markdown: the preset, what was changed in it, and what differs from the package's defaults."""
+    """What a run is made with, in Markdown: the preset, what was changed in it, and what is other than the defaults."""
     changed, apart = (_differing(config, other) for other in (PRESETS[name], SynthesisConfig()))
     start = f"Settings: {code(f'gradmm.PRESETS[{name!r}]')}" + (f" with {changed}" if changed else " as it is")
-    return f"{start}. " + (f"What differs from the package's defaults: {apart}." if apart else "All are the package's defaults.")
+    if apart and apart != changed:
+        start += f". Other than the package's defaults are {apart}"
+    return f"{start}."
 
 
 def _differing(config: SynthesisConfig, other: SynthesisConfig) -> str:

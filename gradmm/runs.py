@@ -70,9 +70,6 @@ def output_folder(notebook: str, output: str | Path | None, **parameters) -> Pat
 
     Raises:
         UserError: the folder holds results of other parameters (each that differs is named), or cannot be written.
-
-    >>> output_folder("00-quickstart", None, model="demo", data="path/to/reviews", seed=0).parent.as_posix()
-    'results/00-quickstart'
     """
     whole = {name: str(value) if isinstance(value, Mapping) else value for name, value in parameters.items()}
     claim = {"notebook": notebook, "parameters": whole}

@@ -71,8 +71,7 @@ def output_folder(notebook: str, output: str | Path | None, **parameters) -> Pat
     Raises:
         UserError: the folder holds results of other parameters (each that differs is named), or cannot be written.
     """
-    whole = {name: str(value) if isinstance(value, Mapping) else value for name, value in parameters.items()}
-    claim = {"notebook": notebook, "parameters": whole}
+    claim = {"notebook": notebook, "parameters": {name: _leaf(value) for name, value in parameters.items()}}
     if parameters.get("epsilon") is None:
         claim |= {"files": {name: content for name in parameters if (content := _content(parameters[name]))}, "versions": versions()}
     claim = json.loads(json.dumps(claim, default=str))
@@ -86,6 +85,13 @@ def output_folder(notebook: str, output: str | Path | None, **parameters) -> Pat
     differing = differences(claim, files.read_json(place))
     require(not differing, f"{folder} holds results of other parameters: {'; '.join(differing[:3])}: leave output out, or give another folder")
     return folder
+
+
+def _leaf(value: Any) -> Any:
+    """A parameter's value as it is compared: a mapping as a whole, and 1.0 as 1."""
+    if isinstance(value, Mapping):
+        return str(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _content(value: Any) -> str | None:

@@ -122,6 +122,7 @@ def test_a_default_folder_follows_local_files_and_versions_but_a_private_one_nei
     assert before[0] != changed[0] != runs.output_folder("a", None, **given[0])
     assert before[1] == changed[1] == runs.output_folder("a", None, **given[1])
     assert set(json.loads((before[1] / "parameters.json").read_text())) == {"notebook", "parameters"}
+    assert before[1] == runs.output_folder("a", None, **given[1] | {"epsilon": 1})
 
 
 @pytest.mark.parametrize(

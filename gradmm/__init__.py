@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not ask
     from gradmm.finetuning import finetune
     from gradmm.mechanism import Ledger
     from gradmm.models import Model, load_model
-    from gradmm.privacy import Release, load_release, release
-    from gradmm.settings import PRESETS, SynthesisConfig
+    from gradmm.privacy import Release, load_release, release, release_once
+    from gradmm.settings import PRESETS, SynthesisConfig, preset
     from gradmm.synthesis import SynthesisResult, synthesize
     from gradmm.tasks import TASKS, Task, load_task
     from gradmm.training import FinetuneConfig
@@ -35,8 +35,8 @@ _ROOMS = {
     "finetuning": ("finetune",),
     "mechanism": ("Ledger",),
     "models": ("Model", "load_model"),
-    "privacy": ("Release", "load_release", "release"),
-    "settings": ("PRESETS", "SynthesisConfig"),
+    "privacy": ("Release", "load_release", "release", "release_once"),
+    "settings": ("PRESETS", "SynthesisConfig", "preset"),
     "synthesis": ("SynthesisResult", "synthesize"),
     "tasks": ("TASKS", "Task", "load_task"),
     "training": ("FinetuneConfig",),

@@ -20,14 +20,13 @@ from gradmm.errors import require
 from gradmm.examples import Example, Splits, check_examples
 from gradmm.gradients import Factors, Head, head_factors
 from gradmm.models import Model, require_model
-from gradmm.settings import PRESETS, SynthesisConfig
+from gradmm.settings import PRESETS, SynthesisConfig, preset
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 from gradmm.trial import ComparisonConfig, written_texts
 
 QUANTITIES = ("accuracy", "match", "perplexity")
 _OF_COMPARISON = {"n_real", "space"}
 _OF_CHOICE = {"space", "ranking", "filter", "distance", "perplexity_weight"}  # of the texts of a pool, which do not depend on these
-_OF_EVERY_PRESET = ("n_synthetic", "outer_steps", "inner_steps", "seed")
 _OF_SYNTHESIS = {item.name for item in fields(SynthesisConfig) if item.init} - {"seed", "groups_per_batch"}
 
 
@@ -109,7 +108,7 @@ def vary(
     Args:
         base: the setting around which one factor at a time is changed.
         factors: names of `SynthesisConfig` settings, "n_real", "space" or "preset", with the values to try; the base's own value
-            belongs to every factor and is run once. A preset keeps the base's number of texts and of steps.
+            belongs to every factor and is run once. A preset is run as it is, with the base's number of texts: the budget that all share.
         seeds: as in `compare`; runs of one seed see the same real examples, but for "n_real".
         output: a folder that receives one comparison for each setting, or None.
         progress: whether to show a progress bar over settings.
@@ -150,9 +149,7 @@ def changed(base: ComparisonConfig, factor: str, value) -> ComparisonConfig:
     if factor in _OF_COMPARISON:
         return replace(base, **{factor: value})
     if factor == "preset":
-        require(isinstance(value, str) and value in PRESETS, f"the preset {value!r} is not known: use some of {', '.join(PRESETS)}")
-        kept = {name: getattr(base.synthesis, name) for name in _OF_EVERY_PRESET}
-        return replace(base, synthesis=replace(PRESETS[value], **kept))
+        return replace(base, synthesis=preset(value, n_synthetic=base.synthesis.n_synthetic, seed=base.synthesis.seed))
     return replace(base, synthesis=replace(base.synthesis, **{factor: value}))
 
 
@@ -217,7 +214,7 @@ def _value(base: ComparisonConfig, factor: str):
     if factor == "space":
         return base.release_space
     if factor == "preset":
-        return base.synthesis.search
+        return next((name for name in PRESETS if changed(base, factor, name) == base), "the base")
     return getattr(base if factor in _OF_COMPARISON else base.synthesis, factor)
 
 

@@ -10,7 +10,6 @@ versions), how it ended and how long it took.
 
 import argparse
 import ast
-import difflib
 import hashlib
 import importlib
 import itertools
@@ -35,7 +34,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from gradmm import files, runs
-from gradmm.errors import UserError, first_line, require
+from gradmm.errors import UserError, first_line, near, require
 from gradmm.locks import alone
 
 BACKENDS = ("loky", "threading", "dask")
@@ -128,7 +127,7 @@ def _preset(notebook: Path, preset: str) -> dict[str, Any] | None:
     """The preset's parameters of a notebook, or None where it has none."""
     folder = notebook.parent / "params"
     known = sorted(path.name for path in folder.glob("*") if path.is_dir())
-    require(preset in known, f"there is no preset {preset!r} in {folder}: {_near(preset, known, 'the presets are')}")
+    require(preset in known, f"there is no preset {preset!r} in {folder}: {near(preset, known, 'the presets are')}")
     path = folder / preset / f"{notebook.stem}.yaml"
     return read_parameters(path) if path.is_file() else None
 
@@ -187,9 +186,10 @@ def _jobs(notebook: Path, values: dict, grid: list[dict], output: Path, fresh: b
         _check_names(notebook, chosen, known)
         label = _label(combination)
         job = Job(notebook, chosen, output / f"{notebook.stem}{'--' * bool(label)}{label}.ipynb", _parts(notebook, chosen))
-        own = [part for part in (label, _digest(job.parts)[:8] if fresh else "") if part]
-        if own and "output" in known:
-            base = chosen.get("output", known["output"])
+        own = [part for part in (label, files.digest(job.parts)[:8] if fresh else "") if part]
+        given = chosen.get("output", known.get("output"))  # None: a folder that follows from the parameters
+        if own and (given or (fresh and "output" in known)):
+            base = given or runs.RESULTS / notebook.stem
             job = replace(job, parameters={**chosen, "output": "/".join([str(base).rstrip("/"), *own])})
         jobs.append(job)
     return jobs
@@ -197,19 +197,14 @@ def _jobs(notebook: Path, values: dict, grid: list[dict], output: Path, fresh: b
 
 def _check_names(notebook: Path, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for name in values:
-        require(name in known, f"{notebook} has no parameter {name!r}: {_near(name, list(known), 'it has')}")
-
-
-def _near(name: str, known: Sequence[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else f"{otherwise} {', '.join(known) or 'none'}"
+        require(name in known, f"{notebook} has no parameter {name!r}: {near(name, known, 'it has')}")
 
 
 def _label(combination: Mapping[str, Any]) -> str:
     """A file name that tells the combinations of a grid apart."""
     whole = ",".join(f"{name}={value}" for name, value in combination.items())
     plain = re.sub(r"[^\w.,=+-]+", "-", whole)
-    return plain if plain == whole and len(whole) <= LONGEST_NAME else f"{plain[:LONGEST_NAME]}-{_digest(whole)[:8]}"
+    return plain if plain == whole and len(whole) <= LONGEST_NAME else f"{plain[:LONGEST_NAME]}-{files.digest(whole)[:8]}"
 
 
 def _parameters_of(notebook: Path) -> dict[str, Any]:
@@ -238,36 +233,32 @@ def _papermill():
     return papermill
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _parts(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, str]:
     """All that a result depends on; outputs and the metadata that an editor leaves in a notebook are not part of it."""
     cells = files.read_json(notebook, files.MAX_TEXT_BYTES)["cells"]
     kept = [(cell["cell_type"], "".join(cell["source"]), cell.get("metadata", {}).get("tags")) for cell in cells]
     named = {name: _state_of(value) for name, value in parameters.items() if name != "output" and isinstance(value, str)}
     return {
-        "notebook": _digest(kept),
-        "parameters": _digest(parameters),
-        "the files that parameters name": _digest(named),
+        "notebook": files.digest(kept),
+        "parameters": files.digest(parameters),
+        "the files that parameters name": files.digest(named),
         "package": _package(),
-        "versions": _digest(_versions()),
+        "versions": files.digest(_versions()),
     }
 
 
 def _state_of(name: str) -> list[tuple]:
-    """Path, size and time of change of a local file, or of each file in a folder."""
+    """Path and time of change of a local file, or of each file in a folder; nothing of what it holds, which may be private."""
     path = Path(name)
     held = [path] if path.is_file() else sorted(path.rglob("*")) if name and path.is_dir() else []
-    return [(str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in held if one.is_file()]
+    return [(str(one), one.stat().st_mtime_ns) for one in held if one.is_file()]
 
 
 @cache
 def _package() -> str:
     """A digest of the package's code and data."""
     held = sorted([*PACKAGE.glob("*.py"), *(path for path in (PACKAGE / "data").rglob("*") if path.is_file())])
-    return _digest([(path.relative_to(PACKAGE).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in held])
+    return files.digest([(path.relative_to(PACKAGE).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in held])
 
 
 @cache
@@ -465,7 +456,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _from_command_line(text: str) -> Any:
-    """A value as YAML reads it; 1e-5 is a number here."""
+    """A value as YAML reads it; 1e-5 is a number here, and None is what papermill takes it for."""
+    if text == "None":
+        return None
     try:
         return float(text) if _is_hidden_number(text) else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2020-13-45

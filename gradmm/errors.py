@@ -1,5 +1,6 @@
 """The one error that a user's input can cause; its message is one sentence that names the value, the limit and the mend."""
 
+import difflib
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,18 @@ def shown(value) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = 60
     return " ".join(short.repr(value).splitlines())
+
+
+def near(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of an error about an unknown name: the close matches, whatever their case, or else all names.
+
+    >>> near("ADMM", ["pool", "admm"], "use one of"), near("x", ["pool", "admm"], "use one of")
+    ('did you mean admm?', 'use one of pool, admm')
+    """
+    known = list(known)
+    by_lower = {one.lower(): one for one in known}
+    found = [by_lower[one] for one in difflib.get_close_matches(name.lower(), by_lower, n=3)]
+    return f"did you mean {' or '.join(found)}?" if found else f"{otherwise} {', '.join(known) or 'none'}"
 
 
 def is_number(value) -> bool:

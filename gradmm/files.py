@@ -1,5 +1,6 @@
 """Reading and writing: JSON, JSON lines, YAML and safetensors; whole files or none, bounded sizes, clear errors."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -39,6 +40,11 @@ def as_path(value: Any, what: str) -> Path:
         problem = getattr(error, "strerror", None) or error
         raise UserError(f"{what} {shown(str(value))} is no usable path ({problem}): give another one") from error
     return Path(value)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value as JSON; what JSON cannot hold counts as its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> Path:

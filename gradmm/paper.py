@@ -118,7 +118,7 @@ def _accuracies(values: Mapping) -> list[dict]:
     found = []
     for name, figures in dict(values.get("methods") or {}).items():
         by_method, model = ({name: figures}, None) if "accuracy" in figures else (figures, name)
-        found += [(model, method, one["accuracy"]["runs"]) for method, one in by_method.items()]
+        found += [(model, method, one["accuracy"]["runs"]) for method, one in by_method.items() if isinstance(one, Mapping) and "accuracy" in one]
     private: dict[str, list[float]] = {}
     for row in values.get("utility") or []:
         private.setdefault(f"gradmm, epsilon {row['epsilon']:g}", []).append(row["accuracy"])

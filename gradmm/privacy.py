@@ -21,9 +21,11 @@ head, R rows and r directions of the release space, D hidden width.
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from gradmm import files
 from gradmm.errors import UserError, first_line, require, require_flag, require_texts, require_type, require_whole
 from gradmm.examples import Example, check_examples
 from gradmm.gradients import DenseTarget, Factors, FactorTarget, HeadSpace, Target
+from gradmm.locks import alone
 from gradmm.matching import factors_of
 from gradmm.mechanism import (
     Ledger,
@@ -45,13 +48,15 @@ from gradmm.mechanism import (
     total_epsilon,
 )
 from gradmm.models import Model, require_model
+from gradmm.runs import differences
 from gradmm.sharding import launched
 from gradmm.sketch import BodySketch
 from gradmm.spaces import coordinates, release_space, space_from, tensors_of
-from gradmm.tasks import Task, TaskTokens, tokenize_task
+from gradmm.tasks import Task, TaskTokens, require_task, tokenize_task
 
 FORMAT = "gradmm release 1"
 SPACE = "space."  # before the names of the space's tensors in a file
+RELEASE_FILE, LEDGER_FILE = "release.safetensors", "ledger.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +232,89 @@ def release(
     return Release(
         targets=noised, private=noise_seed is None, statement=statement, ledger=spent, length=int(length), **common
     )
+
+
+def release_once(folder: str | Path, model: Model, task: Task, examples: Iterable, *, source: Mapping[str, Any], **options) -> Release:
+    """A private release that is drawn once and kept: the same call again reads it from its folder and spends nothing.
+
+    The folder holds the Release (`release.safetensors`) and what was spent on its examples (`ledger.json`). A charge is written
+    before the noise is drawn, so that a crash in between leaves it counted, and the Release that is drawn next says what both
+    cost together. Without epsilon this is `release`, and nothing is kept.
+
+    Of the examples nothing is stored, not even a hash: that other texts stand behind the same `source` cannot be seen here. Nor
+    does a folder know of other folders. Noise that was drawn cannot be drawn back: deleting a folder deletes the count and gives
+    no budget back, and the release that replaces it costs as much again.
+
+    Args:
+        folder: of the run.
+        model, task, examples: as in `release`; the examples are not looked at where the folder holds their Release.
+        source: public facts that say which examples these are, such as the data's name, how many were drawn, and the seed.
+        options: as in `release`, without a ledger.
+
+    Raises:
+        UserError: the folder holds a Release with other arguments, each that differs is named; or as in `release`.
+    """
+    require("ledger" not in options, "release_once was given a ledger, but its folder has one of its own: use gradmm.release for another")
+    if options.get("epsilon") is None:
+        return release(model, task, examples, **options)
+    require_model(model)
+    require_task(task)
+    require_type(source, Mapping, "source", "give public facts such as {'data': 'demo', 'seed': 0}")
+    folder = files.as_path(folder, "the folder of the release")
+    with alone(folder):
+        ledger = _FolderLedger.open(folder / LEDGER_FILE, _public_arguments(model, task, source, options))
+        place = folder / RELEASE_FILE
+        if place.exists():
+            require(bool(ledger.entries), f"{place} has no {LEDGER_FILE} beside it that counts it: choose another folder")
+            return load_release(place)
+        drawn = release(model, task, examples, **options, ledger=ledger)
+        drawn.save(place)
+        return drawn
+
+
+def _public_arguments(model: Model, task: Task, source: Mapping[str, Any], options: Mapping[str, Any]) -> dict:
+    """All that tells one release from another and is no secret, with the defaults of what was not given."""
+    defaults = {name: option.default for name, option in signature(release).parameters.items() if option.kind is option.KEYWORD_ONLY}
+    given = {**defaults, **options}
+    for name in ("ledger", "cache", "progress"):  # the folder's own, and what changes no number
+        given.pop(name, None)
+    given["public_texts"] = given["public_texts"] and files.digest(list(given["public_texts"]))
+    return json.loads(json.dumps({"model": model.fingerprint, "task": task.fingerprint, **source, **given}, default=str))
+
+
+@dataclass
+class _FolderLedger(Ledger):
+    """The ledger of a folder: a file that every charge is added to before it counts as made; its budget is what is asked for."""
+
+    path: Path = Path()
+    arguments: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """The entries of a file were charged when they were written, and `release` checks the claim."""
+
+    @staticmethod
+    def open(path: Path, arguments: dict) -> "_FolderLedger":
+        held = files.read_json(path) if path.exists() else {"release": arguments, "entries": []}
+        try:
+            entries = tuple(LedgerEntry(**entry) for entry in held["entries"])
+            differing = differences(arguments, held["release"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is no ledger of a release ({first_line(error)}): choose another folder") from error
+        require(
+            not differing,
+            f"{path.parent} holds a release with other arguments: {'; '.join(differing[:3])}: give the same to read it, or another "
+            f"folder for a further release, which costs as much again and which {path} will not count",
+        )
+        return _FolderLedger(arguments["epsilon"], arguments["delta"], entries, path, arguments)
+
+    def check(self, entry: LedgerEntry) -> None:
+        """Nothing is refused here: a release that was charged and lost in a crash is counted, and told in the next one's statement."""
+
+    def charge(self, entry: LedgerEntry) -> None:
+        """Write the expense down, then record it."""
+        entries = (*self.entries, entry)
+        files.write_json(self.path, {"release": self.arguments, "entries": [asdict(one) for one in entries]})
+        self.entries = entries
 
 
 def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:

@@ -1,17 +1,21 @@
 """A run's folder: its manifest, unfinished batches, and what it leaves at the end.
 
 Knows the solver's Result and no language model. Clock readings go to `manifest.json` ("clock") and `timings.jsonl` alone,
-so that every other file is a function of the settings.
+so that every other file is a function of the settings. A notebook's folder follows from its parameters (`output_folder`).
 """
 
+import hashlib
 import json
 import platform
+import re
 import resource
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pandas
 import torch
@@ -23,6 +27,10 @@ PACKAGES = ("gradmm", "torch", "transformers", "datasets", "tokenizers", "numpy"
 SNAPSHOT_SECONDS = 10.0
 CLOCK_COLUMNS = ["seconds"]
 RUN_FILES = ("README.md", "train.jsonl", "synthetic.jsonl", "history.jsonl", "timings.jsonl")
+RESULTS = Path("results")
+NOT_FOR_RELEASE = "not-for-release"
+LARGE_BYTES = 1 << 26  # of larger files, such as weights, only size and time of change tell whether they are the same
+LONGEST_NAME = 40
 
 
 def versions() -> dict[str, str]:
@@ -43,6 +51,81 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.max_memory_allocated()
     return found
+
+
+# ---------------------------------------------------------------- a notebook's folder
+
+
+def output_folder(notebook: str, output: str | Path | None, **parameters) -> Path:
+    """The folder of a notebook's results, claimed for these parameters before any work is done.
+
+    The default follows from everything that decides the results: results/<notebook>/<model>-<data>-<8 hexadecimal digits>. The
+    digits are a digest of the parameters and, unless there is an epsilon, of the versions and of what the local files that
+    parameters name hold. With epsilon they come from the parameters alone: nothing that is written may depend on private text, and
+    the same private command must find its release again.
+
+    Args:
+        notebook: its name, without ending.
+        output: a folder of your own; None takes the default.
+        parameters: every parameter of the notebook that a result depends on, `model` and `data` among them.
+
+    Raises:
+        UserError: the folder holds results of other parameters (each that differs is named), or cannot be written.
+    """
+    claim = {"notebook": notebook, "parameters": {name: _leaf(value) for name, value in parameters.items()}}
+    if parameters.get("epsilon") is None:
+        claim |= {"files": {name: content for name in parameters if (content := _content(parameters[name]))}, "versions": versions()}
+    claim = json.loads(json.dumps(claim, default=str))
+    names = (re.sub(r"[^\w.+]+", "-", Path(str(parameters[name])).name)[:LONGEST_NAME].strip("-.") for name in ("model", "data"))
+    default = RESULTS / notebook / "-".join([*filter(None, names), files.digest(claim)[:8]])
+    folder = default if output is None else files.as_path(output, "the output folder")
+    place = folder / "parameters.json"
+    if not place.exists():
+        require(not folder.exists() or folder.is_dir(), f"{folder} is a file: give a folder for the output")
+        files.write_json(place, claim)
+    differing = differences(claim, files.read_json(place))
+    require(not differing, f"{folder} holds results of other parameters: {'; '.join(differing[:3])}: leave output out, or give another folder")
+    return folder
+
+
+def _leaf(value: Any) -> Any:
+    """A parameter's value as it is compared: a mapping as a whole, and 1.0 as 1."""
+    if isinstance(value, Mapping):
+        return str(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _content(value: Any) -> str | None:
+    """A digest of what the local file or folder that a parameter names holds; None where it names none."""
+    try:
+        path = Path(value) if value and isinstance(value, str | Path) else None
+        held = [] if path is None else [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+        states = [(one.name, _state(one)) for one in held if one.is_file()]
+    except (OSError, ValueError):  # what cannot be looked at is refused where it is read
+        return None
+    return files.digest(states) if states else None
+
+
+def _state(path: Path) -> Any:
+    status = path.stat()
+    if status.st_size > LARGE_BYTES:
+        return status.st_size, status.st_mtime_ns
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_not_for_release(folder: str | Path, name: str, results: Mapping[str, Any]) -> Path:
+    """Write results that private text went into, outside of every guarantee, where nobody shares them by accident.
+
+    Args:
+        folder: the run's; they go to `not-for-release/<name>.json` in it.
+        name: without ending.
+        results: plain values; what they are is said in a first field.
+    """
+    reason = "computed from private text without the noise that a guarantee needs: do not share this file"
+    return files.write_json(Path(folder) / NOT_FOR_RELEASE / f"{name}.json", {"not for release": reason, **results})
+
+
+# ---------------------------------------------------------------- a run's folder
 
 
 @dataclass
@@ -109,10 +192,7 @@ class RunFolder:
         files.write_json(place, {**self.manifest, "status": "running"})
 
     def _compare(self, held: dict) -> None:
-        differing = [
-            f"{name} ({_short(theirs)} there, {_short(ours)} now)"
-            for name, ours, theirs in _differences(self.manifest, held)
-        ]
+        differing = differences(self.manifest, held)
         require(
             not differing,
             f"{self.path} holds a run with other settings: {'; '.join(differing[:3])}: choose another output folder, "
@@ -198,6 +278,11 @@ def plain_rows(frame: pandas.DataFrame) -> list[dict]:
 def finite_or_none(value):
     """The value as JSON can hold it: infinity and NaN become None, written as null; all else stays as it is."""
     return None if isinstance(value, float) and not (abs(value) < float("inf")) else value
+
+
+def differences(ours: dict, theirs: dict) -> list[str]:
+    """What a folder's settings (`theirs`) hold otherwise than those asked for, each as "name (... there, ... now)"."""
+    return [f"{name} ({_short(there)} there, {_short(now)} now)" for name, now, there in _differences(ours, theirs)]
 
 
 def _differences(ours: dict, theirs: dict, name: str = "") -> list[tuple[str, object, object]]:

@@ -3,12 +3,24 @@
 Knows no model and no text: what a setting means is told where it is used. Letters: B examples of a group, L tokens.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 
 from gradmm import admm
-from gradmm.errors import is_number, is_whole, plain_fields, require, require_flag, require_whole, settings_from, shown
+from gradmm.errors import (
+    is_number,
+    is_whole,
+    near,
+    plain_fields,
+    require,
+    require_flag,
+    require_whole,
+    settings_from,
+    shown,
+)
 from gradmm.gradients import DISTANCES
 from gradmm.initialisation import CHOICES, INITIALISATIONS
+from gradmm.markup import code
 from gradmm.projection import PROJECTIONS
 from gradmm.selection import FILTERS, RANKINGS
 
@@ -150,6 +162,17 @@ class SynthesisConfig:
         return settings_from(SynthesisConfig, values)
 
 
+def _settings(config: SynthesisConfig) -> dict:
+    """The settings that can be given; what follows from them is left out."""
+    return {item.name: getattr(config, item.name) for item in fields(config) if item.init}
+
+
+def _require_known(names: Iterable[str]) -> None:
+    known = sorted(item.name for item in fields(SynthesisConfig) if item.init)
+    unknown = sorted(set(names) - set(known))
+    require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}: the settings are {', '.join(known)}")
+
+
 def _require_count(name: str, value) -> None:
     require(
         is_whole(value) and value >= 1,
@@ -183,3 +206,44 @@ PRESETS: dict[str, SynthesisConfig] = {
     "paper": SynthesisConfig(projection="lm_then_nearest", **_PUBLISHED),
     "official": SynthesisConfig(projection="nearest_then_lm", **_PUBLISHED),
 }
+
+
+def preset(name: str, **changes) -> SynthesisConfig:
+    """The settings that a name stands for, with some of them changed.
+
+    Args:
+        name: one of `PRESETS`.
+        changes: settings of `SynthesisConfig`. None leaves what the preset says, so a wrapper can hand on parameters that nobody
+            set. Where None is the value that you want, use `dataclasses.replace`.
+
+    Raises:
+        UserError: an unknown name or setting, or a value that a setting cannot have.
+
+    Example:
+        >>> import gradmm
+        >>> gradmm.preset("paper", rho=None) == gradmm.PRESETS["paper"]
+        True
+        >>> gradmm.preset("paper", rho=0.1).rho
+        0.1
+        >>> gradmm.preset("ADMM")
+        Traceback (most recent call last):
+        gradmm.errors.UserError: search = 'ADMM' is not known: did you mean admm?
+    """
+    known = isinstance(name, str) and name in PRESETS
+    require(known, f"search = {shown(name)} is not known: {near(str(name), PRESETS, 'use one of')}")
+    _require_known(changes)
+    return replace(PRESETS[name], **{setting: value for setting, value in changes.items() if value is not None})
+
+
+def described(name: str, config: SynthesisConfig) -> str:
+    """What a run is made with, in Markdown: the preset, what was changed in it, and what is other than the defaults."""
+    changed, apart = (_differing(config, other) for other in (PRESETS[name], SynthesisConfig()))
+    start = f"Settings: {code(f'gradmm.PRESETS[{name!r}]')}" + (f" with {changed}" if changed else " as it is")
+    if apart and apart != changed:
+        start += f". Other than the package's defaults are {apart}"
+    return f"{start}."
+
+
+def _differing(config: SynthesisConfig, other: SynthesisConfig) -> str:
+    theirs = _settings(other)
+    return ", ".join(code(f"{name} = {value!r}") for name, value in _settings(config).items() if value != theirs[name])

@@ -17,7 +17,8 @@ from gradmm.batch import read_parameters
 from gradmm.errors import UserError
 from gradmm.models import load_model
 from gradmm.privacy import load_release
-from gradmm.settings import PRESETS, SynthesisConfig
+from gradmm.settings import SynthesisConfig
+from gradmm.settings import preset as named
 from gradmm.sharding import launched
 from gradmm.synthesis import synthesize
 from gradmm.tasks import load_task
@@ -27,7 +28,7 @@ def settings(preset: str | None, path: str | None) -> SynthesisConfig:
     """A preset's settings, or the defaults, with those of a YAML file over them."""
     values = {} if path is None else read_parameters(path)
     SynthesisConfig.from_dict(values)  # names a setting that does not exist
-    return replace(PRESETS[preset] if preset else SynthesisConfig(), **values)
+    return replace(named(preset) if preset else SynthesisConfig(), **values)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="of the model on the hub")
     parser.add_argument("--task", default="demo", help="a registered name, a YAML file or a folder of JSON lines (default: %(default)s)")
     parser.add_argument("--release", required=True, metavar="FILE", help="what Release.save wrote")
-    parser.add_argument("--preset", choices=PRESETS, help="published settings; without it the defaults hold")
+    parser.add_argument("--preset", help="a name in gradmm.PRESETS, such as paper; without it the defaults hold")
     parser.add_argument("--settings", metavar="FILE", help="a YAML file of SynthesisConfig's settings, over the preset")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="results and unfinished work; seen by all processes")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")

@@ -10,7 +10,7 @@ import torch
 from test_comparison import CONFIG, FOUR, TWO, splits_of, toy
 
 from gradmm import trial
-from gradmm.ablation import against_base, agreement, changed, effects, vary
+from gradmm.ablation import _value, against_base, agreement, changed, effects, vary
 from gradmm.errors import UserError
 from gradmm.examples import Example
 from gradmm.gradients import parameter_gradient
@@ -48,11 +48,17 @@ def test_a_pool_is_written_once_and_chosen_from_as_if_it_were_written_again(tiny
     assert len(written) == 2
 
 
-def test_a_preset_is_a_factor_and_keeps_how_much_there_is_to_do():
-    base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, outer_steps=3, inner_steps=2, seed=5))
-    assert changed(base, "preset", "swap").synthesis == replace(PRESETS["swap"], n_synthetic=4, outer_steps=3, inner_steps=2, seed=5)
-    with pytest.raises(UserError, match="the preset 'best' is not known: use some of pool, admm"):
-        changed(base, "preset", "best")
+@pytest.mark.parametrize("name", ["admm", "paper", "official"])
+def test_a_preset_is_a_factor_and_keeps_the_budget_alone(name):
+    base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, outer_steps=3, inner_steps=2, rho=0.5, seed=5))
+    assert changed(base, "preset", name).synthesis == replace(PRESETS[name], n_synthetic=4, seed=5)
+
+
+def test_an_unknown_preset_is_refused_and_a_base_is_called_after_a_preset_that_it_is():
+    base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, seed=5))
+    with pytest.raises(UserError, match="'Paper' is not known: did you mean paper"):
+        changed(base, "preset", "Paper")
+    assert _value(base, "preset") == "pool" and _value(replace(base, synthesis=replace(base.synthesis, top_k=3)), "preset") == "the base"
 
 
 def test_settings_are_compared_with_the_base_by_seed():

@@ -1,5 +1,6 @@
 """Every notebook runs from end to end at its smoke preset, and the numbers that it writes are what it says they are."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -10,7 +11,9 @@ import executing
 import nbformat
 import pytest
 
+import gradmm
 from gradmm import batch, demo_text, files, records
+from gradmm.runs import NOT_FOR_RELEASE
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -49,12 +52,15 @@ def finetuning(results: dict, preset: dict) -> None:
     assert results["n_test"] == preset["max_test"] and 0 < results["calibrated"] <= 1
 
 
-# A notebook without an entry still has to run, write its numbers and draw its figures.
 def privacy(results: dict, preset: dict) -> None:
     assert results["private"] is True and results["statement"].startswith("(1, 1e-05)-differential privacy")
     (spent,) = results["ledger"]
     assert (spent["epsilon"], spent["delta"], spent["sensitivity"]) == (1.0, 1e-5, 2.0) and spent["space"] == "label_rows_centred"
     assert spent["sigma"] == pytest.approx(results["calibration"]["exact"]["1"], rel=1e-6) and "the budget is 1" in results["refusal"]
+    assert set(results) == {"ledger", "private", "statement", "refusal", "calibration", "checks"}  # none of it computed from private text
+
+
+def experiments(results: dict, preset: dict) -> None:
     assert [row["epsilon"] for row in results["utility"]] == preset["epsilons"] * preset["seeds"]
     assert set(results["controls"]) == {"noise only", "prompts only", "no noise", "real texts", "untrained"}
     assert all(0 <= row["target"] <= 1 and -1 <= row["useful"] <= 1 for row in results["fidelity"])
@@ -127,11 +133,12 @@ def paper(results: dict, preset: dict) -> None:
     assert [claim["verified"] for claim in results["claims"]].count(False) >= 1 and "transfer" in results["experiments"]
     assert list(results["methods"]) == ["demo", "demo-b"] and results["n_test"] == preset["max_test"]
     runs = [one["accuracy"]["runs"] for by_method in results["methods"].values() for one in by_method.values()]
-    runs += [one["runs"] for one in results["private"].values()]
+    runs += [one["runs"] for one in results["with_noise"].values()]
     assert all(len(values) == preset["seeds"] and all(0 <= value <= 1 for value in values) for values in runs)
     assert len(results["answers"]) == 5 and {row["holds here"] for row in results["answers"]} <= {"yes", "no, worse", "not shown"}
 
 
+# A notebook without an entry still has to run, write its numbers and draw its figures.
 CHECKS = {
     "00-quickstart": quickstart,
     "01-theory": theory,
@@ -148,6 +155,93 @@ CHECKS = {
 def test_every_notebook_has_a_preset_and_every_check_a_notebook():
     names = [path.stem for path in NOTEBOOKS]
     assert names == sorted(path.stem for path in PRESETS.glob("*.yaml")) and set(CHECKS) <= set(names)
+
+
+def results_of(folder: Path, name: str) -> tuple[dict, dict]:
+    """What a notebook wrote: what may be shared, and what may not."""
+    found = {place.parent.name == NOT_FOR_RELEASE: json.loads(place.read_text(encoding="utf-8")) for place in folder.rglob(f"{name}.json")}
+    apart = found.get(True, {})
+    assert not apart or next(iter(apart)) == "not for release"
+    return found[False], apart
+
+
+# What changes no result, and what only adds runs to those that a comparison's folder holds.
+NOT_OF_THE_FOLDER = {"output", "workers", "records"}
+ADDS_RUNS = {name: {"seeds", "methods", "budgets", "budget_methods"} for name in ("03-finetuning", "05-ablations", "06-transfer", "08-paper")}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_s_folder_follows_from_all_its_parameters(path):
+    notebook = nbformat.read(path, as_version=4)
+    trees = [ast.parse(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    (call,) = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("output_folder"))
+    known = batch._parameters_of(path)
+    assert [ast.literal_eval(call.args[0]), ast.unparse(call.args[1])] == [path.stem, "output"] and known["output"] is None
+    assert {word.arg: ast.unparse(word.value) for word in call.keywords} == {name: name for name in set(known) - NOT_OF_THE_FOLDER - ADDS_RUNS.get(path.stem, set())}
+    first = "".join(ast.unparse(tree) for tree in trees[1:]).split("output_folder(")[0]
+    assert not [work for work in ("load_data(", "load_model(", "release(", "release_once(") if work in first]  # refused before any of it
+
+
+def resolved(name: str, folder: Path, **given) -> gradmm.SynthesisConfig:
+    """The settings that a notebook arrives at with these parameters and no others."""
+    cells = [cell.source for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells if cell.cell_type == "code"]
+    own = {}
+    exec(cells[0], own)
+    own |= given | {"output": folder / name}
+    exec(cells[1].split("task, splits =")[0], own)
+    return own.get("synthesis", own.get("config"))
+
+
+@pytest.mark.parametrize("search", gradmm.PRESETS)
+@pytest.mark.parametrize("name", ["00-quickstart", "03-finetuning", "06-transfer"])
+def test_a_named_search_is_run_as_it_is_named(name, search, tmp_path):
+    assert resolved(name, tmp_path, search=search) == gradmm.PRESETS[search]
+    with pytest.raises(gradmm.UserError, match=f"search = '{search.upper()}' is not known: did you mean {search}"):
+        resolved(name, tmp_path, search=search.upper())
+
+
+def test_the_search_of_the_quickstart_is_the_package_s_default(tmp_path):
+    assert resolved("00-quickstart", tmp_path) == gradmm.SynthesisConfig()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+def test_the_published_search_in_the_quickstart_is_that_of_python(tmp_path):
+    """Byte for byte; both sides made small by the same settings, since the published ones take hours."""
+    small = {"n_synthetic": 2, "outer_steps": 1, "inner_steps": 1, "top_k": 5}
+    with executing.quiet(tmp_path):
+        executing.execute(NOTEBOOKS[0], {"search": "paper", "n_real": 4, "fine_tuning_steps": 1, "fine_tuning_seeds": 1, **small}, tmp_path)
+    (held,) = tmp_path.rglob("synthetic.jsonl")
+    task, data = gradmm.load_data("demo")
+    model = gradmm.load_model("demo", device="cpu")
+    target = gradmm.release(model, task, gradmm.sample_examples(data.train, 4, task, 0), space="head")
+    gradmm.synthesize(model, task, target, gradmm.preset("paper", **small), tmp_path / "python", progress=False)
+    assert held.read_bytes() == (tmp_path / "python" / "synthetic.jsonl").read_bytes()
+    configs = [files.read_json(place / "manifest.json")["config"] for place in (held.parent, tmp_path / "python")]
+    assert configs[0] == configs[1] and configs[0]["init_candidates"] == 500
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+def test_a_private_quickstart_shares_nothing_of_the_private_texts_and_spends_once(tmp_path):
+    rows = [{"text": f"zebra {n} was {word}", "label": label} for n in range(61) for label, word in enumerate(("dreadful", "splendid"))]
+    for split, some in (("train", rows[:78]), ("validation", rows[78:95]), ("test", rows[95:])):
+        files.write_json_lines(tmp_path / "ward" / f"{split}.jsonl", some)
+    asked = {"data": "ward", "n_real": 8, "n_synthetic": 4, "epsilon": 2.0, "delta": 1e-5, "length": 8, "fine_tuning_steps": 1, "fine_tuning_seeds": 1}
+    asked["task"] = "demo"
+    with executing.quiet(tmp_path):
+        executed = executing.execute(NOTEBOOKS[0], asked, tmp_path)
+        (folder,) = (tmp_path / "results" / "00-quickstart").iterdir()
+        results, apart = results_of(folder, "00-quickstart")
+        held = {place: place.read_bytes() for place in folder.rglob("*") if place.is_file()}
+        executing.execute(NOTEBOOKS[0], asked, tmp_path)
+    assert results["private"] is True and set(results["methods"]) == {"none", "zero_shot", "gradmm"} == set(apart["methods"])
+    assert all(set(figures) == {"n", "perplexity"} for figures in results["methods"].values())
+    shown = json.dumps([cell.get("outputs") for cell in executed.cells])
+    public = shown + "".join(content.decode("utf-8", "replace") for place, content in held.items() if NOT_FOR_RELEASE not in place.parts)
+    assert "zebra" not in public and "accuracy" not in public and not [n for n in ("78 ", "17 validation", "27 test") if n in shown]
+    assert {place: place.read_bytes() for place in folder.rglob("*") if place.is_file()} == held
+    assert len(files.read_json(folder / "ledger.json")["entries"]) == 1
 
 
 def test_an_unknown_parameter_is_an_error(tmp_path):
@@ -214,11 +308,13 @@ def test_a_notebook_runs_and_writes_its_numbers(path, shared_folder):
     preset = files.read_yaml(PRESETS / f"{path.stem}.yaml")
     folder = executing.smoke_run(path.stem, shared_folder)
     executed = nbformat.read(folder / path.name, as_version=4)
-    (written,) = folder.rglob(f"{path.stem}.json")
-    results = json.loads(written.read_text(encoding="utf-8"))
+    results, apart = results_of(folder, path.stem)
     assert results
     if path.stem in CHECKS:
         CHECKS[path.stem](results, preset)
+    if path.stem == "04-privacy":
+        experiments(apart, preset)
+    assert bool(apart) == bool(results.get("private"))
     promised = [cell for cell in executed.cells if cell.cell_type == "code" and "figure = " in cell.source]
     drawn = [cell for cell in promised if any("image/png" in output.get("data", {}) for output in cell.outputs)]
     assert promised and len(drawn) == len(promised)

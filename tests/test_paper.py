@@ -59,6 +59,7 @@ def test_own_runs_are_read_from_every_notebook_s_results(tmp_path):
     assert paper.own_runs(tmp_path / "absent") == []
     write(tmp_path, "paper-sst2/03-finetuning.json", {"methods": methods(real=0.5, gradmm=0.75)})
     write(tmp_path, "paper-transfer/06-transfer.json", {"methods": {"phi": methods(gradmm=0.5), "opt": methods(gradmm=0.25)}})
+    write(tmp_path, "paper-sst2-dp/00-quickstart.json", {"private": True, "methods": {"none": {"n": 0, "perplexity": None}, "gradmm": {"n": 8, "perplexity": 2.0}}})
     write(tmp_path, "paper-sst2-dp/04-privacy.json", {"utility": [{"epsilon": 0.05, "accuracy": a} for a in (0.5, 1.0)], "controls": {"noise only": [0.5]}})
     write(tmp_path, "mine/05-ablations.json", {"factors": []})
     rows = paper.own_runs(tmp_path)

@@ -7,6 +7,7 @@ import nbformat
 import pytest
 
 from gradmm import batch
+from gradmm.runs import output_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMS = ROOT / "notebooks" / "params"
@@ -16,7 +17,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 def defaults(notebook: Path) -> dict:
     (cell,) = (cell for cell in nbformat.read(notebook, as_version=4).cells if "parameters" in cell.metadata.get("tags", []))
-    return {line.targets[0].id: ast.literal_eval(line.value) for line in ast.parse(cell.source).body}
+    lines = ast.parse(cell.source).body
+    return {(line.target if isinstance(line, ast.AnnAssign) else line.targets[0]).id: ast.literal_eval(line.value) for line in lines}
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -35,10 +37,12 @@ def test_a_paper_preset_names_every_parameter_and_says_what_it_takes(path):
     assert "Machine:" in " ".join(comment) and "GB" in " ".join(comment) and "hour" in " ".join(comment)
 
 
-def test_results_of_one_preset_do_not_meet_those_of_another():
-    places = [batch.read_parameters(path).get("output") for path in PRESETS if path.parent.name != "smoke"]
-    assert None not in places and len(set(places)) == len(places)
-    assert all(place == f"results/{path.parent.name}/{path.stem}" for place, path in zip(places, (p for p in PRESETS if p.parent.name != "smoke"), strict=True))
+def test_results_of_one_preset_do_not_meet_those_of_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [path for path in PRESETS if batch.read_parameters(path).get("output") is not None] == []
+    whole = [defaults(ROOT / "notebooks" / f"{path.stem}.ipynb") | batch.read_parameters(path) for path in PRESETS]
+    folders = [output_folder(path.stem, values.pop("output"), **values) for path, values in zip(PRESETS, whole, strict=True)]
+    assert len(set(folders)) == len(folders)
 
 
 @pytest.mark.parametrize("preset", ["smoke", "demo"])

@@ -413,3 +413,85 @@ def test_a_file_that_was_changed_is_refused(model, tmp_path):
 def test_the_default_space_is_the_body_without_noise_and_the_label_rows_with_it(model):
     assert privacy.release(model, TASK, EXAMPLES).space_name == "body"
     assert privacy.release(model, TASK, EXAMPLES, epsilon=1.0, delta=1e-5, length=5).space_name == "label_rows"
+
+
+# ---------------------------------------------------------------- drawn once and kept
+
+SOURCE = {"data": "reviews", "n_real": 5, "seed": 0}
+
+
+def once(folder, model, examples=EXAMPLES, **options) -> privacy.Release:
+    return privacy.release_once(folder, model, TASK, examples, **{"source": SOURCE, **PRIVATE, **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"space": "head"}, {"space": "label_rows_subspace", "public_texts": PUBLIC, "directions": 2}, {"noise_seed": 3}])
+def test_the_same_private_release_is_drawn_once(model, tmp_path, monkeypatch, options):
+    first = once(tmp_path / "run", model, **options)
+    held = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert set(held) == {"release.safetensors", "ledger.json"} and len(first.ledger) == 1
+    monkeypatch.setattr(privacy, "noised_sums", lambda *_: pytest.fail("noise was drawn again"))
+    assert once(tmp_path / "run", model, **options).fingerprint == first.fingerprint
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == held
+
+
+def test_nothing_of_the_examples_is_kept_beside_the_release(model, tmp_path):
+    once(tmp_path / "one", model)
+    once(tmp_path / "two", model, examples=[*EXAMPLES, *OTHERS])
+    assert (tmp_path / "one" / "ledger.json").read_bytes() == (tmp_path / "two" / "ledger.json").read_bytes()
+    assert once(tmp_path / "one", model, examples=[*EXAMPLES, *OTHERS]).private  # that these are others cannot be seen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilon": 2.0}, r"other arguments: epsilon \(1.0 there, 2.0 now\): give the same to read it, .* which .*ledger\.json will not count"),
+        ({"delta": 1e-6, "clip": 0.5}, r"delta \(1e-05 there, 1e-06 now\); clip \(1.0 there, 0.5 now\)"),
+        ({"source": SOURCE | {"n_real": 6}}, r"n_real \(5 there, 6 now\)"),
+        ({"space": "head"}, r"space \(null there, \"head\" now\)"),
+        ({"length": 7, "relation": "add-remove"}, r"relation .*length \(6 there, 7 now\)"),
+    ],
+)
+def test_a_folder_holds_one_release_and_refuses_others(model, tmp_path, options, message):
+    first = once(tmp_path, model)
+    held = (tmp_path / "ledger.json").read_bytes()
+    with pytest.raises(UserError, match=message):
+        once(tmp_path, model, **options)
+    assert (tmp_path / "ledger.json").read_bytes() == held and once(tmp_path, model).fingerprint == first.fingerprint
+
+
+def test_a_charge_that_a_crash_followed_is_counted_in_the_next_release(model, tmp_path, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(privacy, "noised_sums", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            once(tmp_path, model)
+    assert len(json.loads((tmp_path / "ledger.json").read_text())["entries"]) == 1 and not (tmp_path / "release.safetensors").exists()
+    found = once(tmp_path, model)
+    assert len(found.ledger) == 2 and "with the 1 earlier release(s) of its ledger (1.46517, 1e-05) in all" in found.statement
+    assert once(tmp_path, model).fingerprint == found.fingerprint
+
+
+@pytest.mark.parametrize(("options", "message"), [({"epsilon": 0.0}, "epsilon"), ({"clip": -1}, "clip"), ({"length": None}, "length")])
+def test_what_is_refused_is_neither_charged_nor_kept(model, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        once(tmp_path, model, **options)
+    with pytest.raises(UserError, match="there is no example of"):
+        once(tmp_path, model, examples=EXAMPLES[:1])
+    assert not (tmp_path / "ledger.json").exists() and once(tmp_path, model).private
+
+
+def test_without_epsilon_nothing_is_kept_and_a_second_ledger_is_refused(model, tmp_path):
+    found = privacy.release_once(tmp_path / "run", model, TASK, EXAMPLES, source=SOURCE, space="head")
+    assert not found.private and not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="its folder has one of its own"):
+        once(tmp_path / "run", model, ledger=mechanism.Ledger(1.0, 1e-5))
+
+
+def test_a_folder_whose_ledger_is_gone_or_broken_is_refused(model, tmp_path):
+    once(tmp_path, model)
+    for text in ("{}", "[]", '{"entries": [{"epsilon": 1}], "release": {}}'):
+        (tmp_path / "ledger.json").write_text(text)
+        with pytest.raises(UserError, match=r"ledger\.json is no ledger of a release .*: choose another folder"):
+            once(tmp_path, model)
+    (tmp_path / "ledger.json").unlink()
+    with pytest.raises(UserError, match=r"release\.safetensors has no ledger\.json beside it that counts it"):
+        once(tmp_path, model)

@@ -50,6 +50,11 @@ def private(**options):
     return released(**{"epsilon": 1.0, "delta": 1e-5, "length": 5, **options})
 
 
+def kept(**options):
+    given = {"folder": "kept", "model": HELD["model"], "task": TASK, "examples": PRIVATE, "source": {"data": "toy"}}
+    return gradmm.release_once(**{**given, "epsilon": 1.0, "delta": 1e-5, "length": 5, **options})
+
+
 def written(release=None, **options):
     given = {"model": HELD["model"], "task": TASK, "config": SMALL, "progress": False, **options}
     return gradmm.synthesize(release=HELD["release"] if release is None else release, **given)
@@ -154,6 +159,13 @@ CASES = {
     "release: noise_seed true": (lambda: private(noise_seed=True), "noise_seed = True, it must be a whole number"),
     "release: cache": (lambda: released(space="body", cache=5), "the cache is 5: give a path"),
     "release: progress": (lambda: released(progress="no"), "progress = 'no', it must be True or False"),
+    "release_once: model": (lambda: kept(model="demo"), "the model is of type str"),
+    "release_once: task": (lambda: kept(task="sst2"), "the task is of type str"),
+    "release_once: source": (lambda: kept(source="demo"), "source is of type str: give public facts"),
+    "release_once: folder": (lambda: kept(folder=3), "the folder of the release is 3: give a path"),
+    "preset: another spelling": (lambda: gradmm.preset("ADMM"), "did you mean admm?"),
+    "preset: a config": (lambda: gradmm.preset(SMALL), "is not known: "),
+    "preset: a setting": (lambda: gradmm.preset("admm", steps=3), "unknown setting 'steps'"),
     "load_release: a number": (lambda: gradmm.load_release(3), "the Release is 3: give a path"),
     "Release: saved to a number": (lambda: HELD["release"].save(3), "the Release is 3: give a path"),
     "Ledger: delta a half": (lambda: gradmm.Ledger(1.0, 0.5), "delta = 0.5, it must be at most 0.01"),

@@ -1,6 +1,7 @@
 """A run's folder: continued with the same settings, refused with others, whole files only."""
 
 import json
+from pathlib import Path
 
 import pandas
 import pytest
@@ -94,3 +95,70 @@ def test_a_run_that_was_finished_without_a_file_of_kept_texts_is_read_back(tmp_p
     (tmp_path / "train.jsonl").unlink()
     again = runs.RunFolder.open(tmp_path, IDENTITY)
     assert again.finished and again.load()[0] == [{"text": "a", "match": 1.0, "kept": True}]
+
+
+# ---------------------------------------------------------------- a notebook's folder
+
+GIVEN = {"model": "demo", "data": "demo", "seed": 0, "rho": None}
+PRIVATE = {**GIVEN, "epsilon": 1.0}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty current folder with data in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my reviews").mkdir()
+    (tmp_path / "my reviews" / "train.jsonl").write_text('{"text": "fine", "label": 0}\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"rho": 0.1}, {"model": "other/model"}, {"data": "my reviews"}, {"epsilon": 1.0}])
+def test_a_default_folder_follows_from_the_parameters(here, change):
+    usual, other = (runs.output_folder("00-quickstart", None, **values) for values in (GIVEN, GIVEN | change))
+    assert usual == runs.output_folder("00-quickstart", None, **GIVEN) != other
+    assert usual != runs.output_folder("02-synthesis", None, **GIVEN)
+    assert usual.parent == other.parent == Path("results/00-quickstart") and usual.name.startswith("demo-demo-") and len(usual.name) == 18
+
+
+def test_a_default_folder_has_a_readable_name_whatever_the_parameters_are_called(here):
+    for model, data, start in (("org/Some_Model-1.5", "my reviews", "Some_Model-1.5-my-reviews-"), ("../..", "[v2]", "v2-"), ("é" * 90, "x/", f"{'é' * 40}-x-")):
+        folder = runs.output_folder("a", None, model=model, data=data)
+        assert folder.name.startswith(start) and folder.parent == Path("results/a") and (folder / "parameters.json").is_file()
+
+
+def test_a_default_folder_follows_local_files_and_versions_but_a_private_one_neither(here, monkeypatch):
+    given = [GIVEN | {"data": "my reviews"}, PRIVATE | {"data": "my reviews"}]
+    before = [runs.output_folder("a", None, **values) for values in given]
+    (here / "my reviews" / "train.jsonl").write_text('{"text": "dull", "label": 0}\n')
+    changed = [runs.output_folder("a", None, **values) for values in given]
+    monkeypatch.setattr(runs, "versions", lambda: {"torch": "0"})
+    assert before[0] != changed[0] != runs.output_folder("a", None, **given[0])
+    assert before[1] == changed[1] == runs.output_folder("a", None, **given[1])
+    assert set(json.loads((before[1] / "parameters.json").read_text())) == {"notebook", "parameters"}
+    assert before[1] == runs.output_folder("a", None, **given[1] | {"epsilon": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, r"mine holds results of other parameters: parameters.seed \(0 there, 1 now\): leave output out, or give another folder"),
+        ({"more": {"a": 1}}, r"parameters.more \(null there, "),
+        ({"data": "my reviews"}, r"parameters.data \(\"demo\" there, \"my reviews\" now\); files.data"),
+    ],
+)
+def test_a_folder_of_ones_own_is_refused_where_it_holds_other_results_and_continued_else(here, change, message):
+    assert runs.output_folder("a", "mine", **GIVEN) == runs.output_folder("a", "mine", **GIVEN) == Path("mine")
+    with pytest.raises(UserError, match=message):
+        runs.output_folder("a", "mine", **GIVEN | change)
+    with pytest.raises(UserError, match=r"notebook \(\"a\" there, \"b\" now\)"):
+        runs.output_folder("b", "mine", **GIVEN)
+    (here / "file").touch()
+    for place in ("file", 3, "x\0"):
+        with pytest.raises(UserError, match="output"):
+            runs.output_folder("a", place, **GIVEN)
+
+
+def test_what_is_not_for_release_says_so_first_and_lies_apart(tmp_path):
+    place = runs.write_not_for_release(tmp_path, "a", {"accuracy": 0.5})
+    assert place == tmp_path / "not-for-release" / "a.json"
+    assert list(json.loads(place.read_text())) == ["not for release", "accuracy"]

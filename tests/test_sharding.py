@@ -105,6 +105,8 @@ def test_the_command_line_gives_what_python_gives(alone, tmp_path, capsys):
     assert shard.main([*given, str(tmp_path / "other.yaml")]) == 2
     assert "unknown setting 'sede'" in capsys.readouterr().err
     assert shard.settings("official", None) == gradmm.PRESETS["official"]
+    assert shard.main([*given, str(tmp_path / "settings.yaml"), "--preset", "Paper"]) == 2
+    assert capsys.readouterr().err == "search = 'Paper' is not known: did you mean paper?\n"
 
 
 # ---------------------------------------------------------------- a crew of threads

@@ -1,0 +1,125 @@
+"""Every command line of the README, the book and the presets' README, in the order in which a reader types them, in one folder."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import executing
+import pytest
+import yaml
+
+import gradmm
+from gradmm import batch, demo_text, files, shard
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md")), ROOT / "notebooks" / "params" / "README.md"]
+# What a command of the documentation names and this machine lacks or has no hours for -> what stands for it here.
+SUBSTITUTES = {
+    "path/to/model": str(demo_text.DATA / "model"),  # a local folder, as it says
+    "microsoft/phi-1_5": "demo",  # a model of the hub
+    "-p data sst2": "-p data path/to/films",  # data of the hub
+    "--task sst2": "--task demo",
+    "n_synthetic 100": "n_synthetic 6",  # minutes
+}
+SMALL = "-f notebooks/params/smoke/00-quickstart.yaml"  # ends a papermill line; what the line sets with -p stands above it
+# By how a command begins: how it is checked, with the reason where it is not run in full.
+CHECKED = {
+    "papermill": "run, small",
+    "make": "its recipe is looked up with make -n: it installs an environment of its own; the notebook that quickstart runs is run here",
+    "python -m gradmm.batch": "planned and not executed, which takes from minutes to days; tests/test_batch.py executes",
+    "accelerate launch": "run by one process, on the demo, small; tests/test_sharding.py launches several",
+    "python tests/benchmarks/": "its options are looked up: it wants a quiet machine; tests/test_benchmarks.py runs it small",
+}
+
+
+def commands() -> list[str]:
+    """The lines of every bash block in the order of the pages, with continued lines joined and comments left out."""
+    blocks = [block for page in PAGES for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)]
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in (" ".join(line.split(" #")[0].split()) for line in lines) if line]
+
+
+def of_kind(start: str) -> list[str]:
+    return [command for command in commands() if command.startswith(start)]
+
+
+def substituted(command: str) -> str:
+    for name, other in SUBSTITUTES.items():
+        command = command.replace(name, other)
+    return command
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A reader's folder: the repository's notebooks, and what the documentation says to bring along."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").symlink_to(ROOT / "notebooks")
+    demo = gradmm.load_data("demo")[1]
+    for name, start in (("reviews", 0), ("films", 300)):
+        for split, count in (("train", 40), ("validation", 20), ("test", 20)):
+            rows = [{"text": example.text, "label": example.label} for example in getattr(demo, split)[start : start + count]]
+            files.write_json_lines(tmp_path / "path" / "to" / name / f"{split}.jsonl", rows)
+        (tmp_path / "path" / "to" / name / "task.yaml").write_text(yaml.safe_dump(gradmm.load_task("demo").to_dict()), encoding="utf-8")
+    return tmp_path
+
+
+def test_every_command_has_a_way_to_be_checked():
+    assert len(commands()) > 15 and not [command for command in commands() if not command.startswith(tuple(CHECKED))]
+    assert all(of_kind(start) for start in CHECKED) and not [name for name in SUBSTITUTES if name not in " ".join(commands())]
+
+
+@pytest.mark.parametrize("command", of_kind("make"))
+def test_a_make_target_has_a_recipe(command):
+    done = subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+def test_the_notebooks_of_the_documentation_run_one_after_the_other(here):
+    recipe = subprocess.run(["make", "-n", "quickstart"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (first,) = re.findall(r"papermill .*", recipe)
+    typed = [first, *of_kind("papermill")]
+    (here / "results").mkdir()  # the recipe's first line
+    for command in typed:
+        given = shlex.split(f"{substituted(command)} {SMALL}")[1:]
+        kernel = ["--kernel", "python3", "--start-timeout", str(batch.KERNEL_SECONDS)]
+        with executing.quiet(here):
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            done = subprocess.run([sys.executable, "-m", "papermill", *given, *kernel], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    assert len(list(here.glob("results/00-quickstart/*/00-quickstart.json"))) == len(typed)
+
+
+def test_the_batches_of_the_documentation_can_be_planned(here):
+    (here / "grid.yaml").write_text(re.search(r"```yaml\n(rho: .*?)```", (ROOT / "book" / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)[1])
+    planned = []
+    for command in of_kind("python -m gradmm.batch"):
+        given = batch._parser().parse_args([part for word in shlex.split(command)[3:] for part in (sorted(map(str, Path().glob(word))) if "*" in word else [word])])
+        sweep = None if given.sweep is None else batch.read_parameters(given.sweep)
+        jobs = batch.plan(given.notebooks, given.output, given.preset, {name: batch._from_command_line(text) for name, text in given.parameter}, sweep, given.fresh)
+        assert jobs and all(job.parameters.get("output") is None for job in jobs)
+        planned.append(len(jobs))
+    assert 9 in planned  # "executes nine notebooks"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+def test_the_launched_synthesis_of_the_documentation_runs(here, capsys):
+    (command,) = of_kind("accelerate launch")
+    task, data = gradmm.load_data("demo")
+    gradmm.release(gradmm.load_model("demo"), task, gradmm.sample_examples(data.train, 4, task, 0), space="head").save("sst2.safetensors")
+    small = {"groups_per_batch": 1, "n_synthetic": 2, "outer_steps": 1, "inner_steps": 1, "init_candidates": 2}
+    (here / "settings.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
+    assert shard.main(shlex.split(substituted(command).split("gradmm.shard")[1])) == 0
+    assert "texts are kept in results/sst2/synthetic.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", of_kind("python tests/benchmarks/"))
+def test_a_benchmark_has_the_options_that_are_named(command):
+    script, *given = shlex.split(command)[1:]
+    text = (ROOT / script).read_text(encoding="utf-8") + (ROOT / "tests" / "benchmarks" / "whole_synthesis.py").read_text(encoding="utf-8")
+    assert not [option for option in given if option.startswith("--") and f'"{option}"' not in text]

@@ -130,7 +130,16 @@ def settings_from(kind: type, values: Mapping) -> Any:
         UserError: no mapping, a name that is no setting, or a value that a setting cannot have.
     """
     require_type(values, Mapping, "the settings", f"give a mapping from the names of {kind.__name__}'s settings")
-    known = {item.name for item in fields(kind) if item.init}
-    unknown = sorted(map(shown, set(values) - known))
-    require(not unknown, f"unknown setting {', '.join(unknown)}: the settings are {', '.join(sorted(known))}")
+    require_settings(kind, values)
     return kind(**values)
+
+
+def require_settings(kind: type, names: Iterable) -> None:
+    """Raise unless every name is a setting of a dataclass.
+
+    Raises:
+        UserError: a name that is none.
+    """
+    known = {item.name for item in fields(kind) if item.init}
+    unknown = sorted(map(shown, set(names) - known))
+    require(not unknown, f"unknown setting {', '.join(unknown)}: the settings are {', '.join(sorted(known))}")

@@ -3,7 +3,6 @@
 Knows no model and no text: what a setting means is told where it is used. Letters: B examples of a group, L tokens.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
 from gradmm import admm
@@ -14,6 +13,7 @@ from gradmm.errors import (
     plain_fields,
     require,
     require_flag,
+    require_settings,
     require_whole,
     settings_from,
     shown,
@@ -167,12 +167,6 @@ def _settings(config: SynthesisConfig) -> dict:
     return {item.name: getattr(config, item.name) for item in fields(config) if item.init}
 
 
-def _require_known(names: Iterable[str]) -> None:
-    known = sorted(item.name for item in fields(SynthesisConfig) if item.init)
-    unknown = sorted(set(names) - set(known))
-    require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}: the settings are {', '.join(known)}")
-
-
 def _require_count(name: str, value) -> None:
     require(
         is_whole(value) and value >= 1,
@@ -231,7 +225,7 @@ def preset(name: str, **changes) -> SynthesisConfig:
     """
     known = isinstance(name, str) and name in PRESETS
     require(known, f"search = {shown(name)} is not known: {near(str(name), PRESETS, 'use one of')}")
-    _require_known(changes)
+    require_settings(SynthesisConfig, changes)
     return replace(PRESETS[name], **{setting: value for setting, value in changes.items() if value is not None})
 
 

@@ -511,14 +511,26 @@ def test_a_tokenizer_of_another_model_is_refused(toy_tokenizer):
         wrap_model(random_lm("llama", vocab_size=20), toy_tokenizer, "small")
 
 
-@pytest.mark.parametrize("device", ["graphics", "cuda:99", "meta", "cpu:x", 3.5])
+@pytest.mark.parametrize("device", ["graphics", "cuda:99", "meta", "cpu:x"])
 def test_a_device_that_is_not_here_is_refused(device):
     with pytest.raises(UserError, match=f"the device {device!r} is not usable here .*: use cpu, cuda or auto") as caught:
         load_model("anything", device=device)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "half", "int8", torch.float16, torch.int8, 32])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"device": 3.5}, "the device is of type float: use cpu, cuda or auto"),
+        ({"dtype": 32}, "the dtype is of type int: use one of float32, float64, bfloat16 or auto"),
+    ],
+)
+def test_a_device_or_dtype_of_another_type_is_refused_by_its_type(given, message):
+    with pytest.raises(UserError, match=message):
+        load_model("anything", **given)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "half", "int8", torch.float16, torch.int8])
 def test_a_dtype_that_is_not_used_is_refused(dtype):
     with pytest.raises(UserError, match="the dtype .* is not usable: use one of float32, float64, bfloat16 or auto"):
         load_model("anything", dtype=dtype)

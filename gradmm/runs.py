@@ -57,12 +57,13 @@ def peak_memory() -> dict[str, int]:
 
 
 def output_folder(notebook: str, output: str | Path | None, **parameters) -> Path:
-    """The folder of a notebook's results, claimed for these parameters before any work is done.
+    """The folder of a notebook's results; one of your own is claimed for these parameters before any work is done.
 
     The default follows from everything that decides the results: results/<notebook>/<model>-<data>-<8 hexadecimal digits>. The
     digits are a digest of the parameters and, unless there is an epsilon, of the versions and of what the local files that
     parameters name hold. With epsilon they come from the parameters alone: nothing that is written may depend on private text, and
-    the same private command must find its release again.
+    the same private command must find its release again. So a default folder is nobody else's, and nothing is written yet; a
+    folder of your own gets `parameters.json`, which is written anew as long as there are no results beside it.
 
     Args:
         notebook: its name, without ending.
@@ -76,15 +77,16 @@ def output_folder(notebook: str, output: str | Path | None, **parameters) -> Pat
     if parameters.get("epsilon") is None:
         claim |= {"files": {name: content for name in parameters if (content := _content(parameters[name]))}, "versions": versions()}
     claim = json.loads(json.dumps(claim, default=str))
-    names = (re.sub(r"[^\w.+]+", "-", Path(str(parameters[name])).name)[:LONGEST_NAME].strip("-.") for name in ("model", "data"))
-    default = RESULTS / notebook / "-".join([*filter(None, names), files.digest(claim)[:8]])
-    folder = default if output is None else files.as_path(output, "the output folder")
+    if output is None:
+        names = (re.sub(r"[^\w.+]+", "-", Path(str(parameters[name])).name)[:LONGEST_NAME].strip("-.") for name in ("model", "data"))
+        return RESULTS / notebook / "-".join([*filter(None, names), files.digest(claim)[:8]])
+    folder = files.as_path(output, "the output folder")
+    require(not folder.exists() or folder.is_dir(), f"{folder} is a file: give a folder for the output")
     place = folder / "parameters.json"
-    if not place.exists():
-        require(not folder.exists() or folder.is_dir(), f"{folder} is a file: give a folder for the output")
-        files.write_json(place, claim)
-    differing = differences(claim, files.read_json(place))
-    require(not differing, f"{folder} holds results of other parameters: {'; '.join(differing[:3])}: leave output out, or give another folder")
+    if any(path != place for path in folder.glob("*")) and place.exists():
+        differing = differences(claim, files.read_json(place))
+        require(not differing, f"{folder} holds results of other parameters: {'; '.join(differing[:3])}: leave output out, or give another folder")
+    files.write_json(place, claim)
     return folder
 
 

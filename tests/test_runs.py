@@ -123,7 +123,7 @@ def test_a_default_folder_follows_from_the_parameters(here, change):
 def test_a_default_folder_has_a_readable_name_whatever_the_parameters_are_called(here):
     for model, data, start in (("org/Some_Model-1.5", "my reviews", "Some_Model-1.5-my-reviews-"), ("../..", "[v2]", "v2-"), ("é" * 90, "x/", f"{'é' * 40}-x-")):
         folder = runs.output_folder("a", None, model=model, data=data)
-        assert folder.name.startswith(start) and folder.parent == Path("results/a") and (folder / "parameters.json").is_file()
+        assert folder.name.startswith(start) and folder.parent == Path("results/a") and not folder.exists()
 
 
 def test_a_default_folder_follows_local_files_and_versions_but_a_private_one_neither(here, monkeypatch):
@@ -134,7 +134,8 @@ def test_a_default_folder_follows_local_files_and_versions_but_a_private_one_nei
     monkeypatch.setattr(runs, "versions", lambda: {"torch": "0"})
     assert before[0] != changed[0] != runs.output_folder("a", None, **given[0])
     assert before[1] == changed[1] == runs.output_folder("a", None, **given[1])
-    assert set(json.loads((before[1] / "parameters.json").read_text())) == {"notebook", "parameters"}
+    own = runs.output_folder("a", "mine", **PRIVATE | {"data": "my reviews"})
+    assert set(json.loads((own / "parameters.json").read_text())) == {"notebook", "parameters"}
     assert before[1] == runs.output_folder("a", None, **given[1] | {"epsilon": 1})
 
 
@@ -148,6 +149,7 @@ def test_a_default_folder_follows_local_files_and_versions_but_a_private_one_nei
 )
 def test_a_folder_of_ones_own_is_refused_where_it_holds_other_results_and_continued_else(here, change, message):
     assert runs.output_folder("a", "mine", **GIVEN) == runs.output_folder("a", "mine", **GIVEN) == Path("mine")
+    (here / "mine" / "a.json").write_text("{}")
     with pytest.raises(UserError, match=message):
         runs.output_folder("a", "mine", **GIVEN | change)
     with pytest.raises(UserError, match=r"notebook \(\"a\" there, \"b\" now\)"):
@@ -156,6 +158,16 @@ def test_a_folder_of_ones_own_is_refused_where_it_holds_other_results_and_contin
     for place in ("file", 3, "x\0"):
         with pytest.raises(UserError, match="output"):
             runs.output_folder("a", place, **GIVEN)
+
+
+@pytest.mark.parametrize("mended", [{"model": "demo"}, {"data": "my reviews"}, {"seed": 3}])
+def test_a_folder_without_results_is_given_to_the_next_parameters(here, mended):
+    runs.output_folder("a", "mine", **GIVEN | {"model": "no/such/model"})
+    folder = runs.output_folder("a", "mine", **GIVEN | mended)
+    (folder / "a.json").write_text("{}")
+    assert runs.output_folder("a", "mine", **GIVEN | mended) == folder
+    with pytest.raises(UserError, match="mine holds results of other parameters"):
+        runs.output_folder("a", "mine", **GIVEN | {"model": "no/such/model"})
 
 
 def test_what_is_not_for_release_says_so_first_and_lies_apart(tmp_path):

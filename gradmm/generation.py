@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from gradmm.errors import is_number, is_whole, require, shown
 from gradmm.examples import Example, content_hash
 from gradmm.models import Model, Reader
-from gradmm.products import linear
 from gradmm.projection import allowed_tokens
 from gradmm.seeds import generator
 from gradmm.tasks import Task, TaskTokens, tokenize_task

@@ -16,15 +16,13 @@ from gradmm.errors import require
 from gradmm.generation import prompted_texts
 from gradmm.gradients import HeadSpace, LabelSpace, Space
 from gradmm.models import Model
-from gradmm.path import STEPS, PathSketch
-from gradmm.sketch import BodySketch, LastBlockSketch, LoraSketch
+from gradmm.sketch import BodySketch
 from gradmm.tasks import TaskTokens
 
 HEAD_SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred")  # of the gradient of the loss over all tokens
 PUBLIC_SPACES = ("label_rows_subspace", "label_rows_centred")  # made from public texts, which must be given
 LABEL_SPACES = ("label_rows_calibrated", "label_rows_whitened")
-SKETCHES = {"body": BodySketch, "last_block": LastBlockSketch, "lora": LoraSketch, "body_path": PathSketch}
-SPACES = (*HEAD_SPACES, *LABEL_SPACES, *SKETCHES)
+SPACES = (*HEAD_SPACES, *LABEL_SPACES, "body")
 CALIBRATION_TEXTS = 64  # of each class, where a space that measures the model's preference is given no public texts
 DEFAULT_DIRECTIONS = 4  # keeps most of what sets the classes apart and little room for noise; notebook 04 measures it
 RANK_TOLERANCE = 1e-6
@@ -51,8 +49,8 @@ def release_space(
     if name in PUBLIC_SPACES:
         return Space(rows, principal_directions(model, tokens, texts, directions, skip=int(name == "label_rows_centred")))
     texts = _own_texts(model, tokens) if texts is None else _public(texts, name)
-    if name in SKETCHES:
-        return SKETCHES[name].of(model, tokens, texts)
+    if name == "body":
+        return BodySketch.of(model, tokens, texts)
     whitened = whitening(model.hidden_of([tokens.sequence(text) for text in texts])) if name == "label_rows_whitened" else ()
     return LabelSpace(rows, label_preference(model, tokens, texts), *whitened)
 
@@ -152,11 +150,11 @@ def space_from(name: str, tensors: dict[str, Tensor], classes: int) -> HeadSpace
     if name not in SPACES:
         raise ValueError(f"no space is called {name!r}")
     preference = tensors.get("preference")
-    if preference is not None and preference.shape != ((len(STEPS), classes) if name == "body_path" else (classes,)):
+    if preference is not None and preference.shape != (classes,):
         raise ValueError(f"a preference of shape {tuple(preference.shape)} for {classes} classes")
-    if name not in SKETCHES:
+    if name != "body":
         return (LabelSpace if name in LABEL_SPACES else Space)(**tensors)
-    numbers = {key: int(*value.tolist()) for key, value in tensors.items() if key != "preference"}
-    if numbers["rank"] < 1:
-        raise ValueError(f"a sketch of rank {numbers['rank']}")
-    return SKETCHES[name](tensors["preference"], **numbers)
+    space = BodySketch(**{**tensors, "rank": int(*tensors["rank"].tolist())})
+    if space.rank < 1:
+        raise ValueError(f"a sketch of rank {space.rank}")
+    return space

@@ -13,7 +13,6 @@ from gradmm import trial
 from gradmm.ablation import against_base, agreement, changed, effects, vary
 from gradmm.errors import UserError
 from gradmm.examples import Example
-from gradmm.gradients import parameter_gradient
 from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.synthesis import synthesize
 from gradmm.tasks import tokenize_task
@@ -50,7 +49,7 @@ def test_a_pool_is_written_once_and_chosen_from_as_if_it_were_written_again(tiny
 
 def test_a_preset_is_a_factor_and_keeps_how_much_there_is_to_do():
     base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, outer_steps=3, inner_steps=2, seed=5))
-    assert changed(base, "preset", "swap").synthesis == replace(PRESETS["swap"], n_synthetic=4, outer_steps=3, inner_steps=2, seed=5)
+    assert changed(base, "preset", "admm").synthesis == replace(PRESETS["admm"], n_synthetic=4, outer_steps=3, inner_steps=2, seed=5)
     with pytest.raises(UserError, match="the preset 'best' is not known: use some of pool, admm"):
         changed(base, "preset", "best")
 
@@ -100,7 +99,7 @@ def test_agreement_equals_gradients_taken_by_autograd(tiny_model, task):
         hidden = model.hidden_of([tokens.sequence(example.text) for example in examples])
         logits = hidden @ weight.T + model.head_bias[list(tokens.labels)] - preference
         labels = torch.tensor([example.label for example in examples])
-        return parameter_gradient(torch.nn.functional.cross_entropy(logits, labels), [weight])[0].flatten()
+        return torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), weight)[0].flatten()
 
     hidden = model.hidden_of([tokens.sequence(text) for text in texts])
     rows = list(tokens.labels)

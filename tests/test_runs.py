@@ -19,7 +19,7 @@ def some_result(seed: int = 0) -> admm.Result:
     admm.solve(
         lambda x, ids, groups: x.square().sum((1, 2, 3)),
         lambda v, groups: (v.round(), v.round().long()[..., 0]),
-        admm.start(x, config),
+        admm.start(x),
         config,
         held.append,
     )

@@ -63,7 +63,7 @@ class Config:
             self.groups_per_pass is None or (isinstance(self.groups_per_pass, int) and self.groups_per_pass >= 1),
             f"groups_per_pass = {self.groups_per_pass!r}, it must be a whole number of at least 1, or None for all groups at once",
         )
-        require(self.clip is None or _positive(self.clip), f"clip = {shown(self.clip)}, it must be above 0, or None for no clipping")
+        require(self.clip is None or _positive(self.clip), f"clip = {shown(self.clip)}, it must be above 0, or None: None does not clip")
 
 
 def _positive(value) -> bool:

@@ -70,7 +70,7 @@ def test_a_convex_set_is_solved_to_its_known_optimum_with_vanishing_residuals():
         projected.append(v / v.norm(dim=-1, keepdim=True).clamp_min(1))
         return projected[-1], torch.zeros(v.shape[:3], dtype=torch.long)
 
-    config = admm.Config(rho=1.0, outer_steps=300, inner_steps=60, lr=0.01, clip=None)
+    config = admm.Config(rho=1.0, outer_steps=60, inner_steps=60, lr=0.01, clip=None)
     result = admm.solve(quadratic(centres), ball, admm.start(torch.zeros_like(centres)), config)
     best = centres / centres.norm(dim=-1, keepdim=True).clamp_min(1)
     torch.testing.assert_close(projected[-1], best, atol=0.02, rtol=0)
@@ -357,7 +357,7 @@ def test_a_projection_sees_x_plus_the_scaled_dual_of_the_groups_that_move():
 
     config = admm.Config(rho=0.5, outer_steps=2, inner_steps=2, lr=0.1)
     states = []
-    admm.solve(quadratic(centres), watched, admm.start(draw(2, 1, 2, 2), config), config, lambda r: states.append(r.state))
+    admm.solve(quadratic(centres), watched, admm.start(draw(2, 1, 2, 2)), config, lambda r: states.append(r.state))
     for (v, groups), state in zip(asked[1:], states, strict=True):
         assert groups == [0, 1]
         torch.testing.assert_close(v, state.x + state.lam / 0.5)

@@ -77,7 +77,7 @@ CASES = {
     "solver: rho infinite": (lambda at: admm.Config(rho=INF), "rho = inf"),
     "solver: rho too large for a float": (lambda at: admm.Config(rho=10**400), "it must be a finite number above 0"),
     "solver: steps true": (lambda at: admm.Config(outer_steps=True), "outer_steps = True, it must be a whole number"),
-    "solver: clip": (lambda at: admm.Config(clip=NAN), "clip = nan, it must be above 0, or None"),
+    "solver: clip": (lambda at: admm.Config(clip=NAN), "clip = nan, it must be above 0, or None: None does not clip"),
     "synthesis: oversample in words": (lambda at: replace(SMALL, oversample="2"), "oversample = '2', it must be at least 1"),
     "synthesis: oversample infinite": (lambda at: replace(SMALL, oversample=INF), "oversample = inf, it must be at least 1"),
     "synthesis: weight": (lambda at: replace(SMALL, perplexity_weight=NAN), "perplexity_weight = nan, it must be at least 0"),

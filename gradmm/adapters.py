@@ -6,7 +6,6 @@ Knows no examples and no training. `peft` is the optional extra `lora`. Letters:
 import math
 
 import torch
-from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from gradmm.errors import UserError
@@ -40,19 +39,10 @@ def start_lora(lm: torch.nn.Module, seed: int) -> None:
     """Give the adapter the weights of step 0: A uniform as in a linear layer, each by its name and the seed, and B zero."""
     for name, weights in lm.named_parameters():
         if ".lora_A." in name:
-            weights.copy_(first_a(*weights.shape, seed, name))
+            drawn = torch.rand(weights.shape, generator=generator(seed, "LoRA", name), dtype=torch.float64)
+            weights.copy_(math.sqrt(1 / weights.shape[1]) * (2 * drawn - 1))
         elif ".lora_B." in name:
             weights.zero_()
-
-
-def first_a(rank: int, inputs: int, seed: int, name: str) -> Tensor:
-    """A of step 0: (r, inputs), float64.
-
-    Args:
-        name: of the parameter in the model.
-    """
-    drawn = torch.rand(rank, inputs, generator=generator(seed, "LoRA", name), dtype=torch.float64)
-    return math.sqrt(1 / inputs) * (2 * drawn - 1)
 
 
 def fold_lora(lm: torch.nn.Module) -> None:

@@ -17,7 +17,7 @@ Source: Boyd et al. 2011, sections 3 and 9; Nguyen et al. 2025 (arXiv 2502.17607
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,8 +27,6 @@ from gradmm.errors import is_number, is_whole, require, shown
 Objective = Callable[[Tensor, Tensor], Tensor]
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-CONVERGED = "converged: primal and dual residuals are below the tolerance"
-STABLE = "tokens stable: the projection returned the same tokens {} times in a row"
 STEP_LIMIT = "step limit: all {} outer steps were taken"
 NON_FINITE = "non-finite: the loss or its gradient was not a number at step {}"
 STOPPED = "stopped by callback at step {}"
@@ -43,10 +41,6 @@ class Config:
         outer_steps, inner_steps: iterations, >= 1.
         lr: Adam's step size, > 0.
         clip: each group's gradient of the augmented Lagrangian is scaled to at most this norm; None does not clip.
-        tolerance: stop a group when both residuals, divided by sqrt(B L D), are at most this; 0 never does.
-        patience: stop a group when its tokens did not change this many times in a row; 0 never does.
-        balance: residual balancing, "off" or "on": rho is doubled (halved) when the primal (dual) residual is
-            `balance_ratio` times the other; every rho is in the history.
         groups_per_pass: groups that the objective sees at once, which bounds the memory; None: all. With 1, every number of
             a group is computed by itself, so that not even its rounding depends on the groups beside it.
     """
@@ -56,14 +50,10 @@ class Config:
     inner_steps: int = 50
     lr: float = 0.008
     clip: float | None = 1.0
-    tolerance: float = 0.0
-    patience: int = 0
-    balance: bool = False
-    balance_ratio: float = 10.0
     groups_per_pass: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rho", "lr", "balance_ratio"):
+        for name in ("rho", "lr"):
             value = getattr(self, name)
             require(_positive(value), f"{name} = {shown(value)}, it must be a finite number above 0: try {type(self).__dict__[name]}")
         for name in ("outer_steps", "inner_steps"):
@@ -73,10 +63,7 @@ class Config:
             self.groups_per_pass is None or (is_whole(self.groups_per_pass) and self.groups_per_pass >= 1),
             f"groups_per_pass = {self.groups_per_pass!r}, it must be a whole number of at least 1, or None for all groups at once",
         )
-        require(self.clip is None or _positive(self.clip), f"clip = {shown(self.clip)}, it must be above 0, or None for no clipping")
-        for name in ("tolerance", "patience"):
-            value = getattr(self, name)
-            require(is_number(value) and value >= 0, f"{name} = {shown(value)}, it must be at least 0: 0 never stops early")
+        require(self.clip is None or _positive(self.clip), f"clip = {shown(self.clip)}, it must be above 0, or None: None does not clip")
 
 
 def _positive(value) -> bool:
@@ -89,7 +76,6 @@ class State:
 
     Attributes:
         x, lam: (K, B, L, D).
-        rho: (K,).
         ids: (K, B, L), the discrete form of the last z, opaque here.
         step: outer steps taken.
         active: (K,) bool, the groups that still move.
@@ -97,7 +83,6 @@ class State:
 
     x: Tensor
     lam: Tensor
-    rho: Tensor
     ids: Tensor
     step: int
     active: Tensor
@@ -113,7 +98,6 @@ class Result:
         reason: K sentences saying why each group stopped ("" while it has not).
         history: one row per outer step and group.
         state: the last state.
-        stable: (K,) how often in a row the tokens have not changed.
     """
 
     value: Tensor
@@ -121,7 +105,6 @@ class Result:
     reason: tuple[str, ...]
     history: list[dict]
     state: State
-    stable: Tensor = field(repr=False)
 
     def without_vectors(self) -> "Result":
         """What is asked of a run that has ended, without x and lam; it cannot be continued."""
@@ -129,7 +112,7 @@ class Result:
         return replace(self, state=replace(self.state, x=none, lam=none))
 
 
-def start(x: Tensor, config: Config) -> Result:
+def start(x: Tensor) -> Result:
     """The point before the first step: x given, lam = 0, no projection yet.
 
     Args:
@@ -144,13 +127,12 @@ def start(x: Tensor, config: Config) -> Result:
     state = State(
         x=x.detach().clone(),
         lam=x.new_zeros(()).expand_as(x),  # takes no memory
-        rho=torch.full((groups,), config.rho, dtype=x.dtype, device=x.device),
         ids=ids,
         step=0,
         active=torch.ones(groups, dtype=torch.bool, device=x.device),
     )
     infinite = torch.full((groups,), math.inf, dtype=x.dtype, device=x.device)
-    return Result(ids, infinite, ("",) * groups, [], state, torch.zeros(groups, dtype=torch.long, device=x.device))
+    return Result(ids, infinite, ("",) * groups, [], state)
 
 
 def solve(
@@ -178,7 +160,7 @@ def solve(
     ...     return (x - 0.9).square().sum((1, 2, 3))
     >>> def project(v, groups):  # whole numbers alone are allowed
     ...     return v.round(), v.round().long().squeeze(-1)
-    >>> result = solve(objective, project, start(torch.zeros(1, 1, 2, 1), config), config)
+    >>> result = solve(objective, project, start(torch.zeros(1, 1, 2, 1)), config)
     >>> result.value, result.reason
     (tensor([[[1, 1]]]), ('step limit: all 5 outer steps were taken',))
     """
@@ -196,35 +178,35 @@ def step(objective: Objective, project: Project, state: State, config: Config) -
 
     Returns:
         The new state, and measurements of shape (k,) for the k active groups: match_x, match_z, primal, dual,
-        stationarity, inner_gradient, changed (share of tokens), rho.
+        stationarity, inner_gradient, changed (share of tokens).
     """
     groups = state.active.nonzero().squeeze(1)
-    z, ids = project(_pull(state, groups), groups)
+    z, ids = project(_pull(state, groups, config.rho), groups)
     x, parts = state.x.clone(), []
     for some in _passes(groups, config):
         here = groups[some]
         x[here], measured = _move(lambda value, some=some, here=here: objective(value, ids[some], here), state, here, z[some], config)
         parts.append(measured)
     measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    measures |= {"changed": (ids != state.ids[groups]).to(x.dtype).mean((1, 2)), "rho": state.rho[groups]}
+    measures["changed"] = (ids != state.ids[groups]).to(x.dtype).mean((1, 2))
     moved = replace(  # lam here and not in the passes, where it would be held beside the old one
         state,
         x=x,
-        lam=state.lam.index_copy(0, groups, _ascended(state, groups, x[groups], z)),
+        lam=state.lam.index_copy(0, groups, _ascended(state, groups, x[groups], z, config.rho)),
         ids=state.ids.index_copy(0, groups, ids),
         step=state.step + 1,
     )
     return moved, measures
 
 
-def _pull(state: State, groups: Tensor) -> Tensor:
+def _pull(state: State, groups: Tensor, rho: float) -> Tensor:
     """x + lam / rho of some groups: what is projected."""
-    return state.x[groups] + state.lam[groups] / state.rho[groups].view(-1, 1, 1, 1)
+    return state.x[groups] + state.lam[groups] / rho
 
 
-def _ascended(state: State, groups: Tensor, x: Tensor, z: Tensor) -> Tensor:
+def _ascended(state: State, groups: Tensor, x: Tensor, z: Tensor, rho: float) -> Tensor:
     """lam + rho (x - z) of some groups."""
-    return state.lam[groups] + state.rho[groups].view(-1, 1, 1, 1) * (x - z)
+    return state.lam[groups] + rho * (x - z)
 
 
 def _passes(groups: Tensor, config: Config) -> tuple[Tensor, ...]:
@@ -234,29 +216,29 @@ def _passes(groups: Tensor, config: Config) -> tuple[Tensor, ...]:
 
 def _move(f, state: State, groups: Tensor, z: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """x of the groups of one pass, and measurements."""
-    x, lam, rho = state.x[groups], state.lam[groups], state.rho[groups].view(-1, 1, 1, 1)
+    x = state.x[groups]
     with torch.no_grad():
         match_z = f(z)
-    new, inner_gradient = _minimise(f, x, z, lam, rho, config)
+    new, inner_gradient = _minimise(f, x, z, state.lam[groups], config)
     match_x, gradient = _value_and_gradient(f, new)
     return new, {
         "match_x": match_x,
         "match_z": match_z,
         "primal": _norm(new - z),
-        "dual": _norm(rho * (new - x)),
-        "stationarity": _norm(gradient + _ascended(state, groups, new, z)),
+        "dual": _norm(config.rho * (new - x)),
+        "stationarity": _norm(gradient + _ascended(state, groups, new, z, config.rho)),
         "inner_gradient": inner_gradient,
     }
 
 
-def _minimise(f, x: Tensor, z: Tensor, lam: Tensor, rho: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+def _minimise(f, x: Tensor, z: Tensor, lam: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Adam on the augmented Lagrangian in x, each group clipped by itself: (x, last gradient norm of each group)."""
-    anchor = z - lam / rho
+    anchor = z - lam / config.rho
     value = x.clone().requires_grad_(True)
     adam = torch.optim.Adam([value], lr=config.lr)
     for _ in range(config.inner_steps):
         (gradient,) = torch.autograd.grad(f(value).sum(), value)
-        gradient = gradient + rho * (value.detach() - anchor)
+        gradient = gradient + config.rho * (value.detach() - anchor)
         norm = _norm(gradient)
         if config.clip is not None:
             gradient = gradient * (config.clip / norm.clamp_min(1e-12)).clamp(max=1).view(-1, 1, 1, 1)
@@ -285,45 +267,29 @@ def _advance(objective: Objective, project: Project, result: Result, config: Con
     groups = result.state.active.nonzero().squeeze(1)
     state, measures = step(objective, project, result.state, config)
     seconds = (time.perf_counter() - begun) / len(groups)
-    best = keep_better(result, groups, state.ids[groups], measures["match_z"])
-    stable = result.stable.clone()
-    stable[groups] = torch.where(measures["changed"] == 0, stable[groups] + 1, 0)
+    best = _keep_better(result, groups, state.ids[groups], measures["match_z"])
     columns = {name: value.tolist() for name, value in measures.items()}
     rows = [
         {"step": state.step, "group": group, **{name: column[i] for name, column in columns.items()}, "seconds": seconds}
         for i, group in enumerate(groups.tolist())
     ]
-    return replace(best, stable=stable, state=state, history=[*result.history, *rows])
+    return replace(best, state=state, history=[*result.history, *rows])
 
 
 def _finish(result: Result, config: Config) -> Result:
-    """Find the groups that have a reason to stop, and balance rho for the others."""
-    state, reasons, active, rho = result.state, list(result.reason), result.state.active.clone(), result.state.rho.clone()
-    scale = math.sqrt(math.prod(state.x.shape[1:]))
+    """Stop the groups that have a reason to."""
+    state, reasons, active = result.state, list(result.reason), result.state.active.clone()
     for row in result.history[len(result.history) - int(active.sum()) :]:
         group = row["group"]
-        reasons[group] = _reason(row, int(result.stable[group]), scale, config)
+        reasons[group] = _reason(row, config)
         active[group] = not reasons[group]
-        if active[group] and config.balance:
-            rho[group] *= _balancing(row["primal"], row["dual"], config.balance_ratio)
-    return replace(result, reason=tuple(reasons), state=replace(state, active=active, rho=rho))
+    return replace(result, reason=tuple(reasons), state=replace(state, active=active))
 
 
-def _reason(row: dict, stable: int, scale: float, config: Config) -> str:
+def _reason(row: dict, config: Config) -> str:
     if not all(math.isfinite(row[name]) for name in ("match_x", "match_z", "primal", "inner_gradient", "stationarity")):
         return NON_FINITE.format(row["step"])
-    if config.tolerance > 0 and max(row["primal"], row["dual"]) <= config.tolerance * scale:
-        return CONVERGED
-    if config.patience > 0 and stable >= config.patience:
-        return STABLE.format(stable)
     return STEP_LIMIT.format(config.outer_steps) if row["step"] >= config.outer_steps else ""
-
-
-def _balancing(primal: float, dual: float, ratio: float) -> float:
-    """Boyd et al. 2011, section 3.4.1; the dual is unscaled here, so lam keeps its value when rho changes."""
-    if primal > ratio * dual:
-        return 2.0
-    return 0.5 if dual > ratio * primal else 1.0
 
 
 def _close(objective: Objective, project: Project, result: Result, config: Config) -> Result:
@@ -334,12 +300,12 @@ def _close(objective: Objective, project: Project, result: Result, config: Confi
     if not len(groups):
         return result
     with torch.no_grad():
-        z, ids = project(_pull(state, groups), groups)
+        z, ids = project(_pull(state, groups, config.rho), groups)
         values = [objective(z[some], ids[some], groups[some]) for some in _passes(groups, config)]
-        return keep_better(result, groups, ids, torch.cat(values))
+        return _keep_better(result, groups, ids, torch.cat(values))
 
 
-def keep_better(result: Result, groups: Tensor, ids: Tensor, match: Tensor) -> Result:
+def _keep_better(result: Result, groups: Tensor, ids: Tensor, match: Tensor) -> Result:
     """Replace the best projected iterate of the groups whose new one has a lower f."""
     better = match < result.match[groups]
     chosen = groups[better]

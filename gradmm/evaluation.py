@@ -13,17 +13,14 @@ import numpy
 import torch
 from sacrebleu.metrics import BLEU
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from gradmm.errors import require, require_whole
 from gradmm.examples import content_hash
-from gradmm.generation import CLOSERS, SENTENCE_ENDS
 from gradmm.models import TOKENS_PER_BATCH, Model, batches_by_length, pad_left
-from gradmm.products import linear
 from gradmm.seeds import generator, stream
 
 LOGITS_AT_ONCE = 1 << 22  # numbers held at once; bounds memory, not results
-PAIRS = ("()", "[]", "“”", "«»")
 
 # ---------------------------------------------------------------- perplexity
 
@@ -169,22 +166,6 @@ def _common(sequences, places, others, other_places, length: int) -> list[tuple[
     """Those places where a run of `length` elements starts that also starts at one of the other places."""
     runs = {tuple(others[row][start : start + length]) for row, start in other_places if start + length <= len(others[row])}
     return [(row, start) for row, start in places if tuple(sequences[row][start : start + length]) in runs]
-
-
-def is_complete_sentence(text: str) -> bool:
-    """Whether a text reads as finished, by two signs: it ends in . ! ? or their like, and its quotes are balanced.
-
-    Closing quotes and brackets may follow the mark. Balanced: an even number of straight double quotes, and as many
-    opening as closing brackets and curly quotes. Nothing is known of grammar: "the of ." passes, "mr." does too.
-    """
-    end = text.rstrip().rstrip(CLOSERS + " ")
-    paired = all(text.count(opening) == text.count(closing) for opening, closing in PAIRS)
-    return bool(end) and end[-1] in SENTENCE_ENDS and any(c.isalnum() for c in end) and text.count('"') % 2 == 0 and paired
-
-
-def complete_share(texts: Sequence[str]) -> float:
-    """The share of texts that `is_complete_sentence` passes; 0 of none."""
-    return sum(map(is_complete_sentence, texts)) / len(texts) if len(texts) else 0.0
 
 
 # ---------------------------------------------------------------- runs and differences

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from gradmm.errors import is_number, is_whole, plain_fields, require, require_type, require_whole, shown
 from gradmm.examples import Example, check_examples, content_hash
 from gradmm.models import Model, Reader, require_model
-from gradmm.products import linear
 from gradmm.projection import allowed_tokens
 from gradmm.seeds import generator
 from gradmm.tasks import Task, TaskTokens, tokenize_task

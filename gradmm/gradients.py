@@ -13,15 +13,15 @@ and for the bias the same with (h . h) replaced by 1. Source: Nguyen et al. 2025
 layer; the identities follow from tr((a b^T)^T c d^T) = (a . c)(b . d).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from gradmm.errors import require
-from gradmm.products import linear
 
 DISTANCES = ("cosine", "l2")
 TINY = 1e-30
@@ -374,88 +374,3 @@ def losses_as_added(factors: Factors, target: Target, distance: str = "cosine") 
     inners = [inner.cumsum(0) / sizes for inner in target.inner(factors)]
     norms = [gram.cumsum(0).cumsum(1).diagonal() / sizes**2 for gram in grams(factors)]
     return combine(inners, norms, target.norms, distance)
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """A group and gradients that could stand in it: its matching loss in closed form when one takes the place of another.
-
-    Attributes:
-        inners: for weight and bias, (P,) inner products with the target of all P gradients.
-        squares: the same, (P, P) among each other.
-        target_norms: ||G_target||^2.
-        distance: "cosine" or "l2".
-        members: (N,) which of the P gradients make up the group.
-    """
-
-    inners: list[Tensor]
-    squares: list[Tensor]
-    target_norms: list[Tensor]
-    distance: str
-    members: Tensor
-
-    @staticmethod
-    def of(factors: Factors, target: Target, count: int, distance: str = "cosine") -> "Exchange":
-        """The group of the first `count` gradients: delta (P, V) and hidden (P, D), in the target's coordinates."""
-        members = torch.arange(count, device=factors.delta.device)
-        return Exchange(target.inner(factors), grams(factors), target.norms, distance, members)
-
-    def losses(self, places: Tensor, others: Tensor) -> Tensor:
-        """The loss with gradient others[t] in place places[t] of the group, for each t alone: (T,), (T,) -> (T,)."""
-        size, leaving = len(self.members), self.members[places]
-        inners = [(inner[self.members].sum() - inner[leaving] + inner[others]) / size for inner in self.inners]
-        norms = []
-        for gram in self.squares:
-            cross, own = gram[:, self.members].sum(1), gram.diagonal()
-            without = cross[self.members].sum() - 2 * cross[leaving] + own[leaving]
-            norms.append((without + 2 * (cross[others] - gram[others, leaving]) + own[others]) / size**2)
-        return combine(inners, norms, self.target_norms, self.distance)
-
-    def loss(self) -> float:
-        """The group's loss as it is."""
-        return float(self.losses(self.members.new_zeros(1), self.members[:1]))
-
-    def exchanged(self, place: int, other: int) -> "Exchange":
-        """The group with gradient `other` in this place."""
-        return replace(self, members=self.members.index_fill(0, self.members.new_tensor([place]), other))
-
-
-# ---------------------------------------------------------------- any parameters
-
-
-def parameter_gradient(loss: Tensor, parameters: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
-    """d loss / d parameters; zeros where the loss does not depend on a parameter."""
-    found = torch.autograd.grad(loss, list(parameters), create_graph=create_graph, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-
-
-def tensor_distance(gradient: Sequence[Tensor], target: Sequence[Tensor], distance: str = "cosine") -> Tensor:
-    """The distance of two explicit gradients, one tensor per parameter, as `combine` defines it."""
-    inners = [(a * b).sum() for a, b in zip(gradient, target, strict=True)]
-    return combine(inners, [a.square().sum() for a in gradient], [b.square().sum() for b in target], distance)
-
-
-def match_parameters(
-    group_loss: Callable[[int], Tensor],
-    which: Tensor,
-    targets: Sequence[Sequence[Tensor]],
-    parameters: Sequence[Tensor],
-    distance: str = "cosine",
-) -> Tensor:
-    """The matching loss of K groups for any parameters, by differentiating through their explicit gradients.
-
-    Args:
-        group_loss: number of a group -> its mean loss, a function of `parameters` (which require gradients).
-        which: (K,) the number of each group's target.
-        targets: for each target, one tensor per parameter.
-        parameters: the matched tensors. Attention must have a second derivative: eager, or the math kernel.
-        distance: "cosine" or "l2".
-
-    Returns:
-        (K,), differentiable in whatever the group losses depend on.
-    """
-    losses = [
-        tensor_distance(parameter_gradient(group_loss(k), parameters, create_graph=True), targets[number], distance)
-        for k, number in enumerate(which.tolist())
-    ]
-    return torch.stack(losses)

@@ -4,7 +4,7 @@ Knows public inputs only. Letters: K groups, B examples of a group, L positions,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,18 +13,19 @@ from gradmm.generation import Sampling, continue_prompts
 from gradmm.matching import Matching
 from gradmm.projection import Reading
 
+NORM = 1.4  # of a random vector, as published
+
 
 @dataclass(frozen=True)
 class Shape:
-    """What a start looks like: B examples of L tokens a group; `norm` of random vectors, None for the embeddings' mean."""
+    """What a start looks like: B examples of L tokens a group."""
 
     count: int
     length: int
-    norm: float | None = None
 
 
 def normal(matching: Matching, reading: Reading, shape: Shape, classes: Sequence[int], sources: Sequence[torch.Generator]):
-    """Random vectors of one norm.
+    """Random vectors of norm NORM.
 
     Args:
         classes, sources: the class and the generator of each of K groups.
@@ -34,10 +35,9 @@ def normal(matching: Matching, reading: Reading, shape: Shape, classes: Sequence
     """
     table = matching.model.embedding
     wide = torch.promote_types(table.dtype, torch.float32)
-    norm = shape.norm or float(table.to(wide).norm(dim=-1).mean())
     size = (shape.count, shape.length, table.shape[1])
     draw = torch.stack([torch.randn(size, generator=source, dtype=wide) for source in sources]).to(table.device)
-    return draw * (norm / draw.norm(dim=-1, keepdim=True)), torch.full(draw.shape[:3], -1, device=table.device)
+    return draw * (NORM / draw.norm(dim=-1, keepdim=True)), torch.full(draw.shape[:3], -1, device=table.device)
 
 
 def generated(matching: Matching, reading: Reading, shape: Shape, classes: Sequence[int], sources: Sequence[torch.Generator]):
@@ -82,27 +82,3 @@ def best_of(
         best = torch.where((value < lowest).view(-1, 1, 1, 1), x, best)
         lowest = torch.minimum(value, lowest)
     return best
-
-
-@torch.no_grad()
-def greedy(
-    name: str, candidates: int, matching: Matching, reading: Reading, shape: Shape, classes: Tensor, sources, groups_per_pass: int | None = None
-) -> Tensor:
-    """Each group put together from the texts of all its draws, so that they match best together: (K, B, L, D).
-
-    The gradients of candidates * B texts are taken once, without a backward pass, and `gradients.greedy_order` adds one text
-    after the other in closed form. So it costs `candidates` evaluations of a group, as `best_of` does, and chooses among far
-    more groups than these. Measured on the embedded model with random vectors (groups of 4 texts of 8 tokens): the best of
-    500 starts at 0.100, 10 draws put together at 0.071, 25 at 0.047. `tests/benchmarks/initialisation.py` measures other
-    sizes and generated starts. Arguments as `best_of`.
-    """
-    at_once, many = shape.count * (groups_per_pass or len(classes)), replace(shape, count=shape.count * candidates)
-    starts = []
-    for label, source in zip(classes.tolist(), sources, strict=True):
-        x, ids = INITIALISATIONS[name](matching, reading, many, [label], [source])
-        rows = matching.greedy_of_vectors(x[0], ids[0], label, shape.count, at_once)
-        starts.append(x[0, rows])
-    return torch.stack(starts)
-
-
-CHOICES = {"best": best_of, "greedy": greedy}

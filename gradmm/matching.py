@@ -53,62 +53,11 @@ class Matching:
         Returns:
             (K,).
         """
-        return match_groups(self._factors_of_vectors(x, ids, classes), classes, self.targets, self.distance)
-
-    def of_tokens(self, ids: Tensor, number: int, at_once: int) -> tuple[Tensor, Tensor]:
-        """f of N texts of class `number` as one group, and its gradient with respect to their embeddings.
-
-        Two sweeps over the texts: for their states, at which f has a gradient in closed form, and from there backwards. So the
-        memory is that of `at_once` texts, however many the group has.
-
-        Args:
-            ids: (N, L) tokens; `end` must be set if the texts differ in length.
-
-        Returns:
-            f (), and (N, L, D); zero behind a text's end.
-        """
-        which = torch.tensor([number], device=ids.device)
-        labels = self._label_tokens(which).expand(1, len(ids))
-        with torch.no_grad():
-            states = torch.cat([self._states(self.model.embed(some), some) for some in ids.split(at_once)])
-        states.requires_grad_(True)
-        match = match_groups(self.space.factors(states.unsqueeze(0), labels, self.head), which, self.targets, self.distance).squeeze(0)
-        (slopes,) = torch.autograd.grad(match, states)
-        parts = [self._pulled_back(some, slope) for some, slope in zip(ids.split(at_once), slopes.split(at_once), strict=True)]
-        return match.detach(), torch.cat(parts)
-
-    def _pulled_back(self, ids: Tensor, slopes: Tensor) -> Tensor:
-        """The gradient with respect to embeddings from that with respect to states: (N, L), (N, D) -> (N, L, D)."""
-        x = self.model.embed(ids).to(torch.promote_types(self.model.dtype, torch.float32)).detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(self._states(x, ids), x, grad_outputs=slopes)
-        return gradient
-
-    def _states(self, x: Tensor, ids: Tensor) -> Tensor:
-        """The states that the head reads behind each text and its template: (N, L, D), (N, L) -> (N, D)."""
-        return self.model.last_hidden(self._around(x), self._mask(ids))
-
-    @torch.no_grad()
-    def greedy_of_vectors(self, x: Tensor, ids: Tensor, number: int, count: int, at_once: int) -> list[int]:
-        """Which of N continuous texts of class `number` to take, as `greedy`, with one pass of the body for each.
-
-        Args:
-            x, ids: (N, L, D) and (N, L), see `of_vectors`.
-            at_once: texts of one pass.
-        """
-        label = torch.tensor([number], device=x.device)
-        parts = [
-            self._factors_of_vectors(some.unsqueeze(0), where.unsqueeze(0), label)[0]
-            for some, where in zip(x.split(at_once), ids.split(at_once), strict=True)
-        ]
-        factors = Factors(torch.cat([part.delta for part in parts]), torch.cat([part.hidden for part in parts]), parts[0].bias)
-        return greedy_order(factors, self.targets[number], count, self.distance)
-
-    def _factors_of_vectors(self, x: Tensor, ids: Tensor, classes: Tensor) -> Factors:
-        """The gradients of the texts of K groups: (K, B, L, D), (K, B, L), (K,) -> delta (K, B, R), hidden (K, B, r)."""
         groups, count, _, _ = x.shape
-        hidden = self._states(x.flatten(0, 1), ids.flatten(0, 1))
-        labels = self._label_tokens(classes)[:, None].expand(groups, count)
-        return self.space.factors(hidden.view(groups, count, -1), labels, self.head)
+        hidden = self.model.last_hidden(self._around(x.flatten(0, 1)), self._mask(ids.flatten(0, 1)))
+        labels = torch.tensor(self.tokens.labels, device=classes.device)[classes][:, None].expand(groups, count)
+        factors = self.space.factors(hidden.view(groups, count, -1), labels, self.head)
+        return match_groups(factors, classes, self.targets, self.distance)
 
     @torch.no_grad()
     def of_texts(self, texts: Sequence[str], classes: Sequence[int]) -> Tensor:
@@ -182,9 +131,6 @@ class Matching:
     def factors(self, texts: Sequence[str], classes: Sequence[int]) -> Factors:
         """The gradients of texts as factor pairs in the targets' coordinates, see `factors_of`."""
         return factors_of(self.model, self.tokens, self.space, [self.tokens.sequence(text) for text in texts], classes)
-
-    def _label_tokens(self, classes: Tensor) -> Tensor:
-        return torch.tensor(self.tokens.labels, device=classes.device)[classes]
 
     def _around(self, x: Tensor) -> Tensor:
         """The template's embeddings, constants, around x: (N, L, D) -> (N, T, D)."""

@@ -16,7 +16,6 @@ from gradmm.examples import Example
 from gradmm.gradients import FactorTarget, Target
 from gradmm.matching import Matching
 from gradmm.models import Model
-from gradmm.path import PathSketch
 from gradmm.seeds import generator
 from gradmm.tasks import tokenize_task
 from gradmm.training import train_at_rate, trainable_copy
@@ -53,10 +52,8 @@ def thinned(examples: Sequence[Example], seed: int, limit: int | None = METRIC_T
 
 
 def _matching(trial: Trial, model: Model, targets: Sequence[Target]) -> Matching:
-    """At another model than the Release's, in its space; in a space with several points at the model itself alone."""
-    space = trial.release.space
-    space = space.at(0) if isinstance(space, PathSketch) else space
-    return Matching(model, tokenize_task(trial.bench.task, model.tokenizer), targets, space)
+    """At another model than the Release's, in its space."""
+    return Matching(model, tokenize_task(trial.bench.task, model.tokenizer), targets, trial.release.space)
 
 
 def _match(matching: Matching, examples: Sequence[Example]) -> float:

@@ -7,6 +7,7 @@ code from a model's folder is never run.
 import hashlib
 import inspect
 import json
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,15 +17,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import NewGELUActivation
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from gradmm import files
 from gradmm.errors import UserError, first_line, require, require_type, shown
 from gradmm.markup import plain_name
-from gradmm.products import fast_dtype, keep_few_compiled, lacks_instructions, linear
 from gradmm.sharding import launched
 
 DATA = Path(__file__).parent / "data" / "demo"
@@ -32,6 +32,10 @@ BUILT_IN = {"demo": DATA / "model", "demo-b": DATA / "model-b"}
 SAFE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+FAST = ("amx_bf16", "avx512_bf16")  # what the framework calls a processor's instructions for bfloat16
+INSTRUCTIONS = (*FAST, "bf16")  # and ARM's, about whose speed nothing is known here
+COMPILED = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's and PyTorch's cache of compiled products
+KEPT = "64"  # of each: a step has some twenty shapes of product
 TOKENS_PER_BATCH = 2048
 HEAD_SCALE = 1000.0
 
@@ -92,7 +96,7 @@ class Model:
         chosen = torch.tensor(list(rows), device=hidden.device)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         bias = None if self.head_bias is None else self.head_bias[chosen].to(wide)
-        return torch.nn.functional.linear(hidden.to(wide), self.head_weight[chosen].to(wide), bias)
+        return linear(hidden.to(wide), self.head_weight[chosen].to(wide), bias)
 
     @property
     def context(self) -> int:
@@ -109,15 +113,10 @@ class Model:
         return "position_ids" in inspect.signature(self.lm.base_model.forward).parameters
 
     @cached_property
-    def last_block(self) -> torch.nn.Module | None:
-        """The last layer, where the family keeps its layers in a list."""
-        stacks = [m for m in self.lm.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-        return stacks[0][-1] if stacks else None
-
-    @cached_property
     def _last_mlp(self) -> torch.nn.Module | None:
-        """The last layer's feed-forward block, where the family has it as a module of its own."""
-        return getattr(self.last_block, "mlp", None)
+        """The last layer's feed-forward block, where the family keeps its layers in a list and the block as a module of its own."""
+        stacks = [m for m in self.lm.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+        return getattr(stacks[0][-1], "mlp", None) if stacks else None
 
     def read(self, ids: Tensor, mask: Tensor | None = None, cache=None):
         """Read tokens, those of a cache before them: (N, T) ids, (N, P + T) mask or None -> (state (N, D) at the end, cache)."""
@@ -322,8 +321,8 @@ def load_model(
         device: default "cuda" if there is one, else "cpu"; "cuda" is the GPU of this process's number where a launcher started
             several on this machine, else the first.
         dtype: "float32" (default), "bfloat16", "float64", or "auto": bfloat16 where the device multiplies it fast (see
-            `fast_dtype`), else float32; "bfloat16" elsewhere warns, as it is slower there. Only float32 and float64 on a CPU
-            give the same bytes on every run of a machine type.
+            `fast_dtype`), else float32. "bfloat16" on a processor without instructions for it warns and loads float32. Only
+            float32 and float64 on a CPU give the same bytes on every run of a machine type.
 
     Raises:
         UserError: not found, no safetensors weights (pickles are never read), no output head, an unknown device or dtype,
@@ -342,12 +341,12 @@ def load_model(
     require_type(revision, str | None, "the revision", "give a hub commit, tag or branch as text")
     device = _device(device)
     dtype = _dtype(dtype, device)
-    if dtype == torch.bfloat16 and fast_dtype(device) != dtype:
+    if dtype == torch.bfloat16 and device.type == "cpu" and not _has_any(INSTRUCTIONS):
         warnings.warn(
-            f"this {device.type} has no instructions for bfloat16, so it saves memory and no time: "
-            "dtype='auto' takes float32 here",
+            "this processor has no instructions for bfloat16: the model is loaded in float32, as with dtype='auto'",
             stacklevel=2,
         )
+        dtype = torch.float32
     folder, found = _folder(str(name), revision)
     _refuse_pickles(folder, str(name))
     try:
@@ -396,40 +395,28 @@ def quicken(lm) -> None:
 
     One for the tanh form of GELU, which GPT-2 and Phi write as nine operations and keep the values of. For a model in bfloat16
     on a CPU: plain products for its attention, where the fused kernel spends its time converting, and few compiled products
-    kept; or, without instructions for bfloat16, `products.linear` in its linear layers.
+    kept.
     """
     weights = next(lm.parameters())
-    slow = lacks_instructions(weights)
     for module in list(lm.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
-            elif slow and type(child) in WIDENED:
-                child.__class__ = WIDENED[type(child)]
-    if (weights.device.type, weights.dtype) != ("cpu", torch.bfloat16) or slow:
+    if (weights.device.type, weights.dtype) != ("cpu", torch.bfloat16):
         return
     keep_few_compiled()
     if getattr(lm.config, "_attn_implementation", None) == "sdpa":
         lm.set_attn_implementation("eager")
 
 
-class _Linear(torch.nn.Linear):
-    """A linear layer by `products.linear`."""
+def keep_few_compiled() -> None:
+    """Bound the memory of compiled products on a CPU; works before the process's first product in bfloat16.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x W^T + b."""
-        return linear(x, self.weight, self.bias)
-
-
-class _Conv1D(Conv1D):
-    """GPT-2's linear layer, whose weight is transposed, by `products.linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x W + b."""
-        return linear(x, self.weight.T, self.bias)
-
-
-WIDENED = {torch.nn.Linear: _Linear, Conv1D: _Conv1D}
+    The framework compiles one for each shape, and texts of many lengths have many. It would keep 1024 in each of two caches,
+    at half a megabyte; what is not there is compiled again in a millisecond. A capacity in the environment is left as it is.
+    """
+    for name in COMPILED:
+        os.environ.setdefault(name, KEPT)
 
 
 @contextmanager
@@ -468,6 +455,22 @@ def _align(lm: torch.nn.Module) -> None:
 def kind_of(device: torch.device) -> str:
     """The key of a device in tables of what suits each kind: "cpu" or "other"."""
     return "cpu" if device.type == "cpu" else "other"
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """The type in which a device multiplies matrices fastest without losing what the method needs.
+
+    bfloat16 on a GPU that computes in it and on a processor with AMX or AVX-512 instructions for it; float32 elsewhere. The
+    solver's state, the matching sums and every training stay in float32.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.device(device).type == "cpu" and _has_any(FAST) else torch.float32
+
+
+def _has_any(names: tuple[str, ...]) -> bool:
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in names)
 
 
 def _dtype(dtype, device: torch.device) -> torch.dtype:

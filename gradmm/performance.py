@@ -19,7 +19,6 @@ from gradmm.examples import Example
 from gradmm.floors import Work
 from gradmm.models import DTYPES, Model
 from gradmm.privacy import release
-from gradmm.products import linear
 from gradmm.settings import SynthesisConfig
 from gradmm.synthesis import SynthesisResult, synthesize
 from gradmm.tasks import Task
@@ -103,7 +102,7 @@ def measure_rates(
 def _product_rate(size: tuple[int, int, int], device, dtype: torch.dtype, repeats: int) -> float:
     rows, inputs, outputs = size
     x, weight = (torch.randn(count, inputs, device=device).to(dtype) for count in (rows, outputs))
-    return 2 * rows * inputs * outputs / _median_seconds(lambda: linear(x, weight), device, repeats)
+    return 2 * rows * inputs * outputs / _median_seconds(lambda: torch.nn.functional.linear(x, weight), device, repeats)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ import torch
 
 from gradmm import admm, sharding
 from gradmm.errors import require
-from gradmm.generation import closing_tokens
 from gradmm.matching import Matching
 from gradmm.models import Model, kind_of
 from gradmm.privacy import Release
@@ -23,6 +22,7 @@ from gradmm.tasks import Task, TaskTokens, tokenize_task
 # By the kind of device: rows of a projection. More of them share what a step costs whatever its size, the reading of the weights
 # and the calls, but hold more of the solver's state and more keys and values.
 TEXTS_PER_BATCH = {"cpu": 100, "other": 256}
+MIN_TOKENS = 4  # of a text that may end early
 # By the weights' type: groups of a pass on a CPU. In bfloat16 two share its calls, and fit beside small weights.
 GROUPS_PER_PASS = {torch.float64: 1, torch.float32: 1, torch.bfloat16: 2}
 
@@ -82,7 +82,7 @@ class Plan:
             release=release,
             config=config,
             matching=Matching(model, tokens, release.targets, release.space, config.distance, end),
-            reading=_reading(model, config, end, length),
+            reading=Reading(config.projection, config.top_k, allowed_tokens(model), end, min(MIN_TOKENS, length)),
             tables=Tables.of(model),
             length=length,
             classes=classes,
@@ -119,7 +119,6 @@ class Plan:
             top_k=self.config.top_k,
             targets=sum(target.numbers for target in self.release.targets),
             gathered=gathered_numbers(self.model.device),
-            beams=self.config.beams,
         )
         return expected_bytes(ModelShape.of(self.model), work)
 
@@ -131,7 +130,7 @@ class Plan:
         """
         count, units = sharding.launched()[1], len(self.batches())
         require(
-            self.config.search in ("pool", "swap") or count <= units,
+            self.config.search == "pool" or count <= units,
             f"{count} processes would share {units} units of work of up to {self.batch} groups: set groups_per_batch to at most "
             f"{max(1, len(self.classes) // count)}, or launch {units} at most",
         )
@@ -152,12 +151,6 @@ def _end_token(model: Model, config: SynthesisConfig) -> int | None:
     end = model.tokenizer.eos_token_id
     require(end is not None, f"{model.name} has no end-of-text token: set early_end = False and init = 'normal'")
     return end
-
-
-def _reading(model: Model, config: SynthesisConfig, end: int | None, length: int) -> Reading:
-    allowed = allowed_tokens(model)
-    closes = closing_tokens(model, allowed) if config.end_at == "sentence" else None
-    return Reading(config.projection, config.top_k, allowed, end, min(config.min_tokens, length), closes)
 
 
 def _check_context(model: Model, tokens: TaskTokens, length: int) -> None:
@@ -182,7 +175,7 @@ def work_units(model: Model, positions: int, config: SynthesisConfig, groups: in
         groups: all groups of the run.
     """
     kind = kind_of(model.device)
-    most = max(1, TEXTS_PER_BATCH[kind] // (config.group_size * config.beams))
+    most = max(1, TEXTS_PER_BATCH[kind] // config.group_size)
     batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
     if kind != "cpu":
         return batch, groups_at_once(ModelShape.of(model), positions, config.group_size, batch)

@@ -163,9 +163,7 @@ def release(
             sets the classes apart). Under the loss that fine-tuning uses, over the label tokens alone, with the model's
             preference among them taken out: "label_rows_calibrated" (C x D) and "label_rows_whitened" (the same, of hidden
             states whitened by those of public texts). Under that loss, and for `search = "pool"` alone, gradients of the body,
-            see `gradmm.sketch`: "body" (a sketch of every linear map's: what fine-tuning follows), "last_block" (of the last
-            block's), "lora" (of a fresh LoRA adapter) and "body_path" (of every linear map's at three points of a public
-            fine-tuning, see `gradmm.path`). None takes "body" without epsilon and "label_rows" with it: the smaller the space,
+            see `gradmm.sketch`: "body" (a sketch of every linear map's: what fine-tuning follows). None takes "body" without epsilon and "label_rows" with it: the smaller the space,
             the less noise, and of the two that need no public text it keeps by far the more of what sets the classes apart
             (notebook 04 measures it). Give public texts and "label_rows_centred" to keep more. The paper matches "head", which
             ADMM needs.

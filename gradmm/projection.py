@@ -1,9 +1,8 @@
 """Projection of continuous sequences on readable text, left to right with the language model's cache.
 
 Knows no gradients and no labels. Letters: N sequences, L positions, D embedding width, V vocabulary, k candidates.
-Two published orders (Nguyen et al. 2025) go towards a point: the paper's text takes the nearest of the likely tokens, the
-authors' code the likeliest of the near ones. A third goes in a direction, by one token after the other or by beams.
-Letter: W hypotheses of a sequence.
+Two published orders (Nguyen et al. 2025): the paper's text takes the nearest of the likely tokens, the authors' code the
+likeliest of the near ones.
 """
 
 import math
@@ -13,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from gradmm.errors import is_whole, require, shown
+from gradmm.errors import require
 from gradmm.models import Model, Reader, kind_of
-from gradmm.products import linear
 
 ROWS_PER_BLOCK = 4096
 GATHERED_NUMBERS = {"cpu": 1 << 20, "other": 1 << 26}  # candidates' rows held at once: what a cache holds, or few launches
@@ -78,43 +77,7 @@ def nearest_then_lm(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
     return _pick(candidates, logits.masked_fill(nearness == -torch.inf, -torch.inf).argmax(1))
 
 
-PROJECTIONS: dict[str, Choose] = {"lm_then_nearest": lm_then_nearest, "nearest_then_lm": nearest_then_lm}  # towards a point
-
-
-def guided(tables: Tables, state: Tensor, target: Tensor, allowed: Tensor, k: int, noise: Tensor | None = None) -> Tensor:
-    """Among the k most likely next tokens, the one with the highest `guided_scores`; the target is a direction."""
-    candidates, scores = guided_scores(tables, state, target, allowed, k, noise)
-    return _pick(candidates, scores.argmax(1))
-
-
-ORDERS: dict[str, Choose] = {**PROJECTIONS, "guided": guided}
-
-
-def guided_scores(
-    tables: Tables, state: Tensor, target: Tensor, allowed: Tensor, k: int, noise: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The k most likely next tokens and, of each, log-probability + <embedding, target>; arguments as `lm_then_nearest`.
-
-    With target = -weight * the gradient of f at this position, the second term is the change of f to first order when the
-    token comes here, up to a constant of the position. `noise` (N, k), where given, is added.
-
-    Returns:
-        (N, k) tokens, and (N, k) scores in float32 at least; -inf for tokens that are not allowed.
-
-    >>> import torch
-    >>> table = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    >>> tables, every = Tables(table, None, table, table.square().sum(-1)), torch.ones(3, dtype=torch.bool)
-    >>> state, weight = torch.tensor([[1.0, 0.1]]), 2.0  # the model wants 1, the direction is that of 2
-    >>> guided_scores(tables, state, weight * torch.tensor([[0.0, 1.0]]), every, k=2)[0]
-    tensor([[1, 2]])
-    >>> guided(tables, state, weight * torch.tensor([[0.0, 1.0]]), every, k=2)
-    tensor([2])
-    """
-    logits = linear(state, tables.head, tables.bias)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    likely, candidates = top(logits.masked_fill(~allowed, -torch.inf), k)
-    scores = likely - logits.logsumexp(1, keepdim=True) + inner_products(tables.embedding, candidates, target)
-    return candidates, scores if noise is None else scores + noise
+PROJECTIONS: dict[str, Choose] = {"lm_then_nearest": lm_then_nearest, "nearest_then_lm": nearest_then_lm}
 
 
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -136,15 +99,6 @@ def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = grid.amax(1).topk(k, sorted=False).indices
     values, places = grid.gather(2, columns.unsqueeze(1).expand(-1, c, -1)).flatten(1).topk(k)
     return values, columns.gather(1, places % k) + places // k * (size // c)
-
-
-def embedding_spread(tables: Tables, allowed: Tensor) -> float:
-    """The standard deviation of the allowed tokens' embeddings about their mean, in root mean square over the D coordinates."""
-    wide, count = tables.squares.dtype, int(allowed.sum())
-    parts = zip(tables.embedding.split(ROWS_PER_BLOCK), allowed.split(ROWS_PER_BLOCK), strict=True)
-    mean = sum(some[kept].to(wide).sum(0) for some, kept in parts) / count
-    variance = tables.squares[allowed].mean() - mean.square().sum()
-    return float((variance / len(mean)).sqrt())
 
 
 def inner_products(table: Tensor, candidates: Tensor, vectors: Tensor) -> Tensor:
@@ -184,14 +138,11 @@ class Reading:
     """What the projection may write.
 
     Attributes:
-        order: a name in ORDERS.
+        order: a name in PROJECTIONS.
         k: candidates of each position, at least 1 and at most the number of allowed tokens.
         allowed: (V,) bool, see `allowed_tokens`.
         end: the token that ends a text early; None writes all L positions.
         min_tokens: no text ends before it has this many tokens.
-        closes: (V,) bool, tokens after which a text ends (`generation.closing_tokens`): then it ends there and nowhere else, and
-            `end` only fills the rest; None leaves the end to the order's choice of `end`.
-        beams: W, hypotheses that are kept of each sequence, for the order "guided"; 1 takes token by token.
     """
 
     order: str
@@ -199,17 +150,9 @@ class Reading:
     allowed: Tensor
     end: int | None = None
     min_tokens: int = 1
-    closes: Tensor | None = None
-    beams: int = 1
 
     def __post_init__(self) -> None:
-        require(self.closes is None or self.end is not None, "closes without an end token to fill the rest: give end, or leave closes out")
-        require(self.order in ORDERS, f"the projection {self.order!r} is not known: use one of {', '.join(ORDERS)}")
-        require(is_whole(self.beams) and self.beams >= 1, f"beams = {shown(self.beams)}, it must be a whole number of at least 1: 1 takes token by token")
-        require(
-            self.beams == 1 or self.order == "guided",
-            f"beams = {self.beams} with the projection {self.order!r}: only scores of 'guided' can be compared between texts, set beams = 1",
-        )
+        require(self.order in PROJECTIONS, f"the projection {self.order!r} is not known: use one of {', '.join(PROJECTIONS)}")
         count = int(self.allowed.sum())
         require(
             isinstance(self.k, int) and 1 <= self.k <= count,
@@ -220,23 +163,21 @@ class Reading:
 
 @torch.no_grad()
 def project(
-    model: Model, tables: Tables, v: Tensor, prompts: Sequence[tuple[int, ...]], rows: Tensor, reading: Reading, noise: Tensor | None = None
+    model: Model, tables: Tables, v: Tensor, prompts: Sequence[tuple[int, ...]], rows: Tensor, reading: Reading
 ) -> Tensor:
     """Project N continuous sequences on tokens, all side by side; each position costs one cached step.
 
     Args:
-        v: (N, L, D) points, or directions for the order "guided".
+        v: (N, L, D).
         prompts: the generation prompts, each at least one token (the begin-of-text token will do), encoded once each.
         rows: (N,) the number of each sequence's prompt.
         reading: order, candidates, mask and end.
-        noise: (N, L, k) for the order "guided": added to the scores of each position's candidates, the likeliest first; Gumbel
-            noise of scale t samples from the softmax of scores over t. None adds none.
 
     Returns:
         (N, L) tokens; after a text's end all are `end`.
 
     Raises:
-        UserError: an empty prompt, prompt and text longer than the context, or noise for another order than "guided".
+        UserError: an empty prompt, or prompt and text longer than the context.
     """
     longest = max(map(len, prompts))
     require(min(map(len, prompts)) > 0, "a generation prompt has no tokens and the tokenizer no begin-of-text token: give a prompt")
@@ -244,81 +185,30 @@ def project(
         longest + v.shape[1] <= model.context,
         f"a prompt of {longest} and a text of {v.shape[1]} tokens exceed the context of {model.context}: shorten one of them",
     )
-    require(noise is None or reading.order == "guided", f"noise for the projection {reading.order!r}: it belongs to 'guided' alone, leave it out")
-    reader = Reader.of(model, [prompts[row] for row in rows.tolist()])
-    return (_walk if reading.beams == 1 else _walk_by_beams)(tables, v, reader, reading, noise)
+    return _walk(tables, v, Reader.of(model, [prompts[row] for row in rows.tolist()]), reading)
 
 
-def _walk(tables: Tables, v: Tensor, reader: Reader, reading: Reading, noise: Tensor | None = None) -> Tensor:
+def _walk(tables: Tables, v: Tensor, reader: Reader, reading: Reading) -> Tensor:
     """Token by token: (N, L, D) -> (N, L)."""
     ids = torch.full(v.shape[:2], -1 if reading.end is None else reading.end, device=v.device)
     rows = torch.arange(len(v), device=v.device)  # the texts that go on: no pass reads another
     for position in range(v.shape[1]):
-        given = (tables, reader.state, v[rows, position], _allowed_at(reading, position), reading.k)
-        token = ORDERS[reading.order](*given) if noise is None else guided(*given, noise[rows, position])
+        token = PROJECTIONS[reading.order](tables, reader.state, v[rows, position], _allowed_at(reading, position), reading.k)
         ids[rows, position] = token
         if position + 1 == v.shape[1]:
             break
-        rows = reader.read_on(rows, token, _ends(reading, token, position))
+        rows = reader.read_on(rows, token, torch.zeros_like(token, dtype=torch.bool) if reading.end is None else token == reading.end)
         if len(rows) == 0:
             break
     return ids
-
-
-def _walk_by_beams(tables: Tables, v: Tensor, reader: Reader, reading: Reading, noise: Tensor | None = None) -> Tensor:
-    """The W best hypotheses of each sequence, grown side by side; the best at the end: (N, L, D) -> (N, L).
-
-    Hypotheses are ranked by the mean of their tokens' `guided_scores`, the end token included (Wu et al. 2016 with alpha = 1):
-    by the sum, which orders texts of one length alike, the text that ends first would win, since log-probabilities only add up.
-    """
-    count, length = v.shape[:2]
-    first = torch.arange(count, device=v.device).unsqueeze(1) * reading.beams  # (N, 1) each sequence's first hypothesis
-    reader.select(torch.arange(count, device=v.device).repeat_interleave(reading.beams))
-    totals = torch.full((count, reading.beams), -torch.inf, device=v.device)
-    totals[:, 0] = 0  # all begin alike: one of them grows first
-    lengths, ended = torch.zeros_like(totals), torch.zeros_like(totals, dtype=torch.bool)
-    ids = torch.empty(count * reading.beams, 0, dtype=torch.long, device=v.device)
-    for position in range(length):
-        target, more = (None if one is None else one[:, position].repeat_interleave(reading.beams, dim=0) for one in (v, noise))
-        candidates, scores = guided_scores(tables, reader.state, target, _allowed_at(reading, position), reading.k, more)
-        candidates, scores = _after_the_end(candidates, scores, ended.flatten(), reading)
-        grown = totals.unsqueeze(-1) + scores.view(count, reading.beams, -1)  # (N, W, k)
-        counts = (lengths + ~ended).unsqueeze(-1).expand_as(grown)
-        best = (grown / counts).flatten(1).topk(reading.beams).indices  # (N, W), the best first
-        totals, lengths = (value.flatten(1).gather(1, best) for value in (grown, counts))
-        rows, token = (first + best // reading.k).flatten(), candidates.view(count, -1).gather(1, best).flatten()
-        ids = torch.cat([ids[rows], token.unsqueeze(1)], dim=1)
-        ended = (ended.flatten()[rows] | _ends(reading, token, position)).view_as(ended)
-        if position + 1 < length:
-            reader.select(rows)
-            reader.read(token)
-    return ids[first.squeeze(1)]
-
-
-def _after_the_end(candidates: Tensor, scores: Tensor, ended: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
-    """An ended hypothesis has one way to go on, at no score: (N, k), (N, k), (N,) -> (N, k), (N, k)."""
-    if reading.end is None:
-        return candidates, scores
-    nothing, over = torch.full_like(scores, -torch.inf), ended.unsqueeze(1)
-    nothing[:, 0] = 0
-    return torch.where(over, reading.end, candidates), torch.where(over, nothing, scores)
 
 
 def _allowed_at(reading: Reading, position: int) -> Tensor:
     if reading.end is None:
         return reading.allowed
     allowed = reading.allowed.clone()
-    allowed[reading.end] = reading.closes is None and position >= reading.min_tokens
+    allowed[reading.end] = position >= reading.min_tokens
     return allowed
-
-
-def _ends(reading: Reading, token: Tensor, position: int) -> Tensor:
-    """Whether a text ends with its token at this position: (N,) -> (N,) bool."""
-    if reading.end is None:
-        return torch.zeros_like(token, dtype=torch.bool)
-    if reading.closes is None:
-        return token == reading.end
-    return reading.closes[token] & (position + 1 >= reading.min_tokens)
 
 
 def text_mask(ids: Tensor, end: int | None) -> Tensor:

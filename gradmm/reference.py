@@ -57,8 +57,6 @@ def match(lm, x: Tensor, before: Tensor, after: Tensor, labels: Tensor, target: 
 
 def project(lm, v: Tensor, prompt: Sequence[int], order: str, k: int, allowed: Tensor) -> Tensor:
     """Project each row of v (B, L, D) on readable tokens, token by token: ids (B, L). `allowed` is a (V,) bool mask.
-
-    For the order "guided", the rows of v are directions.
     """
     return torch.stack([_project_row(lm, row, list(prompt), order, k, allowed) for row in v])
 
@@ -73,46 +71,11 @@ def _project_row(lm, row: Tensor, ids: list[int], order: str, k: int, allowed: T
         if order == "lm_then_nearest":
             candidates = likely.sort(descending=True).indices[:k]
             best = candidates[far[candidates].sort().indices[0]]
-        elif order == "guided":
-            candidates = likely.sort(descending=True).indices[:k]
-            scores = logits.log_softmax(-1)[candidates] + table[candidates] @ target
-            best = candidates[scores.sort(descending=True).indices[0]]
         else:
             candidates = far.sort().indices[:k]
             best = candidates[likely[candidates].sort(descending=True).indices[0]]
         chosen.append(int(best))
     return torch.tensor(chosen, device=row.device)
-
-
-@torch.no_grad()
-def beam(lm, row: Tensor, ids: Sequence[int], k: int, width: int, allowed: Tensor, end: int | None = None, min_tokens: int = 1) -> list[int]:
-    """The guided text of one row of directions (L, D) behind the prompt `ids`, by beams ranked by their mean score a token."""
-    table, held = lm.get_input_embeddings().weight, [([], [])]
-    for position, target in enumerate(row):
-        grown = []
-        for tokens, scores in held:
-            if end is not None and tokens[-1:] == [end]:
-                grown.append((tokens, scores))
-                continue
-            logits = lm(input_ids=torch.tensor([[*ids, *tokens]], device=row.device), use_cache=False).logits[0, -1]
-            usable = [token for token in range(len(table)) if (position >= min_tokens if token == end else bool(allowed[token]))]
-            likely = sorted(usable, key=lambda token: float(logits[token]), reverse=True)[:k]
-            grown += [([*tokens, t], [*scores, float(logits.log_softmax(-1)[t] + table[t] @ target)]) for t in likely]
-        held = sorted(grown, key=lambda text: sum(text[1]) / len(text[1]), reverse=True)[:width]
-    best = held[0][0]
-    return best + [end] * (len(row) - len(best))
-
-
-def best_swap(f: Callable[[Tensor], float], ids: Tensor, tokens: Sequence[int]) -> tuple[float, tuple[int, int, int]]:
-    """Of all texts with one token replaced, that with the lowest f: (f, (row, position, token)); ids (B, L)."""
-    found = []
-    for row in range(ids.shape[0]):
-        for position in range(ids.shape[1]):
-            for token in tokens:
-                changed = ids.clone()
-                changed[row, position] = token
-                found.append((f(changed), (row, position, token)))
-    return min(found)
 
 
 def solve(

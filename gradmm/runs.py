@@ -306,8 +306,8 @@ def _short(value) -> str:
 
 def _tensors_of(result: admm.Result) -> tuple[dict, dict[str, str]]:
     state = result.state
-    tensors = {name: getattr(state, name) for name in ("x", "lam", "rho", "ids", "active")}
-    tensors |= {"value": result.value, "match": result.match, "stable": result.stable}
+    tensors = {name: getattr(state, name) for name in ("x", "lam", "ids", "active")}
+    tensors |= {"value": result.value, "match": result.match}
     kept = {"step": state.step, "reason": result.reason, "history": result.history}
     return tensors, {"result": json.dumps(kept)}
 
@@ -315,5 +315,5 @@ def _tensors_of(result: admm.Result) -> tuple[dict, dict[str, str]]:
 def _result_from(tensors: dict, metadata: dict[str, str], device: torch.device) -> admm.Result:
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     kept = json.loads(metadata["result"])
-    state = admm.State(**{name: tensors[name] for name in ("x", "lam", "rho", "ids", "active")}, step=kept["step"])
-    return admm.Result(tensors["value"], tensors["match"], tuple(kept["reason"]), kept["history"], state, tensors["stable"])
+    state = admm.State(**{name: tensors[name] for name in ("x", "lam", "ids", "active")}, step=kept["step"])
+    return admm.Result(tensors["value"], tensors["match"], tuple(kept["reason"]), kept["history"], state)

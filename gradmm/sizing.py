@@ -59,7 +59,6 @@ class Work:
         top_k: candidates of a projection.
         targets: numbers in the released targets.
         gathered: numbers of candidates' rows that a projection holds at once, see `projection.gathered_numbers`.
-        beams: hypotheses of each text that a projection holds.
     """
 
     groups: int
@@ -72,7 +71,6 @@ class Work:
     top_k: int
     targets: int
     gathered: int
-    beams: int = 1
 
 
 def groups_at_once(shape: ModelShape, positions: int, count: int, most: int) -> int:
@@ -92,7 +90,6 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
         each phase adds (`start`, `inner_steps`, `projection`, `judging`), and `peak`: all that is held and the largest phase.
     """
     texts, rows = work.groups * work.count, work.batch * work.count
-    walked = rows * work.beams
     state = work.count * work.length * shape.width * shape.wide  # x or lam of one group
     candidates = work.top_k * shape.width  # of one text's place: one list is gathered at least
     held = {
@@ -103,8 +100,8 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
     phases = {
         "start": _walk(shape, work, min(rows, Sampling.batch_size), 5) + 2 * work.batch * state,
         "inner_steps": max(_inner_steps(shape, work) + 2 * work.batch * state + 8 * work.together * state, 8 * work.batch * state),
-        "projection": _walk(shape, work, walked, 3)
-        + min(max(work.gathered, candidates), walked * candidates) * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
+        "projection": _walk(shape, work, rows, 3)
+        + min(max(work.gathered, candidates), rows * candidates) * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
         + 4 * work.batch * state,
         "judging": _judging(shape, texts, work.positions),
     }

@@ -12,11 +12,8 @@ whose inner products are those of the gradients, on average over P and Q (entrie
 backward pass for a batch of texts; no gradient of a single text is ever built. Everything but the texts is public, so a
 sketch may be clipped and noised like any gradient.
 
-A LoRA adapter computes W a + s B A a, with A drawn at random and B = 0 at first. There the gradient of B is
-s sum_t g_t (A a_t)^T and that of A is zero: what training an adapter follows is the same sketch on one side alone.
-
-Source: Choe et al. 2024 (LoGra, arXiv 2405.13954) for sketching each linear map on both sides; Hu et al. 2022 (LoRA, arXiv
-2106.09685); the calibration is after Zhao et al. 2021. Letters: N texts, M linear maps, r rank, C classes, T positions, D width.
+Source: Choe et al. 2024 (LoGra, arXiv 2405.13954) for sketching each linear map on both sides; the calibration is after Zhao
+et al. 2021. Letters: N texts, M linear maps, r rank, C classes, T positions, D width.
 """
 
 from collections.abc import Sequence
@@ -28,16 +25,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
-from gradmm.adapters import SCALE, first_a
 from gradmm.classification import label_preference
-from gradmm.errors import require
 from gradmm.gradients import Factors
 from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
 
 RANK = 16
-LORA_RANK = 4  # a sketch on one side has as many rows as the maps have outputs: 4 x 442,368 numbers a text for phi-1.5
 TOKENS_PER_BATCH = 2048
 
 
@@ -53,18 +47,14 @@ class BodySketch:
     preference: Tensor
     rank: int = RANK
 
-    @classmethod
-    def of(cls, model: Model, tokens: TaskTokens, texts: Sequence[str], **options) -> "BodySketch":
+    @staticmethod
+    def of(model: Model, tokens: TaskTokens, texts: Sequence[str], rank: int = RANK) -> "BodySketch":
         """With the model's preference over public texts."""
-        return cls(label_preference(model, tokens, texts), **options)
-
-    def layers(self, model: Model) -> dict[str, torch.nn.Module]:
-        """The linear maps whose gradients are sketched, by name."""
-        return linear_maps(model)
+        return BodySketch(label_preference(model, tokens, texts), rank)
 
     def size(self, model: Model) -> int:
         """How many numbers a sketch has: M r^2."""
-        return len(self.layers(model)) * self.rank**2
+        return len(linear_maps(model)) * self.rank**2
 
     def factors(self, model: Model, tokens: TaskTokens, sequences: Sequence[Sequence[int]], classes: Sequence[int]) -> Factors:
         """Each text's sketch as the factor pair of 1 and itself: delta (N, 1), hidden (N, `size`), float32 at least.
@@ -83,7 +73,7 @@ class BodySketch:
 
     def _batch(self, model: Model, tokens: TaskTokens, sequences: Sequence[Sequence[int]], labels: Tensor) -> Tensor:
         ids, mask = pad_left(sequences, model.device)
-        layers, inputs, outputs = self.layers(model), {}, {}
+        layers, inputs, outputs = linear_maps(model), {}, {}
         with ExitStack() as hooks, torch.enable_grad():
             for name, layer in layers.items():
                 hooks.callback(layer.register_forward_hook(_recorder(name, inputs, outputs)).remove)
@@ -94,56 +84,16 @@ class BodySketch:
         sketches = []
         for number, (name, slope) in enumerate(zip(layers, slopes, strict=True)):
             # Some families run N and T together (OPT).
-            sides = [side.view(*mask.shape, -1) for side in self._sides(number, name, inputs[name], slope)]
-            sketches.append(torch.einsum("nti,nto->nio", sides[0] * mask.unsqueeze(-1), sides[1]).flatten(1))
+            left = self._thin(number, "in", inputs[name]).view(*mask.shape, -1) * mask.unsqueeze(-1)
+            right = self._thin(number, "out", slope).view(*mask.shape, -1)
+            sketches.append(torch.einsum("nti,nto->nio", left, right).flatten(1))
         return torch.cat(sketches, dim=1)
 
-    def _sides(self, number: int, name: str, inputs: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """What of a map's inputs and output gradients is multiplied: (..., in), (..., out) -> (..., r), (..., r)."""
-        wide = torch.promote_types(inputs.dtype, torch.float32)
-        return inputs.to(wide) @ self._matrix(number, "in", inputs), slope.to(wide) @ self._matrix(number, "out", slope)
-
-    def _matrix(self, number: int, side: str, like: Tensor) -> Tensor:
-        """P or Q of one map: (in or out, r)."""
-        draw = torch.randn(like.shape[-1], self.rank, generator=generator(0, f"sketch {side}", number), dtype=torch.float64)
-        return (draw / self.rank**0.5).to(like.device, torch.promote_types(like.dtype, torch.float32))
-
-
-class LastBlockSketch(BodySketch):
-    """The coordinates of sketched gradients of the linear maps of the last transformer block."""
-
-    def layers(self, model: Model) -> dict[str, torch.nn.Module]:
-        """The maps within the last block, by name.
-
-        Raises:
-            UserError: a model that keeps its blocks in no list.
-        """
-        require(model.last_block is not None, f"{model.name} keeps its blocks in no list, so none is the last: use the space 'body'")
-        inside = set(model.last_block.modules())
-        return {name: layer for name, layer in linear_maps(model).items() if layer in inside}
-
-
-@dataclass(frozen=True, eq=False)
-class LoraSketch(BodySketch):
-    """The gradients of the matrices B of a fresh LoRA adapter, exactly: `adapters.add_lora` of seed 0 and rank r.
-
-    A text has r numbers for each output of each map, so a pool of many texts of a large model wants a small rank.
-
-    Attributes:
-        preference: as in `BodySketch`.
-        rank: r.
-    """
-
-    rank: int = LORA_RANK
-
-    def size(self, model: Model) -> int:
-        """How many numbers a sketch has: r times the maps' outputs."""
-        return self.rank * sum(layer.nf if isinstance(layer, Conv1D) else layer.out_features for layer in self.layers(model).values())
-
-    def _sides(self, number: int, name: str, inputs: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(inputs.dtype, torch.float32)
-        a = first_a(self.rank, inputs.shape[-1], 0, f"{name}.lora_A.default.weight")
-        return inputs.to(wide) @ (SCALE * a.mT).to(inputs.device, wide), slope.to(wide)
+    def _thin(self, number: int, side: str, values: Tensor) -> Tensor:
+        """A map's inputs by P, or output gradients by Q: (..., in or out) -> (..., r)."""
+        draw = torch.randn(values.shape[-1], self.rank, generator=generator(0, f"sketch {side}", number), dtype=torch.float64)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        return values.to(wide) @ (draw / self.rank**0.5).to(values.device, wide)
 
 
 def linear_maps(model: Model) -> dict[str, torch.nn.Module]:

@@ -21,15 +21,13 @@ from gradmm.errors import require, require_texts, require_whole
 from gradmm.generation import prompted_texts
 from gradmm.gradients import HeadSpace, LabelSpace, Space
 from gradmm.models import Model
-from gradmm.path import STEPS, PathSketch
-from gradmm.sketch import BodySketch, LastBlockSketch, LoraSketch
+from gradmm.sketch import BodySketch
 from gradmm.tasks import TaskTokens
 
 HEAD_SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred")  # of the gradient of the loss over all tokens
 PUBLIC_SPACES = ("label_rows_subspace", "label_rows_centred")  # made from public texts, which must be given
 LABEL_SPACES = ("label_rows_calibrated", "label_rows_whitened")
-SKETCHES = {"body": BodySketch, "last_block": LastBlockSketch, "lora": LoraSketch, "body_path": PathSketch}
-SPACES = (*HEAD_SPACES, *LABEL_SPACES, *SKETCHES)
+SPACES = (*HEAD_SPACES, *LABEL_SPACES, "body")
 # Where a space that measures the model's preference is given no public texts, the model writes some: of each class so
 # many at first, and then as many as bring the preference's standard error down to the bound, at most so many in all. An
 # error of 0.15 nats moves a label's probability by at most 0.04; on SmolLM2 the target's cosine to that of 64 texts a
@@ -66,12 +64,11 @@ def release_space(
         return Space(rows)
     if name in PUBLIC_SPACES:
         return Space(rows, principal_directions(model, tokens, texts, directions, skip=int(name == "label_rows_centred")))
-    bound = (
-        0.0 if name == "label_rows_whitened" else PREFERENCE_ERROR
-    )  # a covariance wants all the texts that there may be
+    # A covariance wants all the texts that there may be.
+    bound = 0.0 if name == "label_rows_whitened" else PREFERENCE_ERROR
     texts = own_texts(model, tokens, bound, cache, progress) if texts is None else _public(texts, name)
-    if name in SKETCHES:
-        return SKETCHES[name].of(model, tokens, texts)
+    if name == "body":
+        return BodySketch.of(model, tokens, texts)
     whitened = whitening(model.hidden_of([tokens.sequence(text) for text in texts])) if name == "label_rows_whitened" else ()
     return LabelSpace(rows, label_preference(model, tokens, texts), *whitened)
 
@@ -230,11 +227,11 @@ def space_from(name: str, tensors: dict[str, Tensor], classes: int) -> HeadSpace
     if name not in SPACES:
         raise ValueError(f"no space is called {name!r}")
     preference = tensors.get("preference")
-    if preference is not None and preference.shape != ((len(STEPS), classes) if name == "body_path" else (classes,)):
+    if preference is not None and preference.shape != (classes,):
         raise ValueError(f"a preference of shape {tuple(preference.shape)} for {classes} classes")
-    if name not in SKETCHES:
+    if name != "body":
         return (LabelSpace if name in LABEL_SPACES else Space)(**tensors)
-    numbers = {key: int(*value.tolist()) for key, value in tensors.items() if key != "preference"}
-    if numbers["rank"] < 1:
-        raise ValueError(f"a sketch of rank {numbers['rank']}")
-    return SKETCHES[name](tensors["preference"], **numbers)
+    space = BodySketch(**{**tensors, "rank": int(*tensors["rank"].tolist())})
+    if space.rank < 1:
+        raise ValueError(f"a sketch of rank {space.rank}")
+    return space

@@ -33,9 +33,8 @@ class SynthesisResult:
 
     Attributes:
         dataset: every text written, kept or not: text, label, label_name, match, perplexity, group, kept, reason.
-        history: one row per step and group, with its label; `admm.step` names the columns, for a search among texts
-            `searches.guided_round` or `searches.swap_round`; of a pool one row per text kept, in the order in which they were
-            taken, with the loss (match_z) of its class's texts up to it taken together.
+        history: one row per step and group, with its label; `admm.step` names the columns. Of a pool one row per text kept, in
+            the order in which they were taken, with the loss (match_z) of its class's texts up to it taken together.
         manifest: settings, versions, seeds, reasons, times; plain values.
     """
 

@@ -13,7 +13,6 @@ from gradmm import trial
 from gradmm.ablation import _value, against_base, agreement, changed, effects, vary
 from gradmm.errors import UserError
 from gradmm.examples import Example
-from gradmm.gradients import parameter_gradient
 from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.synthesis import synthesize
 from gradmm.tasks import tokenize_task
@@ -106,7 +105,7 @@ def test_agreement_equals_gradients_taken_by_autograd(tiny_model, task):
         hidden = model.hidden_of([tokens.sequence(example.text) for example in examples])
         logits = hidden @ weight.T + model.head_bias[list(tokens.labels)] - preference
         labels = torch.tensor([example.label for example in examples])
-        return parameter_gradient(torch.nn.functional.cross_entropy(logits, labels), [weight])[0].flatten()
+        return torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), weight)[0].flatten()
 
     hidden = model.hidden_of([tokens.sequence(text) for text in texts])
     rows = list(tokens.labels)

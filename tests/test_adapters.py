@@ -73,11 +73,11 @@ def test_another_seed_starts_another_adapter(tiny_model):
 
 
 @pytest.mark.parametrize("adapter", [None, "lora"])
-def test_a_bfloat16_model_learns_as_the_float32_model_of_its_weights(tiny_model, kind, adapter, monkeypatch):
+def test_a_bfloat16_model_learns_as_the_float32_model_of_its_weights(tiny_model, kind, adapter):
     if adapter:
         pytest.importorskip("peft", reason="the extra lora is not installed", exc_type=ImportError)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # so that its layers multiply by other means
     half, single = (tiny_model(kind, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    single.lm.set_attn_implementation(half.lm.config._attn_implementation)  # plain products, in another order of sums
     for ours, theirs in zip([*single.lm.parameters(), *single.lm.buffers()], [*half.lm.parameters(), *half.lm.buffers()], strict=True):
         ours.copy_(theirs)
     found, expected = (fit(model, TASK, TRAIN, TRAIN, replace(CONFIG, adapter=adapter)) for model in (half, single))

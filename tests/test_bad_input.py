@@ -77,12 +77,10 @@ CASES = {
     "solver: rho infinite": (lambda at: admm.Config(rho=INF), "rho = inf"),
     "solver: rho too large for a float": (lambda at: admm.Config(rho=10**400), "it must be a finite number above 0"),
     "solver: steps true": (lambda at: admm.Config(outer_steps=True), "outer_steps = True, it must be a whole number"),
-    "solver: tolerance": (lambda at: admm.Config(tolerance="none"), "tolerance = 'none', it must be at least 0"),
-    "solver: patience": (lambda at: admm.Config(patience=NAN), "patience = nan"),
+    "solver: clip": (lambda at: admm.Config(clip=NAN), "clip = nan, it must be above 0, or None: None does not clip"),
     "synthesis: oversample in words": (lambda at: replace(SMALL, oversample="2"), "oversample = '2', it must be at least 1"),
     "synthesis: oversample infinite": (lambda at: replace(SMALL, oversample=INF), "oversample = inf, it must be at least 1"),
     "synthesis: weight": (lambda at: replace(SMALL, perplexity_weight=NAN), "perplexity_weight = nan, it must be at least 0"),
-    "synthesis: norm": (lambda at: replace(SMALL, init_norm="big"), "init_norm = 'big', it must be above 0, or None"),
     "synthesis: early_end": (lambda at: replace(SMALL, early_end="../no"), "early_end = '../no', it must be True or False"),
     "synthesis: a seed of words": (lambda at: replace(SMALL, seed="../0"), "seed = '../0', it must be a whole number"),
     "synthesis: a list for a name": (lambda at: replace(SMALL, projection=["lm"]), "the projection ['lm'] is not known: use one of"),
@@ -301,7 +299,7 @@ def test_the_solver_keeps_any_shape_and_vocabulary(groups, count, length, width,
         ids = torch.cdist(v.flatten(0, 2), table).argmin(-1).view(v.shape[:3])
         return table[ids], ids
 
-    result = admm.solve(lambda x, ids, which: x.square().sum((1, 2, 3)), nearest, admm.start(x, config), config)
+    result = admm.solve(lambda x, ids, which: x.square().sum((1, 2, 3)), nearest, admm.start(x), config)
     assert result.value.shape == (groups, count, length) and result.value.min() >= 0 and result.value.max() < words
     assert result.match.tolist() == pytest.approx(table[result.value].square().sum((1, 2, 3)).tolist())
     assert len(result.history) == 2 * groups

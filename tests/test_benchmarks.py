@@ -77,13 +77,3 @@ def test_one_step_and_one_projection_against_the_literal_ones(benchmark, tmp_pat
     assert records.read_record(tmp_path / "r.json")["results"] == {"rows": rows}
     assert [row["work"] for row in rows] == ["inner step", "projection, lm_then_nearest", "projection, nearest_then_lm"]
     assert rows[0]["disagreement"] < 1e-3 and rows[1]["disagreement"] == rows[2]["disagreement"] == 0
-
-
-def test_each_way_to_start_has_its_loss_and_its_cost(benchmark, tmp_path, monkeypatch):
-    script = benchmark("initialisation")
-    monkeypatch.setattr(script, "WAYS", (("best", 1), ("greedy", 2)))
-    rows = script.main(["--groups", "2", "--count", "2", "--length", "4", "--device", "cpu", "--output", str(tmp_path / "r.json")])
-    assert [(row["choice"], row["texts evaluated"]) for row in rows] == [("best of 1", 0), ("greedy of 2", 8)]
-    assert rows[1]["mean"] < rows[0]["mean"] and all(row["standard_error"] > 0 for row in rows)
-    record = records.read_record(tmp_path / "r.json")
-    assert record["results"] == {"rows": rows} and record["settings"]["groups"] == 2

@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 from gradmm import evaluation
 from gradmm.errors import UserError
 from gradmm.evaluation import (
-    complete_share,
     distinct_n,
     duplicate_share,
-    is_complete_sentence,
     longest_shared_spans,
     paired_bootstrap,
     paired_share,
@@ -113,20 +111,6 @@ def test_longest_shared_spans_equal_brute_force(sequences, references):
 def test_a_whole_copy_is_found_and_runs_do_not_cross_references():
     long = [str(i) for i in range(400)]
     assert longest_shared_spans([long, words("the Red cat")], [long, words("was the red"), words("cat sat")]) == [400, 2]
-
-
-@pytest.mark.parametrize(
-    ("text", "complete"),
-    [("it was great .", True), ("It was great!", True), ('he said " great . "', True), ("(really?)", True), ("it was", False),
-     ('he said " great .', False), ("(it was great .", False), ("it was great ,", False), ("...", False), ("", False),
-     ("“it was great.”", True), ("it was great.”", False), ("wait…", True)],
-)  # fmt: skip
-def test_complete_sentences(text, complete):
-    assert is_complete_sentence(text) == complete
-
-
-def test_complete_share():
-    assert complete_share(["it was .", "it was"]) == 0.5 and complete_share([]) == 0
 
 
 def outcomes(seed: int, runs: int, examples: int, rate: float) -> numpy.ndarray:

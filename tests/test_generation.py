@@ -7,7 +7,6 @@ import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from gradmm.errors import DataWarning, UserError
-from gradmm.evaluation import is_complete_sentence
 from gradmm.examples import Example, content_hash, load_data, sample_examples
 from gradmm.generation import Sampling, _Writer, closing_tokens, generate_texts, nucleus
 from gradmm.models import Model, load_model
@@ -45,7 +44,7 @@ def test_texts_are_finished_distinct_and_balanced(tiny_model, task, kind, allowe
         assert [example.label for example in texts] == [label for label in range(len(task.labels)) for _ in range(5)]
         assert len({content_hash(example.text) for example in [*texts, *shots]}) == len(texts) + len(shots)
         for example in texts:
-            assert example.text == example.text.strip() and example.text[-1] in ".!?" and is_complete_sentence(example.text)
+            assert example.text == example.text.strip() and example.text[-1] in ".!?"
             assert 4 <= len(tokenize_task(task, model.tokenizer).encode(example.text))
 
 

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +25,17 @@ from transformers.utils import logging as transformers_logging
 
 from gradmm import models
 from gradmm.errors import UserError
-from gradmm.models import Reader, batches_by_length, fast_dtype, load_model, pad_left, wrap_model
+from gradmm.models import (
+    COMPILED,
+    INSTRUCTIONS,
+    KEPT,
+    Reader,
+    batches_by_length,
+    fast_dtype,
+    load_model,
+    pad_left,
+    wrap_model,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SMALL = {
@@ -169,17 +182,59 @@ def test_auto_is_bfloat16_where_the_processor_is_made_for_it(saved, monkeypatch,
     assert model.lm.config._attn_implementation == ("eager" if expected == torch.bfloat16 else "sdpa")
 
 
-def test_bfloat16_warns_where_the_processor_is_not_made_for_it(saved, monkeypatch):
+def test_a_processor_without_instructions_for_bfloat16_is_given_float32_with_one_warning(saved, monkeypatch):
     folder, capable = saved("llama"), {"amx_bf16": False, "avx512_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable)
-    with pytest.warns(UserWarning, match="this cpu has no instructions for bfloat16, .*: dtype='auto' takes float32 here") as told:
-        assert load_model(folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
-    assert told[0].filename == __file__
-    capable["avx512_bf16"] = True
+    for dtype in ("bfloat16", torch.bfloat16):
+        with pytest.warns(UserWarning, match="this processor has no instructions for bfloat16: the model is loaded in float32") as told:
+            assert load_model(folder, device="cpu", dtype=dtype).dtype == torch.float32
+        assert [one.filename for one in told] == [__file__]
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_every_kind_of_instructions_for_bfloat16_counts(saved, monkeypatch, name):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**dict.fromkeys(INSTRUCTIONS, False), name: True})
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        load_model(folder, device="cpu", dtype="bfloat16")
+        assert load_model(saved("llama"), device="cpu", dtype="bfloat16").dtype == torch.bfloat16
     assert not told
+
+
+def test_few_compiled_products_are_kept_unless_the_environment_says_how_many(tiny_model, monkeypatch):
+    theirs, ours = COMPILED
+    monkeypatch.setenv(theirs, "7")
+    monkeypatch.setenv(ours, "")  # so that it is put back at the end
+    monkeypatch.delenv(ours)
+    tiny_model("gpt2", dtype=torch.float32)
+    assert ours not in os.environ
+    tiny_model("gpt2", dtype=torch.bfloat16)
+    assert (os.environ[theirs], os.environ.get(ours)) == ("7", KEPT)
+
+
+COMPILING = """
+import torch
+from gradmm import models
+models.keep_few_compiled()
+def grown(rows, weight=torch.ones(512, 512).bfloat16()):
+    before = resident()
+    for count in rows:
+        torch.nn.functional.linear(torch.ones(count, 512).bfloat16(), weight)
+    return resident() - before
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+if models._has_any(models.FAST):
+    grown(range(1, 101))
+    print(grown(range(101, 401)))
+else:
+    print(0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
+def test_products_of_many_shapes_hold_no_more_memory_than_those_of_a_hundred():
+    environment = {name: value for name, value in os.environ.items() if name not in COMPILED}
+    done = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True, check=True, env=environment, stdin=subprocess.DEVNULL)
+    assert int(done.stdout) < 40e6  # 300 more products: 0.25 MB each and more if all were kept
 
 
 @pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float32)])
@@ -190,7 +245,8 @@ def test_auto_on_a_gpu_asks_for_bfloat16_without_emulation(monkeypatch, native, 
 
 def test_bfloat16_is_near_float32(saved, kind):
     folder = saved(kind)
-    exact, rough = load_model(folder), load_model(folder, dtype=torch.bfloat16)
+    exact, half = load_model(folder), load_model(folder)
+    rough = wrap_model(half.lm.bfloat16(), half.tokenizer, "half")
     assert rough.dtype == rough.hidden_of(SEQUENCES).dtype == torch.bfloat16
     error = (rough.hidden_of(SEQUENCES).float() - exact.hidden_of(SEQUENCES)).norm() / exact.hidden_of(SEQUENCES).norm()
     assert error < 0.06

@@ -113,7 +113,8 @@ def transfer(results: dict, preset: dict) -> None:
 
 
 def performance(results: dict, preset: dict) -> None:
-    assert set(results["operations"]) == {"demo", "phi"} and set(results["rates"]) == {"float32", "bfloat16"}
+    types = list(results["rates"])  # a processor without instructions for bfloat16 has one
+    assert set(results["operations"]) == {"demo", "phi"} and types in (["float32"], ["float32", "bfloat16"])
     assert results["operations"]["phi"]["inner steps"] > 1e4 * results["operations"]["demo"]["inner steps"]
     assert all(rate[name] > 0 for rate in results["rates"].values() for name in ("matmul", "bandwidth"))
     phases = ["target", "initialisation", "inner steps", "projection", "filter"]
@@ -123,9 +124,9 @@ def performance(results: dict, preset: dict) -> None:
     assert results["literal"][1]["they differ by"] == "0e+00" and all(row["ratio"] > 0 for row in results["literal"])
     assert results["records"] == results["gpu_records"] == results["memory"]["records"] == []  # no records in an empty folder
     assert {name: row["sizes"] for name, row in results["growth"].items()} == preset["growth"]
-    assert len(results["types"]) == 2 * preset["seeds"] and all(0 <= row["accuracy"] <= 1 for row in results["types"])
+    assert len(results["types"]) == len(types) * preset["seeds"] and all(0 <= row["accuracy"] <= 1 for row in results["types"])
     assert {row["same texts"] for row in results["types"] if row["type"] == "float32"} == {1.0}
-    assert results["memory"]["weights"]["float32"] == 2 * results["memory"]["weights"]["bfloat16"] < results["memory"]["peak"]["process"]
+    assert list(results["memory"]["weights"]) == types and results["memory"]["weights"]["float32"] < results["memory"]["peak"]["process"]
 
 
 def paper(results: dict, preset: dict) -> None:

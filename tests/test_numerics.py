@@ -4,6 +4,7 @@ Equal to the last byte on a CPU, and tested elsewhere: batch sizes (`test_synthe
 `test_crash`), processes with equal numbers of threads (`test_comparison`).
 """
 
+import copy
 import json
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from test_synthesis import REAL, SMALL, TASK
 import gradmm
 from gradmm.gradients import DenseTarget, Factors, FactorTarget
 from gradmm.matching import Matching
+from gradmm.models import wrap_model
 from gradmm.tasks import tokenize_task
 
 
@@ -26,7 +28,8 @@ def model(tiny_model):
 def demo():
     """The demo's task, real examples and model in float32 and bfloat16."""
     task, splits = gradmm.load_data("demo")
-    models = {dtype: gradmm.load_model("demo", device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16")}
+    exact = gradmm.load_model("demo", device="cpu")
+    models = {"float32": exact, "bfloat16": wrap_model(copy.deepcopy(exact.lm).bfloat16(), exact.tokenizer, "demo")}
     return task, gradmm.sample_examples(splits.train, 20, task, seed=0), models
 
 

@@ -5,7 +5,7 @@ import torch
 
 from gradmm import models, projection, reference
 from gradmm.errors import UserError
-from gradmm.projection import ORDERS, PROJECTIONS, Reading, Tables, allowed_tokens, project, text_mask
+from gradmm.projection import PROJECTIONS, Reading, Tables, allowed_tokens, project, text_mask
 
 PROMPTS = [(0, 40, 41), (0,), (0, 50, 51, 52, 53)]
 
@@ -21,7 +21,7 @@ def every(model):
     return torch.ones(model.embedding.shape[0], dtype=torch.bool)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", PROJECTIONS)
 @pytest.mark.parametrize("k", [1, 5, 97])
 def test_equals_brute_force_with_prompts_of_any_lengths_side_by_side(tiny_model, kind, order, k):
     model = tiny_model(kind)
@@ -32,16 +32,15 @@ def test_equals_brute_force_with_prompts_of_any_lengths_side_by_side(tiny_model,
         assert torch.equal(ids[i : i + 1], expected)
 
 
-@pytest.mark.parametrize("beams", [1, 2])
-def test_a_text_may_have_more_tokens_than_its_vectors_have_numbers(tiny_model, beams):
+def test_a_text_may_have_more_tokens_than_its_vectors_have_numbers(tiny_model):
     model = tiny_model("llama")
     v, rows = vectors(model, 1, 40), torch.zeros(1, dtype=torch.long)
     assert v.shape[1] > v.shape[2]
-    ids = project(model, Tables.of(model), v, PROMPTS[:1], rows, Reading("guided", 3, every(model), beams=beams))
+    ids = project(model, Tables.of(model), v, PROMPTS[:1], rows, Reading("lm_then_nearest", 3, every(model)))
     assert ids.shape == (1, 40) and bool((ids >= 0).all())
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", PROJECTIONS)
 def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
     model = tiny_model("llama")
     allowed = torch.rand(97, generator=torch.Generator().manual_seed(1)) < 0.2
@@ -52,14 +51,14 @@ def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
         assert torch.equal(ids, reference.project(model.lm, v, PROMPTS[0], order, k, allowed))
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", PROJECTIONS)
 def test_more_candidates_than_allowed_tokens_let_no_other_token_in(tiny_model, order):
     """At a place where the end may not stand yet, one of the k tokens that are counted is not allowed."""
     model = tiny_model("phi")
-    allowed, tables, v = few(model, 40, 41, 42), Tables.of(model), vectors(model, 30, 1)[:, 0]
+    allowed, tables, v = torch.zeros(97, dtype=torch.bool).index_fill(0, torch.arange(40, 43), True), Tables.of(model), vectors(model, 30, 1)[:, 0]
     state, _ = model.read(torch.arange(30, 60)[:, None], None)
-    found = ORDERS[order](tables, state, v, allowed, 5)
-    assert set(found.tolist()) <= {40, 41, 42} and torch.equal(found, ORDERS[order](tables, state, v, allowed, 3))
+    found = PROJECTIONS[order](tables, state, v, allowed, 5)
+    assert set(found.tolist()) <= {40, 41, 42} and torch.equal(found, PROJECTIONS[order](tables, state, v, allowed, 3))
 
 
 def test_limits_of_k_with_all_tokens_as_candidates_one_criterion_rules(tiny_model):
@@ -85,65 +84,10 @@ def test_a_text_ends_at_the_end_token_and_not_before_it_may(tiny_model, order):
     assert bool((mask.sum(-1) >= 4).all()) and bool((ids[mask == 0] == end).all())
 
 
-@pytest.mark.parametrize("order", PROJECTIONS)
-def test_a_text_ends_with_its_first_sentence_and_nowhere_else(tiny_model, order):
-    model, end, rows = tiny_model("gpt2"), 9, torch.zeros(20, dtype=torch.long)
-    v, closes = vectors(model, 20, 9), torch.rand(97, generator=torch.Generator().manual_seed(2)) < 0.3
-    whole = project(model, Tables.of(model), v, PROMPTS, rows, Reading(order, 5, every(model).index_fill(0, torch.tensor(end), False)))
-    ids = project(model, Tables.of(model), v, PROMPTS, rows, Reading(order, 5, every(model), end=end, min_tokens=3, closes=closes))
-    last = [next((place for place, token in enumerate(row) if place >= 2 and closes[token]), 8) for row in whole.tolist()]
-    assert set(last) > {2, 8}
-    assert ids.tolist() == [row[: place + 1] + [end] * (8 - place) for row, place in zip(whole.tolist(), last, strict=True)]
-
-
-def few(model, *tokens):
-    return torch.zeros(97, dtype=torch.bool).index_fill(0, torch.tensor(tokens), True)
-
-
-@pytest.mark.parametrize(("end", "strength"), [(None, 1.0), (9, 1.0), (9, 0.02)])  # a weak direction ends at many lengths
-def test_beams_equal_a_literal_search_with_prompts_of_any_lengths_side_by_side(tiny_model, kind, end, strength):
-    model, rows = tiny_model(kind), torch.tensor([0, 1, 2, 0])
-    allowed, v = few(model, *range(40, 52)), strength * vectors(model, 4, 5)
-    ids = project(model, Tables.of(model), v, PROMPTS, rows, Reading("guided", 4, allowed, end, min_tokens=2, beams=3))
-    for i, row in enumerate(rows.tolist()):
-        assert ids[i].tolist() == reference.beam(model.lm, v[i], PROMPTS[row], 4, 3, allowed, end, 2)
-
-
-def test_one_beam_is_the_plain_walk_and_all_beams_find_the_best_text(tiny_model):
-    model, rows = tiny_model("llama"), torch.zeros(3, dtype=torch.long)
-    tables, v, allowed = Tables.of(model), vectors(model, 3, 3), few(model, 40, 41, 50)
-    reading = Reading("guided", 3, allowed, end=9, min_tokens=2)
-    one = projection._walk_by_beams(tables, v, models.Reader.of(model, [PROMPTS[row] for row in rows]), reading)
-    assert torch.equal(one, project(model, tables, v, PROMPTS, rows, reading))
-    every_text = Reading("guided", 3, allowed, beams=3**2)  # 3 ways on at each of 3 positions: nothing is ever given up
-    found = project(model, tables, v, PROMPTS, rows, every_text)
-    best = [reference.beam(model.lm, row, PROMPTS[0], 3, 3**3, allowed) for row in v]
-    assert found.tolist() == best
-    greedy = project(model, tables, v, PROMPTS, rows, Reading("guided", 3, allowed))
-    assert all(score(model, row, ids) >= score(model, row, plain) for row, ids, plain in zip(v, found, greedy, strict=True))
-
-
-def test_beams_of_one_candidate_end_where_the_plain_walk_ends(tiny_model):
-    model, rows = tiny_model("opt"), torch.zeros(3, dtype=torch.long)
-    tables, v, allowed = Tables.of(model), vectors(model, 3, 6), few(model, *range(40, 52))
-    end = int(project(model, tables, v, PROMPTS, rows, Reading("guided", 1, allowed))[0, 2])
-    ids = [project(model, tables, v, PROMPTS, rows, Reading("guided", 1, allowed, end=end, beams=beams)) for beams in (1, 2)]
-    assert torch.equal(*ids) and 0 < int(text_mask(ids[0], end)[0].sum()) < 6
-
-
-def test_one_beam_ends_with_the_first_sentence_that_is_long_enough(tiny_model):
-    model, rows, allowed = tiny_model("gpt2"), torch.zeros(20, dtype=torch.long), every(tiny_model("gpt2"))
-    closes = torch.rand(97, generator=torch.Generator().manual_seed(2)) < 0.3
-    tables, v, reading = Tables.of(model), vectors(model, 20, 9), Reading("guided", 5, allowed, end=9, min_tokens=3, closes=closes)
-    one = projection._walk_by_beams(tables, v, models.Reader.of(model, [PROMPTS[row] for row in rows]), reading)
-    assert torch.equal(one, project(model, tables, v, PROMPTS, rows, reading)) and len(set(text_mask(one, 9).sum(-1).tolist())) > 3
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_the_last_token_is_not_read(tiny_model, beams, monkeypatch):
+def test_the_last_token_is_not_read(tiny_model, monkeypatch):
     model, steps = tiny_model("llama"), []
     monkeypatch.setattr(models.Reader, "read", lambda self, token, own=models.Reader.read: steps.append(token) or own(self, token))
-    reading = Reading("guided", 4, every(model), beams=beams)
+    reading = Reading("lm_then_nearest", 4, every(model))
     project(model, Tables.of(model), vectors(model, 2, 5), PROMPTS, torch.tensor([0, 1]), reading)
     assert len(steps) == 4
 
@@ -157,82 +101,29 @@ def test_no_pass_reads_a_text_that_has_ended(tiny_model, monkeypatch):
     assert sizes == [int((lengths > step).sum()) for step in range(min(7, int(lengths.max())))] and sizes[-1] < 9
 
 
-def score(model, row, ids):
-    """The sum of log-probability and inner product over a text behind the first prompt."""
-    logits = model.lm(input_ids=torch.tensor([[*PROMPTS[0], *ids.tolist()]])).logits[0, len(PROMPTS[0]) - 1 : -1]
-    return float(logits.log_softmax(-1).gather(1, ids[:, None]).sum() + (model.embedding[ids] * row).sum())
-
-
-def test_a_direction_of_nothing_leaves_the_text_to_the_model_and_a_strong_one_rules(tiny_model):
-    model, rows = tiny_model("phi"), torch.zeros(4, dtype=torch.long)
-    tables, v = Tables.of(model), vectors(model, 4, 5)
-    plain = project(model, tables, v, PROMPTS, rows, Reading("lm_then_nearest", 1, every(model)))
-    assert torch.equal(project(model, tables, 0 * v, PROMPTS, rows, Reading("guided", 97, every(model))), plain)
-    ruled = (v @ model.embedding.T).argmax(-1)
-    assert torch.equal(project(model, tables, 1e6 * v, PROMPTS, rows, Reading("guided", 97, every(model))), ruled)
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_gumbel_noise_draws_tokens_by_the_softmax_of_their_scores(tiny_model, beams):
-    model, count = tiny_model("gpt2"), 4000
-    tables, allowed, direction = Tables.of(model), few(model, *range(40, 46)), 0.5 * model.embedding[43]
-    uniform = torch.rand(count, 1, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    noise, v = -(-uniform.log()).log(), direction.expand(count, 1, -1)
-    ids = project(model, tables, v, PROMPTS, torch.zeros(count, dtype=torch.long), Reading("guided", 6, allowed, beams=beams), noise)
-    logits = model.lm(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1] + model.embedding @ direction
-    expected = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
-    assert (torch.bincount(ids.flatten(), minlength=97) / count - expected).abs().max() < 0.03  # 4 standard deviations
-
-
-def test_the_spread_of_embeddings_is_their_standard_deviation(tiny_model, monkeypatch):
-    model = tiny_model("opt")
-    allowed = torch.rand(97, generator=torch.Generator().manual_seed(3)) < 0.5
-    monkeypatch.setattr(projection, "ROWS_PER_BLOCK", 10)
-    expected = model.embedding[allowed].var(0, correction=0).mean().sqrt().item()
-    assert projection.embedding_spread(Tables.of(model), allowed) == pytest.approx(expected, rel=1e-10)
-
-
 # ---------------------------------------------------------------- types and devices
 
 
-@pytest.mark.parametrize(("order", "beams"), [*((order, 1) for order in ORDERS), ("guided", 3)])
-def test_half_precision_tables_take_single_precision_vectors(tiny_model, order, beams):
+@pytest.mark.parametrize("order", PROJECTIONS)
+def test_half_precision_tables_take_single_precision_vectors(tiny_model, order):
     model = tiny_model("phi", dtype=torch.bfloat16)
     tables, v = Tables.of(model), vectors(tiny_model("phi"), 6, 4).float()
-    ids = project(model, tables, v, PROMPTS, torch.zeros(6, dtype=torch.long), Reading(order, 5, every(model), beams=beams))
+    ids = project(model, tables, v, PROMPTS, torch.zeros(6, dtype=torch.long), Reading(order, 5, every(model)))
     assert ids.shape == (6, 4) and tables.squares.dtype == torch.float32
 
 
-def test_the_spread_of_half_precision_embeddings_is_summed_in_single_precision():
-    table = (torch.randn(97, 8, generator=torch.Generator().manual_seed(4)) + 3).bfloat16()
-    tables = Tables(table, None, table, table.float().square().sum(-1))
-    expected = table.double().var(0, correction=0).mean().sqrt().item()
-    assert projection.embedding_spread(tables, torch.ones(97, dtype=torch.bool)) == pytest.approx(expected, rel=1e-4)
-
-
-def test_scores_of_half_precision_logits_are_summed_in_single_precision(tiny_model):
-    model = tiny_model("phi", dtype=torch.bfloat16)
-    tables, target = Tables.of(model), vectors(tiny_model("phi"), 6, 1)[:, 0].float()
-    state, _ = model.read(torch.arange(40, 46)[:, None], None)
-    candidates, scores = projection.guided_scores(tables, state, target, every(model), 5)
-    logits = torch.nn.functional.linear(state, tables.head, tables.bias).double()
-    expected = logits.log_softmax(-1).gather(1, candidates) + (tables.embedding[candidates].double() * target[:, None].double()).sum(-1)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("order", "beams"), [*((order, 1) for order in ORDERS), ("guided", 3)])
-def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order, beams):
+@pytest.mark.parametrize("order", PROJECTIONS)
+def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order):
     """The default device is another one, as it is for everything that should be on a GPU."""
     model, end = tiny_model("llama"), 9
     tables, v, rows = Tables.of(model), vectors(model, 3, 4), torch.tensor([0, 1, 2])
-    reader, reading = models.Reader.of(model, [PROMPTS[row] for row in rows]), Reading(order, 5, every(model), end=end, min_tokens=2, beams=beams)
+    reader, reading = models.Reader.of(model, [PROMPTS[row] for row in rows]), Reading(order, 5, every(model), end=end, min_tokens=2)
     asked, select, read_on = [], reader.select, reader.read_on
     reader.read = lambda token: None  # the model's own code is not what is asked
     reader.select = lambda rows: asked.append(rows.device) or select(rows)
     reader.read_on = lambda rows, *given: asked.append(rows.device) or read_on(rows, *given)
     with torch.device("meta"):
-        ids = (projection._walk if beams == 1 else projection._walk_by_beams)(tables, v, reader, reading)
+        ids = projection._walk(tables, v, reader, reading)
     assert {ids.device, *asked} == {v.device} and ids.shape == (3, 4)
 
 
@@ -269,24 +160,16 @@ def test_bad_settings_are_one_sentence(tiny_model):
         Reading("lm_then_nearest", 0, torch.ones(300, dtype=torch.bool))
     with pytest.raises(UserError, match="top_k = 0"):
         Reading("lm_then_nearest", 0, allowed)
-    with pytest.raises(UserError, match="projection 'beam' is not known: use one of lm_then_nearest, nearest_then_lm, guided"):
+    with pytest.raises(UserError, match="projection 'beam' is not known: use one of lm_then_nearest, nearest_then_lm"):
         Reading("beam", 5, allowed)
-    with pytest.raises(UserError, match="beams = 0, it must be a whole number of at least 1"):
-        Reading("guided", 5, allowed, beams=0)
-    with pytest.raises(UserError, match="beams = 2 with the projection 'nearest_then_lm': only scores of 'guided' can be compared"):
-        Reading("nearest_then_lm", 5, allowed, beams=2)
-    with pytest.raises(UserError, match="^closes without an end token to fill the rest: give end, or leave closes out$"):
-        Reading("lm_then_nearest", 5, allowed, closes=allowed)
     reading, rows = Reading("lm_then_nearest", 5, allowed), torch.tensor([0])
-    with pytest.raises(UserError, match="noise for the projection 'lm_then_nearest': it belongs to 'guided' alone"):
-        project(model, Tables.of(model), vectors(model, 1, 3), PROMPTS, rows, reading, torch.zeros(1, 3, 5))
     with pytest.raises(UserError, match="no tokens"):
         project(model, Tables.of(model), vectors(model, 1, 3), [()], rows, reading)
     with pytest.raises(UserError, match="exceed the context of 64"):
         project(model, Tables.of(model), vectors(model, 1, 64), [(0,)], rows, reading)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", PROJECTIONS)
 def test_blocks_of_candidates_change_no_token(tiny_model, order, monkeypatch):
     model, rows = tiny_model("phi"), torch.zeros(7, dtype=torch.long)
     v, reading = vectors(model, 7, 3), Reading(order, 6, every(model))

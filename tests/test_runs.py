@@ -20,7 +20,7 @@ def some_result(seed: int = 0) -> admm.Result:
     admm.solve(
         lambda x, ids, groups: x.square().sum((1, 2, 3)),
         lambda v, groups: (v.round(), v.round().long()[..., 0]),
-        admm.start(x, config),
+        admm.start(x),
         config,
         held.append,
     )
@@ -32,7 +32,7 @@ def test_a_saved_result_is_read_back_to_the_last_bit(tmp_path):
     assert folder.load_result(0, torch.device("cpu")) is None
     folder.save_result(0, result)
     again = runs.RunFolder.open(tmp_path / "run", IDENTITY).load_result(0, torch.device("cpu"))
-    for name in ("x", "lam", "rho", "ids", "active"):
+    for name in ("x", "lam", "ids", "active"):
         assert torch.equal(getattr(again.state, name), getattr(result.state, name))
     assert torch.equal(again.value, result.value) and torch.equal(again.match, result.match)
     assert (again.history, again.reason, again.state.step) == (result.history, result.reason, result.state.step)

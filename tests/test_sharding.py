@@ -24,8 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = {"n_synthetic": 8, "oversample": 1.5, "group_size": 2, "outer_steps": 3, "inner_steps": 2, "top_k": 10, "init_candidates": 2}
 CONFIGS = {
     "admm": SynthesisConfig(search="admm", ranking="text", **TINY, groups_per_batch=1, length=8),
-    "guided": SynthesisConfig(search="guided", ranking="text", **TINY, groups_per_batch=1, length=8),
-    "swap": SynthesisConfig(**TINY, length=12, search="swap"),
     "pool": SynthesisConfig(**TINY | {"n_synthetic": 140}, search="pool", ranking="group", length=12),  # 105 a class: two batches each
 }
 SIZE = {"n": 8, "seed": 0}

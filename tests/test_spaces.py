@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gradmm import path, spaces
+from gradmm import spaces
 from gradmm.classification import label_logs, label_preference
 from gradmm.errors import UserError
 from gradmm.examples import Example
@@ -23,7 +23,6 @@ PUBLIC = ["some words", "a dog sat on the cat", "two red words", "this text is a
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch):
     monkeypatch.setattr(spaces, "CALIBRATION_TEXTS", 3)
-    monkeypatch.setattr(path, "TEXTS", 2)
 
 
 def test_whitening_takes_the_mean_away_and_the_shrunk_covariance_to_one():
@@ -59,8 +58,8 @@ def test_the_label_spaces_hold_what_public_texts_say(tiny_model):
     assert torch.equal(plain.preference, white.preference) and torch.equal(plain.preference, label_preference(model, tokens, PUBLIC))
     assert torch.equal(white.mean, spaces.whitening(model.hidden_of([tokens.sequence(text) for text in PUBLIC]))[0])
     assert not torch.equal(plain.preference, spaces.release_space(model, tokens, "label_rows_calibrated").preference)
-    with pytest.raises(UserError, match="the space lora needs public texts"):
-        spaces.release_space(model, tokens, "lora", [""])
+    with pytest.raises(UserError, match="the space body needs public texts"):
+        spaces.release_space(model, tokens, "body", [""])
 
 
 def test_a_model_writes_its_own_texts_once_for_a_task(tiny_model, monkeypatch):
@@ -148,8 +147,8 @@ def test_a_space_comes_back_from_its_tensors(tiny_model, name):
         ("body", {"preference": torch.zeros(2)}),
         ("body", {"preference": torch.zeros(2), "rank": torch.tensor([2, 2])}),
         ("body", {"preference": torch.zeros(2), "rank": torch.tensor([2]), "prompts": torch.tensor([2])}),
-        ("lora", {"rank": torch.tensor([2])}),
-        ("body_path", {"preference": torch.zeros(2, 2), "rank": torch.tensor([2])}),
+        ("body", {"rank": torch.tensor([2])}),
+        ("lora", {"preference": torch.zeros(2), "rank": torch.tensor([2])}),
     ],
 )
 def test_tensors_that_are_no_such_space_are_refused(name, tensors):

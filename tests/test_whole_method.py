@@ -28,13 +28,13 @@ def test_the_fast_method_takes_the_same_steps_as_the_literal_one(tiny_model, kin
     allowed = torch.ones(97, dtype=torch.bool)
     reading, tables = Reading(order, 6, allowed), Tables.of(model)
     config = admm.Config(rho=0.3, outer_steps=3, inner_steps=4, lr=0.05)
-    x = best_of("normal", 3, matching, reading, Shape(2, 4, 2.0), classes, [generator(0, "x", k) for k in range(2)])
+    x = best_of("normal", 3, matching, reading, Shape(2, 4), classes, [generator(0, "x", k) for k in range(2)])
 
     def projected(v, which):
         ids = project(model, tables, v.flatten(0, 1), tokens.prompts, which.repeat_interleave(2), reading).view(v.shape[:3])
         return model.embed(ids), ids
 
-    fast = admm.solve(lambda x, ids, which: matching.of_vectors(x, ids, classes[which]), projected, admm.start(x, config), config)
+    fast = admm.solve(lambda x, ids, which: matching.of_vectors(x, ids, classes[which]), projected, admm.start(x), config)
     before, after = (model.embed(torch.tensor(part)) for part in (tokens.start + tokens.head, tokens.tail))
     for k in range(2):
         ids, value = reference.solve(

@@ -118,7 +118,7 @@ def literal_group(model: Model, plan: Plan, examples: list[Example], steps: dict
     x = clocked("initialisation", lambda: best_start(model, plan, match))
     begun = time.perf_counter()
     objective = lambda x: match(x) if x.requires_grad else clocked("other", lambda: match(x))  # noqa: E731
-    ids, _ = reference.solve(objective, project, model.embedding, x, rho=config.rho, lr=config.lr, clip=config.gradient_clip, **steps)
+    ids, _ = reference.solve(objective, project, model.embedding, x, rho=config.rho, lr=config.lr, clip=config.solver.clip, **steps)
     performance.wait(model.device)
     spent["inner steps"] = time.perf_counter() - begun - spent["projection"] - spent["other"]
     clocked("filter", lambda: judge(model, plan, ids, match))

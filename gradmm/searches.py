@@ -27,6 +27,7 @@ from gradmm.seeds import generator, stream
 from gradmm.settings import SynthesisConfig
 from gradmm.sharding import Crew
 from gradmm.swaps import Swapper
+from gradmm.tasks import warn_of_equal_prompts
 
 OnStep = Callable[[int, admm.Result], None]
 
@@ -139,6 +140,7 @@ def _ended(plan: Plan, classes: Sequence[int], results: Sequence[admm.Result]) -
 
 def _search_admm(plan: Plan, here: Circumstances) -> Written:
     """Texts moved towards the target by the solver."""
+    warn_of_equal_prompts(plan.task)
 
     def work(number: int, held: admm.Result | None, report: Report) -> admm.Result:
         groups, classes = _groups_of(plan, number)

@@ -1,25 +1,46 @@
-"""Which synthetic texts to keep: the label filter, ranking by matching loss, and a reason for every text.
+"""Which synthetic texts to keep: what is readable, the label filter, ranking by matching loss, and a reason for every text.
 
 Works on public inputs only: the model, the texts and the released gradients. Letters: N texts, C classes.
 """
 
+import math
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
 from gradmm.errors import require
 from gradmm.matching import Matching
 from gradmm.models import Model
+from gradmm.readability import ECHO, FRAGMENT, LOOP, MARKUP, WORDLESS, flaw
 from gradmm.tasks import TaskTokens
 
 KEPT = "kept: rank {} of {} by {}"
 EMPTY = "dropped: the text is empty"
 DUPLICATE = "dropped: the same text stands earlier"
+FLAW = "dropped: {}"
+PERPLEXED = "dropped: its perplexity of {:.0f} is far above the {:.0f} of the middle text"
 LABEL = "dropped: the model reads it as {}, {:.0%} sure"
 RANK = "dropped: rank {} of {}, {} were asked for"
 FILLED = "kept to fill: the model reads it as another label, but only {} of {} passed"
+
+FEWEST, LEAST_SPREAD, TIMES = 8, 0.25, 4  # see `highest_perplexity`
+# Why texts are dropped, by the name under which a manifest counts them.
+KINDS = {
+    "empty": EMPTY,
+    "duplicate": DUPLICATE,
+    **{
+        name: FLAW.format(reason)
+        for name, reason in (("loop", LOOP), ("fragment", FRAGMENT), ("markup", MARKUP), ("echo", ECHO), ("no word", WORDLESS))
+    },
+    "perplexity": PERPLEXED,
+    "label": LABEL,
+    "rank": RANK,
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +49,52 @@ class Verdict:
 
     kept: bool
     reason: str
+
+
+def unreadable(texts: Sequence[str], prompts: Sequence[str], perplexities: Sequence[float]) -> list[str | None]:
+    """Why each of N texts must not be kept, whatever its label and loss; None where it may.
+
+    It is empty, equals an earlier one, has a `readability.flaw`, or is far more perplexing than the others.
+
+    Args:
+        prompts: what each text was written from.
+        perplexities: of each text.
+    """
+    most, seen, reasons = highest_perplexity(perplexities), set(), []
+    middle = float(numpy.median(perplexities)) if len(perplexities) else math.nan
+    for text, prompt, perplexity in zip(texts, prompts, perplexities, strict=True):
+        found = flaw(text, prompt)
+        if not text.strip():
+            reasons.append(EMPTY)
+        elif text in seen:
+            reasons.append(DUPLICATE)
+        elif found:
+            reasons.append(FLAW.format(found))
+        else:
+            reasons.append(None if perplexity <= most else PERPLEXED.format(perplexity, middle))
+        seen.add(text)
+    return reasons
+
+
+def highest_perplexity(perplexities: Sequence[float]) -> float:
+    """The most that a text of a pool may have: all beyond is extreme.
+
+    On the scale of logarithms, `TIMES` the distance from the median to the upper quartile above the median. Both stay where
+    they are whatever the worst fourth of the texts is like, and neither depends on the model's scale. The distance counts as
+    `LEAST_SPREAD` at least: among texts that are nearly alike no small difference is extreme. Fewer than `FEWEST` finite
+    values say too little of their spread; then only what is not finite is beyond.
+    """
+    finite = [value for value in perplexities if math.isfinite(value)]
+    if len(finite) < FEWEST:
+        return sys.float_info.max
+    middle, upper = numpy.quantile(numpy.log(finite), [0.5, 0.75])
+    return float(numpy.exp(middle + TIMES * max(upper - middle, LEAST_SPREAD)))
+
+
+def count_dropped(reasons: Sequence[str]) -> dict[str, int]:
+    """How many texts were dropped for each reason of `KINDS`, from the reasons of `Verdict`s; the most frequent first."""
+    kinds = [name for reason in reasons for name, words in KINDS.items() if reason.startswith(words.partition("{")[0])]
+    return dict(Counter(kinds).most_common())
 
 
 @torch.no_grad()
@@ -73,7 +140,7 @@ FILTERS: dict[str, Callable[[Tensor, Sequence[int]], list[int | None]]] = {
 
 
 def rank_texts(
-    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], penalties: Sequence[float],
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool], penalties: Sequence[float],
     per_class: Sequence[int],
 ) -> tuple[list[float], list[float]]:  # fmt: skip
     """Every text by its own loss and penalty: (N losses, N scores, lower is better)."""
@@ -82,15 +149,15 @@ def rank_texts(
 
 
 def rank_groups(
-    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], penalties: Sequence[float],
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool], penalties: Sequence[float],
     per_class: Sequence[int],
 ) -> tuple[list[float], list[float]]:  # fmt: skip
     """The usable texts of each class in the order of `greedy_order`, behind them the others as `rank_texts` has them."""
-    losses, scores, barred = [0.0] * len(texts), [0.0] * len(texts), _unusable(texts)
+    losses, scores = [0.0] * len(texts), [0.0] * len(texts)
     for number, wanted in enumerate(per_class):
         members = [i for i, label in enumerate(classes) if label == number]
-        usable = [place for place, i in enumerate(members) if misread[i] is None and i not in barred]
-        own, order = matching.alone_and_together([texts[i] for i in members], number, wanted, usable)
+        free = [place for place, i in enumerate(members) if usable[i]]
+        own, order = matching.alone_and_together([texts[i] for i in members], number, wanted, free)
         for place, i in enumerate(members):
             losses[i], scores[i] = own[place], len(texts) + own[place] + penalties[i]
         for rank, place in enumerate(order):
@@ -99,13 +166,12 @@ def rank_groups(
 
 
 def rank_jointly(
-    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], penalties: Sequence[float],
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool], penalties: Sequence[float],
     per_class: Sequence[int],
 ) -> tuple[list[float], list[float]]:  # fmt: skip
     """The usable texts of all classes in the order of `joint_order`, behind them the others as `rank_texts` has them."""
-    barred = _unusable(texts)
-    usable = [i for i in range(len(texts)) if misread[i] is None and i not in barred]
-    losses, order = matching.alone_and_jointly(texts, classes, per_class, usable)
+    free = [i for i, may in enumerate(usable) if may]
+    losses, order = matching.alone_and_jointly(texts, classes, per_class, free)
     scores = [len(texts) + loss + penalty for loss, penalty in zip(losses, penalties, strict=True)]
     for rank, i in enumerate(order):
         scores[i] = float(rank)
@@ -120,7 +186,7 @@ RANKINGS = {
 
 
 def select(
-    texts: Sequence[str],
+    barred: Sequence[str | None],
     classes: Sequence[int],
     scores: Sequence[float],
     misread: Sequence[int | None],
@@ -131,10 +197,10 @@ def select(
 ) -> list[Verdict]:
     """Keep the `per_class` texts of each class with the lowest score among those that passed the filter.
 
-    Where fewer pass than were asked for, the best of the misread ones fill up, and say so.
+    Where fewer pass than were asked for, the best of the misread ones fill up, and say so; texts that are barred never do.
 
     Args:
-        texts: N texts.
+        barred: for each of N texts why it must not be kept, or None, from `unreadable`.
         classes: N class numbers.
         scores: N values, lower is better.
         misread: N labels read instead of the right one, or None, from one of FILTERS.
@@ -147,16 +213,19 @@ def select(
         N verdicts, in order.
 
     Raises:
-        UserError: not as many classes and scores as texts.
+        UserError: not as many reasons and scores as classes.
 
     >>> import torch
     >>> even = torch.full((3, 2), 0.5)
-    >>> found = select(["a", "b", "a"], [0, 0, 0], [0.2, 0.1, 0.0], [None] * 3, even, per_class=[1, 0], labels=["bad", "good"])
-    >>> [verdict.kept for verdict in found]  # the lowest score; the third stands earlier and is left out
+    >>> found = select([None, None, EMPTY], [0, 0, 0], [0.2, 0.1, 0.0], [None] * 3, even, per_class=[1, 0], labels=["bad", "good"])
+    >>> [verdict.kept for verdict in found]  # the lowest score; the third is empty
     [False, True, False]
     """
-    require(len(texts) == len(classes) == len(scores), f"{len(texts)} texts, {len(classes)} classes, {len(scores)} scores: give one of each")
-    verdicts: dict[int, Verdict] = _unusable(texts)
+    require(
+        len(barred) == len(classes) == len(scores),
+        f"{len(barred)} reasons, {len(classes)} classes, {len(scores)} scores: give one of each a text",
+    )
+    verdicts = {i: Verdict(False, reason) for i, reason in enumerate(barred) if reason is not None}
     for number, wanted in enumerate(per_class):
         members = [i for i, label in enumerate(classes) if label == number and i not in verdicts]
         passed = sorted((i for i in members if misread[i] is None), key=lambda i: (scores[i], i))
@@ -167,17 +236,4 @@ def select(
         for place, i in enumerate(failed, len(passed)):
             reading = LABEL.format(labels[misread[i]], float(probabilities[i, misread[i]]))
             verdicts[i] = Verdict(True, FILLED.format(len(passed), wanted)) if place < wanted else Verdict(False, reading)
-    return [verdicts[i] for i in range(len(texts))]
-
-
-def _unusable(texts: Sequence[str]) -> dict[int, Verdict]:
-    """Empty texts, and texts that stand earlier."""
-    found: dict[int, Verdict] = {}
-    seen: set[str] = set()
-    for i, text in enumerate(texts):
-        if not text.strip():
-            found[i] = Verdict(False, EMPTY)
-        elif text in seen:
-            found[i] = Verdict(False, DUPLICATE)
-        seen.add(text)
-    return found
+    return [verdicts[i] for i in range(len(classes))]

@@ -163,7 +163,7 @@ def test_shots_are_real_examples_of_the_class_behind_the_prompt(tiny_model):
     }
     instruction = "this was great ."
     possible = {
-        f"<|endoftext|>{instruction} {first} : {instruction} {second} : {instruction}" for first in pool for second in pool if first != second
+        f"{instruction} {first} : {instruction} {second} : {instruction}" for first in pool for second in pool if first != second
     }
     assert prompts <= possible and len(prompts) > 2
     assert writer._prompt(1, [], torch.Generator()) == list(writer.tokens.prompts[1])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradmm.selection import FILTERS, calibrate, label_probabilities, select
+from gradmm.selection import FILTERS, calibrate, label_probabilities, select, unreadable
 from gradmm.tasks import Task, tokenize_task
 
 LABELS = ("bad", "good")
@@ -11,7 +11,8 @@ LABELS = ("bad", "good")
 
 def chosen(texts, classes, scores, misread, per_class):
     probabilities = torch.full((len(texts), len(per_class)), 1 / len(per_class))
-    return select(texts, classes, scores, misread, probabilities, per_class, LABELS)
+    barred = unreadable(texts, [""] * len(texts), [50.0] * len(texts))
+    return select(barred, classes, scores, misread, probabilities, per_class, LABELS)
 
 
 def test_the_lowest_scores_of_each_class_are_kept_and_every_text_has_a_reason():

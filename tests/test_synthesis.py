@@ -15,6 +15,7 @@ import gradmm
 from gradmm.errors import UserError
 from gradmm.matching import Matching
 from gradmm.plan import work_units
+from gradmm.readability import flaw
 from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.spaces import LABEL_SPACES, SKETCHES
 from gradmm.synthesis import synthesize
@@ -72,7 +73,7 @@ def test_ranking_by_group_keeps_what_matches_best_together(setting):
     matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
     for label in (0, 1):
         rows = [row for row in result.dataset if row["label"] == label]
-        distinct = list({row["text"]: None for row in rows if row["text"]})
+        distinct = list({row["text"]: None for row in rows if flaw(row["text"]) is None})
         wanted = [distinct[place] for place in matching.greedy(distinct, label, 2)]
         kept = {row["reason"]: row["text"] for row in rows if row["kept"]}
         assert kept == {f"kept: rank {rank} of {len(distinct)} by the group's matching loss": wanted[rank - 1] for rank in (1, 2)}
@@ -88,7 +89,7 @@ def test_joint_ranking_keeps_what_matches_best_in_each_class_and_in_their_sum(se
     first: dict[str, dict] = {}
     for row in result.dataset:
         first.setdefault(row["text"], row)
-    texts = [text for text in first if text]
+    texts = [text for text in first if flaw(text) is None]
     chosen = matching.alone_and_jointly(texts, [first[text]["label"] for text in texts], (2, 2), range(len(texts)))[1]
     assert {row["text"] for row in result.kept} == {texts[place] for place in chosen}
     assert all("by the classes' joint matching loss" in row["reason"] for row in result.kept)
@@ -233,7 +234,8 @@ def test_a_group_that_stops_changes_no_byte_of_the_others(setting, monkeypatch):
     whole = synthesize(model, task, release, SMALL, progress=False)
     sound = Matching.of_vectors
     monkeypatch.setattr(Matching, "of_vectors", lambda self, x, ids, classes: sound(self, x, ids, classes).where(classes == 1, torch.nan))
-    without = synthesize(model, task, release, SMALL, progress=False)
+    with pytest.warns(UserWarning, match="2 of 4 texts are kept: .*empty 4"):
+        without = synthesize(model, task, release, SMALL, progress=False)
     assert len(without.history) < len(whole.history)
     ours, theirs = (_sorted(run.history[run.history["label"] == "good"]) for run in (without, whole))
     assert ours.equals(theirs)
@@ -271,7 +273,7 @@ def test_texts_may_end_with_a_sentence_alone(setting):
 
 def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
     model = tiny_model("phi", dtype=torch.float32)
-    task = Task("news", ("world", "sports", "business", "text"), (" world", " sports", " business", " text"), "{text} this is")
+    task = Task("news", ("world", "sports", "business", "text"), (" world", " sports", " business", " text"), "{text} this is", ("we", "they", "you", "i"))
     real = [{"text": f"a {word} scene", "label": i % 4} for i, word in enumerate("red blue cat dog fine dull".split())]
     config = replace(SMALL, n_synthetic=6, early_end=True, min_tokens=2, distance="l2", projection="nearest_then_lm", filter="none")
     result = synthesize(model, task, gradmm.release(model, task, real, space="head"), config, progress=False)
@@ -282,7 +284,8 @@ def test_a_group_without_a_finite_loss_is_reported_and_its_texts_dropped(setting
     model, task, release = setting
     sound = Matching.of_vectors
     monkeypatch.setattr(Matching, "of_vectors", lambda self, x, ids, classes: sound(self, x, ids, classes).where(classes == 1, torch.nan))
-    result = synthesize(model, task, release, SMALL, progress=False)
+    with pytest.warns(UserWarning, match="2 of 4 texts are kept: .*empty 4"):
+        result = synthesize(model, task, release, SMALL, progress=False)
     reasons = {row["label"]: row["reason"] for row in result.manifest["groups_ended"]}
     assert reasons["bad"].startswith("non-finite") and reasons["good"].startswith("step limit")
     assert [row["reason"] for row in result.dataset if row["label"] == 0] == ["dropped: the text is empty"] * 4

@@ -28,7 +28,7 @@ LABEL = "dropped: the model reads it as {}, {:.0%} sure"
 RANK = "dropped: rank {} of {}, {} were asked for"
 FILLED = "kept to fill: the model reads it as another label, but only {} of {} passed"
 
-FEWEST, LEAST_SPREAD, TIMES = 8, 0.25, 4  # see `highest_perplexity`
+FEWEST, LEAST_SPREAD, TIMES = 8, 0.5, 3.5  # see `perplexity_range`
 # Why texts are dropped, by the name under which a manifest counts them.
 KINDS = {
     "empty": EMPTY,
@@ -57,38 +57,45 @@ def unreadable(texts: Sequence[str], prompts: Sequence[str], perplexities: Seque
     It is empty, equals an earlier one, has a `readability.flaw`, or is far more perplexing than the others.
 
     Args:
-        prompts: what each text was written from.
-        perplexities: of each text.
+        texts: N texts.
+        prompts: what each was written from.
+        perplexities: of each.
     """
-    most, seen, reasons = highest_perplexity(perplexities), set(), []
-    middle = float(numpy.median(perplexities)) if len(perplexities) else math.nan
+    middle, most = perplexity_range(perplexities)
+    seen: set[str] = set()
+    reasons: list[str | None] = []
     for text, prompt, perplexity in zip(texts, prompts, perplexities, strict=True):
-        found = flaw(text, prompt)
+        found = None
         if not text.strip():
-            reasons.append(EMPTY)
+            found = EMPTY
         elif text in seen:
-            reasons.append(DUPLICATE)
-        elif found:
-            reasons.append(FLAW.format(found))
-        else:
-            reasons.append(None if perplexity <= most else PERPLEXED.format(perplexity, middle))
+            found = DUPLICATE
+        elif sentence := flaw(text, prompt):
+            found = FLAW.format(sentence)
+        elif not perplexity <= most:
+            found = PERPLEXED.format(perplexity, middle)
+        reasons.append(found)
         seen.add(text)
     return reasons
 
 
-def highest_perplexity(perplexities: Sequence[float]) -> float:
-    """The most that a text of a pool may have: all beyond is extreme.
+def perplexity_range(perplexities: Sequence[float]) -> tuple[float, float]:
+    """The median of a pool's perplexities, and the most that a text may have: all beyond is extreme.
 
-    On the scale of logarithms, `TIMES` the distance from the median to the upper quartile above the median. Both stay where
-    they are whatever the worst fourth of the texts is like, and neither depends on the model's scale. The distance counts as
-    `LEAST_SPREAD` at least: among texts that are nearly alike no small difference is extreme. Fewer than `FEWEST` finite
-    values say too little of their spread; then only what is not finite is beyond.
+    `TIMES` half the interquartile range above the median, in logarithms: neither moves, however bad the worst fourth of the
+    texts, and both keep their meaning whatever the model's scale. The half range counts as `LEAST_SPREAD` at least, so that no
+    text is dropped for a perplexity of less than exp(1.75) = 5.8 times the median, however alike the others are. Fewer than
+    `FEWEST` finite values, of which two lie above the quartile, tell nothing of their spread: then only infinity is extreme.
+
+    >>> middle, most = perplexity_range([90.0, 100.0, 110.0] * 5 + [3632.0])
+    >>> middle, round(most)
+    (100.0, 575)
     """
     finite = [value for value in perplexities if math.isfinite(value)]
     if len(finite) < FEWEST:
-        return sys.float_info.max
-    middle, upper = numpy.quantile(numpy.log(finite), [0.5, 0.75])
-    return float(numpy.exp(middle + TIMES * max(upper - middle, LEAST_SPREAD)))
+        return float(numpy.median(finite or [math.inf])), sys.float_info.max
+    low, middle, high = numpy.quantile(numpy.log(finite), [0.25, 0.5, 0.75])
+    return float(numpy.median(finite)), float(numpy.exp(middle + TIMES * max((high - low) / 2, LEAST_SPREAD)))
 
 
 def count_dropped(reasons: Sequence[str]) -> dict[str, int]:

@@ -13,9 +13,11 @@ import torch
 
 import gradmm
 from gradmm.errors import UserError
+from gradmm.judging import judge_texts
 from gradmm.matching import Matching
-from gradmm.plan import work_units
+from gradmm.plan import Plan, work_units
 from gradmm.readability import flaw
+from gradmm.selection import count_dropped
 from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.spaces import LABEL_SPACES, SKETCHES
 from gradmm.synthesis import synthesize
@@ -289,6 +291,52 @@ def test_a_group_without_a_finite_loss_is_reported_and_its_texts_dropped(setting
     reasons = {row["label"]: row["reason"] for row in result.manifest["groups_ended"]}
     assert reasons["bad"].startswith("non-finite") and reasons["good"].startswith("step limit")
     assert [row["reason"] for row in result.dataset if row["label"] == 0] == ["dropped: the text is empty"] * 4
+
+
+UNREADABLE = {
+    "loop": "cat cat cat cat", "fragment": ", it was", "markup": "the <|endoftext|> film", "echo": "the movie was", "no word": "...", "empty": " ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("search", ["admm", "pool"])
+@pytest.mark.parametrize("ranking", ["text", "group", "joint"])
+def test_unreadable_texts_are_never_kept_whatever_the_search_and_ranking(setting, search, ranking):
+    model, task, release = setting
+    plan = Plan.of(model, task, release, replace(SMALL, search=search, ranking=ranking))
+    good = ["red and blue", "the cat sat", "one dull plot", "we like music"]
+    texts = [*UNREADABLE.values(), *good, good[0]]
+    rows = judge_texts(plan, texts, [0] * 8 + [1] * 3)
+    assert [row["reason"].startswith("dropped") for row in rows] == [True] * 6 + [False] * 4 + [True]
+    assert count_dropped([row["reason"] for row in rows]) == {**dict.fromkeys(UNREADABLE, 1), "duplicate": 1}
+    with pytest.warns(UserWarning, match=r"3 of 4 texts are kept: of the 9 written too many were dropped \(.*loop 1.*\); raise oversample, or"):
+        rows = judge_texts(plan, texts[:9], [0] * 8 + [1])
+    assert [row["text"] for row in rows if row["kept"]] == good[:3]
+
+
+def test_a_search_that_writes_loops_keeps_none_and_counts_them(setting, monkeypatch, tmp_path):
+    model, task, release = setting
+    monkeypatch.setattr("gradmm.searches._text", lambda plan, ids: "good " * 3 + str(int(ids.sum())))
+    with pytest.warns(UserWarning, match=r"0 of 4 texts are kept: of the 8 written too many were dropped \(loop"):
+        result = synthesize(model, task, release, SMALL, tmp_path, progress=False)
+    assert len(result.kept) == 0 and sum(result.manifest["dropped"].values()) == 8
+    assert json.loads((tmp_path / "manifest.json").read_text())["dropped"] == result.manifest["dropped"]
+
+
+@pytest.mark.parametrize("search", ["admm", "pool"])
+@pytest.mark.parametrize("prompts", [(), ("", ""), ("a film", "A  film")])
+def test_prompts_that_tell_no_class_are_warned_of_before_writing(setting, monkeypatch, search, prompts):
+    model, task, release = setting
+    for name in ("gradmm.models.Model.read", "gradmm.matching.Matching.of_vectors"):
+        monkeypatch.setattr(name, lambda *inputs, **more: pytest.fail("the model was asked"))
+    with pytest.raises(UserWarning, match="the labels 'bad', 'good', so .*: write into task.yaml such as generation_prompts: "):
+        synthesize(model, replace(task, generation_prompts=prompts), release, replace(SMALL, search=search), progress=False)
+
+
+@pytest.mark.parametrize("search", ["admm", "pool"])
+def test_a_chat_without_a_template_is_refused_before_writing(setting, search):
+    model, task, release = setting
+    with pytest.raises(UserError, match="prompt_style = 'chat', but this model's tokenizer has no chat template"):
+        synthesize(model, replace(task, prompt_style="chat"), release, replace(SMALL, search=search), progress=False)
 
 
 def test_private_text_is_refused_where_a_release_belongs(setting):

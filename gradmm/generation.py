@@ -130,7 +130,7 @@ def generate_texts(
         return writer.write(batch.label, pools[batch.label], draws)
 
     tries: list[list[str]] = [[] for _ in pools]
-    kept = _first_usable(tries, n_per_class, shots, task.generation_prompts)
+    kept = _first_usable(tries, n_per_class, shots, task.instructions)
     for _ in range(sampling.rounds):
         batches = [
             batch
@@ -141,7 +141,7 @@ def generate_texts(
             break
         for batch, texts in zip(batches, share(batches, write), strict=True):
             tries[batch.label] += texts
-        kept = _first_usable(tries, n_per_class, shots, task.generation_prompts)
+        kept = _first_usable(tries, n_per_class, shots, task.instructions)
     for name, texts, found in zip(task.labels, tries, kept, strict=True):
         require(
             len(found) == n_per_class,
@@ -247,7 +247,7 @@ def _next_batches(label: int, tried: int, missing: int, most: int) -> list[Batch
 
 
 def _first_usable(
-    tries: Sequence[Sequence[str]], count: int, shots: Sequence[Example], prompts: Sequence[str]
+    tries: Sequence[Sequence[str]], count: int, shots: Sequence[Example], instructions: Sequence[str]
 ) -> list[list[Example]]:
     """The first `count` usable texts of each class in the order of their numbers, readable, none twice and no shot."""
     taken = {content_hash(example.text) for example in shots}
@@ -255,7 +255,7 @@ def _first_usable(
     for label, texts in enumerate(tries):
         for text in texts:
             digest = content_hash(text)
-            if text and digest not in taken and len(kept[label]) < count and flaw(text, prompts[label]) is None:
+            if text and digest not in taken and len(kept[label]) < count and flaw(text, instructions[label]) is None:
                 taken.add(digest)
                 kept[label].append(Example(text, label))
     return kept

@@ -73,7 +73,7 @@ def choose_texts(
         N verdicts, and the matching loss of each text by itself.
     """
     perplexity = _perplexities(plan, texts) if perplexity is None else perplexity
-    barred = unreadable(texts, [plan.task.generation_prompts[label] for label in classes], perplexity)
+    barred = unreadable(texts, [plan.task.instructions[label] for label in classes], perplexity)
     spoken = [i for i, text in enumerate(texts) if text]
     some, labels = [texts[i] for i in spoken], [classes[i] for i in spoken]
     probabilities, misread = _read_labels(plan, texts, classes, [i for i, reason in enumerate(barred) if reason is None])

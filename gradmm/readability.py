@@ -22,9 +22,9 @@ LETTERS = rf"(?:(?![{UNSPACED}])[\w{MARKS}])+"
 WORD = re.compile(rf"[{UNSPACED}]|\d+(?:[.,:/-]\d+)+|{LETTERS}(?:['’]{LETTERS})*")
 RUN = re.compile(r"([^\s\d]{1,12}?)\1{2,}")
 RUN_LENGTH = 12  # characters; "hahaha" and "sooooo" are shorter
-# What closes something, a dash or mark before a space, the end of a contraction; ". . ." and "..." may begin a text.
+# What closes something, a dash or mark before a space, the rest of a hyphened word or contraction; ". . ." and "..." may begin a text.
 BEGINNING = re.compile(
-    r"[,)\]}%”、。，！？；：）】》」』]|(?:(?!\.\s?\.)[.;:!?/–—-]|--+)(?=\s)|['’](?:s|re|ve|ll|d|m)\b|n['’]t\b", re.IGNORECASE
+    r"[,)\]}%”、。，！？；：）】》」』]|(?:(?!\.\s?\.)[.;:!?/–—-]|--+)(?=\s)|-(?=[^\W\d_])|['’](?:s|re|ve|ll|d|m)\b|n['’]t\b", re.IGNORECASE
 )
 
 
@@ -37,23 +37,23 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def flaw(text: str, prompt: str = "") -> str | None:
+def flaw(text: str, instruction: str = "") -> str | None:
     """Why a text is not readable, or None.
 
     It has no word. Leftover markup: a special token spelt out, a tag, a character that did not decode. A loop: see
     `times_of_a_loop`; or characters without a space that repeat at least three times over `RUN_LENGTH`. A fragment: it begins
-    with a mark that closes something, a lone mark or dash, the end of a contraction, or inside a character. An echo: it begins
-    with its whole prompt, or all of it is a part of the prompt, case and punctuation aside.
+    with a mark that closes something, a lone mark or dash, a part of a word, or inside a character. An echo: it begins
+    with its whole instruction, or all of it is a part of that, case and punctuation aside.
 
     Args:
         text: the text.
-        prompt: what it was written from and is no part of it.
+        instruction: what it was written from and is no part of it.
 
     >>> flaw("nighttime nighttime nighttime"), flaw(", and that was it."), flaw("a very, very good film")
     ("it repeats 'nighttime'", "it begins with the fragment ','", None)
     """
     spoken = words(text)
-    return _markup(text) or _loop(text, spoken) or _fragment(text) or _echo(spoken, words(prompt))
+    return _markup(text) or _loop(text, spoken) or _fragment(text) or _echo(spoken, words(instruction))
 
 
 def times_of_a_loop(phrase: Sequence[str]) -> int:

@@ -51,26 +51,26 @@ class Verdict:
     reason: str
 
 
-def unreadable(texts: Sequence[str], prompts: Sequence[str], perplexities: Sequence[float]) -> list[str | None]:
+def unreadable(texts: Sequence[str], instructions: Sequence[str], perplexities: Sequence[float]) -> list[str | None]:
     """Why each of N texts must not be kept, whatever its label and loss; None where it may.
 
     It is empty, equals an earlier one, has a `readability.flaw`, or is far more perplexing than the others.
 
     Args:
         texts: N texts.
-        prompts: what each was written from.
+        instructions: what each was written from and is no part of it.
         perplexities: of each.
     """
     middle, most = perplexity_range(perplexities)
     seen: set[str] = set()
     reasons: list[str | None] = []
-    for text, prompt, perplexity in zip(texts, prompts, perplexities, strict=True):
+    for text, asked, perplexity in zip(texts, instructions, perplexities, strict=True):
         found = None
         if not text.strip():
             found = EMPTY
         elif text in seen:
             found = DUPLICATE
-        elif sentence := flaw(text, prompt):
+        elif sentence := flaw(text, asked):
             found = FLAW.format(sentence)
         elif not perplexity <= most:
             found = PERPLEXED.format(perplexity, middle)

@@ -25,6 +25,7 @@ SLOT = "{text}"
 PROBE = "some words"
 LETTERS = tuple(string.ascii_uppercase)
 MOST_NAMED = 200  # labels that an error spells out
+INSTRUCTION = re.compile(r"(?:.*[.!?:…。！？：\n])?", re.DOTALL)
 PROMPT_STYLES = ("plain", "chat")
 NAMED_PROMPT = "Here is an example of a {} text:"
 DEMO = Path(__file__).parent / "data" / "demo"
@@ -160,6 +161,17 @@ class Task:
         """SHA-256 of what the gradient depends on: labels, verbalizers and template."""
         values = [self.labels, self.verbalizers, self.template]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The C generation prompts without the words at their end that begin the text itself: all of a chat's.
+
+        >>> Task("x", ("no", "yes"), (" no", " yes"), generation_prompts=("A sad text: i feel", "Be happy.")).instructions
+        ('A sad text:', 'Be happy.')
+        """
+        if self.prompt_style == "chat":
+            return self.generation_prompts
+        return tuple(INSTRUCTION.match(prompt).group() for prompt in self.generation_prompts)
 
     def to_dict(self) -> dict:
         """The task as plain values, for manifests and YAML."""

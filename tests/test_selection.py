@@ -96,7 +96,7 @@ FLAWS = {
         "कमरा कमरा कमरा",
     ),
     "it begins with the fragment": (
-        ", and that was it.", "- a film", ") they said", "'s a fine film", "n't work", ". the end", "，很好。", "/ from me", "\u0301a", "-- so",
+        ", and that was it.", "- a film", ") they said", "'s a fine film", "n't work", ". the end", "，很好。", "/ from me", "\u0301a", "-- so", "-alone again",
     ),
     "it holds": ("<|im_start|>user", "hi <start_of_turn> you", "half a char\ufffd", "good.</s>", "[INST] go", "a<|im", "line<br />break"),
     "it echoes its prompt": ("A bad review.", "bad review", "a BAD review: the room was cold.", "Review"),
@@ -120,9 +120,22 @@ def test_ordinary_texts_pass_in_any_script():
     assert unreadable(READABLE, [PROMPT] * len(READABLE), [50.0] * len(READABLE)) == [None] * len(READABLE)
 
 
-def test_a_part_of_the_prompt_that_belongs_to_the_text_is_no_echo():
-    texts = ["i feel sad today.", "a message from me.", "joy is all i feel", "i feel full of joy"]
-    assert unreadable(texts, ["A message full of joy: i feel"] * 4, [50.0] * 4) == [None] * 4
+@pytest.mark.parametrize(
+    ("prompt", "echo", "text"),
+    [
+        ("A message full of joy: i feel", "a message full of joy", "i feel joy today."),
+        ("i feel so sad because", None, "i feel so sad because of the rain."),
+        ("A sad story. Once upon a time", "A sad story.", "Once upon a time there was a king."),
+        ("这家酒店很差。我", "这家酒店很差。", "我不喜欢。"),
+    ],
+)
+def test_a_part_of_the_prompt_that_belongs_to_the_text_is_no_echo(prompt, echo, text):
+    task = Task("t", ("no", "yes"), (" no", " yes"), generation_prompts=(prompt, "x"))
+    assert unreadable([text], task.instructions[:1], [50.0]) == [None]
+    if echo:
+        assert unreadable([echo], task.instructions[:1], [50.0]) == ["dropped: it echoes its prompt"]
+    chat = Task("t", ("no", "yes"), (" no", " yes"), generation_prompts=(prompt, "x"), prompt_style="chat")
+    assert unreadable([prompt], chat.instructions[:1], [50.0]) == ["dropped: it echoes its prompt"]
 
 
 def test_real_reviews_pass(bench):

@@ -294,7 +294,7 @@ def test_a_group_without_a_finite_loss_is_reported_and_its_texts_dropped(setting
 
 
 UNREADABLE = {
-    "loop": "cat cat cat cat", "fragment": ", it was", "markup": "the <|endoftext|> film", "echo": "the movie was", "no word": "...", "empty": " ",
+    "loop": "cat cat cat cat", "fragment": ", it was", "markup": "the <|endoftext|> film", "echo": "the movie was bad", "no word": "...", "empty": " ",
 }  # fmt: skip
 
 
@@ -302,7 +302,8 @@ UNREADABLE = {
 @pytest.mark.parametrize("ranking", ["text", "group", "joint"])
 def test_unreadable_texts_are_never_kept_whatever_the_search_and_ranking(setting, search, ranking):
     model, task, release = setting
-    plan = Plan.of(model, task, release, replace(SMALL, search=search, ranking=ranking))
+    told = replace(task, generation_prompts=("the movie was bad .", "a"))
+    plan = Plan.of(model, told, release, replace(SMALL, search=search, ranking=ranking))
     good = ["red and blue", "the cat sat", "one dull plot", "we like music"]
     texts = [*UNREADABLE.values(), *good, good[0]]
     rows = judge_texts(plan, texts, [0] * 8 + [1] * 3)

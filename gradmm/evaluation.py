@@ -19,6 +19,7 @@ from gradmm.errors import require, require_whole
 from gradmm.examples import content_hash
 from gradmm.models import TOKENS_PER_BATCH, Model, batches_by_length, pad_left
 from gradmm.seeds import generator, stream
+from gradmm.tasks import from_start
 
 LOGITS_AT_ONCE = 1 << 22  # numbers held at once; bounds memory, not results
 
@@ -41,16 +42,16 @@ class Perplexity:
 
 
 def perplexity(model: Model, texts: Sequence[str], tokens_per_batch: int = TOKENS_PER_BATCH) -> Perplexity:
-    """The perplexity of texts, each read alone behind the begin-of-text token.
+    """The perplexity of texts, each read alone as the tokenizer begins a text (`tasks.from_start`).
 
-    Every token of the text counts; the begin-of-text token is given and does not. A tokenizer that has neither a begin nor
-    an end token gives the text's first token away. A text too unlikely for a float64 exponential has infinity.
+    What stands before the text is given and does not count. A tokenizer that puts nothing there gives the first token away,
+    unless it is the only one. A text too unlikely for a float64 exponential has infinity.
 
     Raises:
         UserError: no texts, a text without a token to predict, or one longer than the model's context.
     """
     require(len(texts) > 0, "there are 0 texts, perplexity needs at least 1: give some")
-    sums, counts = _negative_log_likelihoods(model, [_with_start(model, text) for text in texts], tokens_per_batch)
+    sums, counts = _negative_log_likelihoods(model, _from_start(model, texts), tokens_per_batch)
     per_text = tuple(_exp(total / count) for total, count in zip(sums, counts, strict=True))
     return Perplexity(_exp(sum(sums) / sum(counts)), per_text, tuple(counts))
 
@@ -64,11 +65,9 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 709 else math.inf
 
 
-def _with_start(model: Model, text: str) -> list[int]:
-    tokenizer = model.tokenizer
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return [*([] if start is None else [start]), *ids]
+def _from_start(model: Model, texts: Sequence[str]) -> list[list[int]]:
+    ids = [model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    return from_start(model.tokenizer, ids, least=2)
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from gradmm.errors import is_number, is_whole, plain_fields, require, require_ty
 from gradmm.examples import Example, check_examples, content_hash
 from gradmm.models import Model, Reader, require_model
 from gradmm.projection import allowed_tokens
+from gradmm.readability import flaw
 from gradmm.seeds import generator
-from gradmm.tasks import Task, TaskTokens, tokenize_task
+from gradmm.tasks import Task, TaskTokens, tokenize_task, warn_of_equal_prompts
 
 SENTENCE_ENDS = ".!?…。！？"
 CLOSERS = "\"'”’)]»"
@@ -97,8 +98,8 @@ def generate_texts(
     Zero-shot: the model continues the class's generation prompt. Few-shot: real examples of the class, each behind the
     same prompt, stand before it; such texts can repeat real ones and are not private. A text ends at an end token, at a
     line break, or with a sentence once it has `min_tokens`; one that is cut off goes back to its last sentence end.
-    Texts without a sentence end, shorter than `min_tokens` after the cut, equal to a shot or to another text are dropped,
-    and more are written.
+    Texts without a sentence end, shorter than `min_tokens` after the cut, with a `readability.flaw`, equal to a shot or to
+    another text are dropped, and more are written. Classes with the same prompt are warned of.
 
     Args:
         shots: labelled real examples to draw shots from, whatever `check_examples` takes; none for zero-shot.
@@ -120,6 +121,7 @@ def generate_texts(
     pools = [[example.text for example in shots if example.label == label] for label in range(len(task.labels))]
     bare = [name for name, pool in zip(task.labels, pools, strict=True) if shots and not pool]
     require(not bare, f"the labels {bare} have 0 of the {len(shots)} shots: give at least one of each class")
+    warn_of_equal_prompts(task)
     tokens = tokenize_task(task, model.tokenizer)
     writer = _Writer.of(model, tokens, sampling, allowed_tokens(model) if allowed is None else allowed)
 
@@ -128,7 +130,7 @@ def generate_texts(
         return writer.write(batch.label, pools[batch.label], draws)
 
     tries: list[list[str]] = [[] for _ in pools]
-    kept = _first_usable(tries, n_per_class, shots)
+    kept = _first_usable(tries, n_per_class, shots, task.instructions)
     for _ in range(sampling.rounds):
         batches = [
             batch
@@ -139,12 +141,12 @@ def generate_texts(
             break
         for batch, texts in zip(batches, share(batches, write), strict=True):
             tries[batch.label] += texts
-        kept = _first_usable(tries, n_per_class, shots)
+        kept = _first_usable(tries, n_per_class, shots, task.instructions)
     for name, texts, found in zip(task.labels, tries, kept, strict=True):
         require(
             len(found) == n_per_class,
-            f"{len(found)} of {n_per_class} texts of {name!r} came out finished and distinct after {len(texts)} tries: raise "
-            "max_tokens, temperature or rounds, or ask for fewer",
+            f"{len(found)} of {n_per_class} texts of {name!r} came out finished, distinct and readable after {len(texts)} tries: "
+            "raise max_tokens, temperature or rounds, or ask for fewer",
         )
     return [example for found in kept for example in found]
 
@@ -244,14 +246,16 @@ def _next_batches(label: int, tried: int, missing: int, most: int) -> list[Batch
     return [Batch(label, tried + sum(sizes[:place]), size) for place, size in enumerate(sizes)]
 
 
-def _first_usable(tries: Sequence[Sequence[str]], count: int, shots: Sequence[Example]) -> list[list[Example]]:
-    """The first `count` usable texts of each class in the order of their numbers, none twice and no shot."""
+def _first_usable(
+    tries: Sequence[Sequence[str]], count: int, shots: Sequence[Example], instructions: Sequence[str]
+) -> list[list[Example]]:
+    """The first `count` usable texts of each class in the order of their numbers, readable, none twice and no shot."""
     taken = {content_hash(example.text) for example in shots}
     kept: list[list[Example]] = [[] for _ in tries]
     for label, texts in enumerate(tries):
         for text in texts:
             digest = content_hash(text)
-            if text and digest not in taken and len(kept[label]) < count:
+            if text and digest not in taken and len(kept[label]) < count and flaw(text, instructions[label]) is None:
                 taken.add(digest)
                 kept[label].append(Example(text, label))
     return kept
@@ -296,16 +300,11 @@ class _Writer:
         return [self._finish(row) for row in ids]
 
     def _prompt(self, label: int, pool: list[str], draw: torch.Generator) -> list[int]:
-        """The class's prompt, behind shots drawn for this text; each shot reads prompt, text, separator."""
-        prompt = self.tokens.prompts[label]
+        """The class's prompt, with shots drawn for this text, see `TaskTokens.prompt`."""
         if not pool:
-            return list(prompt)
+            return list(self.tokens.prompts[label])
         chosen = torch.randperm(len(pool), generator=draw)[: self.sampling.shots].tolist()
-        start = len(self.tokens.start)
-        instruction = self.tokens.tokenizer.decode(prompt[start:], clean_up_tokenization_spaces=False)
-        shots = "".join(f"{instruction} {pool[row]}".lstrip() + self.sampling.separator for row in chosen)
-        encoded = self.tokens.tokenizer(shots + instruction, add_special_tokens=False, verbose=False)["input_ids"]
-        return [*self.tokens.start, *encoded]
+        return list(self.tokens.prompt(label, [pool[row] for row in chosen], self.sampling.separator))
 
     @torch.no_grad()
     def _sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from gradmm.projection import project, text_mask
 from gradmm.runs import RunFolder
 from gradmm.seeds import generator, stream
 from gradmm.sharding import Crew
+from gradmm.tasks import warn_of_equal_prompts
 
 OnStep = Callable[[int, admm.Result], None]
 
@@ -56,6 +57,7 @@ def search(plan: Plan, folder: RunFolder, crew: Crew, progress: bool, on_step: O
 
 def _search_admm(plan: Plan, here: Circumstances) -> Written:
     """Texts moved towards the target by the solver: every batch of groups from where it stands to its end."""
+    warn_of_equal_prompts(plan.task)
     folder, crew, numbers = here.folder, here.crew, range(len(plan.batches()))
     total = len(numbers[crew.rank :: crew.count]) * plan.config.outer_steps
 

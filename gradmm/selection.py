@@ -1,25 +1,46 @@
-"""Which synthetic texts to keep: the label filter, ranking by matching loss, and a reason for every text.
+"""Which synthetic texts to keep: what is readable, the label filter, ranking by matching loss, and a reason for every text.
 
 Works on public inputs only: the model, the texts and the released gradients. Letters: N texts, C classes.
 """
 
+import math
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
 from gradmm.errors import require
 from gradmm.matching import Matching
 from gradmm.models import Model
+from gradmm.readability import ECHO, FRAGMENT, LOOP, MARKUP, WORDLESS, flaw
 from gradmm.tasks import TaskTokens
 
 KEPT = "kept: rank {} of {} by {}"
 EMPTY = "dropped: the text is empty"
 DUPLICATE = "dropped: the same text stands earlier"
+FLAW = "dropped: {}"
+PERPLEXED = "dropped: its perplexity of {:.0f} is far above the {:.0f} of the middle text"
 LABEL = "dropped: the model reads it as {}, {:.0%} sure"
 RANK = "dropped: rank {} of {}, {} were asked for"
 FILLED = "kept to fill: the model reads it as another label, but only {} of {} passed"
+
+FEWEST, LEAST_SPREAD, TIMES = 8, 0.5, 3.5  # see `perplexity_range`
+# Why texts are dropped, by the name under which a manifest counts them.
+KINDS = {
+    "empty": EMPTY,
+    "duplicate": DUPLICATE,
+    **{
+        name: FLAW.format(reason)
+        for name, reason in (("loop", LOOP), ("fragment", FRAGMENT), ("markup", MARKUP), ("echo", ECHO), ("no word", WORDLESS))
+    },
+    "perplexity": PERPLEXED,
+    "label": LABEL,
+    "rank": RANK,
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +49,59 @@ class Verdict:
 
     kept: bool
     reason: str
+
+
+def unreadable(texts: Sequence[str], instructions: Sequence[str], perplexities: Sequence[float]) -> list[str | None]:
+    """Why each of N texts must not be kept, whatever its label and loss; None where it may.
+
+    It is empty, equals an earlier one, has a `readability.flaw`, or is far more perplexing than the others.
+
+    Args:
+        texts: N texts.
+        instructions: what each was written from and is no part of it.
+        perplexities: of each.
+    """
+    middle, most = perplexity_range(perplexities)
+    seen: set[str] = set()
+    reasons: list[str | None] = []
+    for text, asked, perplexity in zip(texts, instructions, perplexities, strict=True):
+        found = None
+        if not text.strip():
+            found = EMPTY
+        elif text in seen:
+            found = DUPLICATE
+        elif sentence := flaw(text, asked):
+            found = FLAW.format(sentence)
+        elif not perplexity <= most:
+            found = PERPLEXED.format(perplexity, middle)
+        reasons.append(found)
+        seen.add(text)
+    return reasons
+
+
+def perplexity_range(perplexities: Sequence[float]) -> tuple[float, float]:
+    """The median of a pool's perplexities, and the most that a text may have: all beyond is extreme.
+
+    `TIMES` half the interquartile range above the median, in logarithms: neither moves, however bad the worst fourth of the
+    texts, and both keep their meaning whatever the model's scale. The half range counts as `LEAST_SPREAD` at least, so that no
+    text is dropped for a perplexity of less than exp(1.75) = 5.8 times the median, however alike the others are. Fewer than
+    `FEWEST` finite values, of which two lie above the quartile, tell nothing of their spread: then only infinity is extreme.
+
+    >>> middle, most = perplexity_range([90.0, 100.0, 110.0] * 5 + [3632.0])
+    >>> middle, round(most)
+    (100.0, 575)
+    """
+    finite = [value for value in perplexities if math.isfinite(value)]
+    if len(finite) < FEWEST:
+        return float(numpy.median(finite or [math.inf])), sys.float_info.max
+    low, middle, high = numpy.quantile(numpy.log(finite), [0.25, 0.5, 0.75])
+    return float(numpy.median(finite)), float(numpy.exp(middle + TIMES * max((high - low) / 2, LEAST_SPREAD)))
+
+
+def count_dropped(reasons: Sequence[str]) -> dict[str, int]:
+    """How many texts were dropped for each reason of `KINDS`, from the reasons of `Verdict`s; the most frequent first."""
+    kinds = [name for reason in reasons for name, words in KINDS.items() if reason.startswith(words.partition("{")[0])]
+    return dict(Counter(kinds).most_common())
 
 
 @torch.no_grad()
@@ -73,7 +147,7 @@ FILTERS: dict[str, Callable[[Tensor, Sequence[int]], list[int | None]]] = {
 
 
 def rank_texts(
-    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], penalties: Sequence[float],
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool], penalties: Sequence[float],
     per_class: Sequence[int],
 ) -> tuple[list[float], list[float]]:  # fmt: skip
     """Every text by its own loss and penalty: (N losses, N scores, lower is better)."""
@@ -82,15 +156,15 @@ def rank_texts(
 
 
 def rank_groups(
-    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], penalties: Sequence[float],
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool], penalties: Sequence[float],
     per_class: Sequence[int],
 ) -> tuple[list[float], list[float]]:  # fmt: skip
     """The usable texts of each class in the order of `greedy_order`, behind them the others as `rank_texts` has them."""
-    losses, scores, barred = [0.0] * len(texts), [0.0] * len(texts), _unusable(texts)
+    losses, scores = [0.0] * len(texts), [0.0] * len(texts)
     for number, wanted in enumerate(per_class):
         members = [i for i, label in enumerate(classes) if label == number]
-        usable = [place for place, i in enumerate(members) if misread[i] is None and i not in barred]
-        own, order = matching.alone_and_together([texts[i] for i in members], number, wanted, usable)
+        free = [place for place, i in enumerate(members) if usable[i]]
+        own, order = matching.alone_and_together([texts[i] for i in members], number, wanted, free)
         for place, i in enumerate(members):
             losses[i], scores[i] = own[place], len(texts) + own[place] + penalties[i]
         for rank, place in enumerate(order):
@@ -99,13 +173,12 @@ def rank_groups(
 
 
 def rank_jointly(
-    matching: Matching, texts: Sequence[str], classes: Sequence[int], misread: Sequence[int | None], penalties: Sequence[float],
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool], penalties: Sequence[float],
     per_class: Sequence[int],
 ) -> tuple[list[float], list[float]]:  # fmt: skip
     """The usable texts of all classes in the order of `joint_order`, behind them the others as `rank_texts` has them."""
-    barred = _unusable(texts)
-    usable = [i for i in range(len(texts)) if misread[i] is None and i not in barred]
-    losses, order = matching.alone_and_jointly(texts, classes, per_class, usable)
+    free = [i for i, may in enumerate(usable) if may]
+    losses, order = matching.alone_and_jointly(texts, classes, per_class, free)
     scores = [len(texts) + loss + penalty for loss, penalty in zip(losses, penalties, strict=True)]
     for rank, i in enumerate(order):
         scores[i] = float(rank)
@@ -120,7 +193,7 @@ RANKINGS = {
 
 
 def select(
-    texts: Sequence[str],
+    barred: Sequence[str | None],
     classes: Sequence[int],
     scores: Sequence[float],
     misread: Sequence[int | None],
@@ -131,10 +204,10 @@ def select(
 ) -> list[Verdict]:
     """Keep the `per_class` texts of each class with the lowest score among those that passed the filter.
 
-    Where fewer pass than were asked for, the best of the misread ones fill up, and say so.
+    Where fewer pass than were asked for, the best of the misread ones fill up, and say so; texts that are barred never do.
 
     Args:
-        texts: N texts.
+        barred: for each of N texts why it must not be kept, or None, from `unreadable`.
         classes: N class numbers.
         scores: N values, lower is better.
         misread: N labels read instead of the right one, or None, from one of FILTERS.
@@ -147,16 +220,19 @@ def select(
         N verdicts, in order.
 
     Raises:
-        UserError: not as many classes and scores as texts.
+        UserError: not as many reasons and scores as classes.
 
     >>> import torch
     >>> even = torch.full((3, 2), 0.5)
-    >>> found = select(["a", "b", "a"], [0, 0, 0], [0.2, 0.1, 0.0], [None] * 3, even, per_class=[1, 0], labels=["bad", "good"])
-    >>> [verdict.kept for verdict in found]  # the lowest score; the third stands earlier and is left out
+    >>> found = select([None, None, EMPTY], [0, 0, 0], [0.2, 0.1, 0.0], [None] * 3, even, per_class=[1, 0], labels=["bad", "good"])
+    >>> [verdict.kept for verdict in found]  # the lowest score; the third is empty
     [False, True, False]
     """
-    require(len(texts) == len(classes) == len(scores), f"{len(texts)} texts, {len(classes)} classes, {len(scores)} scores: give one of each")
-    verdicts: dict[int, Verdict] = _unusable(texts)
+    require(
+        len(barred) == len(classes) == len(scores),
+        f"{len(barred)} reasons, {len(classes)} classes, {len(scores)} scores: give one of each a text",
+    )
+    verdicts = {i: Verdict(False, reason) for i, reason in enumerate(barred) if reason is not None}
     for number, wanted in enumerate(per_class):
         members = [i for i, label in enumerate(classes) if label == number and i not in verdicts]
         passed = sorted((i for i in members if misread[i] is None), key=lambda i: (scores[i], i))
@@ -167,17 +243,4 @@ def select(
         for place, i in enumerate(failed, len(passed)):
             reading = LABEL.format(labels[misread[i]], float(probabilities[i, misread[i]]))
             verdicts[i] = Verdict(True, FILLED.format(len(passed), wanted)) if place < wanted else Verdict(False, reading)
-    return [verdicts[i] for i in range(len(texts))]
-
-
-def _unusable(texts: Sequence[str]) -> dict[int, Verdict]:
-    """Empty texts, and texts that stand earlier."""
-    found: dict[int, Verdict] = {}
-    seen: set[str] = set()
-    for i, text in enumerate(texts):
-        if not text.strip():
-            found[i] = Verdict(False, EMPTY)
-        elif text in seen:
-            found[i] = Verdict(False, DUPLICATE)
-        seen.add(text)
-    return found
+    return [verdicts[i] for i in range(len(classes))]

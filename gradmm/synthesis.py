@@ -22,6 +22,7 @@ from gradmm.plan import Plan
 from gradmm.privacy import Release
 from gradmm.runs import RunFolder
 from gradmm.searches import OnStep, Written, search
+from gradmm.selection import count_dropped
 from gradmm.settings import SynthesisConfig
 from gradmm.sharding import Crew
 from gradmm.tasks import Task, require_task
@@ -154,6 +155,7 @@ def _collect(plan: Plan, written: Written, folder: RunFolder) -> SynthesisResult
         "expected_bytes": plan.expected_bytes(),
         "groups_ended": written.ended,
         "kept": len(kept),
+        "dropped": count_dropped([row["reason"] for row in rows]),
         "set_match": dict(zip(plan.task.labels, _set_match(plan, kept), strict=True)),
     }
     history = _choice(plan, kept) if written.history is None else written.history

@@ -9,8 +9,10 @@ import json
 import re
 import string
 import unicodedata
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +25,9 @@ SLOT = "{text}"
 PROBE = "some words"
 LETTERS = tuple(string.ascii_uppercase)
 MOST_NAMED = 200  # labels that an error spells out
+INSTRUCTION = re.compile(r"(?:.*[.!?:…。！？：\n])?", re.DOTALL)
+PROMPT_STYLES = ("plain", "chat")
+NAMED_PROMPT = "Here is an example of a {} text:"
 DEMO = Path(__file__).parent / "data" / "demo"
 
 
@@ -69,7 +74,10 @@ class Task:
         labels: C label names; a label's number is its place here.
         verbalizers: C strings as they stand right after the template, leading space included; one token each.
         template: the prompt around one text; contains `{text}` once and does not end with a space.
-        generation_prompts: C public prefixes after which a model writes a text of that class; may be empty strings.
+        generation_prompts: C public prefixes after which a model writes a text of that class; a model writes the same for
+            classes whose prompts are equal, so synthesis then warns.
+        prompt_style: "plain": a text continues its prompt; "chat": the prompts are instructions, which a model is given as a
+            user's turn in its tokenizer's chat template. It concerns writing alone, not the prompt that is classified.
         min_words: real texts with fewer words are not drawn (phrase data sets such as SST-2 need it); at least 1.
         hub: where the rows are on the hub, if they are there.
 
@@ -83,6 +91,7 @@ class Task:
     verbalizers: tuple[str, ...]
     template: str = "{text} It was"
     generation_prompts: tuple[str, ...] = ()
+    prompt_style: str = "plain"
     min_words: int = 1
     hub: HubSource | None = None
 
@@ -122,6 +131,10 @@ class Task:
             f"task {self.name!r} has {count} labels but another number of hub classes: give one class a label",
         )
         require(
+            self.prompt_style in PROMPT_STYLES,
+            f"task {self.name!r} has prompt_style = {shown(self.prompt_style)}: use one of {', '.join(PROMPT_STYLES)}",
+        )
+        require(
             is_whole(self.min_words) and self.min_words >= 1,
             f"task {self.name!r} has min_words = {shown(self.min_words)}: give a whole number of at least 1",
         )
@@ -148,6 +161,17 @@ class Task:
         """SHA-256 of what the gradient depends on: labels, verbalizers and template."""
         values = [self.labels, self.verbalizers, self.template]
         return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The C generation prompts without the words at their end that begin the text itself: all of a chat's.
+
+        >>> Task("x", ("no", "yes"), (" no", " yes"), generation_prompts=("A sad text: i feel", "Be happy.")).instructions
+        ('A sad text:', 'Be happy.')
+        """
+        if self.prompt_style == "chat":
+            return self.generation_prompts
+        return tuple(INSTRUCTION.match(prompt).group() for prompt in self.generation_prompts)
 
     def to_dict(self) -> dict:
         """The task as plain values, for manifests and YAML."""
@@ -176,20 +200,52 @@ class TaskTokens:
     """A task in the tokens of one tokenizer: the same ids for matching, filtering, fine-tuning and evaluation.
 
     Attributes:
-        start: the begin-of-text token, if the tokenizer has one.
+        start: what the tokenizer itself puts before a text, see `start_tokens`.
         head, tail: the template's tokens before and after the text.
         labels: C distinct verbalizer tokens.
-        prompts: C generation prompts, each with `start` before it.
         before: the template up to the text, with the space that `head` leaves to the text's first token.
     """
 
+    task: Task
     tokenizer: object
     start: tuple[int, ...]
     head: tuple[int, ...]
     tail: tuple[int, ...]
     labels: tuple[int, ...]
-    prompts: tuple[tuple[int, ...], ...]
     before: str
+
+    @cached_property
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
+        """The C generation prompts, see `prompt`; made when a text is to be written, as only that needs them."""
+        return tuple(map(self.prompt, range(len(self.labels))))
+
+    def prompt(self, label: int, shots: Sequence[str] = (), separator: str = "\n") -> tuple[int, ...]:
+        """The tokens after which a text of a class is written.
+
+        Args:
+            label: the class's number.
+            shots: example texts. In the plain style each reads prompt, text, separator, and the prompt follows once more; in a
+                chat they stand before the instruction in the user's turn.
+
+        Raises:
+            UserError: a chat with a tokenizer that has no chat template.
+        """
+        asked = self.task.generation_prompts[label]
+        if self.task.prompt_style == "chat":
+            return tuple(_encode(self.tokenizer, self._chat(separator.join([*shots, asked]))))
+        before = "".join(f"{asked} {text}".lstrip() + separator for text in shots)
+        return tuple(from_start(self.tokenizer, [_encode(self.tokenizer, before + asked)])[0])
+
+    def _chat(self, instruction: str) -> str:
+        """A user's turn and the beginning of the answer, in the chat template's own markup, begin token included."""
+        require(
+            bool(self.tokenizer.chat_template),
+            f"task {self.task.name!r} has prompt_style = 'chat', but this model's tokenizer has no chat template: set "
+            "prompt_style: plain in task.yaml, or take a model that was trained to follow instructions",
+        )
+        turns = [{"role": "user", "content": instruction}]
+        # Without thinking where a template knows the word (Qwen3): the text is wanted, not the way to it.
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of one text as it stands in the template; special tokens spelt out in it are plain text."""
@@ -216,22 +272,39 @@ def tokenize_task(task: Task, tokenizer) -> TaskTokens:
     """
     require_task(task)
     before, after = task.template.split(SLOT)
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    start = () if begin is None else (begin,)
     tail = _continuation(tokenizer, before + PROBE, after)
     require(
         tail is not None,
         f"what follows the text in the template {task.template!r} joins the text's last token: begin it with a space or a line break",
     )
     return TaskTokens(
+        task=task,
         tokenizer=tokenizer,
-        start=start,
+        start=start_tokens(tokenizer),
         head=tuple(_encode(tokenizer, before.rstrip(" "))),
         tail=tuple(tail),
         labels=_label_tokens(task, tokenizer),
-        prompts=tuple(start + tuple(_encode(tokenizer, prompt)) for prompt in task.generation_prompts),
         before=before,
     )
+
+
+def start_tokens(tokenizer) -> tuple[int, ...]:
+    """What a tokenizer itself puts before a text: a begin-of-text token or nothing. What it puts behind one is not used."""
+    whole, plain = (list(tokenizer(PROBE, add_special_tokens=special)["input_ids"]) for special in (True, False))
+    places = [place for place in range(len(whole)) if whole[place : place + len(plain)] == plain]
+    return tuple(whole[: places[0]]) if places else ()
+
+
+def from_start(tokenizer, sequences: Sequence[Sequence[int]], least: int = 1) -> list[list[int]]:
+    """Token sequences as a language model reads them from the beginning: behind `start_tokens`, unless they begin with these.
+
+    Where there are none and a sequence has fewer than `least` tokens (an empty prompt; a text of one token of which the
+    perplexity is asked for), the tokenizer's begin-of-text token stands before it, or else its end-of-text token.
+    """
+    start, ends = start_tokens(tokenizer), (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    alone = start or tuple(token for token in ends if token is not None)[:1]
+    before = (alone if len(ids) < least else start for ids in sequences)
+    return [[*(() if tuple(ids[: len(some)]) == some else some), *ids] for some, ids in zip(before, sequences, strict=True)]
 
 
 def _encode(tokenizer, text: str, plain: bool = False) -> list[int]:
@@ -324,6 +397,36 @@ def _shared_start(one: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
+# ---------------------------------------------------------------- prompts
+
+
+def warn_of_equal_prompts(task: Task) -> None:
+    """Warn where classes have the same generation prompt, most often none: nothing tells a model what to write for which."""
+    asked = [" ".join(prompt.lower().split()) for prompt in task.generation_prompts]
+    alike = [label for label, prompt in zip(task.labels, asked, strict=True) if asked.count(prompt) > 1]
+    if not alike:
+        return
+    verbalizers = ["" if verbalizer.strip() in LETTERS else verbalizer for verbalizer in task.verbalizers]
+    words = [_name_of(label) or _name_of(verbalizer) for label, verbalizer in zip(task.labels, verbalizers, strict=True)]
+    line = [NAMED_PROMPT.format(word or f"({label}: say what it is)") for label, word in zip(task.labels, words, strict=True)]
+    warnings.warn(
+        f"task {task.name!r} has the same generation prompt for the labels {', '.join(map(shown, alike))}, so a model writes them "
+        f"the same kind of text: write into task.yaml such as generation_prompts: {json.dumps(line, ensure_ascii=False)}",
+        stacklevel=2,
+    )
+
+
+def _named_prompts(labels: Sequence[str]) -> tuple[str, ...]:
+    """Public prompts from labels that are names; none where one is a mere number."""
+    names = [_name_of(label) for label in labels]
+    return tuple(NAMED_PROMPT.format(name) for name in names) if all(names) else ()
+
+
+def _name_of(label: str) -> str:
+    """A label as words, empty if it has no letter."""
+    return label.replace("_", " ").strip() if any(letter.isalpha() for letter in label) else ""
+
+
 # ---------------------------------------------------------------- registry
 
 _SENTIMENT = {"labels": ("negative", "positive"), "verbalizers": (" bad", " great"), "template": "{text} it was"}
@@ -381,7 +484,8 @@ def load_task(task: "str | Path | Task | Mapping") -> Task:
     """Find a task: a `Task`, a mapping of its fields, a registered name, a YAML file, or a folder of JSON lines.
 
     A folder's task is its `task.yaml`; without one, a registered task of the folder's name with the same labels; without
-    that, its labels (from `labels.json` or its rows) serve as verbalizers, or letters where they are numbers.
+    that, its labels (from `labels.json` or its rows) serve as verbalizers, or letters where they are numbers; labels that are
+    names give the generation prompts too.
 
     Raises:
         UserError: nothing of that name, an unknown field, fields that do not fit together, or rows whose labels make no
@@ -443,12 +547,12 @@ def _task_from_folder(folder: Path) -> Task:
     if namesake is not None and labels == tuple(str(number) for number in range(len(namesake.labels))):
         return replace(namesake, hub=None)
     if labels == ("negative", "positive"):
-        return Task(plain_name(name), labels, (" bad", " great"))
+        return Task(plain_name(name), labels, (" bad", " great"), generation_prompts=_named_prompts(labels))
     words = labels
     if all(label.isdecimal() for label in labels) and len(labels) <= len(LETTERS):
         words = LETTERS  # a number is seldom one token behind a space
     verbalizers = tuple(f" {word}" for word in words[: len(labels)])
-    return Task(plain_name(name), labels, verbalizers, template="{text} Category:")
+    return Task(plain_name(name), labels, verbalizers, "{text} Category:", _named_prompts(labels))
 
 
 def _with_labels(task: Task, labels: tuple[str, ...]) -> Task:

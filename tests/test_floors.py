@@ -85,7 +85,11 @@ def test_the_target_is_a_few_percent_above_its_floor(deep, plan):
 
 
 def test_judging_texts_costs_at_least_its_floor(deep, plan):
-    texts = ["red cat " * 18 + word for word in ("sat on", "like dog", "saw made", "blue time")]
+    long = (
+        "red great good bad terrible fine dull it was is the a and but not very movie film story actor actors plot scene ending "
+        "music joy sadness love fear world sports business text some words this "
+    )
+    texts = [long + word for word in ("sat on", "like dog", "saw made", "blue time")]
     done = counted(lambda: judge_texts(plan, texts, [0, 0, 1, 1]))
     assert {len(plan.tokens.encode(text)) for text in texts} == {40}
     work = floors.judgement(floors.Body.of(deep), floors.Job.of(plan))
@@ -93,14 +97,14 @@ def test_judging_texts_costs_at_least_its_floor(deep, plan):
 
 
 def test_a_choice_reads_nothing_that_weighs_nothing(deep, plan, monkeypatch):
-    """No labels for a filter that keeps all, and no perplexities of weight zero; either is read where it counts."""
+    """No labels for a filter that keeps all; perplexities for the gate, once, whatever their weight in the ranking."""
     texts, classes = ["red cat sat", "blue dog", "the movie", "a film"], [0, 0, 1, 1]
     asked = []
     for name in ("label_probabilities", "perplexities"):
         real = getattr(judging, name)
         monkeypatch.setattr(judging, name, lambda *inputs, name=name, real=real: asked.append(name) or real(*inputs))
     for filter, weight, expected in (
-        ("none", 0.0, []), ("label", 0.0, ["label_probabilities"]), ("none", 0.1, ["perplexities"]),
+        ("none", 0.0, ["perplexities"]), ("label", 0.0, ["perplexities", "label_probabilities"]), ("none", 0.1, ["perplexities"]),
     ):  # fmt: skip
         asked.clear()
         config = dataclasses.replace(plan.config, filter=filter, perplexity_weight=weight)

@@ -26,7 +26,7 @@ name: four
 template: "{text} this is"
 labels: [a, b, c, d]
 verbalizers: [" world", " sports", " business", " text"]
-generation_prompts: ["", "a", "the cat", "in"]
+generation_prompts: ["", "a", "one cat", "in"]
 min_words: 1
 """
 SYNTHESIS = SynthesisConfig(search="admm", ranking="text", oversample=2.0, n_synthetic=8, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=6)

@@ -162,10 +162,37 @@ def test_shots_are_real_examples_of_the_class_behind_the_prompt(tiny_model):
     }
     instruction = "this was great ."
     possible = {
-        f"<|endoftext|>{instruction} {first} : {instruction} {second} : {instruction}" for first in pool for second in pool if first != second
+        f"{instruction} {first} : {instruction} {second} : {instruction}" for first in pool for second in pool if first != second
     }
     assert prompts <= possible and len(prompts) > 2
     assert writer._prompt(1, [], torch.Generator()) == list(writer.tokens.prompts[1])
+
+
+@pytest.mark.parametrize("bad", ["cat cat cat.", ", the cat sat.", "The movie was bad. It was.", "the <|im_end|> cat."])
+def test_texts_that_cannot_be_read_are_written_anew(tiny_model, allowed, monkeypatch, bad):
+    model, whole = tiny_model(), _Writer._finish
+    wanted = generate_texts(model, TWO, 20, 0, SAMPLING, allowed=allowed)
+    monkeypatch.setattr(_Writer, "_finish", lambda self, row: bad if row[0] % 2 else whole(self, row))
+    found = generate_texts(model, TWO, 5, 0, SAMPLING, allowed=allowed)
+    assert len(found) == 10 and (bad, 0) not in [(example.text, example.label) for example in found]
+    assert {example.text for example in found if example.label == 0} < {example.text for example in wanted if example.label == 0}
+
+
+def test_no_class_is_written_without_a_prompt_of_its_own_in_silence(tiny_model, allowed):
+    for prompts in ((), ("a", "A "), ("the cat", "the cat")):
+        with pytest.warns(UserWarning, match="same generation prompt for the labels 'negative', 'positive'"):
+            generate_texts(tiny_model(), replace(TWO, generation_prompts=prompts), 1, 0, SAMPLING, allowed=allowed)
+
+
+def test_a_chat_writes_behind_the_templates_markup(tiny_model, allowed, monkeypatch):
+    model, asked, sample = tiny_model(), [], _Writer._sample
+    model.tokenizer.chat_template = "{% for m in messages %}<|endoftext|>{{ m.role }} {{ m.content }}{% endfor %}<|endoftext|>"
+    monkeypatch.setattr(_Writer, "_sample", lambda self, prompts, *rest: asked.extend(prompts) or sample(self, prompts, *rest))
+    for shots in ((), shots_of(TWO)):
+        generate_texts(model, replace(TWO, prompt_style="chat"), 2, 0, SAMPLING, shots, allowed)
+        turns = {model.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in asked}
+        assert all(turn.startswith("<|endoftext|>user ") and turn.endswith(".<|endoftext|>") and turn.count("<|end") == 2 for turn in turns)
+        assert any("this was great ." in turn for turn in turns)
 
 
 def test_a_text_is_cut_back_to_its_last_sentence_and_ends_at_stops(tiny_model):

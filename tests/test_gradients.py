@@ -45,7 +45,7 @@ def make(tiny_model, kind, space=None, distance="cosine"):
 
 def oracle(matching, explicit, x, classes, distance):
     model, tokens = matching.model, matching.tokens
-    before, after = (model.embed(torch.tensor(ids)) for ids in (tokens.start + tokens.head, tokens.tail))
+    before, after = (model.embed(torch.tensor(ids, dtype=torch.long)) for ids in (tokens.start + tokens.head, tokens.tail))
     return torch.stack(
         [
             reference.match(model.lm, x[k], before, after, torch.full((x.shape[1],), tokens.labels[c]), explicit[c], distance)

@@ -13,8 +13,11 @@ import torch
 
 import gradmm
 from gradmm.errors import UserError
+from gradmm.judging import judge_texts
 from gradmm.matching import Matching
-from gradmm.plan import work_units
+from gradmm.plan import Plan, work_units
+from gradmm.readability import flaw
+from gradmm.selection import count_dropped
 from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.spaces import LABEL_SPACES
 from gradmm.synthesis import synthesize
@@ -72,7 +75,7 @@ def test_ranking_by_group_keeps_what_matches_best_together(setting):
     matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
     for label in (0, 1):
         rows = [row for row in result.dataset if row["label"] == label]
-        distinct = list({row["text"]: None for row in rows if row["text"]})
+        distinct = list({row["text"]: None for row in rows if flaw(row["text"]) is None})
         wanted = [distinct[place] for place in matching.greedy(distinct, label, 2)]
         kept = {row["reason"]: row["text"] for row in rows if row["kept"]}
         assert kept == {f"kept: rank {rank} of {len(distinct)} by the group's matching loss": wanted[rank - 1] for rank in (1, 2)}
@@ -88,7 +91,7 @@ def test_joint_ranking_keeps_what_matches_best_in_each_class_and_in_their_sum(se
     first: dict[str, dict] = {}
     for row in result.dataset:
         first.setdefault(row["text"], row)
-    texts = [text for text in first if text]
+    texts = [text for text in first if flaw(text) is None]
     chosen = matching.alone_and_jointly(texts, [first[text]["label"] for text in texts], (2, 2), range(len(texts)))[1]
     assert {row["text"] for row in result.kept} == {texts[place] for place in chosen}
     assert all("by the classes' joint matching loss" in row["reason"] for row in result.kept)
@@ -233,7 +236,8 @@ def test_a_group_that_stops_changes_no_byte_of_the_others(setting, monkeypatch):
     whole = synthesize(model, task, release, SMALL, progress=False)
     sound = Matching.of_vectors
     monkeypatch.setattr(Matching, "of_vectors", lambda self, x, ids, classes: sound(self, x, ids, classes).where(classes == 1, torch.nan))
-    without = synthesize(model, task, release, SMALL, progress=False)
+    with pytest.warns(UserWarning, match="2 of 4 texts are kept: .*empty 4"):
+        without = synthesize(model, task, release, SMALL, progress=False)
     assert len(without.history) < len(whole.history)
     ours, theirs = (_sorted(run.history[run.history["label"] == "good"]) for run in (without, whole))
     assert ours.equals(theirs)
@@ -260,7 +264,7 @@ def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
 
 def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
     model = tiny_model("phi", dtype=torch.float32)
-    task = Task("news", ("world", "sports", "business", "text"), (" world", " sports", " business", " text"), "{text} this is")
+    task = Task("news", ("world", "sports", "business", "text"), (" world", " sports", " business", " text"), "{text} this is", ("we", "they", "you", "i"))
     real = [{"text": f"a {word} scene", "label": i % 4} for i, word in enumerate("red blue cat dog fine dull".split())]
     config = replace(SMALL, n_synthetic=6, early_end=True, distance="l2", projection="nearest_then_lm", filter="none")
     result = synthesize(model, task, gradmm.release(model, task, real, space="head"), config, progress=False)
@@ -271,10 +275,58 @@ def test_a_group_without_a_finite_loss_is_reported_and_its_texts_dropped(setting
     model, task, release = setting
     sound = Matching.of_vectors
     monkeypatch.setattr(Matching, "of_vectors", lambda self, x, ids, classes: sound(self, x, ids, classes).where(classes == 1, torch.nan))
-    result = synthesize(model, task, release, SMALL, progress=False)
+    with pytest.warns(UserWarning, match="2 of 4 texts are kept: .*empty 4"):
+        result = synthesize(model, task, release, SMALL, progress=False)
     reasons = {row["label"]: row["reason"] for row in result.manifest["groups_ended"]}
     assert reasons["bad"].startswith("non-finite") and reasons["good"].startswith("step limit")
     assert [row["reason"] for row in result.dataset if row["label"] == 0] == ["dropped: the text is empty"] * 4
+
+
+UNREADABLE = {
+    "loop": "cat cat cat cat", "fragment": ", it was", "markup": "the <|endoftext|> film", "echo": "the movie was bad", "no word": "...", "empty": " ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("search", ["admm", "pool"])
+@pytest.mark.parametrize("ranking", ["text", "group", "joint"])
+def test_unreadable_texts_are_never_kept_whatever_the_search_and_ranking(setting, search, ranking):
+    model, task, release = setting
+    told = replace(task, generation_prompts=("the movie was bad .", "a"))
+    plan = Plan.of(model, told, release, replace(SMALL, search=search, ranking=ranking))
+    good = ["red and blue", "the cat sat", "one dull plot", "we like music"]
+    texts = [*UNREADABLE.values(), *good, good[0]]
+    rows = judge_texts(plan, texts, [0] * 8 + [1] * 3)
+    assert [row["reason"].startswith("dropped") for row in rows] == [True] * 6 + [False] * 4 + [True]
+    assert count_dropped([row["reason"] for row in rows]) == {**dict.fromkeys(UNREADABLE, 1), "duplicate": 1}
+    with pytest.warns(UserWarning, match=r"3 of 4 texts are kept: of the 9 written too many were dropped \(.*loop 1.*\); raise oversample, or"):
+        rows = judge_texts(plan, texts[:9], [0] * 8 + [1])
+    assert [row["text"] for row in rows if row["kept"]] == good[:3]
+
+
+def test_a_search_that_writes_loops_keeps_none_and_counts_them(setting, monkeypatch, tmp_path):
+    model, task, release = setting
+    monkeypatch.setattr("gradmm.searches._text", lambda plan, ids: "good " * 3 + str(int(ids.sum())))
+    with pytest.warns(UserWarning, match=r"0 of 4 texts are kept: of the 8 written too many were dropped \(loop"):
+        result = synthesize(model, task, release, SMALL, tmp_path, progress=False)
+    assert len(result.kept) == 0 and sum(result.manifest["dropped"].values()) == 8
+    assert json.loads((tmp_path / "manifest.json").read_text())["dropped"] == result.manifest["dropped"]
+
+
+@pytest.mark.parametrize("search", ["admm", "pool"])
+@pytest.mark.parametrize("prompts", [(), ("", ""), ("a film", "A  film")])
+def test_prompts_that_tell_no_class_are_warned_of_before_writing(setting, monkeypatch, search, prompts):
+    model, task, release = setting
+    for name in ("gradmm.models.Model.read", "gradmm.matching.Matching.of_vectors"):
+        monkeypatch.setattr(name, lambda *inputs, **more: pytest.fail("the model was asked"))
+    with pytest.raises(UserWarning, match="the labels 'bad', 'good', so .*: write into task.yaml such as generation_prompts: "):
+        synthesize(model, replace(task, generation_prompts=prompts), release, replace(SMALL, search=search), progress=False)
+
+
+@pytest.mark.parametrize("search", ["admm", "pool"])
+def test_a_chat_without_a_template_is_refused_before_writing(setting, search):
+    model, task, release = setting
+    with pytest.raises(UserError, match="prompt_style = 'chat', but this model's tokenizer has no chat template"):
+        synthesize(model, replace(task, prompt_style="chat"), release, replace(SMALL, search=search), progress=False)
 
 
 def test_private_text_is_refused_where_a_release_belongs(setting):

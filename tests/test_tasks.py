@@ -10,11 +10,20 @@ import transformers
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gradmm.errors import UserError
 from gradmm.examples import load_data
-from gradmm.tasks import TASKS, HubSource, Task, load_task, tokenize_task
+from gradmm.tasks import (
+    TASKS,
+    HubSource,
+    Task,
+    from_start,
+    load_task,
+    start_tokens,
+    tokenize_task,
+    warn_of_equal_prompts,
+)
 
 CORPUS = (
     [
@@ -119,17 +128,120 @@ def test_special_tokens_spelt_out_in_a_text_are_plain_text(tokenizer):
     assert tokenizer.eos_token_id in whole(tokenizer, text)  # and the tokenizer's own setting is as it was
 
 
-def test_every_text_starts_with_the_begin_token_or_else_the_end_token(tokenizer):
+# ---------------------------------------------------------------- what stands before a text
+
+
+def beginning(inner, pattern: str, **special) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer that puts special tokens around a text as the pattern says."""
+    tokenizer = _wrap(Tokenizer.from_str(inner.backend_tokenizer.to_str()), **special)
+    named = [(token, tokenizer.convert_tokens_to_ids(token)) for token in pattern.split() if token != "$A"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=pattern, special_tokens=named)
+    return tokenizer
+
+
+ENDS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+STARTS = {
+    # how a tokenizer sets a text, the tokens that it names -> start, what stands before an empty prompt
+    "nothing, both named (SmolLM2)": ("$A", ENDS, "", "<s>"),
+    "nothing, an end named (Qwen)": ("$A", {"eos_token": "</s>"}, "", "</s>"),
+    "nothing, none named": ("$A", {}, "", ""),
+    "begin (Gemma)": ("<s> $A", ENDS, "<s>", "<s>"),
+    "end before (OPT)": ("</s> $A", ENDS, "</s>", "</s>"),
+    "begin and end (BERT)": ("<s> $A </s>", ENDS, "<s>", "<s>"),
+    "end behind (T5)": ("$A </s>", ENDS, "", "<s>"),
+    "two before": ("<s> <unk> $A", ENDS, "<s> <unk>", "<s> <unk>"),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_a_text_begins_as_the_tokenizer_begins_it(case):
+    pattern, special, start, alone = STARTS[case]
+    tokenizer = beginning(_sentence_piece("always"), pattern, **special)
+    start, alone = (tuple(tokenizer.convert_tokens_to_ids(names.split())) for names in (start, alone))
     tokens = tokenize_task(Task("t", generation_prompts=("", "the movie"), **TWO), tokenizer)
-    start = tokenizer.bos_token_id if tokenizer.bos_token else tokenizer.eos_token_id
-    assert tokens.start == (start,)
-    assert tokens.prompts == ((start,), (start, *whole(tokenizer, "the movie")))
-    assert tokens.decode([start, *tokens.encode("fun")]) == "fun"
+    assert tokens.start == start == start_tokens(tokenizer)
+    assert tokens.prompts == (alone, (*start, *whole(tokenizer, "the movie")))
+    assert tokens.sequence("fun") == [*start, *tokens.encode("fun"), *tokens.tail]
+    assert from_start(tokenizer, [[7], [7, 8]], least=2) == [[*alone, 7], [*start, 7, 8]]
 
 
-def test_a_tokenizer_without_begin_and_end_starts_with_nothing(byte_level):
-    bare = _wrap(byte_level.backend_tokenizer)
-    assert tokenize_task(Task("t", **TWO), bare).start == ()
+@pytest.mark.parametrize("written", ["<s>the movie", "<s>", "<s>the movie</s>"])
+def test_a_begin_token_in_the_prompt_is_not_doubled(written):
+    for pattern in ("$A", "<s> $A"):
+        tokenizer = beginning(_sentence_piece("always"), pattern, **ENDS)
+        prompts = tokenize_task(Task("t", generation_prompts=("a", written), **TWO), tokenizer).prompts
+        assert prompts[1] == tuple(whole(tokenizer, written)) and prompts[1].count(tokenizer.bos_token_id) == 1
+
+
+# ---------------------------------------------------------------- prompts
+
+TURNS = "{{ bos_token }}{% for m in messages %}<unk>{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}</s>answer:{% endif %}"
+
+
+def talking(pattern: str, template: str = TURNS):
+    tokenizer = beginning(_sentence_piece("always"), pattern, **ENDS)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("pattern", ["$A", "<s> $A", "<s> $A </s>"])
+def test_a_chat_prompt_is_the_templates_own_with_one_begin_token(pattern):
+    tokenizer = talking(pattern)
+    task = Task("t", generation_prompts=("a dull plot", "a fun story"), prompt_style="chat", **TWO)
+    tokens = tokenize_task(task, tokenizer)
+    for prompt, asked in zip(tokens.prompts, task.generation_prompts, strict=True):
+        turns = [{"role": "user", "content": asked}]
+        assert list(prompt) == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+        assert prompt.count(tokenizer.bos_token_id) == 1 == prompt.count(tokenizer.eos_token_id)
+    plain = tokenize_task(replace(task, prompt_style="plain"), tokenizer)
+    assert plain.sequence("fun") == tokens.sequence("fun") and plain.prompts != tokens.prompts
+
+
+def test_shots_stand_behind_the_prompt_each_or_in_the_users_turn():
+    tokenizer = talking("$A")
+    task = Task("t", generation_prompts=("a dull plot", "a fun story"), **TWO)
+    plain, chat = (tokenize_task(replace(task, prompt_style=style), tokenizer) for style in ("plain", "chat"))
+    assert list(plain.prompt(1, ["good", "great"], " : ")) == whole(tokenizer, "a fun story good : a fun story great : a fun story")
+    assert list(chat.prompt(1, ["good", "great"], " : ")) == whole(tokenizer, "<s><unk>user: good : great : a fun story</s>answer:")
+    assert plain.prompt(0) == plain.prompts[0] and chat.prompt(0) == chat.prompts[0]
+
+
+def test_a_template_that_can_think_is_asked_not_to():
+    template = TURNS + "{% if enable_thinking is defined and not enable_thinking %}<unk>{% endif %}"
+    tokenizer = talking("$A", template)
+    tokens = tokenize_task(Task("t", generation_prompts=("a", "b"), prompt_style="chat", **TWO), tokenizer)
+    assert all(prompt[-1] == tokenizer.unk_token_id for prompt in tokens.prompts)
+
+
+def test_a_chat_without_a_template_is_refused_where_texts_are_written_and_only_there(tokenizer):
+    tokens = tokenize_task(Task("t", generation_prompts=("a", "b"), prompt_style="chat", **TWO), tokenizer)
+    assert tokens.sequence("fun")
+    with pytest.raises(UserError, match="task 't' has prompt_style = 'chat', but .* no chat template: set prompt_style: plain in task.yaml"):
+        tokens.prompts  # noqa: B018
+
+
+ALIKE = {
+    "none": (("no", "yes"), (" bad", " great"), (), "'no', 'yes'", "an example of a no text:"),
+    "all the same": (("no", "yes"), (" bad", " great"), ("A text:", "A text:"), "'no', 'yes'", "an example of a yes text:"),
+    "the same words": (("no", "yes"), (" bad", " great"), ("A  text:", "a text: "), "'no', 'yes'", "an example of a yes text:"),
+    "two of three": (("a", "b", "c"), (" bad", " great", " dull"), ("x", "y", "x"), "'a', 'c'", "an example of a b text:"),
+    "numbers with words": (("0", "1"), (" bad", " great"), (), "'0', '1'", "an example of a bad text:"),
+    "mere numbers": (("0", "1"), (" 0", " 1"), (), "'0', '1'", "an example of a (1: say what it is) text:"),
+    "numbers with letters": (("0", "1"), (" A", " B"), (), "'0', '1'", "an example of a (0: say what it is) text:"),
+    "another script": (("负面", "正面"), (" bad", " great"), (), "'负面', '正面'", "an example of a 负面 text:"),
+}
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_equal_prompts_are_warned_of_with_a_line_that_works(case):
+    labels, verbalizers, prompts, alike, line = ALIKE[case]
+    task = Task("mine", labels, verbalizers, generation_prompts=prompts)
+    with pytest.warns(UserWarning, match=f"task 'mine' has the same generation prompt for the labels {alike}, so") as caught:
+        warn_of_equal_prompts(task)
+    copied = str(caught[0].message).split("such as ")[1]
+    assert line in copied
+    mended = replace(task, **{key: tuple(value) for key, value in yaml.safe_load(copied).items()})
+    warn_of_equal_prompts(mended)  # without a warning
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -242,6 +354,9 @@ WRONG_TASKS = {
     "two slots": ({"template": "{text} {text} it was"}, "must contain {text} exactly once"),
     "no template": ({"template": None}, "has the template None"),
     "a space at the end": ({"template": "{text} it was "}, "space at the end"),
+    "an unknown style": ({"prompt_style": "instruct"}, "prompt_style = 'instruct': use one of plain, chat"),
+    "no style": ({"prompt_style": None}, "prompt_style = None"),
+    "a list of styles": ({"prompt_style": ["chat"]}, r"prompt_style = \['chat'\]"),
     "min_words 0": ({"min_words": 0}, "min_words = 0"),
     "min_words true": ({"min_words": True}, "min_words = True"),
     "min_words in words": ({"min_words": "six"}, "min_words = 'six'"),
@@ -318,7 +433,7 @@ def test_an_unknown_name_lists_the_known_ones():
 
 def test_the_fingerprint_is_of_what_the_gradient_depends_on():
     task = Task("t", template="{text} it was", **TWO)
-    assert replace(task, name="u", generation_prompts=("a", "b"), min_words=3, hub=HubSource("a/b")).fingerprint == task.fingerprint
+    assert replace(task, name="u", generation_prompts=("a", "b"), prompt_style="chat", min_words=3, hub=HubSource("a/b")).fingerprint == task.fingerprint
     changed = [{"labels": ("no", "yes")}, {"verbalizers": (" good", " great")}, {"template": "{text} it is"}]
     assert len({task.fingerprint, *(replace(task, **change).fingerprint for change in changed)}) == 4
 
@@ -365,6 +480,20 @@ def test_the_task_of_a_folder(tmp_path, case):
         assert task.template == TASKS[name].template
         places = {label: prompt for label, prompt in zip(TASKS[name].labels, TASKS[name].generation_prompts, strict=True)}
         assert task.generation_prompts == tuple(places[label] for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "named", "prompts"),
+    [
+        (["positive", "negative"], None, ("Here is an example of a negative text:", "Here is an example of a positive text:")),
+        ([0, 1], ["low_cost", "high"], ("Here is an example of a low cost text:", "Here is an example of a high text:")),
+        ([0, 1, 2], None, ("", "", "")),
+        (["1", "2"], None, ("", "")),
+        (["好", "坏"], None, ("Here is an example of a 坏 text:", "Here is an example of a 好 text:")),
+    ],
+)
+def test_labels_that_are_names_give_prompts_and_numbers_none(tmp_path, labels, named, prompts):
+    assert load_task(folder_of(tmp_path, "mine", labels, named)).generation_prompts == prompts
 
 
 def test_task_yaml_in_a_folder_comes_first(tmp_path):

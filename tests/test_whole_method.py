@@ -35,7 +35,7 @@ def test_the_fast_method_takes_the_same_steps_as_the_literal_one(tiny_model, kin
         return model.embed(ids), ids
 
     fast = admm.solve(lambda x, ids, which: matching.of_vectors(x, ids, classes[which]), projected, admm.start(x), config)
-    before, after = (model.embed(torch.tensor(part)) for part in (tokens.start + tokens.head, tokens.tail))
+    before, after = (model.embed(torch.tensor(part, dtype=torch.long)) for part in (tokens.start + tokens.head, tokens.tail))
     for k in range(2):
         ids, value = reference.solve(
             lambda x, k=k: reference.match(model.lm, x, before, after, torch.full((2,), tokens.labels[k]), explicit[k], "cosine"),

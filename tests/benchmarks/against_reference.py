@@ -52,9 +52,15 @@ def random_model(shape: str, device: str, dtype: str = "float32") -> Model:
     return Model(lm, None, shape, None, "random")
 
 
+class Tokens(TaskTokens):
+    """Made-up tokens of no task and no tokenizer."""
+
+    prompts = (PROMPT, PROMPT)
+
+
 def problem(model: Model, literal: Model, length: int):
     """A Matching of one class with a random real target, and the same target as an explicit gradient of `literal`."""
-    tokens = TaskTokens(None, PROMPT[:1], (), TAIL, (LABEL, LABEL + 1), (PROMPT, PROMPT), "")
+    tokens = Tokens(None, None, PROMPT[:1], (), TAIL, (LABEL, LABEL + 1), "")
     source = torch.Generator().manual_seed(1)
     size = model.embedding.shape[0]
     real = [[*PROMPT[:1], *torch.randint(10, size, (length,), generator=source).tolist(), *TAIL] for _ in range(REAL)]

@@ -101,7 +101,7 @@ def literal_group(model: Model, plan: Plan, examples: list[Example], steps: dict
         return value
 
     tokens, config, label = plan.tokens, plan.config, plan.tokens.labels[0]
-    before, after = (model.embed(torch.tensor(part, device=model.device)) for part in (tokens.start + tokens.head, tokens.tail))
+    before, after = (model.embed(torch.tensor(part, dtype=torch.long, device=model.device)) for part in (tokens.start + tokens.head, tokens.tail))
     labels = torch.full((config.group_size,), label, device=model.device)
     sequences = [tokens.sequence(example.text) for example in examples if example.label == 0]
     explicit = clocked("target", lambda: reference.real_gradient(model.lm, sequences, [label] * len(sequences)))

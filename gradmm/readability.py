@@ -1,0 +1,102 @@
+"""What makes a text unreadable, as far as its letters tell: leftover markup, loops, fragments, an echo of its prompt.
+
+Knows no model and no task. The rules leave what people write alone: of the 8,530 train reviews of Rotten Tomatoes they drop
+4. A phrase that was cut out of a sentence, as most train rows of SST-2, may begin with a fragment and then is dropped for it.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+LOOP = "it repeats {!r}"
+FRAGMENT = "it begins with the fragment {!r}"
+MARKUP = "it holds {!r}, which is no text"
+ECHO = "it echoes its prompt"
+WORDLESS = "it has no word"
+
+TAG = re.compile(r"<\||\|>|</?[A-Za-z]\w*\s*/?>|\[/?INST\]|\ufffd")
+# Scripts that set no spaces between words: there a character stands for a word.
+UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
+MARKS = r"\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff"  # of letters, which \w leaves out
+LETTERS = rf"(?:(?![{UNSPACED}])[\w{MARKS}])+"
+WORD = re.compile(rf"[{UNSPACED}]|\d+(?:[.,:/-]\d+)+|{LETTERS}(?:['’]{LETTERS})*")
+RUN = re.compile(r"([^\s\d]{1,12}?)\1{2,}")
+RUN_LENGTH = 12  # characters; "hahaha" and "sooooo" are shorter
+# What closes something, a dash or mark before a space, the rest of a hyphened word or contraction; ". . ." and "..." may begin a text.
+BEGINNING = re.compile(
+    r"[,)\]}%”、。，！？；：）】》」』]|(?:(?!\.\s?\.)[.;:!?/–—-]|--+)(?=\s)|-(?=[^\W\d_])|['’](?:s|re|ve|ll|d|m)\b|n['’]t\b", re.IGNORECASE
+)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, lower-cased and without punctuation; each character in scripts without spaces.
+
+    >>> words("It's good, 很好!")
+    ["it's", 'good', '很', '好']
+    """
+    return WORD.findall(text.lower())
+
+
+def flaw(text: str, instruction: str = "") -> str | None:
+    """Why a text is not readable, or None.
+
+    It has no word. Leftover markup: a special token spelt out, a tag, a character that did not decode. A loop: see
+    `times_of_a_loop`; or characters without a space that repeat at least three times over `RUN_LENGTH`. A fragment: it begins
+    with a mark that closes something, a lone mark or dash, a part of a word, or inside a character. An echo: it begins
+    with its whole instruction, or all of it is a part of that, case and punctuation aside.
+
+    Args:
+        text: the text.
+        instruction: what it was written from and is no part of it.
+
+    >>> flaw("nighttime nighttime nighttime"), flaw(", and that was it."), flaw("a very, very good film")
+    ("it repeats 'nighttime'", "it begins with the fragment ','", None)
+    """
+    spoken = words(text)
+    return _markup(text) or _loop(text, spoken) or _fragment(text) or _echo(spoken, words(instruction))
+
+
+def times_of_a_loop(phrase: Sequence[str]) -> int:
+    """How often in a row a phrase of some words makes a loop.
+
+    Three times. Two-letter words four times, for "ha ha ha" and "no no no"; single letters and characters six times. Five words
+    or more twice, if they have ten letters.
+    """
+    if len(phrase) == 1:
+        return {1: 6, 2: 4}.get(len(phrase[0]), 3)
+    return 2 if len(phrase) >= 5 and sum(map(len, phrase)) >= 10 else 3
+
+
+def _markup(text: str) -> str | None:
+    found = TAG.search(text)
+    return MARKUP.format(found.group()) if found else None
+
+
+def _loop(text: str, spoken: Sequence[str]) -> str | None:
+    for size in range(1, len(spoken) // 2 + 1):
+        alike = 0  # words in a row that equal the one `size` places before them
+        for place in range(size, len(spoken)):
+            alike = alike + 1 if spoken[place] == spoken[place - size] else 0
+            phrase = spoken[place - size + 1 : place + 1] if alike >= size else []
+            if phrase and alike >= size * (times_of_a_loop(phrase) - 1):
+                return LOOP.format(_joined(phrase))
+    runs = (found for found in RUN.finditer(text) if len(found.group()) >= RUN_LENGTH)
+    return next((LOOP.format(found.group(1)) for found in runs), None)
+
+
+def _joined(phrase: Sequence[str]) -> str:
+    return ("" if all(len(word) == 1 for word in phrase) else " ").join(phrase)
+
+
+def _fragment(text: str) -> str | None:
+    found = BEGINNING.match(text)
+    if found or unicodedata.category(text[:1] or " ").startswith("M"):
+        return FRAGMENT.format(found.group() if found else text[0])
+    return None
+
+
+def _echo(spoken: Sequence[str], asked: Sequence[str]) -> str | None:
+    if not spoken:
+        return WORDLESS
+    part = any(asked[start : start + len(spoken)] == spoken for start in range(len(asked)))
+    return ECHO if part or (asked and spoken[: len(asked)] == asked) else None

@@ -13,15 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other.
 ORDER = """
-<<<<<<< HEAD
-    errors markup seeds files locks sharding admm card runs records gradients rows tasks examples models projection generation classification adapters training sketch
+    errors markup readability seeds files locks sharding admm card runs records gradients rows tasks examples models projection generation classification adapters training sketch
     spaces matching mechanism privacy selection coresets initialisation finetuning theory evaluation audit fidelity sizing
     settings plan judging searches synthesis controls trial methods measures
-=======
-    errors markup readability seeds files locks sharding admm card runs records products gradients rows tasks examples models projection generation classification adapters training sketch
-    path spaces matching mechanism privacy selection coresets initialisation finetuning theory evaluation audit fidelity sizing
-    settings plan judging swaps searches synthesis controls trial methods measures
->>>>>>> conventions
     results comparison ablation demo_text demo plots paper floors performance reference batch shard
 """.split()
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

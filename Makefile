@@ -19,9 +19,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # Nothing here needs the hub: the embedded default model and data are enough.
 quickstart test coverage mutants book: export HF_HUB_OFFLINE = 1
-# Waiting threads spin for a moment, then sleep: sleeping at once costs a quiet machine half its speed, spinning on costs a
-# shared one more. The book's notebooks run side by side and share the cores, and so do the tests, few of which take two threads.
-quickstart: export GOMP_SPINCOUNT = 10000
+# The book's notebooks run side by side and share the cores, and so do the tests, few of which take two threads: waiting threads
+# sleep at once. A run by itself would lose half its speed by that; see gradmm/__init__.py.
 book test coverage: export OMP_WAIT_POLICY = PASSIVE
 test coverage mutants: export OMP_NUM_THREADS = 1
 

@@ -2,6 +2,8 @@
 
 import ast
 import importlib.metadata
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -140,3 +142,22 @@ def test_every_name_comes_from_its_room_and_only_what_is_asked_for_is_imported()
     assert {room: names for room, names in shown.items() if room not in ("importlib", "typing")} == {room: set(names) for room, names in gradmm._ROOMS.items()}
     code = "import sys, gradmm.batch; print(not {'transformers', 'datasets', 'sklearn'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None), ({"OMP_NUM_THREADS": "1"}, "10000")]
+)
+def test_waiting_threads_are_bounded_before_torch_is_imported_unless_someone_has_decided(given, spins):
+    script = "import sys, os, gradmm; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", str(spins)]
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_import_the_package_before_torch(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    imported = [name.split(".")[0] for name in re.findall(r"^(?:from|import) ([\w.]+)", source, re.MULTILINE)]
+    later = imported[imported.index("gradmm") + 1 :] if "gradmm" in imported else imported
+    assert {"torch", "transformers"} & set(imported) <= set(later)

@@ -109,8 +109,7 @@ def test_a_saved_release_under_the_loss_of_fine_tuning_is_matched_by_moving_text
 
 
 @pytest.mark.parametrize("space", ["head", "body"])
-def test_a_pool_holds_finished_texts_and_the_target_chooses(setting, tmp_path, space, monkeypatch):
-    monkeypatch.setattr("gradmm.path.TEXTS", 2)
+def test_a_pool_holds_finished_texts_and_the_target_chooses(setting, tmp_path, space):
     model, task, _ = setting
     release = gradmm.release(model, task, REAL, space=space)
     config = replace(SMALL, search="pool", ranking="group", oversample=4.0, length=12)

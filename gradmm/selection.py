@@ -28,7 +28,7 @@ LABEL = "dropped: the model reads it as {}, {:.0%} sure"
 RANK = "dropped: rank {} of {}, {} were asked for"
 FILLED = "kept to fill: the model reads it as another label, but only {} of {} passed"
 
-FEWEST, LEAST_SPREAD, TIMES = 8, 0.5, 3.5  # see `perplexity_range`
+FEWEST, LEAST_SPREAD, TIMES = 8, 0.5, 4.5  # see `perplexity_range`
 # Why texts are dropped, by the name under which a manifest counts them.
 KINDS = {
     "empty": EMPTY,
@@ -84,12 +84,12 @@ def perplexity_range(perplexities: Sequence[float]) -> tuple[float, float]:
 
     `TIMES` half the interquartile range above the median, in logarithms: neither moves, however bad the worst fourth of the
     texts, and both keep their meaning whatever the model's scale. The half range counts as `LEAST_SPREAD` at least, so that no
-    text is dropped for a perplexity of less than exp(1.75) = 5.8 times the median, however alike the others are. Fewer than
+    text is dropped for a perplexity of less than exp(2.25) = 9.5 times the median, however alike the others are. Fewer than
     `FEWEST` finite values, of which two lie above the quartile, tell nothing of their spread: then only infinity is extreme.
 
     >>> middle, most = perplexity_range([90.0, 100.0, 110.0] * 5 + [3632.0])
     >>> middle, round(most)
-    (100.0, 575)
+    (100.0, 949)
     """
     finite = [value for value in perplexities if math.isfinite(value)]
     if len(finite) < FEWEST:

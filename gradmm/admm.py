@@ -180,33 +180,30 @@ def step(objective: Objective, project: Project, state: State, config: Config) -
         The new state, and measurements of shape (k,) for the k active groups: match_x, match_z, primal, dual,
         stationarity, inner_gradient, changed (share of tokens).
     """
-    groups = state.active.nonzero().squeeze(1)
-    z, ids = project(_pull(state, groups, config.rho), groups)
+    groups, rho = state.active.nonzero().squeeze(1), config.rho
+
+    # z <- project(x + lam / rho)
+    z, ids = project(state.x[groups] + state.lam[groups] / rho, groups)
+
+    # x <- inner_steps of Adam on  f(x) + rho/2 ||x - z + lam/rho||^2, for as many groups at once as a pass may have
     x, parts = state.x.clone(), []
     for some in _passes(groups, config):
         here = groups[some]
-        x[here], measured = _move(lambda value, some=some, here=here: objective(value, ids[some], here), state, here, z[some], config)
+        f = _seen(objective, ids[some], here)
+        x[here], measured = _move(f, state.x[here], z[some], state.lam[here], config)
         parts.append(measured)
+
+    # lam <- lam + rho (x - z); here and not in the passes, where it would be held beside the old one
+    lam = state.lam.index_copy(0, groups, state.lam[groups] + rho * (x[groups] - z))
+
     measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     measures["changed"] = (ids != state.ids[groups]).to(x.dtype).mean((1, 2))
-    moved = replace(  # lam here and not in the passes, where it would be held beside the old one
-        state,
-        x=x,
-        lam=state.lam.index_copy(0, groups, _ascended(state, groups, x[groups], z, config.rho)),
-        ids=state.ids.index_copy(0, groups, ids),
-        step=state.step + 1,
-    )
-    return moved, measures
+    return replace(state, x=x, lam=lam, ids=state.ids.index_copy(0, groups, ids), step=state.step + 1), measures
 
 
-def _pull(state: State, groups: Tensor, rho: float) -> Tensor:
-    """x + lam / rho of some groups: what is projected."""
-    return state.x[groups] + state.lam[groups] / rho
-
-
-def _ascended(state: State, groups: Tensor, x: Tensor, z: Tensor, rho: float) -> Tensor:
-    """lam + rho (x - z) of some groups."""
-    return state.lam[groups] + rho * (x - z)
+def _seen(objective: Objective, ids: Tensor, groups: Tensor) -> Callable[[Tensor], Tensor]:
+    """f of some groups as a function of their x alone."""
+    return lambda x: objective(x, ids, groups)
 
 
 def _passes(groups: Tensor, config: Config) -> tuple[Tensor, ...]:
@@ -214,19 +211,18 @@ def _passes(groups: Tensor, config: Config) -> tuple[Tensor, ...]:
     return torch.arange(len(groups), device=groups.device).split(config.groups_per_pass or len(groups))
 
 
-def _move(f, state: State, groups: Tensor, z: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """x of the groups of one pass, and measurements."""
-    x = state.x[groups]
+def _move(f, old: Tensor, z: Tensor, lam: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """x of the groups of one pass, and measurements; nothing here depends on the groups of another pass."""
     with torch.no_grad():
         match_z = f(z)
-    new, inner_gradient = _minimise(f, x, z, state.lam[groups], config)
-    match_x, gradient = _value_and_gradient(f, new)
-    return new, {
+    x, inner_gradient = _minimise(f, old, z, lam, config)
+    match_x, gradient = _value_and_gradient(f, x)
+    return x, {
         "match_x": match_x,
         "match_z": match_z,
-        "primal": _norm(new - z),
-        "dual": _norm(config.rho * (new - x)),
-        "stationarity": _norm(gradient + _ascended(state, groups, new, z, config.rho)),
+        "primal": _norm(x - z),
+        "dual": _norm(config.rho * (x - old)),
+        "stationarity": _norm(gradient + (lam + config.rho * (x - z))),
         "inner_gradient": inner_gradient,
     }
 
@@ -300,7 +296,7 @@ def _close(objective: Objective, project: Project, result: Result, config: Confi
     if not len(groups):
         return result
     with torch.no_grad():
-        z, ids = project(_pull(state, groups, config.rho), groups)
+        z, ids = project(state.x[groups] + state.lam[groups] / config.rho, groups)
         values = [objective(z[some], ids[some], groups[some]) for some in _passes(groups, config)]
         return _keep_better(result, groups, ids, torch.cat(values))
 

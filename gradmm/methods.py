@@ -13,7 +13,6 @@ from gradmm.controls import random_directions
 from gradmm.coresets import select_coreset
 from gradmm.examples import Example
 from gradmm.generation import Sampling, generate_counts
-from gradmm.judging import keep_examples
 from gradmm.plan import Plan
 from gradmm.seeds import generator, stream
 from gradmm.tasks import tokenize_task
@@ -93,7 +92,7 @@ def _generated(trial: Trial, sampling: Sampling, shots: Sequence[Example]) -> li
     config = replace(config, oversample=min(config.oversample, GENERATED))
     plan = Plan.of(bench.model, bench.task, trial.blank, config)
     texts = generate_counts(bench.model, bench.task, plan.written_per_class, trial.seed, sampling, shots)
-    return keep_examples(plan, texts)
+    return plan.selection.keep(texts)
 
 
 def prompt_only(trial: Trial) -> list[Example]:

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import numpy
 import torch
 
-from gradmm import admm, searches, synthesis
+from gradmm import admm, searches
 from gradmm.errors import require
 from gradmm.examples import Example
 from gradmm.floors import Work
 from gradmm.models import DTYPES, Model
 from gradmm.privacy import release
+from gradmm.selection import Selection
 from gradmm.settings import SynthesisConfig
 from gradmm.synthesis import SynthesisResult, synthesize
 from gradmm.tasks import Task
@@ -30,7 +31,7 @@ CLOCKED = {
     "initialisation": (searches, "_initial"),
     "inner steps": (admm, "_minimise"),
     "projection": (searches, "project"),
-    "filter": (synthesis, "judge_texts"),
+    "filter": (Selection, "rows"),
 }
 
 

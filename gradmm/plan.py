@@ -14,6 +14,7 @@ from gradmm.matching import Matching
 from gradmm.models import Model, kind_of
 from gradmm.privacy import Release
 from gradmm.projection import Reading, Tables, allowed_tokens, gathered_numbers
+from gradmm.selection import Selection
 from gradmm.settings import SynthesisConfig
 from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.sketch import BodySketch
@@ -133,6 +134,14 @@ class Plan:
             self.config.search == "pool" or count <= units,
             f"{count} processes would share {units} units of work of up to {self.batch} groups: set groups_per_batch to at most "
             f"{max(1, len(self.classes) // count)}, or launch {units} at most",
+        )
+
+    @property
+    def selection(self) -> Selection:
+        """By what the texts are chosen."""
+        config = self.config
+        return Selection(
+            self.model, self.tokens, self.matching, self.per_class, config.filter, config.ranking, config.perplexity_weight
         )
 
     @property

@@ -5,6 +5,7 @@ Works on public inputs only: the model, the texts and the released gradients. Le
 
 import math
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from gradmm.errors import require
+from gradmm.evaluation import perplexities
+from gradmm.examples import Example
 from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.readability import ECHO, FRAGMENT, LOOP, MARKUP, WORDLESS, flaw
@@ -49,6 +52,108 @@ class Verdict:
 
     kept: bool
     reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """By what texts are chosen, whoever wrote them.
+
+    Attributes:
+        tokens: the task in the model's tokens.
+        matching: the released targets.
+        per_class: C counts: how many texts of each class to keep.
+        filter: a name in FILTERS.
+        ranking: a name in RANKINGS.
+        perplexity_weight: what a nat of log-perplexity adds to the matching loss in the ranking "text".
+    """
+
+    model: Model
+    tokens: TaskTokens
+    matching: Matching
+    per_class: Sequence[int]
+    filter: str = "none"
+    ranking: str = "group"
+    perplexity_weight: float = 0.0
+
+    def rows(self, texts: list[str], classes: list[int]) -> list[dict]:
+        """Every text with all that decides about it.
+
+        Args:
+            texts: N texts in the order of writing; an empty one is never kept.
+            classes: the label number that each is meant to have.
+
+        Returns:
+            N rows of the columns of `SynthesisResult.dataset`, without the group.
+        """
+        perplexity = self._perplexities(texts)
+        verdicts, match = self.verdicts(texts, classes, perplexity)
+        labels = self.tokens.task.labels
+        return [
+            {
+                "text": text,
+                "label": label,
+                "label_name": labels[label],
+                "match": match[i],
+                "perplexity": perplexity[i],
+                "kept": verdicts[i].kept,
+                "reason": verdicts[i].reason,
+            }
+            for i, (text, label) in enumerate(zip(texts, classes, strict=True))
+        ]
+
+    def keep(self, examples: Sequence[Example]) -> list[Example]:
+        """Those of N examples whose texts are to be kept."""
+        verdicts, _ = self.verdicts([example.text for example in examples], [example.label for example in examples])
+        return [example for example, verdict in zip(examples, verdicts, strict=True) if verdict.kept]
+
+    def verdicts(
+        self, texts: list[str], classes: list[int], perplexity: list[float] | None = None
+    ) -> tuple[list[Verdict], list[float]]:
+        """Which texts to keep: the readable ones, of these what the filter passes, then the ranking within each class.
+
+        Warns where fewer are kept than were asked for.
+
+        Args:
+            texts, classes: as `rows`.
+            perplexity: of each text; None measures them.
+
+        Returns:
+            N verdicts, and the matching loss of each text by itself.
+        """
+        perplexity = self._perplexities(texts) if perplexity is None else perplexity
+        barred = unreadable(texts, [self.tokens.task.instructions[label] for label in classes], perplexity)
+        readable = [i for i, reason in enumerate(barred) if reason is None]
+        probabilities, misread = self._read_labels(texts, classes, readable)
+        spoken = [i for i, text in enumerate(texts) if text]
+        weight = self.perplexity_weight
+        penalties = [weight * math.log(perplexity[i]) if weight else 0.0 for i in spoken]
+        usable = [barred[i] is None and misread[i] is None for i in spoken]
+        criterion, rank = RANKINGS[self.ranking]
+        some, labels = [texts[i] for i in spoken], [classes[i] for i in spoken]
+        match, scores = rank(self.matching, some, labels, usable, penalties, self.per_class)
+        match, scores = (_spread(values, spoken, len(texts)) for values in (match, scores))
+        names = self.tokens.task.labels
+        verdicts = select(barred, classes, scores, misread, probabilities, self.per_class, names, criterion)
+        _warn_of_shortage(verdicts, sum(self.per_class))
+        return verdicts, match
+
+    def _read_labels(
+        self, texts: list[str], classes: list[int], readable: list[int]
+    ) -> tuple[Tensor, list[int | None]]:
+        """The label probabilities (N, C), and what the filter makes of them; for one that keeps all nothing is read."""
+        probabilities = torch.zeros(len(texts), len(self.tokens.labels))
+        misread: list[int | None] = [None] * len(texts)
+        passes = FILTERS[self.filter]
+        if readable and passes is not keep_all:
+            read = label_probabilities(self.model, self.tokens, [texts[i] for i in readable]).cpu()
+            probabilities[readable] = read
+            for i, found in zip(readable, passes(read, [classes[i] for i in readable]), strict=True):
+                misread[i] = found
+        return probabilities, misread
+
+    def _perplexities(self, texts: list[str]) -> list[float]:
+        spoken = [i for i, text in enumerate(texts) if text]
+        return _spread(perplexities(self.model, [texts[i] for i in spoken]), spoken, len(texts))
 
 
 def unreadable(texts: Sequence[str], instructions: Sequence[str], perplexities: Sequence[float]) -> list[str | None]:
@@ -244,3 +349,21 @@ def select(
             reading = LABEL.format(labels[misread[i]], float(probabilities[i, misread[i]]))
             verdicts[i] = Verdict(True, FILLED.format(len(passed), wanted)) if place < wanted else Verdict(False, reading)
     return [verdicts[i] for i in range(len(classes))]
+
+
+def _warn_of_shortage(verdicts: Sequence[Verdict], wanted: int) -> None:
+    kept = sum(verdict.kept for verdict in verdicts)
+    if kept < wanted:
+        counts = ", ".join(f"{name} {count}" for name, count in count_dropped([verdict.reason for verdict in verdicts]).items())
+        warnings.warn(
+            f"{kept} of {wanted} texts are kept: of the {len(verdicts)} written too many were dropped ({counts}); raise oversample, "
+            "or take other generation prompts or another model",
+            stacklevel=2,
+        )
+
+
+def _spread(values: list[float], places: list[int], count: int) -> list[float]:
+    spread = [math.inf] * count
+    for place, value in zip(places, values, strict=True):
+        spread[place] = value
+    return spread

@@ -15,7 +15,6 @@ import pandas
 from gradmm import files, sharding
 from gradmm.card import dataset_card
 from gradmm.errors import require, require_flag, require_type
-from gradmm.judging import judge_texts
 from gradmm.locks import alone
 from gradmm.models import Model, require_model
 from gradmm.plan import Plan
@@ -148,7 +147,8 @@ def _checked(release, model: Model, task: Task) -> Release:
 
 def _collect(plan: Plan, written: Written, folder: RunFolder) -> SynthesisResult:
     """The texts' scores and verdicts, and the manifest."""
-    rows = [{**row, "group": group} for row, group in zip(judge_texts(plan, written.texts, written.classes), written.groups, strict=True)]
+    judged = plan.selection.rows(written.texts, written.classes)
+    rows = [{**row, "group": group} for row, group in zip(judged, written.groups, strict=True)]
     kept = [row for row in rows if row["kept"]]
     manifest = {
         **folder.manifest,

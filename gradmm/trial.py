@@ -13,7 +13,6 @@ from gradmm.controls import without_gradient
 from gradmm.errors import is_whole, plain_fields, require, require_type, shown
 from gradmm.examples import Example, Splits, check_examples, sample_examples
 from gradmm.generation import Sampling
-from gradmm.judging import keep_examples
 from gradmm.models import Model
 from gradmm.plan import Plan
 from gradmm.privacy import Release, release
@@ -173,7 +172,8 @@ class Trial:
         return self._chosen(pool, self.release, config)
 
     def _chosen(self, pool: Sequence[Example], target: Release, config: SynthesisConfig) -> list[Example]:
-        return check_examples(keep_examples(Plan.of(self.bench.model, self.bench.task, target, config), pool), self.bench.task)
+        plan = Plan.of(self.bench.model, self.bench.task, target, config)
+        return check_examples(plan.selection.keep(pool), self.bench.task)
 
     def _synthesize(self, name: str, target: Release, config: SynthesisConfig) -> SynthesisResult:
         """A synthesis; continued where it was interrupted."""

@@ -9,11 +9,10 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gradmm import floors, judging, training
+from gradmm import floors, selection, training
 from gradmm.classification import Encoded
 from gradmm.errors import UserError
 from gradmm.examples import Example
-from gradmm.judging import choose_texts, judge_texts
 from gradmm.models import Model, wrap_model
 from gradmm.plan import Plan
 from gradmm.privacy import release
@@ -90,7 +89,7 @@ def test_judging_texts_costs_at_least_its_floor(deep, plan):
         "music joy sadness love fear world sports business text some words this "
     )
     texts = [long + word for word in ("sat on", "like dog", "saw made", "blue time")]
-    done = counted(lambda: judge_texts(plan, texts, [0, 0, 1, 1]))
+    done = counted(lambda: plan.selection.rows(texts, [0, 0, 1, 1]))
     assert {len(plan.tokens.encode(text)) for text in texts} == {40}
     work = floors.judgement(floors.Body.of(deep), floors.Job.of(plan))
     assert work.operations <= done <= 1.6 * work.operations
@@ -101,16 +100,16 @@ def test_a_choice_reads_nothing_that_weighs_nothing(deep, plan, monkeypatch):
     texts, classes = ["red cat sat", "blue dog", "the movie", "a film"], [0, 0, 1, 1]
     asked = []
     for name in ("label_probabilities", "perplexities"):
-        real = getattr(judging, name)
-        monkeypatch.setattr(judging, name, lambda *inputs, name=name, real=real: asked.append(name) or real(*inputs))
+        real = getattr(selection, name)
+        monkeypatch.setattr(selection, name, lambda *inputs, name=name, real=real: asked.append(name) or real(*inputs))
     for filter, weight, expected in (
         ("none", 0.0, ["perplexities"]), ("label", 0.0, ["perplexities", "label_probabilities"]), ("none", 0.1, ["perplexities"]),
     ):  # fmt: skip
         asked.clear()
         config = dataclasses.replace(plan.config, filter=filter, perplexity_weight=weight)
-        verdicts, match = choose_texts(dataclasses.replace(plan, config=config), texts, classes)
+        verdicts, match = dataclasses.replace(plan, config=config).selection.verdicts(texts, classes)
         assert asked == expected and len(verdicts) == len(match) == 4
-    assert [row["kept"] for row in judge_texts(dataclasses.replace(plan, config=config), texts, classes)] == [one.kept for one in verdicts]
+    assert [row["kept"] for row in dataclasses.replace(plan, config=config).selection.rows(texts, classes)] == [one.kept for one in verdicts]
 
 
 def test_a_step_of_fine_tuning_is_a_few_percent_above_its_floor(deep, plan):

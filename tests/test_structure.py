@@ -14,8 +14,8 @@ PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other.
 ORDER = """
     errors markup readability seeds files locks sharding admm card runs records gradients rows tasks examples models projection generation classification adapters training sketch
-    spaces matching mechanism privacy selection coresets initialisation finetuning theory evaluation audit fidelity sizing
-    settings plan judging searches synthesis controls trial methods measures
+    spaces matching mechanism privacy evaluation selection coresets initialisation finetuning theory audit fidelity sizing
+    settings plan searches synthesis controls trial methods measures
     results comparison ablation demo_text demo plots paper floors performance reference batch shard
 """.split()
 ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

@@ -13,7 +13,6 @@ import torch
 
 import gradmm
 from gradmm.errors import UserError
-from gradmm.judging import judge_texts
 from gradmm.matching import Matching
 from gradmm.plan import Plan, work_units
 from gradmm.readability import flaw
@@ -294,11 +293,11 @@ def test_unreadable_texts_are_never_kept_whatever_the_search_and_ranking(setting
     plan = Plan.of(model, told, release, replace(SMALL, search=search, ranking=ranking))
     good = ["red and blue", "the cat sat", "one dull plot", "we like music"]
     texts = [*UNREADABLE.values(), *good, good[0]]
-    rows = judge_texts(plan, texts, [0] * 8 + [1] * 3)
+    rows = plan.selection.rows(texts, [0] * 8 + [1] * 3)
     assert [row["reason"].startswith("dropped") for row in rows] == [True] * 6 + [False] * 4 + [True]
     assert count_dropped([row["reason"] for row in rows]) == {**dict.fromkeys(UNREADABLE, 1), "duplicate": 1}
     with pytest.warns(UserWarning, match=r"3 of 4 texts are kept: of the 9 written too many were dropped \(.*loop 1.*\); raise oversample, or"):
-        rows = judge_texts(plan, texts[:9], [0] * 8 + [1])
+        rows = plan.selection.rows(texts[:9], [0] * 8 + [1])
     assert [row["text"] for row in rows if row["kept"]] == good[:3]
 
 

@@ -13,7 +13,7 @@ from gradmm.errors import require
 from gradmm.matching import Matching
 from gradmm.models import Model, kind_of
 from gradmm.privacy import Release
-from gradmm.projection import Reading, Tables, allowed_tokens, gathered_numbers
+from gradmm.projection import Reading, Tables, gathered_numbers
 from gradmm.settings import SynthesisConfig
 from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.sketch import BodySketch
@@ -82,7 +82,7 @@ class Plan:
             release=release,
             config=config,
             matching=Matching(model, tokens, release.targets, release.space, config.distance, end),
-            reading=Reading(config.projection, config.top_k, allowed_tokens(model), end, min(MIN_TOKENS, length)),
+            reading=Reading(config.projection, config.top_k, model.vocabulary, end, min(MIN_TOKENS, length)),
             tables=Tables.of(model),
             length=length,
             classes=classes,
@@ -148,13 +148,19 @@ class Plan:
 def _end_token(model: Model, config: SynthesisConfig) -> int | None:
     if not config.early_end:
         return None
-    end = model.tokenizer.eos_token_id
-    require(end is not None, f"{model.name} has no end-of-text token: set early_end = False and init = 'normal'")
-    return end
+    require(len(model.ends) > 0, f"{model.name} has no end-of-text token: set early_end = False and init = 'normal'")
+    return model.ends[0]
 
 
 def _check_context(model: Model, tokens: TaskTokens, length: int) -> None:
     around = max(len(tokens.start + tokens.head + tokens.tail), max(map(len, tokens.prompts)))
+    opened = max(map(len, tokens.openings))
+    least = opened + min(MIN_TOKENS, length)
+    require(
+        opened == 0 or length >= least,
+        f"length = {length}, but a generation prompt begins the text with {opened} tokens: take a length of at least {least}, or "
+        f"end the prompt of task {tokens.task.name!r} with a full stop or colon, so that it is no part of the text",
+    )
     require(
         around + length <= model.context,
         f"length = {length} with a template or prompt of {around} tokens, {model.name} reads {model.context}: "

@@ -58,7 +58,8 @@ class Plan:
         """Derive it.
 
         Raises:
-            UserError: fewer texts than classes, a length beyond the model's context, or no end token where one is needed.
+            UserError: fewer texts than classes, a length beyond the model's context or too short for what the prompts begin texts with,
+                or no end token where one is needed.
         """
         tokens = tokenize_task(task, model.tokenizer)
         count = len(task.labels)
@@ -73,6 +74,7 @@ class Plan:
         )
         length = config.length or release.length
         _check_context(model, tokens, length)
+        _check_openings(tokens, length, config)
         end = _end_token(model, config)
         batch, together = work_units(model, len(tokens.start + tokens.head + tokens.tail) + length, config, len(classes))
         return Plan(
@@ -154,17 +156,21 @@ def _end_token(model: Model, config: SynthesisConfig) -> int | None:
 
 def _check_context(model: Model, tokens: TaskTokens, length: int) -> None:
     around = max(len(tokens.start + tokens.head + tokens.tail), max(map(len, tokens.prompts)))
-    opened = max(map(len, tokens.openings))
-    least = opened + min(MIN_TOKENS, length)
-    require(
-        opened == 0 or length >= least,
-        f"length = {length}, but a generation prompt begins the text with {opened} tokens: take a length of at least {least}, or "
-        f"end the prompt of task {tokens.task.name!r} with a full stop or colon, so that it is no part of the text",
-    )
     require(
         around + length <= model.context,
         f"length = {length} with a template or prompt of {around} tokens, {model.name} reads {model.context}: "
         f"take a length of at most {model.context - around}",
+    )
+
+
+def _check_openings(tokens: TaskTokens, length: int, config: SynthesisConfig) -> None:
+    """Texts that are moved have all L tokens in them, those that their prompts begin them with included."""
+    opened = max(map(len, tokens.openings)) if config.search == "admm" else 0
+    least = opened + min(MIN_TOKENS, length)
+    require(
+        opened == 0 or length >= least,
+        f"length = {length}, but a generation prompt begins its texts with {opened} tokens: take a length of at least {least}, or "
+        f"end the prompts of task {tokens.task.name!r} with a full stop or colon, so that no words of theirs belong to the text",
     )
 
 

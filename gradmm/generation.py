@@ -4,6 +4,7 @@ Knows prompts, not gradients. Each text is drawn from its own random numbers, so
 written beside it (up to rounding in the model's arithmetic). Letters: N texts, T steps, V vocabulary, C classes.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,12 @@ from torch.nn.functional import linear
 from gradmm.errors import is_number, is_whole, plain_fields, require, require_type, require_whole, shown
 from gradmm.examples import Example, check_examples, content_hash
 from gradmm.models import Model, Reader, require_model
-from gradmm.projection import allowed_tokens
 from gradmm.readability import flaw
 from gradmm.seeds import generator
+from gradmm.sentences import SENTENCE_ENDS, cut_to_sentence, ends_sentence
 from gradmm.tasks import Task, TaskTokens, tokenize_task, warn_of_equal_prompts
+from gradmm.vocabulary import NEVER, Vocabulary
 
-SENTENCE_ENDS = ".!?…。！？"
-CLOSERS = "\"'”’)]»"
 LEVELS = 256  # of the logits, between the least and the greatest: leaves about a hundred of ten thousand tokens to sort
 SPARE = 16  # texts tried at least when some are missing; the first usable ones are kept, so it changes only the speed
 
@@ -32,7 +32,7 @@ class Sampling:
     Attributes:
         temperature: divides the logits; 1 samples from the model.
         top_p: the smallest set of tokens of this probability is drawn from (Holtzman et al. 2020); 1 keeps all.
-        max_tokens: tokens of a text at most; it is then cut back to its last sentence end.
+        max_tokens: tokens of a text at most, behind what its prompt begins it with; it is then cut back to its last sentence end.
         min_tokens: no text ends before it has this many tokens.
         shots: real examples of the class before each text, drawn anew for each; used when examples are given.
         separator: what stands between shots.
@@ -95,15 +95,16 @@ def generate_texts(
 ) -> list[Example]:
     """Write `n_per_class` distinct, finished texts of each class.
 
-    Zero-shot: the model continues the class's generation prompt. Few-shot: real examples of the class, each behind the
-    same prompt, stand before it; such texts can repeat real ones and are not private. A text ends at an end token, at a
-    line break, or with a sentence once it has `min_tokens`; one that is cut off goes back to its last sentence end.
+    Zero-shot: the model continues the class's generation prompt; words at its end that begin a sentence belong to the text.
+    Few-shot: real examples of the class, each behind the same instruction, stand before it; such texts can repeat real ones
+    and are not private. A text begins with a word. It ends at an end token, at a line break, or with a sentence once it has
+    `min_tokens` (see `sentences.ends_sentence`); one that is cut off goes back to its last certain sentence end.
     Texts without a sentence end, shorter than `min_tokens` after the cut, with a `readability.flaw`, equal to a shot or to
     another text are dropped, and more are written. Classes with the same prompt are warned of.
 
     Args:
         shots: labelled real examples to draw shots from, whatever `check_examples` takes; none for zero-shot.
-        allowed: (V,) bool, tokens that a text may hold; None takes `projection.allowed_tokens`.
+        allowed: (V,) bool, the only tokens that a text may hold, of those of `Model.vocabulary`; None: all of these.
         share: writes the batches of a round, all classes' together; they do not depend on one another, so it may share them
             out. The batches follow from the settings and from what earlier rounds gave.
 
@@ -121,9 +122,9 @@ def generate_texts(
     pools = [[example.text for example in shots if example.label == label] for label in range(len(task.labels))]
     bare = [name for name, pool in zip(task.labels, pools, strict=True) if shots and not pool]
     require(not bare, f"the labels {bare} have 0 of the {len(shots)} shots: give at least one of each class")
-    warn_of_equal_prompts(task)
     tokens = tokenize_task(task, model.tokenizer)
-    writer = _Writer.of(model, tokens, sampling, allowed_tokens(model) if allowed is None else allowed)
+    warn_of_prompts(tokens, model.vocabulary)
+    writer = _Writer(model, tokens, sampling, _ending(model.vocabulary if allowed is None else model.vocabulary.only(allowed)))
 
     def write(batch: Batch) -> list[str]:
         draws = [generator(seed, f"generation {batch.label}", unit) for unit in range(batch.first, batch.first + batch.size)]
@@ -190,23 +191,44 @@ def generate_counts(
     return [example for place, example in enumerate(found) if place % most < counts[example.label]]
 
 
+def warn_of_prompts(tokens: TaskTokens, vocabulary: Vocabulary) -> None:
+    """Warn where classes have the same generation prompt, and where one holds markup, which no text may hold."""
+    warn_of_equal_prompts(tokens.task)
+    for label, prompt in zip(tokens.task.labels, tokens.task.generation_prompts, strict=True):
+        asked = tokens.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        found = tokens.tokenizer.decode([token for token in asked if token in vocabulary.markup][:1])
+        if found:
+            warnings.warn(
+                f"the generation prompt of label {label!r} of task {tokens.task.name!r} holds {found!r}, a token of the model's own "
+                "markup, which no text may hold: leave it out, or set prompt_style: chat, which sets such tokens itself",
+                stacklevel=2,
+            )
+
+
 @torch.no_grad()
-def continue_prompts(model: Model, tokens: TaskTokens, classes: Sequence[int], uniform: Tensor, sampling: Sampling, allowed: Tensor) -> Tensor:
-    """Raw continuations of the classes' prompts, finished or not, in batches that change nothing but speed.
+def continue_prompts(
+    model: Model, tokens: TaskTokens, classes: Sequence[int], uniform: Tensor, sampling: Sampling, vocabulary: Vocabulary
+) -> Tensor:
+    """Raw texts behind the classes' prompts, finished or not, in batches that change nothing but speed.
 
     Args:
         classes: N class numbers.
         uniform: (N, L) numbers in [0, 1), one for each token.
         sampling: temperature, top_p, min_tokens and batch_size are used.
-        allowed: (V,) bool, tokens that a text may hold.
+        vocabulary: which tokens a text may hold where.
 
     Returns:
-        (N, L) tokens; -1 after a text's end.
+        (N, L) tokens, the prompts' openings first; -1 after a text's end.
     """
-    writer = _Writer.of(model, tokens, sampling, allowed)
+    writer = _Writer(model, tokens, sampling, _ending(vocabulary))
     ids = torch.full(uniform.shape, -1, dtype=torch.long, device=model.device)
     for rows in torch.arange(len(classes)).split(sampling.batch_size):
-        ids[rows.to(model.device)] = writer._sample([tokens.prompts[classes[row]] for row in rows.tolist()], uniform[rows].to(model.device))
+        some = [classes[row] for row in rows.tolist()]
+        openings = [tokens.openings[label] for label in some]
+        room = torch.tensor([uniform.shape[1] - len(opening) for opening in openings], device=model.device)
+        written = writer._sample([tokens.prompts[label] for label in some], uniform[rows].to(model.device), room)
+        for row, opening, text in zip(rows.tolist(), openings, written, strict=True):
+            ids[row] = torch.cat([torch.tensor(opening, dtype=torch.long, device=ids.device), text])[: ids.shape[1]]
     return ids
 
 
@@ -217,27 +239,24 @@ def prompted_texts(model: Model, tokens: TaskTokens, per_class: int, length: int
         per_class: texts of each class.
         length: tokens of a text at most; fewer where the context is shorter.
     """
-    around = max(map(len, (tokens.start + tokens.head + tokens.tail, *tokens.prompts)))
-    length = max(1, min(length, model.context - around))
+    around, opened = max(map(len, (tokens.start + tokens.head + tokens.tail, *tokens.prompts))), max(map(len, tokens.openings))
+    length = max(1 + opened, min(length + opened, model.context - around))
     classes = [label for label in range(len(tokens.labels)) for _ in range(per_class)]
     uniform = torch.stack([torch.rand(length, generator=generator(seed, "prompted texts", row)) for row in range(len(classes))])
     sampling = Sampling(max_tokens=length, min_tokens=1)
-    ids = continue_prompts(model, tokens, classes, uniform, sampling, allowed_tokens(model))
+    ids = continue_prompts(model, tokens, classes, uniform, sampling, model.vocabulary)
     return [tokens.decode(token for token in row if token >= 0) for row in ids.tolist()]
 
 
-def closing_tokens(model: Model, allowed: Tensor) -> Tensor:
-    """Which tokens end a sentence: (V,) bool.
-
-    Args:
-        allowed: (V,) bool, tokens that a text may hold.
+def _ending(vocabulary: Vocabulary) -> Vocabulary:
+    """The same.
 
     Raises:
-        UserError: none of these ends a sentence.
+        UserError: none of its tokens ends a sentence.
     """
-    closes = torch.tensor([piece.strip().endswith(tuple(SENTENCE_ENDS)) for piece in model.pieces], device=allowed.device)
-    require(bool((closes & allowed).any()), f"none of the allowed tokens ends a sentence with one of {SENTENCE_ENDS}: allow one")
-    return closes
+    found = bool((vocabulary.closes & (vocabulary.needs[0] < NEVER)).any())
+    require(found, f"none of the allowed tokens ends a sentence with one of {SENTENCE_ENDS}: allow one")
+    return vocabulary
 
 
 def _next_batches(label: int, tried: int, missing: int, most: int) -> list[Batch]:
@@ -263,27 +282,12 @@ def _first_usable(
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes batches of texts.
-
-    Attributes:
-        allowed: (V,) bool, tokens inside a text.
-        stops: (V,) bool, tokens that end a text and are no part of it: the end token and line breaks.
-        closes: (V,) bool, tokens that end a sentence.
-    """
+    """Writes batches of texts."""
 
     model: Model
     tokens: TaskTokens
     sampling: Sampling
-    allowed: Tensor
-    stops: Tensor
-    closes: Tensor
-
-    @staticmethod
-    def of(model: Model, tokens: TaskTokens, sampling: Sampling, allowed: Tensor) -> "_Writer":
-        """Sort the vocabulary once."""
-        allowed, end = allowed.to(model.device), model.tokenizer.eos_token_id
-        stops = torch.tensor([token == end or "\n" in piece for token, piece in enumerate(model.pieces)], device=model.device)
-        return _Writer(model, tokens, sampling, allowed, stops, closing_tokens(model, allowed))
+    vocabulary: Vocabulary
 
     def write(self, label: int, pool: list[str], draws: list[torch.Generator]) -> list[str]:
         """One text for each generator; an empty string where it came to nothing."""
@@ -296,8 +300,9 @@ class _Writer:
             f"{self.model.context}: take fewer shots or lower max_tokens",
         )
         uniform = torch.stack([torch.rand(self.sampling.max_tokens, generator=draw) for draw in draws])
-        ids = self._sample(prompts, uniform.to(self.model.device)).tolist()
-        return [self._finish(row) for row in ids]
+        room = torch.full((len(prompts),), self.sampling.max_tokens, device=self.model.device)
+        ids = self._sample(prompts, uniform.to(self.model.device), room).tolist()
+        return [self._finish(label, row) for row in ids]
 
     def _prompt(self, label: int, pool: list[str], draw: torch.Generator) -> list[int]:
         """The class's prompt, with shots drawn for this text, see `TaskTokens.prompt`."""
@@ -307,24 +312,64 @@ class _Writer:
         return list(self.tokens.prompt(label, [pool[row] for row in chosen], self.sampling.separator))
 
     @torch.no_grad()
-    def _sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor) -> Tensor:
-        """Continue N prompts: uniform (N, T) numbers in [0, 1) -> (N, T) tokens; after a text's end all are -1."""
+    def _sample(self, prompts: Sequence[Sequence[int]], uniform: Tensor, room: Tensor) -> Tensor:
+        """Continue N prompts: uniform (N, T) numbers in [0, 1) -> (N, T) tokens; after a text's end all are -1.
+
+        Args:
+            room: (N,) how many tokens each text may have, at most T.
+        """
         reader, ids = Reader.of(self.model, prompts), torch.full(uniform.shape, -1, dtype=torch.long, device=self.model.device)
         rows = torch.arange(len(prompts), device=self.model.device)  # the texts that go on: no pass reads another
+        before = torch.tensor([prompt[-1] for prompt in prompts], device=self.model.device)
+        state, closed = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
         for step in range(uniform.shape[1]):
-            token = self._draw(reader.state, uniform[rows, step], step)
-            stopped = self.stops[token]
+            left = room[rows] - 1 - step
+            token = self._draw(reader.state, uniform[rows, step], self._open_to(state, left, step, before))
+            stopped = self.vocabulary.stops[token] | self._ended(ids, rows, token, closed, step)
             ids[rows, step] = torch.where(stopped, -1, token)
+            ended = stopped | (left == 0)
+            going = (~ended).nonzero().squeeze(1)
+            state, closed = self.vocabulary.state_after(state, token)[going], self._closed(token, closed)[going]
             if step + 1 == uniform.shape[1]:
                 break
-            rows = reader.read_on(rows, token, stopped | (self.closes[token] & (step + 1 >= self.sampling.min_tokens)))
+            rows = reader.read_on(rows, token, ended)
             if len(rows) == 0:
                 break
         return ids
 
-    def _draw(self, state: Tensor, uniform: Tensor, step: int) -> Tensor:
-        """One token each by the inverse of the probabilities cumulated over the nucleus: (N, D), (N,) -> (N,)."""
-        open_to = self.allowed | self.stops if step >= self.sampling.min_tokens else self.allowed & ~self.stops
+    def _open_to(self, state: Tensor, left: Tensor, step: int, before: Tensor) -> Tensor:
+        """Tokens that each text may go on with: (N, V), or (V,) for all.
+
+        Args:
+            state, left: (N,) see `Vocabulary.open_to`.
+            before: (N,) the last token of each prompt.
+        """
+        vocabulary = self.vocabulary
+        allowed = vocabulary.open_to(state, left) & ~vocabulary.stops
+        if step == 0:
+            allowed = allowed & vocabulary.first(before)
+        if step < self.sampling.min_tokens:
+            return allowed
+        return allowed | (vocabulary.stops & (state == 0).unsqueeze(1) if allowed.ndim > 1 else vocabulary.stops)
+
+    def _closed(self, token: Tensor, closed: Tensor) -> Tensor:
+        """Which texts may have ended with this token of each: it closes a sentence, or is a quote or bracket behind one that does."""
+        return self.vocabulary.closes[token] | (closed & self.vocabulary.closers[token])
+
+    def _ended(self, ids: Tensor, rows: Tensor, token: Tensor, closed: Tensor, step: int) -> Tensor:
+        """Which texts' sentences had ended before this token of each, which then is no part of them: (N,) bool."""
+        ended = closed & ~self.vocabulary.closers[token] & (step >= self.sampling.min_tokens)
+        for index in ended.nonzero().flatten().tolist():
+            before = self.tokens.decode(ids[rows[index], :step].tolist())
+            ended[index] = ends_sentence(before, self.model.pieces[int(token[index])])
+        return ended
+
+    def _draw(self, state: Tensor, uniform: Tensor, open_to: Tensor) -> Tensor:
+        """One token each by the inverse of the probabilities cumulated over the nucleus: (N, D), (N,) -> (N,).
+
+        Args:
+            open_to: (N, V) or (V,) bool, the tokens that may be drawn.
+        """
         logits = linear(state, self.model.head_weight, self.model.head_bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.sampling.temperature
         cumulated = nucleus(logits.masked_fill(~open_to, -torch.inf), self.sampling.top_p).cumsum(-1)  # (N, V)
@@ -332,12 +377,13 @@ class _Writer:
         place = torch.searchsorted(cumulated, uniform[:, None].to(cumulated.dtype) * whole, right=True)
         return torch.minimum(place, torch.searchsorted(cumulated, whole)).squeeze(-1)  # a product may round up to the whole
 
-    def _finish(self, row: list[int]) -> str:
-        """The text of a row of tokens, back to its last sentence end; empty if that leaves no word or too few tokens."""
-        text = " ".join(self.tokens.decode(token for token in row if token >= 0).split())
-        end = max(map(text.rfind, SENTENCE_ENDS)) + 1
-        while end and text[end : end + 1] and text[end] in CLOSERS:
-            end += 1
-        text = text[:end]
+    def _finish(self, label: int, row: list[int]) -> str:
+        """The text of a row of tokens behind its class's opening, back to its last certain sentence end.
+
+        Empty if that leaves no word or too few tokens.
+        """
+        written = [token for token in row if token >= 0]
+        text = " ".join(self.tokens.decode([*self.tokens.openings[label], *written]).split())
+        text = cut_to_sentence(text, complete=len(written) < len(row))
         long_enough = len(self.tokens.encode(text)) >= self.sampling.min_tokens
         return text if long_enough and any(letter.isalnum() for letter in text) else ""

@@ -46,7 +46,7 @@ def generated(matching: Matching, reading: Reading, shape: Shape, classes: Seque
     uniform = torch.cat([torch.rand(shape.count, shape.length, generator=source) for source in sources])
     rows = [label for label in classes for _ in range(shape.count)]
     sampling = Sampling(max_tokens=shape.length, min_tokens=reading.min_tokens)
-    ids = continue_prompts(model, tokens, rows, uniform, sampling, reading.allowed)
+    ids = continue_prompts(model, tokens, rows, uniform, sampling, reading.vocabulary)
     ids = ids.masked_fill(ids < 0, reading.end).view(len(classes), shape.count, shape.length)
     return model.embed(ids).to(torch.promote_types(model.dtype, torch.float32)), ids
 

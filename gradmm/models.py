@@ -26,6 +26,7 @@ from gradmm import files
 from gradmm.errors import UserError, first_line, require, require_type, shown
 from gradmm.markup import plain_name
 from gradmm.sharding import launched
+from gradmm.vocabulary import Vocabulary
 
 DATA = Path(__file__).parent / "data" / "demo"
 BUILT_IN = {"demo": DATA / "model", "demo-b": DATA / "model-b"}
@@ -76,10 +77,24 @@ class Model:
 
     @cached_property
     def pieces(self) -> tuple[str, ...]:
-        """The text of each token by itself, V; empty for rows of the embedding beyond the tokenizer."""
+        """The text that each token adds behind a letter, V; empty for rows of the embedding beyond the tokenizer."""
         size, tokenizer = self.embedding.shape[0], self.tokenizer
-        known = tokenizer.batch_decode([[token] for token in range(min(size, len(tokenizer)))], clean_up_tokenization_spaces=False)
-        return (*known, *[""] * (size - len(known)))
+        letter = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # alone, some decoders drop a token's space
+        whole = [[*letter, token] for token in range(min(size, len(tokenizer)))]
+        known = tokenizer.batch_decode([letter, *whole], clean_up_tokenization_spaces=False)
+        return (*(text.removeprefix(known[0]) for text in known[1:]), *[""] * (size - len(whole)))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text: the tokenizer's first, then those of the model's settings for generation."""
+        given = getattr(getattr(self.lm, "generation_config", None), "eos_token_id", None)
+        known = (self.tokenizer.eos_token_id, *(given if isinstance(given, list | tuple) else (given,)))
+        return tuple(dict.fromkeys(token for token in known if token is not None and token < self.embedding.shape[0]))
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What its tokens do to a text."""
+        return Vocabulary.of(self.tokenizer, self.pieces, self.ends, self.device)
 
     @property
     def head_weight(self) -> Tensor:

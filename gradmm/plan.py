@@ -13,7 +13,7 @@ from gradmm.errors import require
 from gradmm.matching import Matching
 from gradmm.models import Model, kind_of
 from gradmm.privacy import Release
-from gradmm.projection import Reading, Tables, allowed_tokens, gathered_numbers
+from gradmm.projection import Reading, Tables, gathered_numbers
 from gradmm.selection import Selection
 from gradmm.settings import SynthesisConfig
 from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
@@ -59,7 +59,8 @@ class Plan:
         """Derive it.
 
         Raises:
-            UserError: fewer texts than classes, a length beyond the model's context, or no end token where one is needed.
+            UserError: fewer texts than classes, a length beyond the model's context or too short for what the prompts begin texts with,
+                or no end token where one is needed.
         """
         tokens = tokenize_task(task, model.tokenizer)
         count = len(task.labels)
@@ -74,6 +75,7 @@ class Plan:
         )
         length = config.length or release.length
         _check_context(model, tokens, length)
+        _check_openings(tokens, length, config)
         end = _end_token(model, config)
         batch, together = work_units(model, len(tokens.start + tokens.head + tokens.tail) + length, config, len(classes))
         return Plan(
@@ -83,7 +85,7 @@ class Plan:
             release=release,
             config=config,
             matching=Matching(model, tokens, release.targets, release.space, config.distance, end),
-            reading=Reading(config.projection, config.top_k, allowed_tokens(model), end, min(MIN_TOKENS, length)),
+            reading=Reading(config.projection, config.top_k, model.vocabulary, end, min(MIN_TOKENS, length)),
             tables=Tables.of(model),
             length=length,
             classes=classes,
@@ -157,9 +159,8 @@ class Plan:
 def _end_token(model: Model, config: SynthesisConfig) -> int | None:
     if not config.early_end:
         return None
-    end = model.tokenizer.eos_token_id
-    require(end is not None, f"{model.name} has no end-of-text token: set early_end = False and init = 'normal'")
-    return end
+    require(len(model.ends) > 0, f"{model.name} has no end-of-text token: set early_end = False and init = 'normal'")
+    return model.ends[0]
 
 
 def _check_context(model: Model, tokens: TaskTokens, length: int) -> None:
@@ -168,6 +169,17 @@ def _check_context(model: Model, tokens: TaskTokens, length: int) -> None:
         around + length <= model.context,
         f"length = {length} with a template or prompt of {around} tokens, {model.name} reads {model.context}: "
         f"take a length of at most {model.context - around}",
+    )
+
+
+def _check_openings(tokens: TaskTokens, length: int, config: SynthesisConfig) -> None:
+    """Texts that are moved have all L tokens in them, those that their prompts begin them with included."""
+    opened = max(map(len, tokens.openings)) if config.search == "admm" else 0
+    least = opened + min(MIN_TOKENS, length)
+    require(
+        opened == 0 or length >= least,
+        f"length = {length}, but a generation prompt begins its texts with {opened} tokens: take a length of at least {least}, or "
+        f"end the prompts of task {tokens.task.name!r} with a full stop or colon, so that no words of theirs belong to the text",
     )
 
 

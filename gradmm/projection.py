@@ -6,7 +6,6 @@ likeliest of the near ones.
 """
 
 import math
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch.nn.functional import linear
 
 from gradmm.errors import require
 from gradmm.models import Model, Reader, kind_of
+from gradmm.vocabulary import Vocabulary
 
 ROWS_PER_BLOCK = 4096
 GATHERED_NUMBERS = {"cpu": 1 << 20, "other": 1 << 26}  # candidates' rows held at once: what a cache holds, or few launches
@@ -139,31 +139,38 @@ class Reading:
 
     Attributes:
         order: a name in PROJECTIONS.
-        k: candidates of each position, at least 1 and at most the number of allowed tokens.
-        allowed: (V,) bool, see `allowed_tokens`.
+        k: candidates of each position, at least 1 and at most the number of tokens of whole characters.
+        vocabulary: which tokens a text may hold where.
         end: the token that ends a text early; None writes all L positions.
-        min_tokens: no text ends before it has this many tokens.
+        min_tokens: no text ends before it has this many tokens of its own, those of its opening not counted.
     """
 
     order: str
     k: int
-    allowed: Tensor
+    vocabulary: Vocabulary
     end: int | None = None
     min_tokens: int = 1
 
     def __post_init__(self) -> None:
         require(self.order in PROJECTIONS, f"the projection {self.order!r} is not known: use one of {', '.join(PROJECTIONS)}")
-        count = int(self.allowed.sum())
+        allowed = self.vocabulary.whole
+        count = int(allowed.sum())
         require(
             isinstance(self.k, int) and 1 <= self.k <= count,
-            f"top_k = {self.k!r}, it must be from 1 to the {count} allowed tokens of the {self.allowed.numel()} in the "
+            f"top_k = {self.k!r}, it must be from 1 to the {count} allowed tokens of the {allowed.numel()} in the "
             f"vocabulary: try {min(200, count)}",
         )
 
 
 @torch.no_grad()
 def project(
-    model: Model, tables: Tables, v: Tensor, prompts: Sequence[tuple[int, ...]], rows: Tensor, reading: Reading
+    model: Model,
+    tables: Tables,
+    v: Tensor,
+    prompts: Sequence[tuple[int, ...]],
+    rows: Tensor,
+    reading: Reading,
+    openings: Sequence[tuple[int, ...]] = (),
 ) -> Tensor:
     """Project N continuous sequences on tokens, all side by side; each position costs one cached step.
 
@@ -171,10 +178,11 @@ def project(
         v: (N, L, D).
         prompts: the generation prompts, each at least one token (the begin-of-text token will do), encoded once each.
         rows: (N,) the number of each sequence's prompt.
-        reading: order, candidates, mask and end.
+        reading: order, candidates, vocabulary and end.
+        openings: the tokens at the end of each prompt that are its texts' first; none without them.
 
     Returns:
-        (N, L) tokens; after a text's end all are `end`.
+        (N, L) tokens, opening included; after a text's end all are `end`.
 
     Raises:
         UserError: an empty prompt, or prompt and text longer than the context.
@@ -185,29 +193,49 @@ def project(
         longest + v.shape[1] <= model.context,
         f"a prompt of {longest} and a text of {v.shape[1]} tokens exceed the context of {model.context}: shorten one of them",
     )
-    return _walk(tables, v, Reader.of(model, [prompts[row] for row in rows.tolist()]), reading)
-
-
-def _walk(tables: Tables, v: Tensor, reader: Reader, reading: Reading) -> Tensor:
-    """Token by token: (N, L, D) -> (N, L)."""
     ids = torch.full(v.shape[:2], -1 if reading.end is None else reading.end, device=v.device)
+    for number, opening in enumerate(openings):
+        ids[rows == number, : len(opening)] = torch.tensor(opening, dtype=torch.long, device=v.device)
+    opened = torch.tensor([len(opening) for opening in openings] or [0] * len(prompts), device=v.device)[rows]
+    before = torch.tensor([prompt[-1] for prompt in prompts], device=v.device)[rows]
+    return _walk(tables, v, Reader.of(model, [prompts[row] for row in rows.tolist()]), reading, ids, opened, before)
+
+
+def _walk(tables: Tables, v: Tensor, reader: Reader, reading: Reading, ids: Tensor, opened: Tensor, before: Tensor) -> Tensor:
+    """Token by token: v (N, L, D) -> ids (N, L).
+
+    Args:
+        ids: with the openings in it.
+        opened: (N,) how many tokens of each opening.
+        before: (N,) the last token of each prompt.
+    """
     rows = torch.arange(len(v), device=v.device)  # the texts that go on: no pass reads another
-    for position in range(v.shape[1]):
-        token = PROJECTIONS[reading.order](tables, reader.state, v[rows, position], _allowed_at(reading, position), reading.k)
-        ids[rows, position] = token
-        if position + 1 == v.shape[1]:
+    place, state = opened, torch.zeros_like(opened)
+    for step in range(v.shape[1]):
+        left = v.shape[1] - 1 - place
+        allowed = _allowed_at(reading, state, left, step, before)
+        token = PROJECTIONS[reading.order](tables, reader.state, v[rows, place], allowed, reading.k)
+        ids[rows, place] = token
+        if step + 1 == v.shape[1]:
             break
-        rows = reader.read_on(rows, token, torch.zeros_like(token, dtype=torch.bool) if reading.end is None else token == reading.end)
+        ended = left == 0 if reading.end is None else (left == 0) | (token == reading.end)
+        going = (~ended).nonzero().squeeze(1)
+        rows = reader.read_on(rows, token, ended)
         if len(rows) == 0:
             break
+        place, state = place[going] + 1, reading.vocabulary.state_after(state, token)[going]
     return ids
 
 
-def _allowed_at(reading: Reading, position: int) -> Tensor:
+def _allowed_at(reading: Reading, state: Tensor, left: Tensor, step: int, before: Tensor) -> Tensor:
+    """What each text may go on with at a step, by its state and the room `left` behind it: (N, V), or (V,) for all."""
+    allowed = reading.vocabulary.open_to(state, left)
+    if step == 0:
+        allowed = allowed & reading.vocabulary.first(before)
     if reading.end is None:
-        return reading.allowed
-    allowed = reading.allowed.clone()
-    allowed[reading.end] = position >= reading.min_tokens
+        return allowed
+    allowed = allowed.clone()
+    allowed[..., reading.end] = (state == 0) & (step >= reading.min_tokens) if allowed.ndim > 1 else step >= reading.min_tokens
     return allowed
 
 
@@ -216,18 +244,3 @@ def text_mask(ids: Tensor, end: int | None) -> Tensor:
     if end is None:
         return torch.ones_like(ids)
     return ((ids == end).long().cumsum(-1) == 0).long()
-
-
-def allowed_tokens(model: Model) -> Tensor:
-    """Which tokens a text may hold: (V,) bool.
-
-    Left out: special tokens, rows of the embedding beyond the tokenizer, and tokens that do not decode to printable text
-    on one line by themselves (fragments of characters, control characters).
-    """
-    special = set(model.tokenizer.all_special_ids)
-    allowed = [token not in special and _printable(piece) for token, piece in enumerate(model.pieces)]
-    return torch.tensor(allowed, device=model.device)
-
-
-def _printable(text: str) -> bool:
-    return bool(text.strip()) and "\ufffd" not in text and all(unicodedata.category(c)[0] != "C" for c in text)

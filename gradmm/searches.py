@@ -14,14 +14,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gradmm import admm
-from gradmm.generation import Batch, Sampling, generate_counts
+from gradmm.generation import Batch, Sampling, generate_counts, warn_of_prompts
 from gradmm.initialisation import Shape, best_of
 from gradmm.plan import MIN_TOKENS, Plan
 from gradmm.projection import project, text_mask
 from gradmm.runs import RunFolder
 from gradmm.seeds import generator, stream
 from gradmm.sharding import Crew
-from gradmm.tasks import warn_of_equal_prompts
 
 OnStep = Callable[[int, admm.Result], None]
 
@@ -57,7 +56,7 @@ def search(plan: Plan, folder: RunFolder, crew: Crew, progress: bool, on_step: O
 
 def _search_admm(plan: Plan, here: Circumstances) -> Written:
     """Texts moved towards the target by the solver: every batch of groups from where it stands to its end."""
-    warn_of_equal_prompts(plan.task)
+    warn_of_prompts(plan.tokens, plan.model.vocabulary)
     folder, crew, numbers = here.folder, here.crew, range(len(plan.batches()))
     total = len(numbers[crew.rank :: crew.count]) * plan.config.outer_steps
 
@@ -107,7 +106,8 @@ def _solved(plan: Plan, number: int, held: admm.Result | None, report: Callable[
 def _projected(plan: Plan, v: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """v (k, B, L, D) -> the readable texts' embeddings and tokens."""
     rows = classes.repeat_interleave(v.shape[1])
-    ids = project(plan.model, plan.tables, v.flatten(0, 1), plan.tokens.prompts, rows, plan.reading).view(v.shape[:3])
+    tokens = plan.tokens
+    ids = project(plan.model, plan.tables, v.flatten(0, 1), tokens.prompts, rows, plan.reading, tokens.openings).view(v.shape[:3])
     return plan.model.embed(ids).to(v.dtype), ids
 
 
@@ -161,7 +161,8 @@ def _ended(plan: Plan, results: Sequence[admm.Result]) -> list[dict]:
 
 def _search_pool(plan: Plan, here: Circumstances) -> Written:
     """Finished texts that the model writes freely; each class is one group."""
-    around = max(map(len, plan.tokens.prompts))
+    tokens = plan.tokens
+    around = max(*map(len, tokens.prompts), len(tokens.start + tokens.head + tokens.tail) + max(map(len, tokens.openings)))
     longest = max(MIN_TOKENS, min(2 * plan.length, plan.model.context - around))
     sampling = Sampling(max_tokens=longest, min_tokens=MIN_TOKENS)
     share = _TextUnits(here.folder, here.crew)

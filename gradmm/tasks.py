@@ -173,6 +173,16 @@ class Task:
             return self.generation_prompts
         return tuple(INSTRUCTION.match(prompt).group() for prompt in self.generation_prompts)
 
+    @property
+    def openings(self) -> tuple[str, ...]:
+        """The C beginnings of a text that stand at the end of the generation prompts, behind `instructions`.
+
+        >>> Task("x", ("no", "yes"), (" no", " yes"), generation_prompts=("A sad text: i feel", "Be happy.")).openings
+        (' i feel', '')
+        """
+        asked = zip(self.generation_prompts, self.instructions, strict=True)
+        return tuple(prompt.removeprefix(instruction).rstrip() and prompt.removeprefix(instruction) for prompt, instruction in asked)
+
     def to_dict(self) -> dict:
         """The task as plain values, for manifests and YAML."""
         return asdict(self)
@@ -224,8 +234,8 @@ class TaskTokens:
 
         Args:
             label: the class's number.
-            shots: example texts. In the plain style each reads prompt, text, separator, and the prompt follows once more; in a
-                chat they stand before the instruction in the user's turn.
+            shots: example texts. In the plain style each reads instruction, text, separator, and the prompt follows once more; in
+                a chat they stand before the instruction in the user's turn.
 
         Raises:
             UserError: a chat with a tokenizer that has no chat template.
@@ -233,8 +243,16 @@ class TaskTokens:
         asked = self.task.generation_prompts[label]
         if self.task.prompt_style == "chat":
             return tuple(_encode(self.tokenizer, self._chat(separator.join([*shots, asked]))))
-        before = "".join(f"{asked} {text}".lstrip() + separator for text in shots)
+        instruction = self.task.instructions[label]
+        space = " " if instruction[-1:].strip() else ""
+        before = "".join(instruction + space + text + separator for text in shots)
         return tuple(from_start(self.tokenizer, [_encode(self.tokenizer, before + asked)])[0])
+
+    @cached_property
+    def openings(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens at the end of each of the C prompts that begin the text itself, see `Task.instructions`."""
+        asked = zip(self.prompts, self.task.openings, strict=True)
+        return tuple(prompt[_split(self.tokenizer, prompt, opening) :] for prompt, opening in asked)
 
     def _chat(self, instruction: str) -> str:
         """A user's turn and the beginning of the answer, in the chat template's own markup, begin token included."""
@@ -309,6 +327,14 @@ def from_start(tokenizer, sequences: Sequence[Sequence[int]], least: int = 1) ->
 
 def _encode(tokenizer, text: str, plain: bool = False) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)["input_ids"]) if text else []
+
+
+def _split(tokenizer, prompt: Sequence[int], opening: str) -> int:
+    """Where the tokens of an opening begin in a prompt's: the last place from which the tokens hold all of it."""
+    for place in range(len(prompt), -1, -1):
+        if len(tokenizer.decode(list(prompt[place:]), clean_up_tokenization_spaces=False).strip()) >= len(opening.strip()):
+            return place
+    return 0
 
 
 def _continuation(tokenizer, before: str, after: str, plain: bool = False) -> list[int] | None:

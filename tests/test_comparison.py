@@ -30,8 +30,8 @@ from gradmm.tasks import Task, tokenize_task
 from gradmm.training import FinetuneConfig
 from gradmm.trial import Bench, ComparisonConfig, Trial
 
-TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
-FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is", ("", "a", "the cat", "in"))
+TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
+FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is", ("", "a:", "the cat:", "in:"))
 CLUES = ("cat sat", "dog sat", "red movie", "blue film")
 FILLERS = ("the", "a", "i feel", "we saw the", "you like a", "they made the")
 CONFIG = ComparisonConfig(

@@ -8,9 +8,8 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from gradmm.errors import DataWarning, UserError
 from gradmm.examples import Example, content_hash, load_data, sample_examples
-from gradmm.generation import Sampling, _Writer, closing_tokens, generate_texts, nucleus
+from gradmm.generation import Sampling, _Writer, generate_texts, nucleus
 from gradmm.models import Model, load_model
-from gradmm.projection import allowed_tokens
 from gradmm.tasks import Task, tokenize_task
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was bad .", "this was great ."))
@@ -48,15 +47,6 @@ def test_texts_are_finished_distinct_and_balanced(tiny_model, task, kind, allowe
             assert 4 <= len(tokenize_task(task, model.tokenizer).encode(example.text))
 
 
-def test_the_tokens_that_end_a_sentence_are_those_that_a_writer_stops_at(tiny_model, kind, allowed):
-    model = tiny_model(kind)
-    closes = closing_tokens(model, allowed)
-    assert torch.equal(closes, _Writer.of(model, tokenize_task(TWO, model.tokenizer), SAMPLING, allowed).closes)
-    assert [model.tokenizer.decode([token]) for token in closes.nonzero().flatten().tolist()] == ["."]
-    with pytest.raises(UserError, match="none of the allowed tokens ends a sentence with one of"):
-        closing_tokens(model, ~closes)
-
-
 def test_neighbours_do_not_change_a_text(tiny_model, task, allowed):
     model = tiny_model()
     for shots in ((), shots_of(task)):
@@ -69,7 +59,17 @@ def test_neighbours_do_not_change_a_text(tiny_model, task, allowed):
 
 
 def writer_of(model, task, sampling, allowed=None) -> _Writer:
-    return _Writer.of(model, tokenize_task(task, model.tokenizer), sampling, allowed_tokens(model) if allowed is None else allowed)
+    vocabulary = model.vocabulary if allowed is None else model.vocabulary.only(allowed)
+    return _Writer(model, tokenize_task(task, model.tokenizer), sampling, vocabulary)
+
+
+def open_at(writer, step, before=5) -> torch.Tensor:
+    row = torch.zeros(1, dtype=torch.long)
+    return writer._open_to(row, torch.full((1,), 9), step, torch.full((1,), before))
+
+
+def room(uniform) -> torch.Tensor:
+    return torch.full((len(uniform),), uniform.shape[1])
 
 
 def test_draws_follow_the_model_with_temperature_and_nucleus(tiny_model):
@@ -78,8 +78,8 @@ def test_draws_follow_the_model_with_temperature_and_nucleus(tiny_model):
     writer = writer_of(model, TWO, sampling)
     state = model.hidden_of([[0, 5, 7]])
     uniform = torch.linspace(0, 1, 20_001, dtype=torch.float64)[:-1]
-    drawn = writer._draw(state.expand(len(uniform), -1), uniform, step=0)
-    logits = torch.nn.functional.linear(state, model.head_weight, model.head_bias).masked_fill(~(writer.allowed & ~writer.stops), -torch.inf)
+    drawn = writer._draw(state.expand(len(uniform), -1), uniform, open_at(writer, 1))
+    logits = torch.nn.functional.linear(state, model.head_weight, model.head_bias).masked_fill(~open_at(writer, 1), -torch.inf)
     expected = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(1.7)(None, logits)).softmax(-1)[0]
     found = torch.bincount(drawn, minlength=97) / len(drawn)
     torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=0)
@@ -117,10 +117,10 @@ def test_a_draw_at_either_end_is_in_the_nucleus(tiny_model):
     model = tiny_model()
     writer = writer_of(model, TWO, Sampling(top_p=0.5))
     state = model.hidden_of([[0, 5, 7]])
-    logits = torch.nn.functional.linear(state, model.head_weight, model.head_bias).masked_fill(~(writer.allowed & ~writer.stops), -torch.inf)
+    logits = torch.nn.functional.linear(state, model.head_weight, model.head_bias).masked_fill(~open_at(writer, 1), -torch.inf)
     kept = nucleus(logits, 0.5)[0].nonzero().flatten().tolist()
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert writer._draw(state.expand(2, -1), ends, step=0).tolist() == [kept[0], kept[-1]]
+    assert writer._draw(state.expand(2, -1), ends, open_at(writer, 1)).tolist() == [kept[0], kept[-1]]
 
 
 def test_cached_steps_equal_whole_passes(tiny_model, kind):
@@ -128,11 +128,11 @@ def test_cached_steps_equal_whole_passes(tiny_model, kind):
     writer = writer_of(model, TWO, replace(SAMPLING, max_tokens=9, min_tokens=9))
     prompts = [[0, 5, 7, 9], [0, 8], [0, 4, 6]]
     uniform = torch.rand(3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = writer._sample(prompts, uniform)
+    found = writer._sample(prompts, uniform, room(uniform))
     for row, prompt in enumerate(prompts):
         text = []
         for step in range(9):
-            text.append(int(writer._draw(model.hidden_of([prompt + text]), uniform[row : row + 1, step], step)))
+            text.append(int(writer._draw(model.hidden_of([prompt + text]), uniform[row : row + 1, step], open_at(writer, step, prompt[-1]))))
         assert found[row].tolist() == text
 
 
@@ -140,10 +140,9 @@ def test_equal_prompts_are_read_once_and_no_pass_reads_a_text_that_has_ended(tin
     model, sizes, read = tiny_model(), [], Model.read
     monkeypatch.setattr(Model, "read", lambda self, ids, *some: sizes.append(tuple(ids.shape)) or read(self, ids, *some))
     writer = writer_of(model, TWO, SAMPLING, allowed)
-    ids = writer._sample([(0, 5, 7)] * 12, torch.rand(12, 16, generator=torch.Generator().manual_seed(0)))
-    written = (ids >= 0).sum(1)
-    closed = writer.closes[ids.gather(1, written[:, None] - 1).squeeze(1)] & (written >= SAMPLING.min_tokens)
-    passes = torch.where(closed | (written == 16), written - 1, written)  # a token that is no part of the text ends the others
+    uniform = torch.rand(12, 16, generator=torch.Generator().manual_seed(0))
+    written = (writer._sample([(0, 5, 7)] * 12, uniform, room(uniform)) >= 0).sum(1)
+    passes = written.clamp_max(15)  # a text's last token is read: what follows tells whether its sentence ended there
     assert sizes == [(1, 3), *((int((passes > step).sum()), 1) for step in range(int(passes.max())))] and sizes[-1] < (12, 1)
 
 
@@ -172,7 +171,7 @@ def test_shots_are_real_examples_of_the_class_behind_the_prompt(tiny_model):
 def test_texts_that_cannot_be_read_are_written_anew(tiny_model, allowed, monkeypatch, bad):
     model, whole = tiny_model(), _Writer._finish
     wanted = generate_texts(model, TWO, 20, 0, SAMPLING, allowed=allowed)
-    monkeypatch.setattr(_Writer, "_finish", lambda self, row: bad if row[0] % 2 else whole(self, row))
+    monkeypatch.setattr(_Writer, "_finish", lambda self, label, row: bad if row[0] % 2 else whole(self, label, row))
     found = generate_texts(model, TWO, 5, 0, SAMPLING, allowed=allowed)
     assert len(found) == 10 and (bad, 0) not in [(example.text, example.label) for example in found]
     assert {example.text for example in found if example.label == 0} < {example.text for example in wanted if example.label == 0}
@@ -202,9 +201,10 @@ def test_a_text_is_cut_back_to_its_last_sentence_and_ends_at_stops(tiny_model):
     def ids(text):
         return model.tokenizer(text)["input_ids"]
 
-    assert writer._finish([*ids(" the cat sat. the"), -1]) == "the cat sat."
-    assert writer._finish(ids(" the cat sat the")) == "" == writer._finish(ids(" ...")) == writer._finish(ids(" it."))
-    assert bool(writer.stops[0]) and bool(writer.closes[model.tokenizer.convert_tokens_to_ids(".")])
+    assert writer._finish(0, [*ids(" the cat sat. the"), -1]) == "the cat sat."
+    assert writer._finish(0, ids(" the cat sat the")) == "" == writer._finish(0, ids(" ...")) == writer._finish(0, ids(" it."))
+    vocabulary = writer.vocabulary
+    assert bool(vocabulary.stops[0]) and vocabulary.closes.nonzero().flatten().tolist() == [model.tokenizer.convert_tokens_to_ids(".")]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from gradmm.gradients import Factors, FactorTarget, Space
 from gradmm.initialisation import INITIALISATIONS, Shape, best_of
 from gradmm.matching import Matching
-from gradmm.projection import Reading, allowed_tokens, text_mask
+from gradmm.projection import Reading, text_mask
 from gradmm.seeds import generator
 from gradmm.tasks import Task, tokenize_task
 
@@ -15,7 +15,7 @@ TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the m
 def setting(model):
     source = torch.Generator().manual_seed(0)
     target = FactorTarget(Factors(torch.randn(3, 97, generator=source), torch.randn(3, 32, generator=source)))
-    reading = Reading("lm_then_nearest", 5, allowed_tokens(model), end=0, min_tokens=2)
+    reading = Reading("lm_then_nearest", 5, model.vocabulary, end=0, min_tokens=2)
     return Matching(model, tokenize_task(TASK, model.tokenizer), [target, target], Space(), end=0), reading
 
 
@@ -42,7 +42,7 @@ def test_generated_starts_are_allowed_tokens_that_end_once(tiny_model):
     x, ids = INITIALISATIONS["generated"](matching, reading, Shape(8, 6), [0, 1], [generator(1, "x", g) for g in range(2)])
     torch.testing.assert_close(x, model.embed(ids))
     mask = text_mask(ids, 0)
-    assert bool(reading.allowed[ids[mask == 1]].all()) and bool((mask.sum(-1) >= 2).all()) and bool((ids[mask == 0] == 0).all())
+    assert bool(reading.vocabulary.whole[ids[mask == 1]].all()) and bool((mask.sum(-1) >= 2).all()) and bool((ids[mask == 0] == 0).all())
 
 
 def test_more_candidates_never_start_worse(tiny_model):

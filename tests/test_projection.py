@@ -5,7 +5,8 @@ import torch
 
 from gradmm import models, projection, reference
 from gradmm.errors import UserError
-from gradmm.projection import PROJECTIONS, Reading, Tables, allowed_tokens, project, text_mask
+from gradmm.projection import PROJECTIONS, Reading, Tables, project, text_mask
+from gradmm.vocabulary import Vocabulary
 
 PROMPTS = [(0, 40, 41), (0,), (0, 50, 51, 52, 53)]
 
@@ -17,8 +18,8 @@ def vectors(model, count, length, seed=0):
     return model.embedding[ids] + 0.5 * noise
 
 
-def every(model):
-    return torch.ones(model.embedding.shape[0], dtype=torch.bool)
+def every(model) -> Vocabulary:
+    return Vocabulary.free(torch.ones(model.embedding.shape[0], dtype=torch.bool))
 
 
 @pytest.mark.parametrize("order", PROJECTIONS)
@@ -28,7 +29,7 @@ def test_equals_brute_force_with_prompts_of_any_lengths_side_by_side(tiny_model,
     v, rows = vectors(model, 6, 7), torch.tensor([0, 1, 2, 2, 1, 0])
     ids = project(model, Tables.of(model), v, PROMPTS, rows, Reading(order, k, every(model)))
     for i, row in enumerate(rows.tolist()):
-        expected = reference.project(model.lm, v[i : i + 1], PROMPTS[row], order, k, every(model))
+        expected = reference.project(model.lm, v[i : i + 1], PROMPTS[row], order, k, every(model).whole)
         assert torch.equal(ids[i : i + 1], expected)
 
 
@@ -46,7 +47,7 @@ def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
     allowed = torch.rand(97, generator=torch.Generator().manual_seed(1)) < 0.2
     v = vectors(model, 5, 6)
     for k in (1, int(allowed.sum())):
-        ids = project(model, Tables.of(model), v, PROMPTS[:1], torch.zeros(5, dtype=torch.long), Reading(order, k, allowed))
+        ids = project(model, Tables.of(model), v, PROMPTS[:1], torch.zeros(5, dtype=torch.long), Reading(order, k, Vocabulary.free(allowed)))
         assert bool(allowed[ids].all())
         assert torch.equal(ids, reference.project(model.lm, v, PROMPTS[0], order, k, allowed))
 
@@ -122,8 +123,9 @@ def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order):
     reader.read = lambda token: None  # the model's own code is not what is asked
     reader.select = lambda rows: asked.append(rows.device) or select(rows)
     reader.read_on = lambda rows, *given: asked.append(rows.device) or read_on(rows, *given)
+    ids, none = torch.full((3, 4), end), torch.zeros(3, dtype=torch.long)
     with torch.device("meta"):
-        ids = projection._walk(tables, v, reader, reading)
+        ids = projection._walk(tables, v, reader, reading, ids, none, none)
     assert {ids.device, *asked} == {v.device} and ids.shape == (3, 4)
 
 
@@ -134,21 +136,11 @@ def test_prompts_are_read_where_the_model_is_and_with_a_mask_only_if_they_differ
         reader = models.Reader.of(model, [(1,) * length for length in lengths])
         assert (reader.mask is None) == (len(set(lengths)) == 1)
     assert asked == [model.device] * 3
-    with torch.device("meta"):
-        assert allowed_tokens(model).device == model.device
 
 
 def test_text_mask():
     ids = torch.tensor([[5, 0, 7], [0, 0, 0], [1, 2, 3]])
     assert text_mask(ids, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]] and text_mask(ids, None).tolist() == [[1] * 3] * 3
-
-
-def test_allowed_tokens_are_printable_and_known_to_the_tokenizer(tiny_model):
-    model = tiny_model("llama")
-    allowed = allowed_tokens(model)
-    texts = [model.tokenizer.decode([token]) for token in allowed.nonzero().flatten().tolist()]
-    assert not allowed[0] and all(text.strip() for text in texts) and " great" in texts
-    assert not bool(allowed[len(model.tokenizer) :].any())
 
 
 def test_bad_settings_are_one_sentence(tiny_model):
@@ -157,7 +149,7 @@ def test_bad_settings_are_one_sentence(tiny_model):
     with pytest.raises(UserError, match=r"top_k = 98, it must be from 1 to the 97 allowed tokens"):
         Reading("lm_then_nearest", 98, allowed)
     with pytest.raises(UserError, match="top_k = 0, it must be from 1 to the 300 allowed tokens of the 300 in the vocabulary: try 200"):
-        Reading("lm_then_nearest", 0, torch.ones(300, dtype=torch.bool))
+        Reading("lm_then_nearest", 0, Vocabulary.free(torch.ones(300, dtype=torch.bool)))
     with pytest.raises(UserError, match="top_k = 0"):
         Reading("lm_then_nearest", 0, allowed)
     with pytest.raises(UserError, match="projection 'beam' is not known: use one of lm_then_nearest, nearest_then_lm"):
@@ -222,13 +214,49 @@ def test_a_prompt_and_text_may_fill_the_context(tiny_model):
     assert ids.shape == (1, 63)
 
 
-def test_the_end_is_allowed_from_min_tokens_on_and_the_callers_mask_stays(tiny_model):
-    allowed = every(tiny_model("llama"))
-    reading = Reading("lm_then_nearest", 5, allowed, end=3, min_tokens=2)
-    assert [bool(projection._allowed_at(reading, position)[3]) for position in range(4)] == [False, False, True, True]
-    assert bool(allowed.all()) and projection._allowed_at(Reading("lm_then_nearest", 5, allowed), 0) is allowed
+def test_the_end_is_allowed_from_min_tokens_on_and_the_vocabularys_mask_stays(tiny_model):
+    vocabulary, row = every(tiny_model("llama")), torch.zeros(1, dtype=torch.long)
+    reading = Reading("lm_then_nearest", 5, vocabulary, end=3, min_tokens=2)
+    masks = [projection._allowed_at(reading, row, row, step, row) for step in range(4)]
+    assert [bool(mask[..., 3].all()) for mask in masks] == [False, False, True, True]
+    assert bool(vocabulary.whole.all()) and projection._allowed_at(Reading("lm_then_nearest", 5, vocabulary), row, row, 1, row).ndim == 1
 
 
-def test_what_is_printable():
-    assert all(map(projection._printable, ["a", " a", "the end", "é", "日本", "!", "שלום"]))
-    assert not any(map(projection._printable, ["", " ", "\n", "a\n", "\t", "\ufffd", "a\ufffd", "\u202e", "\u200b", "\x07", "a\u0000"]))
+@pytest.mark.parametrize("order", PROJECTIONS)
+def test_an_opening_stands_before_each_text_and_is_not_chosen(tiny_model, kind, order):
+    """As if the rest of each text had been projected alone, from the whole prompt and the rest of the vectors."""
+    model = tiny_model(kind)
+    v, rows = vectors(model, 6, 7), torch.tensor([0, 1, 2, 2, 1, 0])
+    openings = [(41,), (), (51, 52, 53)]
+    reading = Reading(order, 5, every(model), end=9, min_tokens=2)
+    ids = project(model, Tables.of(model), v, PROMPTS, rows, reading, openings)
+    for i, row in enumerate(rows.tolist()):
+        count = len(openings[row])
+        alone = project(model, Tables.of(model), v[i : i + 1, count:], PROMPTS[row : row + 1], torch.zeros(1, dtype=torch.long), reading)
+        assert ids[i].tolist() == [*openings[row], *alone[0].tolist()]
+
+
+def literal_masks(vocabulary, chosen, length, before):
+    """Tokens open at each place of one text, from the tables entry by entry."""
+    state, masks = 0, []
+    for place, token in enumerate(chosen):
+        mask = [int(needs) <= length - 1 - place for needs in vocabulary.needs[state]]
+        if place == 0:
+            mask = [a and bool(b) for a, b in zip(mask, vocabulary.begins[int(vocabulary.spaces[before])], strict=True)]
+        masks.append(mask)
+        state = int(vocabulary.follows[state, token])
+    return masks, state
+
+
+@pytest.mark.parametrize("order", PROJECTIONS)
+@pytest.mark.parametrize("prompt", ["Rating: poor.", "a film", "the \n"])
+def test_every_projection_is_whole_characters_that_begin_with_a_word(order, prompt):
+    model = models.load_model("demo", device="cpu")
+    ids = tuple(model.tokenizer(prompt)["input_ids"])
+    v = torch.randn(12, 6, model.embedding.shape[1], generator=torch.Generator().manual_seed(0))
+    found = project(model, Tables.of(model), v, [ids], torch.zeros(12, dtype=torch.long), Reading(order, 3000, model.vocabulary))
+    for row in found.tolist():
+        masks, state = literal_masks(model.vocabulary, row, 6, ids[-1])
+        assert state == 0 and all(mask[token] for mask, token in zip(masks, row, strict=True))
+        text = model.tokenizer.decode([*ids[-1:], *row], clean_up_tokenization_spaces=False)
+        assert "\ufffd" not in text and model.pieces[row[0]].lstrip()[:1].isprintable()

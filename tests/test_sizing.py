@@ -18,7 +18,7 @@ from gradmm.tasks import Task
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 PHI = ModelShape(layers=24, width=2048, inner=8192, vocabulary=51_200, weights=1_418_270_720, bytes=2)
-TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
+TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
 REAL = [{"text": text, "label": label} for label, text in enumerate(("a dull plot", "a fine film"))]
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other.
 ORDER = """
-    errors markup readability seeds files locks sharding admm card runs records gradients rows tasks examples models projection generation classification adapters training sketch
+    errors markup readability sentences vocabulary seeds files locks sharding admm card runs records gradients rows tasks examples models projection generation classification adapters training sketch
     spaces matching mechanism privacy evaluation selection coresets initialisation finetuning theory audit fidelity sizing
     settings plan searches synthesis controls trial methods measures
     results comparison ablation demo_text demo plots paper floors performance reference batch shard

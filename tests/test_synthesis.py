@@ -22,7 +22,7 @@ from gradmm.spaces import LABEL_SPACES
 from gradmm.synthesis import synthesize
 from gradmm.tasks import Task, tokenize_task
 
-TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a"))
+TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
 TEXTS = {0: ["a dull plot", "the actors sat all time", "not one scene"], 1: ["a fine film", "we like the music", "red and blue"]}
 REAL = [{"text": text, "label": label} for label, texts in TEXTS.items() for text in texts]
 SMALL = SynthesisConfig(search="admm", ranking="text", n_synthetic=4, oversample=1.5, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=5)
@@ -262,7 +262,7 @@ def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
 
 def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
     model = tiny_model("phi", dtype=torch.float32)
-    task = Task("news", ("world", "sports", "business", "text"), (" world", " sports", " business", " text"), "{text} this is", ("we", "they", "you", "i"))
+    task = Task("news", ("world", "sports", "business", "text"), (" world", " sports", " business", " text"), "{text} this is", ("we:", "they:", "you:", "i:"))
     real = [{"text": f"a {word} scene", "label": i % 4} for i, word in enumerate("red blue cat dog fine dull".split())]
     config = replace(SMALL, n_synthetic=6, early_end=True, distance="l2", projection="nearest_then_lm", filter="none")
     result = synthesize(model, task, gradmm.release(model, task, real, space="head"), config, progress=False)
@@ -289,7 +289,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("ranking", ["text", "group", "joint"])
 def test_unreadable_texts_are_never_kept_whatever_the_search_and_ranking(setting, search, ranking):
     model, task, release = setting
-    told = replace(task, generation_prompts=("the movie was bad .", "a"))
+    told = replace(task, generation_prompts=("the movie was bad .", "a:"))
     plan = Plan.of(model, told, release, replace(SMALL, search=search, ranking=ranking))
     good = ["red and blue", "the cat sat", "one dull plot", "we like music"]
     texts = [*UNREADABLE.values(), *good, good[0]]

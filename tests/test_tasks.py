@@ -199,11 +199,29 @@ def test_a_chat_prompt_is_the_templates_own_with_one_begin_token(pattern):
 
 def test_shots_stand_behind_the_prompt_each_or_in_the_users_turn():
     tokenizer = talking("$A")
-    task = Task("t", generation_prompts=("a dull plot", "a fun story"), **TWO)
+    task = Task("t", generation_prompts=("a dull plot", "a fun story:"), **TWO)
     plain, chat = (tokenize_task(replace(task, prompt_style=style), tokenizer) for style in ("plain", "chat"))
-    assert list(plain.prompt(1, ["good", "great"], " : ")) == whole(tokenizer, "a fun story good : a fun story great : a fun story")
-    assert list(chat.prompt(1, ["good", "great"], " : ")) == whole(tokenizer, "<s><unk>user: good : great : a fun story</s>answer:")
+    assert list(plain.prompt(1, ["good", "great"], " : ")) == whole(tokenizer, "a fun story: good : a fun story: great : a fun story:")
+    assert list(chat.prompt(1, ["good", "great"], " : ")) == whole(tokenizer, "<s><unk>user: good : great : a fun story:</s>answer:")
     assert plain.prompt(0) == plain.prompts[0] and chat.prompt(0) == chat.prompts[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opening", "shown"),
+    [
+        ("a fun story: i feel", " i feel", "a fun story: i feel great : a fun story: i feel"),
+        ("a fun story. the", " the", "a fun story. i feel great : a fun story. the"),
+        ("the movie", "the movie", "i feel great : the movie"),
+        ("be great.", "", "be great. i feel great : be great."),
+    ],
+)
+def test_what_a_prompt_begins_belongs_to_the_text_and_is_never_doubled(toy_tokenizer, prompt, opening, shown):
+    tokens = tokenize_task(Task("t", generation_prompts=(prompt, "a:"), **TWO), toy_tokenizer)
+    assert tokens.task.openings[0] == opening and tokens.decode(tokens.openings[0]) == opening.strip()
+    assert tokens.prompts[0][len(tokens.prompts[0]) - len(tokens.openings[0]) :] == tokens.openings[0]
+    assert tokens.decode(tokens.prompt(0, ["i feel great"], " : ")) == shown
+    chat = Task("t", generation_prompts=(prompt, "a:"), prompt_style="chat", **TWO)
+    assert chat.openings == ("", "")
 
 
 def test_a_template_that_can_think_is_asked_not_to():

@@ -10,6 +10,7 @@ from gradmm.matching import Matching
 from gradmm.projection import Reading, Tables, project
 from gradmm.seeds import generator
 from gradmm.tasks import Task, tokenize_task
+from gradmm.vocabulary import Vocabulary
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "a {text} it was", ("the movie was", "a"))
 REAL = (["a dull plot", "the actors sat all time"], ["a fine film", "we like the music", "red and blue"])
@@ -26,7 +27,7 @@ def test_the_fast_method_takes_the_same_steps_as_the_literal_one(tiny_model, kin
     explicit = [reference.real_gradient(model.lm, s, y.tolist()) for s, y in zip(sequences, labels, strict=True)]
     matching, classes = Matching(model, tokens, targets, Space()), torch.tensor([0, 1])
     allowed = torch.ones(97, dtype=torch.bool)
-    reading, tables = Reading(order, 6, allowed), Tables.of(model)
+    reading, tables = Reading(order, 6, Vocabulary.free(allowed)), Tables.of(model)
     config = admm.Config(rho=0.3, outer_steps=3, inner_steps=4, lr=0.05)
     x = best_of("normal", 3, matching, reading, Shape(2, 4), classes, [generator(0, "x", k) for k in range(2)])
 

@@ -22,6 +22,7 @@ from gradmm.matching import Matching
 from gradmm.models import DTYPES, Model, quicken
 from gradmm.projection import Reading, Tables, project
 from gradmm.tasks import TaskTokens
+from gradmm.vocabulary import Vocabulary
 
 SHAPES = {
     "tiny": {"vocabulary": 500, "width": 64, "layers": 2, "heads": 2, "context": 128},
@@ -94,10 +95,10 @@ def pairs(model: Model, literal: Model, groups: int, count: int, length: int, k:
         )
     }
     for order in ("lm_then_nearest", "nearest_then_lm"):
-        reading = Reading(order, k, allowed.to(model.device))
+        reading = Reading(order, k, Vocabulary.free(allowed.to(model.device)))
         work[f"projection, {order}"] = (
             lambda reading=reading: project(model, tables, x.flatten(0, 1), [PROMPT], rows, reading),
-            lambda reading=reading: reference.project(literal.lm, x[0], PROMPT, reading.order, k, reading.allowed),
+            lambda reading=reading: reference.project(literal.lm, x[0], PROMPT, reading.order, k, reading.vocabulary.whole),
         )
     return work
 

@@ -113,7 +113,7 @@ def literal_group(model: Model, plan: Plan, examples: list[Example], steps: dict
         return reference.distance(reference.head_gradient(model.lm, around, labels), explicit, config.distance)
 
     def project(v):
-        return clocked("projection", lambda: reference.project(model.lm, v, tokens.prompts[0], config.projection, config.top_k, plan.reading.allowed))
+        return clocked("projection", lambda: reference.project(model.lm, v, tokens.prompts[0], config.projection, config.top_k, plan.reading.vocabulary.whole))
 
     x = clocked("initialisation", lambda: best_start(model, plan, match))
     begun = time.perf_counter()

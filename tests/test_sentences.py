@@ -1,0 +1,49 @@
+"""Where sentences end: a table in several languages, and texts cut back to what is certain."""
+
+import pytest
+
+from gradmm.sentences import cut_to_sentence, ends_sentence
+
+ENDS = [
+    ("I saw it.", " It"), ("I saw it.", ""), ("I saw it.", None), ("it was great .", " the film"), ("it was great .", None),
+    ("Really?!", " Yes"), ("wow!", None), ("He said \"no.\"", " Then"), ("(It rained.)", " We"), ("It cost $10.", " The"),
+    ("Sales rose 5%.", None), ("I was there in 1999.", ""), ("Visit example.com.", " The"), ("and so on ...", " Then"),
+    ("这部电影很好。", "很"), ("真的吗？", None), ("太好了！", "我"), ("好!", "很"), ("Das war schön.", " Der"),
+    ("C'était bien.", " Il"), ("¿Qué tal?", " Bien"), ("Фильм хороший.", " Он"), ("映画は良かった。", ""), ("i said no.", " then"),
+    ("The film is state-of-the-art.", None), ("it's the actors'.", " They"),
+]  # fmt: skip
+NO_ENDS = [
+    ("I saw it", " It"), ("the TBO team vs.", " the"), ("the TBO team vs.", ""), ("revenue of $10.", "5"), ("revenue of $10.", None),
+    ("revenue of $10.", " million"), ("http://www.", "example"), ("http://www.", " x"), ("I met Dr.", " Who"), ("Mr.", " Smith"),
+    ("the U.S.", " Army"), ("fruit, e.g.", " apples"), ("J.", " Smith"), ("George W.", " Bush"), ("Ph.D.", " students"),
+    ("at 5 p.m.", " on"), ("No.", " 7"), ("1.", " The"), ("the film...", " is"), ("the film.", "com"), ("这部电影很好。", "”"),
+    ("z.B.", " Berlin"), ("Das sind ca.", " zehn"), ("Mme.", " Dupont"), ("Sra.", " García"), ("ул.", " Ленина"), ("т.е.", " он"),
+    ("on Oct.", " 3"), ("St.", " Louis"), ("visit example.com.", None), ("Apple Inc.", " said"), ("", ""), ("he said, (cf.", " page"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after"), ENDS)
+def test_here_a_sentence_ends(before, after):
+    assert ends_sentence(before, after)
+
+
+@pytest.mark.parametrize(("before", "after"), NO_ENDS)
+def test_here_none_ends(before, after):
+    assert not ends_sentence(before, after)
+
+
+@pytest.mark.parametrize(
+    ("text", "complete", "left"),
+    [
+        ("A fine film. It cost $10.", False, "A fine film."),
+        ("A fine film. It cost $10.", True, "A fine film. It cost $10."),
+        ("It was on http://www.", True, ""),
+        ("It was so. Then Dr.", True, "It was so."),
+        ("He said \"it was.\" and then", False, "He said \"it was.\""),
+        ("很好。但是", False, "很好。"),
+        ("no end at all", True, ""),
+        ("", True, ""),
+    ],
+)
+def test_a_text_goes_back_to_its_last_certain_end(text, complete, left):
+    assert cut_to_sentence(text, complete) == left

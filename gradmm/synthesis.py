@@ -147,8 +147,8 @@ def _checked(release, model: Model, task: Task) -> Release:
 
 def _collect(plan: Plan, written: Written, folder: RunFolder) -> SynthesisResult:
     """The texts' scores and verdicts, and the manifest."""
-    judged = plan.selection.rows(written.texts, written.classes)
-    rows = [{**row, "group": group} for row, group in zip(judged, written.groups, strict=True)]
+    judged = zip(plan.selection.rows(written.texts, written.classes), written.groups, strict=True)
+    rows = [{name: group if name == "group" else row[name] for name in _features()} for row, group in judged]
     kept = [row for row in rows if row["kept"]]
     manifest = {
         **folder.manifest,

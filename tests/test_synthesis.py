@@ -311,7 +311,7 @@ def test_a_search_that_writes_loops_keeps_none_and_counts_them(setting, monkeypa
 
 
 @pytest.mark.parametrize("search", ["admm", "pool"])
-@pytest.mark.parametrize("prompts", [(), ("", ""), ("a film", "A  film")])
+@pytest.mark.parametrize("prompts", [(), ("", ""), ("a film.", "A  film.")])
 def test_prompts_that_tell_no_class_are_warned_of_before_writing(setting, monkeypatch, search, prompts):
     model, task, release = setting
     for name in ("gradmm.models.Model.read", "gradmm.matching.Matching.of_vectors"):

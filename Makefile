@@ -58,7 +58,7 @@ lab: $(VENV)/.installed-notebooks
 
 # Executes what has changed, then builds; the toc's entries and the config's paths are relative to this folder.
 book: $(VENV)/.installed-book
-	$(BIN)/python -m gradmm.batch --preset demo --fresh --output book/executed $(LONGEST) $(filter-out $(LONGEST),$(wildcard notebooks/*.ipynb))
+	$(BIN)/python -m gradmm.experiments.batch --preset demo --fresh --output book/executed $(LONGEST) $(filter-out $(LONGEST),$(wildcard notebooks/*.ipynb))
 	$(BIN)/jupyter-book build . --path-output book --config book/_config.yml --toc book/_toc.yml -W --keep-going -n
 	@echo "Open book/_build/html/index.html"
 

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,40 @@ def _parse_json(text: str, path: Path, number: int) -> Any:
     except (ValueError, RecursionError) as error:  # ValueError: bad syntax, or a number of thousands of digits
         line, problem = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", None) or first_line(error)
         raise UserError(f"{path}, line {line} is not JSON ({problem}): mend that line") from error
+
+
+def read_parameters(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file of parameters.
+
+    Raises:
+        UserError: no mapping, or a number such as 1e-5, which YAML takes for text.
+    """
+    values = read_yaml(as_path(path, "the parameter file"))
+    values = {} if values is None else values
+    require(isinstance(values, dict) and all(isinstance(name, str) for name in values), f"{path} holds no parameters: write lines such as `seed: 1`")
+    for name, item in _leaves(values):
+        if is_hidden_number(item):
+            raise UserError(f"{path} gives {name} = {item!r}, which YAML reads as text: write {_number(item)}")
+    return values
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(the nearest name, value) of everything in nested mappings and lists."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, str(key))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item, name)
+    else:
+        yield name, value
+
+
+def is_hidden_number(value: Any) -> bool:
+    """Whether it is a number such as 1e-5, which YAML takes for text."""
+    return isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) is not None
+
+
+def _number(text: str) -> str:
+    head, tail = re.split("[eE]", text)
+    return f"{head}.0e{tail if tail[0] in '+-' else '+' + tail}"

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gradmm.batch import read_parameters
 from gradmm.errors import UserError
+from gradmm.files import read_parameters
 from gradmm.models import load_model
 from gradmm.privacy import load_release
 from gradmm.settings import SynthesisConfig

@@ -21,12 +21,13 @@ import nbformat
 import torch
 from conftest import make_tiny_lm, make_toy_tokenizer
 from test_batch import PARAMETERS, WRITE, store
-from test_comparison import CONFIG, TWO, splits_of
+from test_protocol import CONFIG, TWO, splits_of
 from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
-from gradmm import batch, files, runs
-from gradmm.comparison import compare
+from gradmm import files, runs
+from gradmm.experiments import batch
+from gradmm.experiments.protocol import compare
 from gradmm.models import Model, wrap_model
 
 CLOCKS = ("clock", "seconds", "executed")  # of manifests and stamps; an executed notebook holds its times

@@ -14,7 +14,7 @@ import filelock
 import papermill
 import yaml
 
-from gradmm import batch
+from gradmm.experiments import batch
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -7,12 +7,12 @@ import pandas
 import pytest
 import scipy.stats
 import torch
-from test_comparison import CONFIG, FOUR, TWO, splits_of, toy
+from test_protocol import CONFIG, FOUR, TWO, splits_of, toy
 
-from gradmm import trial
-from gradmm.ablation import _value, against_base, agreement, changed, effects, vary
 from gradmm.errors import UserError
 from gradmm.examples import Example
+from gradmm.experiments import trial
+from gradmm.experiments.ablation import _value, against_base, agreement, changed, effects, vary
 from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.synthesis import synthesize
 from gradmm.tasks import tokenize_task

@@ -6,9 +6,10 @@ import pytest
 import torch
 from scipy import stats
 
-from gradmm import audit, mechanism
+from gradmm import mechanism
 from gradmm.errors import UserError
 from gradmm.examples import Example
+from gradmm.experiments import audit
 from gradmm.tasks import Task
 
 TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was")

@@ -15,14 +15,15 @@ from executing import ROOT, execute, quiet
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_batch import PARAMETERS, store
-from test_comparison import CONFIG, TWO, splits_of
+from test_protocol import CONFIG, TWO, splits_of
 from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
-from gradmm import admm, batch, files
-from gradmm.comparison import compare
+from gradmm import admm, files
 from gradmm.errors import UserError, is_number, is_whole, shown
 from gradmm.examples import Example, check_examples, split_by_content
+from gradmm.experiments import batch
+from gradmm.experiments.protocol import compare
 from gradmm.generation import Sampling
 from gradmm.tasks import tokenize_task
 from gradmm.training import FinetuneConfig
@@ -124,9 +125,9 @@ CASES = {
     "batch: a long name": (lambda at: batch.plan([LONG], at), "no usable path (File name too long)"),
     "batch: a preset with a path": (lambda at: batch.plan([notebook(at)], at, "../params"), "there is no preset '../params'"),
     "batch: a parameter": (lambda at: batch.plan([notebook(at)], at, parameters={"sede": 1}), "no parameter 'sede': did you mean seed?"),
-    "batch: hidden text": (lambda at: batch.read_parameters(put(at, "p.yaml", "rho: 1e-3")), "YAML reads as text: write 1.0e-3"),
-    "batch: aliases": (lambda at: batch.read_parameters(put(at, "p.yaml", BOMB)), "has the alias *a: write the value itself there"),
-    "batch: a list of parameters": (lambda at: batch.read_parameters(put(at, "p.yaml", "- 1")), "holds no parameters: write lines such as"),
+    "batch: hidden text": (lambda at: files.read_parameters(put(at, "p.yaml", "rho: 1e-3")), "YAML reads as text: write 1.0e-3"),
+    "batch: aliases": (lambda at: files.read_parameters(put(at, "p.yaml", BOMB)), "has the alias *a: write the value itself there"),
+    "batch: a list of parameters": (lambda at: files.read_parameters(put(at, "p.yaml", "- 1")), "holds no parameters: write lines such as"),
     "batch: an empty sweep": (lambda at: batch.plan([notebook(at)], at, sweep={"seed": []}), "the sweep over seed has the values []"),
 }  # fmt: skip
 LEVELS = "abcdefghijklmnopqrstuvwxyz"
@@ -216,7 +217,7 @@ def test_a_value_that_is_no_yaml_is_text_on_the_command_line(text):
 
 @pytest.mark.slow
 def test_the_command_line_as_a_process(tmp_path):
-    command = [sys.executable, "-m", "gradmm.batch", "none.ipynb"]
+    command = [sys.executable, "-m", "gradmm.experiments.batch", "none.ipynb"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=False)
     assert done.returncode == 2 and done.stdout == "" and done.stderr == "none.ipynb is no notebook: give the path of an .ipynb file\n"
 
@@ -311,7 +312,7 @@ def test_any_parameter_file_is_read_or_refused_in_one_sentence(tmp_path, values)
     place = tmp_path / "p.yaml"
     place.write_text(yaml.safe_dump(values), encoding="utf-8")
     try:
-        assert set(batch.read_parameters(place)) == set(values)
+        assert set(files.read_parameters(place)) == set(values)
     except UserError as error:
         assert str(place) in str(error)
 

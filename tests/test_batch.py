@@ -12,8 +12,9 @@ import pytest
 import yaml
 from distributed import LocalCluster
 
-from gradmm import batch
+from gradmm import files
 from gradmm.errors import UserError
+from gradmm.experiments import batch
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = "seed = 0\nrho = 0.1\ndata = 'demo'\noutput = 'results'"
@@ -91,12 +92,12 @@ def test_a_wrong_request_is_refused_in_a_sentence(here):
 def test_yaml_s_hidden_text_is_refused(here):
     (here / "p.yaml").write_text("delta: 1e-5\n")
     with pytest.raises(UserError, match=r"delta = '1e-5', which YAML reads as text: write 1\.0e-5"):
-        batch.read_parameters(here / "p.yaml")
+        files.read_parameters(here / "p.yaml")
     (here / "p.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match="holds no parameters"):
-        batch.read_parameters(here / "p.yaml")
+        files.read_parameters(here / "p.yaml")
     (here / "p.yaml").write_text("# nothing set\n")
-    assert batch.read_parameters(here / "p.yaml") == {}
+    assert files.read_parameters(here / "p.yaml") == {}
 
 
 def test_a_sweep_gives_each_combination_its_own_files(here):
@@ -180,7 +181,7 @@ def test_the_command_line_s_exit_codes_and_table(here, capsys):
     good, bad = store(here / "good.ipynb", PARAMETERS, WRITE), store(here / "bad.ipynb", PARAMETERS, "raise ValueError('no such thing')")
     (here / "sweep.yaml").write_text("sweep:\n  seed: [1, 2]\n")
 
-    command = [sys.executable, "-m", "gradmm.batch", "--output", "out", "--jobs", "2", good, bad]
+    command = [sys.executable, "-m", "gradmm.experiments.batch", "--output", "out", "--jobs", "2", good, bad]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     failed = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment)
     assert failed.returncode == 1 and "1 of 2 failed; the failing cells are in out" in failed.stdout

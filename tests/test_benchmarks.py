@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gradmm import floors, performance, records
+from gradmm.experiments import performance, records, roofline
 
 FEW = ["--shape", "tiny", "--groups", "1", "--count", "2", "--top-k", "5", "--real", "4", "--candidates", "2", "--threads", "1"]
 
@@ -18,7 +18,7 @@ def whole(benchmark, path, *more):
 def test_both_sides_do_the_same_synthesis(benchmark, tmp_path, capsys):
     record = whole(benchmark, tmp_path / "performance-tiny-cpu.json")
     found = record["results"]
-    assert set(found["phases"]) == {*floors.PHASES, "other", "whole"} and found["same_tokens"] == 1
+    assert set(found["phases"]) == {*roofline.PHASES, "other", "whole"} and found["same_tokens"] == 1
     assert found["groups"] == 2 and found["literal"] == "one group measured, times 2 groups; its target once for each of 2 classes"
     for row in found["phases"].values():
         assert len(row["ratio"]["runs"]) == 2 and row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
@@ -32,7 +32,7 @@ def test_both_sides_do_the_same_synthesis(benchmark, tmp_path, capsys):
     assert row["on"].endswith(", 1 thread(s)") and row["seconds"] == found["phases"]["whole"]["fast_seconds"]["median"]
     assert row["against the literal method"].startswith(f"{found['phases']['whole']['ratio']['median']:.1f}x (") and "%" in row["floor, projection"]
     printed = capsys.readouterr().out
-    assert "one group measured" in printed and all(phase in printed for phase in floors.PHASES)
+    assert "one group measured" in printed and all(phase in printed for phase in roofline.PHASES)
 
 
 def test_a_quick_reference_says_how_it_was_scaled(benchmark, tmp_path):

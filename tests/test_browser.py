@@ -14,7 +14,7 @@ import executing
 import nbformat
 import pytest
 
-from gradmm import demo_text
+from gradmm.experiments import demo_text
 
 pytestmark = [
     pytest.mark.slow,

@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 import pytest
-from test_comparison import CONFIG, TWO, splits_of, toy
+from test_protocol import CONFIG, TWO, splits_of, toy
 
 import gradmm
 from gradmm.classification import check_fit, evaluate
-from gradmm.comparison import compare
 from gradmm.errors import UserError
 from gradmm.examples import SPLITS, Example, Splits, split_by_content
+from gradmm.experiments.protocol import compare
 from gradmm.finetuning import finetune
 
 SECRET = "zanzibar"

@@ -15,13 +15,14 @@ from pathlib import Path
 import crash
 import pytest
 import torch
-from test_comparison import CONFIG, TWO, splits_of
+from test_protocol import CONFIG, TWO, splits_of
 from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
-from gradmm import batch, files
-from gradmm.comparison import compare
+from gradmm import files
 from gradmm.errors import UserError
+from gradmm.experiments import batch
+from gradmm.experiments.protocol import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 MOMENTS = int(os.environ.get("GRADMM_KILLS", "4"))

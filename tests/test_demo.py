@@ -10,8 +10,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradmm import demo, demo_text, files
+from gradmm import files
 from gradmm.errors import UserError
+from gradmm.experiments import demo, demo_text
 from gradmm.seeds import generator
 
 SPLITS = ("train", "validation", "test")

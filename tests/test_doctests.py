@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import gradmm
-from gradmm import demo_text
+from gradmm.experiments import demo_text
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = sorted(path.stem for path in (ROOT / "gradmm").glob("*.py") if ">>>" in path.read_text(encoding="utf-8"))
+FILES = {".".join(path.relative_to(ROOT / "gradmm").with_suffix("").parts): path for path in (ROOT / "gradmm").rglob("*.py")}
+ROOMS = sorted(room for room, path in FILES.items() if ">>>" in path.read_text(encoding="utf-8") and "__init__" not in room)
 SAYS = re.compile(r"Raises:|Raise |refused")
-CENTRAL = ("admm", "gradients", "projection", "privacy", "mechanism", "tasks", "selection", "batch")
+CENTRAL = ("admm", "gradients", "projection", "privacy", "mechanism", "tasks", "selection", "experiments.batch")
 FIRST = ("load_model", "load_data", "release", "synthesize", "finetune")
 
 
@@ -51,9 +52,9 @@ def refuses(node: ast.FunctionDef | ast.ClassDef) -> bool:
     return isinstance(node, ast.FunctionDef) and ("require" in called or any(isinstance(inner, ast.Raise) for inner in ast.walk(node)))
 
 
-@pytest.mark.parametrize("room", sorted(path.stem for path in (ROOT / "gradmm").glob("*.py") if path.stem != "__init__"))
+@pytest.mark.parametrize("room", sorted(room for room in FILES if "__init__" not in room))
 def test_every_public_docstring_says_what_is_done_and_what_is_refused(room):
-    tree = ast.parse((ROOT / "gradmm" / f"{room}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(FILES[room].read_text(encoding="utf-8"))
     said = {name: ast.get_docstring(node) or "" for name, node in public(tree.body).items()}
     assert ast.get_docstring(tree) and not [name for name, text in said.items() if not text]
     silent = [name for name, node in public(tree.body).items() if refuses(node) and not SAYS.search(said[name])]

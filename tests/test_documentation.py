@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 import gradmm
-from gradmm import batch, demo_text, files, shard
+from gradmm import files, shard
+from gradmm.experiments import batch, demo_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md")), ROOT / "notebooks" / "params" / "README.md"]
@@ -29,7 +30,7 @@ SMALL = "-f notebooks/params/smoke/00-quickstart.yaml"  # ends a papermill line;
 CHECKED = {
     "papermill": "run, small",
     "make": "its recipe is looked up with make -n: it installs an environment of its own; the notebook that quickstart runs is run here",
-    "python -m gradmm.batch": "planned and not executed, which takes from minutes to days; tests/test_batch.py executes",
+    "python -m gradmm.experiments.batch": "planned and not executed, which takes from minutes to days; tests/test_batch.py executes",
     "accelerate launch": "run by one process, on the demo, small; tests/test_sharding.py launches several",
     "python tests/benchmarks/": "its options are looked up: it wants a quiet machine; tests/test_benchmarks.py runs it small",
 }
@@ -97,9 +98,9 @@ def test_the_notebooks_of_the_documentation_run_one_after_the_other(here):
 def test_the_batches_of_the_documentation_can_be_planned(here):
     (here / "grid.yaml").write_text(re.search(r"```yaml\n(rho: .*?)```", (ROOT / "book" / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)[1])
     planned = []
-    for command in of_kind("python -m gradmm.batch"):
+    for command in of_kind("python -m gradmm.experiments.batch"):
         given = batch._parser().parse_args([part for word in shlex.split(command)[3:] for part in (sorted(map(str, Path().glob(word))) if "*" in word else [word])])
-        sweep = None if given.sweep is None else batch.read_parameters(given.sweep)
+        sweep = None if given.sweep is None else files.read_parameters(given.sweep)
         jobs = batch.plan(given.notebooks, given.output, given.preset, {name: batch._from_command_line(text) for name, text in given.parameter}, sweep, given.fresh)
         assert jobs and all(job.parameters.get("output") is None for job in jobs)
         planned.append(len(jobs))

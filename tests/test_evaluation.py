@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 
 from gradmm import evaluation
 from gradmm.errors import UserError
-from gradmm.evaluation import (
+from gradmm.evaluation import perplexities, perplexity
+from gradmm.experiments.metrics import (
     distinct_n,
     duplicate_share,
     longest_shared_spans,
     paired_bootstrap,
     paired_share,
-    perplexities,
-    perplexity,
     self_bleu,
     summarise_runs,
     words,

@@ -6,7 +6,7 @@ import torch
 from gradmm import privacy
 from gradmm.errors import UserError
 from gradmm.examples import Example
-from gradmm.fidelity import expected_cosine, fidelity, noise_only
+from gradmm.experiments.fidelity import expected_cosine, fidelity, noise_only
 from gradmm.gradients import Head, head_factors
 from gradmm.tasks import Task, tokenize_task
 

@@ -9,13 +9,14 @@ import torch
 from executing import ROOT, execute, quiet
 
 import gradmm
-from gradmm import files, methods
-from gradmm.comparison import compare
+from gradmm import files
 from gradmm.examples import check_examples
+from gradmm.experiments import baselines
+from gradmm.experiments.protocol import compare
+from gradmm.experiments.trial import ComparisonConfig
 from gradmm.generation import Sampling, generate_texts
 from gradmm.settings import SynthesisConfig
 from gradmm.training import FinetuneConfig
-from gradmm.trial import ComparisonConfig
 
 LABELS = ("a", "b", "c", "d")
 CLUES = ("cat sat", "dog sat", "red movie", "blue film")
@@ -87,7 +88,7 @@ def test_a_comparison_with_a_learner(model, tiny_model, folder):
     learner = tiny_model("gpt2", dtype=torch.float32)
     found = compare(model, task, data, config, seeds=(0,), progress=False, learners=(learner,))
     for view in (found, found.on(learner.name)):
-        assert set(view.methods) == set(methods.METHODS) and all(0 <= m["macro_f1"] <= 1 for m in view.methods.values())
+        assert set(view.methods) == set(baselines.METHODS) and all(0 <= m["macro_f1"] <= 1 for m in view.methods.values())
         assert view.methods["real"]["match"] == pytest.approx(0, abs=1e-5)
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gradmm import reference
 from gradmm.errors import UserError
+from gradmm.experiments import reference
 from gradmm.gradients import (
     DenseTarget,
     Factors,

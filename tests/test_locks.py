@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_comparison import CONFIG, TWO, splits_of
+from test_protocol import CONFIG, TWO, splits_of
 from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
-from gradmm import batch, files, locks
-from gradmm.comparison import compare
+from gradmm import files, locks
 from gradmm.errors import UserError
+from gradmm.experiments import batch
+from gradmm.experiments.protocol import compare
 
 HOLDER = """
 import sys, time

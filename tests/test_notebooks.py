@@ -12,7 +12,8 @@ import nbformat
 import pytest
 
 import gradmm
-from gradmm import batch, demo_text, files, records
+from gradmm import files
+from gradmm.experiments import batch, demo_text, records
 from gradmm.runs import NOT_FOR_RELEASE
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gradmm import PRESETS, paper, records
+from gradmm import PRESETS
 from gradmm.errors import UserError
+from gradmm.experiments import paper, records
 
 PARAMS = Path(__file__).resolve().parents[1] / "notebooks" / "params"
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from gradmm import admm, floors, performance, searches, synthesis
+from gradmm import admm, searches, synthesis
 from gradmm.errors import UserError
 from gradmm.examples import Example
+from gradmm.experiments import performance, roofline
 from gradmm.settings import SynthesisConfig
 from gradmm.tasks import Task
 
@@ -34,8 +35,8 @@ def test_what_cannot_be_measured_is_refused(change, named):
 
 def test_the_phases_add_up_to_the_whole(tiny_model):
     result, seconds = performance.time_synthesis(tiny_model(dtype=torch.float32), TASK, REAL, SMALL)
-    assert set(seconds) == {*floors.PHASES, "other", "whole"} and len(result.dataset) == 2
-    assert all(seconds[phase] > 0 for phase in floors.PHASES) and seconds["other"] > 0
+    assert set(seconds) == {*roofline.PHASES, "other", "whole"} and len(result.dataset) == 2
+    assert all(seconds[phase] > 0 for phase in roofline.PHASES) and seconds["other"] > 0
     assert sum(value for name, value in seconds.items() if name != "whole") == pytest.approx(seconds["whole"])
 
 
@@ -71,7 +72,7 @@ def test_one_setting_grows_and_the_others_stay(tiny_model):
 
 def test_a_floor_is_set_by_arithmetic_or_by_memory():
     rates = performance.Rates(100.0, 10.0, {}, {}, "cpu", "float32", 1)
-    works = {"a": floors.Work(400.0, 10.0), "b": floors.Work(100.0, 30.0)}
+    works = {"a": roofline.Work(400.0, 10.0), "b": roofline.Work(100.0, 30.0)}
     first, second = performance.shares(works, {"a": 8.0, "b": 4.0}, rates)
     assert (first["bound by"], first["floor_seconds"], first["share"]) == ("arithmetic", 4.0, 0.5)
     assert (second["bound by"], second["floor_seconds"], second["share"]) == ("memory", 3.0, 0.75)

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pandas
 import pytest
 
-from gradmm import plots
+from gradmm.experiments import plots
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from gradmm import batch
+from gradmm import files
 from gradmm.runs import output_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +23,7 @@ def defaults(notebook: Path) -> dict:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_preset_names_parameters_of_its_notebook_with_values_of_their_kind(path):
-    known, given = defaults(ROOT / "notebooks" / f"{path.stem}.ipynb"), batch.read_parameters(path)
+    known, given = defaults(ROOT / "notebooks" / f"{path.stem}.ipynb"), files.read_parameters(path)
     assert set(given) <= set(known)
     for name, value in given.items():
         kinds = {type(known[name]), float} if type(known[name]) in (int, float) else {type(known[name])}
@@ -32,15 +32,15 @@ def test_a_preset_names_parameters_of_its_notebook_with_values_of_their_kind(pat
 
 @pytest.mark.parametrize("path", [path for path in PRESETS if path.parent.name.startswith("paper-")], ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_paper_preset_names_every_parameter_and_says_what_it_takes(path):
-    assert set(batch.read_parameters(path)) == set(defaults(ROOT / "notebooks" / f"{path.stem}.ipynb"))
+    assert set(files.read_parameters(path)) == set(defaults(ROOT / "notebooks" / f"{path.stem}.ipynb"))
     comment = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert "Machine:" in " ".join(comment) and "GB" in " ".join(comment) and "hour" in " ".join(comment)
 
 
 def test_results_of_one_preset_do_not_meet_those_of_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert [path for path in PRESETS if batch.read_parameters(path).get("output") is not None] == []
-    whole = [defaults(ROOT / "notebooks" / f"{path.stem}.ipynb") | batch.read_parameters(path) for path in PRESETS]
+    assert [path for path in PRESETS if files.read_parameters(path).get("output") is not None] == []
+    whole = [defaults(ROOT / "notebooks" / f"{path.stem}.ipynb") | files.read_parameters(path) for path in PRESETS]
     folders = [output_folder(path.stem, values.pop("output"), **values) for path, values in zip(PRESETS, whole, strict=True)]
     assert len(set(folders)) == len(folders)
 

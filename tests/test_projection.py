@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from gradmm import models, projection, reference
+from gradmm import models, projection
 from gradmm.errors import UserError
+from gradmm.experiments import reference
 from gradmm.projection import PROJECTIONS, Reading, Tables, project, text_mask
 from gradmm.vocabulary import Vocabulary
 

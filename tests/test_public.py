@@ -8,23 +8,23 @@ import numpy
 import pandas
 import pytest
 import torch
-from test_comparison import CONFIG, TWO, splits_of
 from test_finetuning import QUICK, toy
+from test_protocol import CONFIG, TWO, splits_of
 from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
-from gradmm import audit
 from gradmm.classification import check_fit, evaluate_calibrated
-from gradmm.comparison import compare
-from gradmm.coresets import select_coreset
 from gradmm.errors import UserError, is_number, is_whole
-from gradmm.evaluation import distinct_n
 from gradmm.examples import check_examples
+from gradmm.experiments import audit
+from gradmm.experiments.baselines import select_coreset
+from gradmm.experiments.metrics import distinct_n
+from gradmm.experiments.protocol import compare
+from gradmm.experiments.trial import ComparisonConfig
 from gradmm.generation import Sampling, generate_texts
 from gradmm.mechanism import CALIBRATIONS, LedgerEntry
 from gradmm.models import Model
 from gradmm.settings import PRESETS
-from gradmm.trial import ComparisonConfig
 
 SECRET = "zebra"
 PRIVATE = [
@@ -353,7 +353,7 @@ def test_what_a_synthesis_returns_every_other_function_takes(tmp_path):
 
 
 def test_the_pools_of_a_comparison_are_all_candidates(tmp_path):
-    from gradmm.comparison import _candidates
+    from gradmm.experiments.protocol import _candidates
 
     result = written()
     full = [text for text in result.dataset["text"] if text]

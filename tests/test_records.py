@@ -8,8 +8,9 @@ import subprocess
 import pytest
 import torch
 
-from gradmm import records, runs
+from gradmm import runs
 from gradmm.errors import UserError
+from gradmm.experiments import records
 
 RESULTS = {"tokens_per_second": 12.5, "curve": {0: [1, 2.5, None]}}
 

@@ -14,13 +14,14 @@ from executing import ROOT, SMOKE, execute, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from test_comparison import CONFIG, TWO, splits_of
+from test_protocol import CONFIG, TWO, splits_of
 from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
-from gradmm import ablation, files, markup, plots
-from gradmm.comparison import compare
+from gradmm import files, markup
 from gradmm.errors import UserError
+from gradmm.experiments import ablation, plots
+from gradmm.experiments.protocol import compare
 from gradmm.tasks import Task
 
 EVIL = [

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import gradmm
+from gradmm.experiments.records import read_record
 from gradmm.projection import gathered_numbers
-from gradmm.records import read_record
 from gradmm.settings import SynthesisConfig
 from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.synthesis import synthesize

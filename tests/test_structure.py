@@ -9,21 +9,27 @@ import nbformat
 import pytest
 import yaml
 
+import gradmm
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmm"
-# Each room may import those before it, and no other.
-ORDER = """
-    errors markup readability sentences vocabulary seeds files locks sharding admm card runs records gradients rows tasks examples models projection generation classification adapters training sketch
-    spaces matching mechanism privacy evaluation selection coresets initialisation finetuning theory audit fidelity sizing
-    settings plan searches synthesis controls trial methods measures
-    results comparison ablation demo_text demo plots paper floors performance reference batch shard
+# Each room may import those before it, and no other: the method knows nothing of the experiments.
+METHOD = """
+    errors markup readability sentences vocabulary seeds files locks sharding admm card runs gradients rows tasks examples models
+    projection generation classification adapters training sketch spaces matching mechanism privacy evaluation selection
+    initialisation finetuning sizing settings plan searches synthesis shard
 """.split()
-ROOMS = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+EXPERIMENTS = """
+    records theory fidelity trial metrics audit baselines results protocol ablation demo_text demo plots paper roofline performance
+    reference batch
+""".split()
+ORDER = [*METHOD, *(f"experiments/{room}" for room in EXPERIMENTS)]
+ROOMS = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PRESETS = sorted((ROOT / "notebooks" / "params").rglob("*.yaml"))
 LANGUAGE = {"transformers", "tokenizers", "datasets"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-PARALLEL = {"batch": {"joblib"}}  # joblib to share work between processes, never to load or dump
+PARALLEL = {"experiments/batch": {"joblib"}}  # joblib to share work between processes, never to load or dump
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "joblib.load", "joblib.dump", "pandas.read_pickle", "pd.read_pickle", "yaml.load", "os.system"}
 MACHINE_PATH = re.compile(r"(?<![\w.:/~$}<-])/(?:work|root|home|Users|tmp)/[\w.]|\b[A-Z]:\\Users\\")
 
@@ -40,7 +46,8 @@ def imported(tree: ast.AST) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(filter(None, ["gradmm" if node.level else "", node.module]))
-            found |= {f"{base}.{alias.name}" for alias in node.names} if base == "gradmm" else {base}
+            inside = base in ("gradmm", "gradmm.experiments")
+            found |= {f"{base}.{alias.name}" for alias in node.names} if inside else {base}
     return found
 
 
@@ -53,11 +60,20 @@ def dotted(node: ast.expr) -> str:
     return ""
 
 
+def room_of(module: str) -> str:
+    """`gradmm.experiments.plots` and `gradmm.admm.step` -> `experiments/plots` and `admm`."""
+    parts = module.split(".")[1:]
+    return "/".join(parts[:2] if parts[:1] == ["experiments"] else parts[:1])
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_from_rooms_above(room):
     assert room in ORDER, f"gradmm/{room}.py has no place in the order of rooms: merge it into one, or give it a place"
-    inside = {name.split(".")[1] if "." in name else name for name in imported(parse(room)) if name.split(".")[0] == "gradmm"}
-    assert inside <= set(ORDER[: ORDER.index(room)])
+    assert {room_of(name) for name in imported(parse(room)) if name.split(".")[0] == "gradmm"} <= set(ORDER[: ORDER.index(room)])
+
+
+def test_the_front_door_opens_on_the_method_alone():
+    assert {room_of(name) for name in imported(parse("__init__")) if name.startswith("gradmm.")} | set(gradmm._ROOMS) <= set(METHOD)
 
 
 @pytest.mark.parametrize("room", sorted({"errors", "seeds", "files", "locks", "admm", "runs", "gradients"} & set(ROOMS)))
@@ -65,7 +81,7 @@ def test_the_mathematics_knows_no_language_model(room):
     assert not {name.split(".")[0] for name in imported(parse(room))} & LANGUAGE
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "__init__"])
+@pytest.mark.parametrize("room", [*ROOMS, "__init__", "experiments/__init__"])
 def test_no_room_runs_data_as_code_or_prints(room):
     tree = parse(room)
     assert not {name.split(".")[0] for name in imported(tree)} & UNSAFE_MODULES - PARALLEL.get(room, set())
@@ -73,7 +89,7 @@ def test_no_room_runs_data_as_code_or_prints(room):
     assert not calls & (UNSAFE_CALLS | {"print"})
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "__init__"])
+@pytest.mark.parametrize("room", [*ROOMS, "__init__", "experiments/__init__"])
 def test_trust_is_never_switched_on(room):
     keywords = [node for node in ast.walk(parse(room)) if isinstance(node, ast.keyword)]
     unsafe = [k for k in keywords if k.arg in {"trust_remote_code", "allow_pickle", "shell"}]
@@ -81,9 +97,9 @@ def test_trust_is_never_switched_on(room):
 
 
 def test_the_checks_see_what_they_forbid():
-    tree = ast.parse("def f():\n    from gradmm import plots\n    import pickle\n    model.eval()\n    return eval('1')")
+    tree = ast.parse("def f():\n    from gradmm.experiments import plots\n    import pickle\n    model.eval()\n    return eval('1')")
     calls = {dotted(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert imported(tree) == {"gradmm.plots", "pickle"}
+    assert imported(tree) == {"gradmm.experiments.plots", "pickle"}
     assert calls == {"model.eval", "eval"}
     assert MACHINE_PATH.search("open('" + "/".join(["", "home", "someone", "x"]) + "')")
     assert not MACHINE_PATH.search("https://example.org/home/page and ./work/x")

@@ -8,10 +8,10 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from gradmm import theory
 from gradmm.classification import evaluate
 from gradmm.errors import UserError
 from gradmm.examples import Example
+from gradmm.experiments import theory
 from gradmm.mechanism import exact_sigma
 from gradmm.tasks import Task
 from gradmm.training import trainable_copy

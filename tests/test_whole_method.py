@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gradmm import admm, reference
+from gradmm import admm
+from gradmm.experiments import reference
 from gradmm.gradients import FactorTarget, Head, Space, head_factors
 from gradmm.initialisation import Shape, best_of
 from gradmm.matching import Matching

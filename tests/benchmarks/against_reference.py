@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from gradmm import records, reference
+from gradmm.experiments import records, reference
 from gradmm.gradients import FactorTarget, Head, Space, head_factors
 from gradmm.matching import Matching
 from gradmm.models import DTYPES, Model, quicken

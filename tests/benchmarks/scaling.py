@@ -13,7 +13,7 @@ import torch
 from against_reference import SHAPES, save
 from whole_synthesis import TASK, settings_of, worded_examples, worded_model
 
-from gradmm import performance
+from gradmm.experiments import performance
 
 FACTORS = (1, 2, 4, 6, 8)
 STARTS = {"n_synthetic": None, "outer_steps": 1, "inner_steps": 4, "length": 8}  # from where each setting grows

@@ -2,10 +2,10 @@
 
 The fast side is `gradmm.release` and `gradmm.synthesize` as anybody calls them, on random weights in one of the shapes and
 words that mean nothing: target, starts, outer and inner steps, projections, filter and ranking, all groups of both classes.
-The literal side (`gradmm.reference`) does one group of one class, from the same start, and is extrapolated: its target once
+The literal side (`gradmm.experiments.reference`) does one group of one class, from the same start, and is extrapolated: its target once
 a class, the rest once a group. It does nothing of weight zero: no perplexity, no gradient where only a value is asked for.
 With --quick it takes few steps and the time of steps and projections is scaled in proportion. Both sides alternate; the
-literal one always computes in float32. Beside the ratios stand the shares of the floor (`gradmm.floors`) that each phase
+literal one always computes in float32. Beside the ratios stand the shares of the floor (`gradmm.experiments.roofline`) that each phase
 reaches by the rates that the machine shows in the same run, and the peak of memory.
 """
 
@@ -20,8 +20,9 @@ import transformers
 from against_reference import SHAPES, random_model, save
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from gradmm import floors, performance, reference, runs
+from gradmm import runs
 from gradmm.examples import Example
+from gradmm.experiments import performance, reference, roofline
 from gradmm.initialisation import Shape, normal
 from gradmm.models import Model
 from gradmm.plan import Plan
@@ -90,7 +91,7 @@ def literal_group(model: Model, plan: Plan, examples: list[Example], steps: dict
         examples: all real examples.
         steps: `outer_steps` and `inner_steps`.
     """
-    spent = dict.fromkeys((*floors.PHASES, "other"), 0.0)
+    spent = dict.fromkeys((*roofline.PHASES, "other"), 0.0)
 
     def clocked(phase, call):
         performance.wait(model.device)
@@ -165,8 +166,8 @@ def measure(options: argparse.Namespace) -> dict:
     examples, config = worded_examples(options.shape, options.real, options.length), settings_of(options)
     plan = Plan.of(model, TASK, release(model, TASK, examples, space="head"), config)
     steps = QUICK if options.quick else {"outer_steps": options.outer_steps, "inner_steps": options.inner_steps}
-    body, job = floors.Body.of(model), floors.Job.of(plan)
-    rates = performance.measure_rates(options.device, options.dtype, floors.products(body, job), options.repeats)
+    body, job = roofline.Body.of(model), roofline.Job.of(plan)
+    rates = performance.measure_rates(options.device, options.dtype, roofline.products(body, job), options.repeats)
     small = dataclasses.replace(config, n_synthetic=2, oversample=1, outer_steps=1, inner_steps=1, init_candidates=1)
     performance.time_synthesis(model, TASK, examples, small)  # so that no library loads within a timing
     fast, slow, memory, literal = [], [], {}, None
@@ -182,7 +183,7 @@ def measure(options: argparse.Namespace) -> dict:
     middle = {phase: statistics.median(row[phase] for row in fast) for phase in fast[0]}
     return {
         "phases": {phase: compared([row[phase] for row in fast], [row[phase] for row in slow]) for phase in fast[0]},
-        "floors": performance.shares(floors.synthesis(body, job), middle, rates),
+        "floors": performance.shares(roofline.synthesis(body, job), middle, rates),
         "rates": {"matmul": rates.matmul, "bandwidth": rates.bandwidth, "threads": rates.threads, "streams": rates.streams,
                   "products": [{"rows": r, "inputs": i, "outputs": o, "rate": rate} for (r, i, o), rate in rates.products.items()]},
         "memory": memory,

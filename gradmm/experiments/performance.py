@@ -1,6 +1,6 @@
 """How fast this machine is, how long each phase takes, and the share of its floor that it reaches.
 
-Knows no phase's arithmetic (`gradmm.floors` counts it) and no algorithm: it times the functions that the pipeline calls.
+Knows no phase's arithmetic (`gradmm.experiments.roofline` counts it) and no algorithm: it times the functions that the pipeline calls.
 Times are wall seconds; on a GPU every clock waits for the work that it has seen begin.
 """
 
@@ -16,7 +16,7 @@ import torch
 from gradmm import admm, searches
 from gradmm.errors import require
 from gradmm.examples import Example
-from gradmm.floors import Work
+from gradmm.experiments.roofline import Work
 from gradmm.models import DTYPES, Model
 from gradmm.privacy import release
 from gradmm.selection import Selection

@@ -16,7 +16,7 @@ import torch
 from gradmm import files
 from gradmm.seeds import generator
 
-DATA = Path(__file__).parent / "data" / "demo"
+DATA = Path(__file__).parents[1] / "data" / "demo"
 BANK = DATA / "bank"
 LABELS = ("negative", "positive")
 SIZES = {"test": 600, "validation": 400, "train": 2000}

@@ -9,10 +9,11 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gradmm import floors, selection, training
+from gradmm import selection, training
 from gradmm.classification import Encoded
 from gradmm.errors import UserError
 from gradmm.examples import Example
+from gradmm.experiments import roofline
 from gradmm.models import Model, wrap_model
 from gradmm.plan import Plan
 from gradmm.privacy import release
@@ -50,36 +51,36 @@ def plan(deep) -> Plan:
 def test_a_pass_over_all_positions_is_counted_exactly(tiny_model, kind):
     model = tiny_model(kind)
     embeds = torch.randn(3, 20, 32, dtype=torch.float64)
-    work = floors.Body.of(model).forward(3, 20, all_positions=True)
+    work = roofline.Body.of(model).forward(3, 20, all_positions=True)
     assert work.operations == counted(lambda: model.body(inputs_embeds=embeds, use_cache=False))
 
 
 def test_an_architecture_alone_has_the_same_body(tiny_model, kind):
     model = tiny_model(kind)
-    found = floors.Body.of_config(model.lm.config, torch.float64)
-    assert found == floors.Body.of(model)
+    found = roofline.Body.of_config(model.lm.config, torch.float64)
+    assert found == roofline.Body.of(model)
 
 
 def test_an_inner_step_is_a_few_percent_above_its_floor(deep, plan):
     x = torch.randn(2, 2, 40, 32, dtype=torch.float64, requires_grad=True)
     ids, classes = torch.zeros(2, 2, 40, dtype=torch.long), torch.tensor([0, 1])
     done = counted(lambda: torch.autograd.grad(plan.matching.of_vectors(x, ids, classes).sum(), x))
-    work = floors.inner_step(floors.Body.of(deep), floors.Job.of(plan))
+    work = roofline.inner_step(roofline.Body.of(deep), roofline.Job.of(plan))
     assert work.operations <= done <= 1.06 * work.operations
 
 
 def test_a_projection_is_a_few_percent_above_its_floor(deep, plan):
     v, rows = torch.randn(4, 40, 32, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
     done = counted(lambda: project(deep, plan.tables, v, plan.tokens.prompts, rows, plan.reading))
-    work = floors.projection(floors.Body.of(deep), floors.Job.of(plan))
+    work = roofline.projection(roofline.Body.of(deep), roofline.Job.of(plan))
     assert work.operations <= done <= 1.03 * work.operations
 
 
 def test_the_target_is_a_few_percent_above_its_floor(deep, plan):
     text = "red and blue cat dog sat on the a it was the movie film story actor actors plot scene"
-    job = dataclasses.replace(floors.Job.of(plan), real=2, length=len(plan.tokens.encode(text)))
+    job = dataclasses.replace(roofline.Job.of(plan), real=2, length=len(plan.tokens.encode(text)))
     done = counted(lambda: release(deep, TASK, [Example(text, label) for label in (0, 1)], space="head"))
-    work = floors.target(floors.Body.of(deep), job)
+    work = roofline.target(roofline.Body.of(deep), job)
     assert work.operations <= done <= 1.08 * work.operations  # the code reads the constant token before the text, too
 
 
@@ -91,7 +92,7 @@ def test_judging_texts_costs_at_least_its_floor(deep, plan):
     texts = [long + word for word in ("sat on", "like dog", "saw made", "blue time")]
     done = counted(lambda: plan.selection.rows(texts, [0, 0, 1, 1]))
     assert {len(plan.tokens.encode(text)) for text in texts} == {40}
-    work = floors.judgement(floors.Body.of(deep), floors.Job.of(plan))
+    work = roofline.judgement(roofline.Body.of(deep), roofline.Job.of(plan))
     assert work.operations <= done <= 1.6 * work.operations
 
 
@@ -119,38 +120,38 @@ def test_a_step_of_fine_tuning_is_a_few_percent_above_its_floor(deep, plan):
     optimizer = torch.optim.SGD(learner.lm.parameters())
     done = counted(lambda: training._step(learner, plan.tokens, data, [0, 1], optimizer, config))
     once, twice = (
-        floors.finetuning(floors.Body.of(deep), dataclasses.replace(config, steps=steps), {"train": len(data.sequences[0]), "validation": 9}, 1, 7)
+        roofline.finetuning(roofline.Body.of(deep), dataclasses.replace(config, steps=steps), {"train": len(data.sequences[0]), "validation": 9}, 1, 7)
         for steps in (1, 2)
     )
     step = twice.operations - once.operations
     assert step <= done <= 1.06 * step
-    assert once.operations - step == floors.Body.of(deep).forward(7, 9).operations
+    assert once.operations - step == roofline.Body.of(deep).forward(7, 9).operations
 
 
 def test_all_steps_are_counted_and_grow_in_proportion(deep, plan):
-    body, job = floors.Body.of(deep), floors.Job.of(plan)
-    works = floors.synthesis(body, job)
-    assert tuple(works) == floors.PHASES
-    assert works["inner steps"].operations == job.outer_steps * job.inner_steps * floors.inner_step(body, job).operations
-    assert works["projection"].bytes == (job.outer_steps + 1) * floors.projection(body, job).bytes
-    twice = floors.inner_step(body, dataclasses.replace(job, groups=2 * job.groups))
-    assert twice.operations == 2 * floors.inner_step(body, job).operations
-    assert twice.bytes == floors.inner_step(body, job).bytes  # the weights are read once for all groups
+    body, job = roofline.Body.of(deep), roofline.Job.of(plan)
+    works = roofline.synthesis(body, job)
+    assert tuple(works) == roofline.PHASES
+    assert works["inner steps"].operations == job.outer_steps * job.inner_steps * roofline.inner_step(body, job).operations
+    assert works["projection"].bytes == (job.outer_steps + 1) * roofline.projection(body, job).bytes
+    twice = roofline.inner_step(body, dataclasses.replace(job, groups=2 * job.groups))
+    assert twice.operations == 2 * roofline.inner_step(body, job).operations
+    assert twice.bytes == roofline.inner_step(body, job).bytes  # the weights are read once for all groups
 
 
 def test_one_start_alone_is_not_evaluated(deep, plan):
-    body, job = floors.Body.of(deep), dataclasses.replace(floors.Job.of(plan), draws=1)
-    assert floors.initialisation(body, job) == floors.Work()
+    body, job = roofline.Body.of(deep), dataclasses.replace(roofline.Job.of(plan), draws=1)
+    assert roofline.initialisation(body, job) == roofline.Work()
     written = dataclasses.replace(job, written=True)
-    assert floors.initialisation(body, written) == body.walk(job.texts, job.length, job.prompt, job.classes)
+    assert roofline.initialisation(body, written) == body.walk(job.texts, job.length, job.prompt, job.classes)
 
 
 def test_the_model_of_the_paper_by_arithmetic_alone():
     config = transformers.PhiConfig(vocab_size=51200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32)
-    body = floors.Body.of_config(config, torch.bfloat16)
+    body = roofline.Body.of_config(config, torch.bfloat16)
     assert body.parameters == pytest.approx(1.418e9, rel=1e-3) and body.number == 2 and body.largest == (2048, 8192)
-    step = floors.inner_step(body, floors.Job())
-    plain = 4 * sum(body.layers) * floors.Job().texts * floors.Job().positions  # 4 operations a parameter and token
+    step = roofline.inner_step(body, roofline.Job())
+    plain = 4 * sum(body.layers) * roofline.Job().texts * roofline.Job().positions  # 4 operations a parameter and token
     assert step.operations == pytest.approx(plain, rel=0.05)
 
 
@@ -159,4 +160,4 @@ def test_a_model_without_layers_is_refused():
         base_model = torch.nn.Linear(2, 2)
 
     with pytest.raises(UserError, match="no list of layers"):
-        floors.Body.of(Model(Bare(), None, "bare", None, ""))
+        roofline.Body.of(Model(Bare(), None, "bare", None, ""))

@@ -11,24 +11,24 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import gradmm
-from gradmm import comparison, files, measures, methods
-from gradmm import trial as trial_room
-from gradmm.comparison import compare
-from gradmm.controls import random_directions, without_gradient
+from gradmm import files
 from gradmm.errors import UserError
-from gradmm.evaluation import longest_shared_spans, perplexity, words
+from gradmm.evaluation import perplexity
 from gradmm.examples import Example, Splits, content_hash, refuse_overlap
+from gradmm.experiments import baselines, metrics, protocol
+from gradmm.experiments import trial as trial_room
+from gradmm.experiments.baselines import METHODS, random_directions, without_gradient
+from gradmm.experiments.metrics import MEASURES, longest_shared_spans, similarities, words
+from gradmm.experiments.protocol import compare
+from gradmm.experiments.results import Comparison
+from gradmm.experiments.trial import Bench, ComparisonConfig, Trial
 from gradmm.finetuning import finetune
 from gradmm.generation import Sampling
 from gradmm.matching import Matching
-from gradmm.measures import MEASURES, similarities
-from gradmm.methods import METHODS
-from gradmm.results import Comparison
 from gradmm.settings import SynthesisConfig
 from gradmm.spaces import LABEL_SPACES
 from gradmm.tasks import Task, tokenize_task
 from gradmm.training import FinetuneConfig
-from gradmm.trial import Bench, ComparisonConfig, Trial
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
 FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is", ("", "a:", "the cat:", "in:"))
@@ -126,7 +126,7 @@ def test_finished_runs_are_read_back_and_missing_ones_done(model, whole, tmp_pat
     compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0,), **options)
     (tmp_path / "records" / "gradmm-seed0.json").unlink()
     done = []
-    monkeypatch.setattr(comparison, "finetune", lambda *args, _run=comparison.finetune, **how: done.append(args[-1].seed) or _run(*args, **how))
+    monkeypatch.setattr(protocol, "finetune", lambda *args, _run=protocol.finetune, **how: done.append(args[-1].seed) or _run(*args, **how))
     resumed = compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0, 1), **options)
     assert done == [0, 1, 1]
     assert resumed.records == [r for r in whole[0].records if r["method"] in ("none", "real", "gradmm")]
@@ -164,12 +164,12 @@ def test_two_processes_give_what_one_gives(model, whole, tmp_path):
 @pytest.mark.parametrize(("threads", "workers"), [(1, 1), (2, 2), (8, 2)])
 def test_two_processes_are_usual_where_there_are_threads_for_two(model, monkeypatch, threads, workers):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert comparison.usual_workers(model) == workers
-    assert comparison.usual_workers(SimpleNamespace(device=torch.device("cuda"))) == 1
-    monkeypatch.setattr(comparison, "memory_bytes", lambda: 1_000_000)
-    assert comparison.usual_workers(model) == 1
-    monkeypatch.setattr(comparison, "memory_bytes", lambda: None)
-    assert comparison.usual_workers(model) == workers
+    assert protocol.usual_workers(model) == workers
+    assert protocol.usual_workers(SimpleNamespace(device=torch.device("cuda"))) == 1
+    monkeypatch.setattr(protocol, "memory_bytes", lambda: 1_000_000)
+    assert protocol.usual_workers(model) == 1
+    monkeypatch.setattr(protocol, "memory_bytes", lambda: None)
+    assert protocol.usual_workers(model) == workers
 
 
 def test_four_classes_go_through_every_method_with_a_head_with_bias_and_a_second_model(tiny_model, model):
@@ -199,7 +199,7 @@ def test_another_model_learns_from_the_same_examples(tiny_model, model, whole, t
     for seed in (0, 1):
         trial = Trial(bench_of(model), seed)
         tuning = replace(CONFIG.finetuning, seed=seed)
-        test = measures.thinned(splits_of(TWO).test, 0, CONFIG.max_test)
+        test = metrics.thinned(splits_of(TWO).test, 0, CONFIG.max_test)
         by_hand = finetune(learner, TWO, METHODS["gradmm"](trial), splits_of(TWO).validation, test, tuning)
         assert there.of("gradmm")[seed]["predictions"] == list(by_hand.test.predictions)
         assert there.of("gradmm")[seed]["curve"] == by_hand.curve
@@ -337,9 +337,9 @@ def test_generated_texts_pass_gradmm_s_own_filter_and_repeat_no_shot(model):
 
 def test_shots_that_do_not_fit_the_context_become_fewer(model):
     config = replace(CONFIG, sampling=replace(CONFIG.sampling, shots=40))
-    assert 1 <= methods._fitting(Trial(bench_of(model, config=config), 0)).shots < 40
+    assert 1 <= baselines._fitting(Trial(bench_of(model, config=config), 0)).shots < 40
     assert len(METHODS["few_shot"](Trial(bench_of(model, config=config), 0))) == 4
-    assert methods._fitting(Trial(bench_of(model), 0)).shots == 1
+    assert baselines._fitting(Trial(bench_of(model), 0)).shots == 1
 
 
 def test_no_method_sees_the_test_set(model):
@@ -395,15 +395,15 @@ def test_misuse_is_one_sentence(model, options, message, tmp_path):
 
 def test_a_worker_ends_when_its_parent_is_gone(monkeypatch):
     seen = []
-    monkeypatch.setattr(comparison.multiprocessing, "parent_process", lambda: SimpleNamespace(join=lambda: seen.append("gone")))
-    monkeypatch.setattr(comparison.os, "_exit", seen.append)
-    monkeypatch.setattr(comparison.threading, "Thread", lambda target, daemon: SimpleNamespace(start=target))
-    comparison._begin_worker(torch.get_num_threads())
+    monkeypatch.setattr(protocol.multiprocessing, "parent_process", lambda: SimpleNamespace(join=lambda: seen.append("gone")))
+    monkeypatch.setattr(protocol.os, "_exit", seen.append)
+    monkeypatch.setattr(protocol.threading, "Thread", lambda target, daemon: SimpleNamespace(start=target))
+    protocol._begin_worker(torch.get_num_threads())
     assert seen == ["gone", 1]
 
 
 def test_without_steps_nothing_is_trained_to_compare_gradients(model, monkeypatch):
-    monkeypatch.setattr(measures, "train_at_rate", None)
+    monkeypatch.setattr(metrics, "train_at_rate", None)
     trial = Trial(bench_of(model, config=replace(CONFIG, similarity_steps=())), 0)
     assert similarities(trial, {"real": trial.real, "none": []}) == {"real": {}, "none": {}}
 

@@ -1,6 +1,6 @@
 """Notebooks executed by papermill, several at a time; what has not changed since the last time is not executed again.
 
-    python -m gradmm.batch --preset demo notebooks/*.ipynb
+    python -m gradmm.experiments.batch --preset demo notebooks/*.ipynb
 
 Knows nothing of what a notebook computes. A notebook's parameters come from `params/<preset>/<notebook>.yaml` beside it; a
 `sweep` (parameter -> list of values) executes it once for each combination. Beside each executed notebook stands a stamp,
@@ -20,7 +20,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -38,7 +38,7 @@ from gradmm.errors import UserError, first_line, near, require
 from gradmm.locks import alone
 
 BACKENDS = ("loky", "threading", "dask")
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 LONGEST_NAME = 80
 LONGEST_NOTE = 300
 KERNEL_SECONDS = 600  # a busy machine takes more than papermill's minute to start a kernel
@@ -129,43 +129,7 @@ def _preset(notebook: Path, preset: str) -> dict[str, Any] | None:
     known = sorted(path.name for path in folder.glob("*") if path.is_dir())
     require(preset in known, f"there is no preset {preset!r} in {folder}: {near(preset, known, 'the presets are')}")
     path = folder / preset / f"{notebook.stem}.yaml"
-    return read_parameters(path) if path.is_file() else None
-
-
-def read_parameters(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of parameters.
-
-    Raises:
-        UserError: no mapping, or a number such as 1e-5, which YAML takes for text.
-    """
-    values = files.read_yaml(files.as_path(path, "the parameter file"))
-    values = {} if values is None else values
-    require(isinstance(values, dict) and all(isinstance(name, str) for name in values), f"{path} holds no parameters: write lines such as `seed: 1`")
-    for name, item in _leaves(values):
-        if _is_hidden_number(item):
-            raise UserError(f"{path} gives {name} = {item!r}, which YAML reads as text: write {_number(item)}")
-    return values
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(the nearest name, value) of everything in nested mappings and lists."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, str(key))
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item, name)
-    else:
-        yield name, value
-
-
-def _is_hidden_number(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) is not None
-
-
-def _number(text: str) -> str:
-    head, tail = re.split("[eE]", text)
-    return f"{head}.0e{tail if tail[0] in '+-' else '+' + tail}"
+    return files.read_parameters(path) if path.is_file() else None
 
 
 def _grid(sweep: Mapping[str, Sequence], notebook: Path) -> list[dict[str, Any]]:
@@ -436,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0 all well, 1 a notebook failed, 2 the request cannot be met."""
     given = _parser().parse_args(arguments)
     try:
-        sweep = None if given.sweep is None else read_parameters(given.sweep)
+        sweep = None if given.sweep is None else files.read_parameters(given.sweep)
         sweep = sweep if sweep is None else sweep.get("sweep", sweep)
         values = {name: _from_command_line(text) for name, text in given.parameter}
         jobs = plan(given.notebooks, given.output, given.preset, values, sweep, given.fresh)
@@ -460,13 +424,13 @@ def _from_command_line(text: str) -> Any:
     if text == "None":
         return None
     try:
-        return float(text) if _is_hidden_number(text) else yaml.safe_load(text)
+        return float(text) if files.is_hidden_number(text) else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2020-13-45
         return text
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m gradmm.batch", description="Execute notebooks with papermill, several at a time.")
+    parser = argparse.ArgumentParser(prog="python -m gradmm.experiments.batch", description="Execute notebooks with papermill, several at a time.")
     parser.add_argument("notebooks", nargs="+", help="paths of notebooks")
     parser.add_argument("--preset", help="a folder in params/ beside the notebooks, such as smoke or demo; without it the defaults hold")
     parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set one parameter, over the preset")
@@ -480,4 +444,4 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     # By its name, so that worker processes find the same functions and classes and not those of `__main__`.
-    sys.exit(importlib.import_module("gradmm.batch").main())
+    sys.exit(importlib.import_module("gradmm.experiments.batch").main())

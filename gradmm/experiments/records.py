@@ -16,7 +16,7 @@ from gradmm import files, runs
 from gradmm.errors import UserError, first_line, require
 
 KEYS = ("settings", "machine", "versions", "commit", "results")
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 COMMIT_VARIABLE = "GRADMM_COMMIT"
 
 
@@ -47,7 +47,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     held = files.read_json(Path(path), files.MAX_TEXT_BYTES)
     missing = [key for key in KEYS if key not in held] if isinstance(held, dict) else list(KEYS)
-    require(not missing, f"{path} is no record, it has no {', '.join(missing)}: write it with gradmm.records.write_record")
+    require(not missing, f"{path} is no record, it has no {', '.join(missing)}: write it with gradmm.experiments.records.write_record")
     return held
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from gradmm import files, records
+from gradmm import files
 from gradmm.errors import require
+from gradmm.experiments import records
 
-DATA = Path(__file__).resolve().parent / "data" / "paper.yaml"
+DATA = Path(__file__).resolve().parents[1] / "data" / "paper.yaml"
 KINDS = ("accuracy", "gain", "statement")
 
 
@@ -42,7 +43,7 @@ class Experiment:
     @property
     def command(self) -> str:
         """The shell command that runs it, from the repository's root."""
-        return f"python -m gradmm.batch --preset {self.preset} --output results/executed notebooks/{self.notebook}.ipynb"
+        return f"python -m gradmm.experiments.batch --preset {self.preset} --output results/executed notebooks/{self.notebook}.ipynb"
 
 
 @dataclass(frozen=True)

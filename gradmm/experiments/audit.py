@@ -27,8 +27,8 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 from gradmm.errors import is_number, require, require_texts, require_type, require_whole
-from gradmm.evaluation import longest_shared_spans, words
 from gradmm.examples import Example, check_examples
+from gradmm.experiments.metrics import longest_shared_spans, words
 from gradmm.gradients import DenseTarget, Factors, HeadSpace
 from gradmm.matching import factors_of
 from gradmm.mechanism import Bits, LedgerEntry, clip_scale, noised_sums, system_bits

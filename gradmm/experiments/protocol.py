@@ -20,21 +20,20 @@ from tqdm.auto import tqdm
 
 from gradmm import files
 from gradmm.classification import check_fit, evaluate
-from gradmm.coresets import CORESETS, select_coresets
 from gradmm.errors import UserError, is_whole, require, require_flag, require_type, shown
 from gradmm.examples import Example, Splits, check_examples, without_overlap
+from gradmm.experiments.baselines import CORESETS, METHODS, WRITING, select_coresets
+from gradmm.experiments.metrics import measure, measure_on, similarities, thinned
+from gradmm.experiments.records import memory_bytes
+from gradmm.experiments.results import Comparison
+from gradmm.experiments.trial import Bench, ComparisonConfig, Trial
 from gradmm.finetuning import finetune
 from gradmm.locks import alone
-from gradmm.measures import measure, measure_on, similarities, thinned
-from gradmm.methods import METHODS, WRITING
 from gradmm.models import Model, require_model
-from gradmm.records import memory_bytes
-from gradmm.results import Comparison
 from gradmm.rows import SPLITS
 from gradmm.runs import RunFolder, finite_or_none
 from gradmm.sizing import ModelShape
 from gradmm.tasks import Task
-from gradmm.trial import Bench, ComparisonConfig, Trial
 
 TUNING_COPIES = 6  # numbers a weight in a fine-tuning: as it came, as it is, gradient, two moments, and the best so far
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from gradmm import files
-from gradmm.controls import without_gradient
 from gradmm.errors import is_whole, plain_fields, require, require_type, shown
 from gradmm.examples import Example, Splits, check_examples, sample_examples
 from gradmm.generation import Sampling
+from gradmm.gradients import Factors, FactorTarget, Target
 from gradmm.models import Model
 from gradmm.plan import Plan
 from gradmm.privacy import Release, release
@@ -192,3 +194,12 @@ def written_texts(folder: Path, seeds: Sequence[int]) -> dict[int, list[Example]
 
 def _synthesis_folder(folder: Path, name: str, seed: int) -> Path:
     return folder / "synthesis" / f"{name}-seed{seed}"
+
+
+def without_gradient(target: Release) -> Release:
+    """The Release with every target zero."""
+    return replace(target, targets=tuple(_zero(one.factors) for one in target.targets))
+
+
+def _zero(pairs: Factors) -> Target:
+    return FactorTarget(Factors(torch.zeros_like(pairs.delta[:1]), torch.zeros_like(pairs.hidden[:1]), pairs.bias))

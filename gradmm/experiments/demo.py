@@ -1,6 +1,6 @@
 """The embedded default: rebuild the demo's data, tokenizers and two small language models with no network.
 
-`python -m gradmm.demo --output DIR` repeats the shipped folder from the bank of clauses alone. The pretraining text is
+`python -m gradmm.experiments.demo --output DIR` repeats the shipped folder from the bank of clauses alone. The pretraining text is
 composed on the fly and never stored; texts are packed into rows of one context, `<|endoftext|>` between them.
 Letters: N rows, T tokens of a context, V vocabulary.
 """
@@ -21,8 +21,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from gradmm import files
-from gradmm.demo_text import BANK, DATA, LABELS, PHASES, SEED, labelled, pretraining
 from gradmm.errors import require
+from gradmm.experiments.demo_text import BANK, DATA, LABELS, PHASES, SEED, labelled, pretraining
 from gradmm.seeds import stream
 
 __all__ = ["BANK", "DATA", "MODEL", "MODEL_B", "Recipe", "build", "main"]

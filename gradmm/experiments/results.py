@@ -11,8 +11,7 @@ from functools import cached_property
 
 import pandas
 
-from gradmm.evaluation import paired_bootstrap, paired_share, summarise_runs
-from gradmm.measures import MEASURES
+from gradmm.experiments.metrics import MEASURES, paired_bootstrap, paired_share, summarise_runs
 from gradmm.tasks import Task
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import pairwise_distances_argmin_min
 
-from gradmm.coresets import CORESETS, METHODS, herding, k_center, select_coreset, select_coresets
 from gradmm.errors import UserError
 from gradmm.examples import Example
+from gradmm.experiments.baselines import CORESETS, METHODS, herding, k_center, select_coreset, select_coresets
 from gradmm.tasks import Task, tokenize_task
 
 FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), template="{text} this is")

@@ -1,0 +1,1 @@
+"""What the notebooks measure with gradmm; the method itself imports nothing from here."""

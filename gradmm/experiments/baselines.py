@@ -1,0 +1,269 @@
+"""What gradmm is compared with: baselines, coresets of real examples, and controls whose target knows nothing of them.
+
+Each method gives the examples that it trains on. Texts are chosen by exact gradients of real examples: nothing here is
+private. Letters: N points, n real examples of a class, D width of a state, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gradmm.errors import require, require_whole
+from gradmm.examples import Example, check_examples, sample_examples
+from gradmm.experiments.trial import Trial
+from gradmm.generation import Sampling, generate_counts
+from gradmm.gradients import Factors, FactorTarget, LabelSpace, Target
+from gradmm.models import Model, require_model
+from gradmm.plan import Plan
+from gradmm.privacy import Release
+from gradmm.seeds import generator, stream
+from gradmm.tasks import Task, tokenize_task
+
+# ---------------------------------------------------------------- controls
+
+
+def random_directions(target: Release, seed: int) -> Release:
+    """The Release with every target a random one of the same rank, and of the same norm in weight and bias.
+
+    Under a loss over the label tokens alone every delta adds up to zero over these, so the random ones do too: all of a random
+    target lies where a text can reach it.
+
+    Args:
+        target: an exact Release: targets kept as n factor pairs, delta (n, V) and hidden (n, D).
+    """
+    balanced = isinstance(target.space, LabelSpace)
+    sources = [generator(seed, "random target", label) for label in range(len(target.targets))]
+    drawn = (_random(one, source, balanced) for one, source in zip(target.targets, sources, strict=True))
+    return replace(target, targets=tuple(drawn))
+
+
+def _random(target: FactorTarget, source: torch.Generator, balanced: bool) -> Target:
+    delta, hidden = (_normal_like(value, source) for value in (target.factors.delta, target.factors.hidden))
+    delta = delta - delta.mean(-1, keepdim=True) if balanced else delta
+    if target.factors.bias:
+        delta = delta * (target.norms[1].sqrt() / delta.mean(0).norm())
+    drawn = FactorTarget(Factors(delta, hidden, target.factors.bias))
+    scale = (target.norms[0] / drawn.norms[0]).sqrt()
+    return FactorTarget(Factors(delta, hidden * scale, target.factors.bias))
+
+
+def _normal_like(value: Tensor, source: torch.Generator) -> Tensor:
+    return torch.randn(value.shape, generator=source, dtype=value.dtype).to(value.device)
+
+
+# ---------------------------------------------------------------- coresets
+
+
+def herding(points: Tensor, count: int) -> list[int]:
+    """Points whose running mean stays nearest to the mean of all (Welling 2009): (N, D) -> row numbers in the order taken.
+
+    Each step takes the point that brings the mean of those taken nearest to the whole mean; ties go to the first row.
+    """
+    mean, total = points.mean(0), torch.zeros_like(points[0])
+    open_rows = torch.ones(len(points), dtype=torch.bool, device=points.device)
+    taken: list[int] = []
+    for size in range(1, count + 1):
+        far = ((total + points) / size - mean).square().sum(1).masked_fill(~open_rows, torch.inf)
+        taken.append(int(far.argmin()))
+        total = total + points[taken[-1]]
+        open_rows[taken[-1]] = False
+    return taken
+
+
+def k_center(points: Tensor, count: int) -> list[int]:
+    """Greedy k-center (Gonzalez 1985; Sener and Savarese 2018): (N, D) -> row numbers in the order taken.
+
+    The first centre is the point nearest to the mean, each next one the point farthest from all centres so far; the
+    largest distance left is at most twice the smallest possible for the first centre given. Ties go to the first row.
+    """
+    taken = [int((points - points.mean(0)).square().sum(1).argmin())]
+    near = torch.full((len(points),), torch.inf, dtype=points.dtype, device=points.device)
+    while len(taken) < count:
+        near = torch.minimum(near, (points - points[taken[-1]]).square().sum(1))
+        near[taken] = -torch.inf  # a point is taken once even where several coincide
+        taken.append(int(near.argmax()))
+    return taken
+
+
+CORESETS: dict[str, Callable[[Tensor, int], list[int]]] = {"herding": herding, "k_center": k_center}
+METHODS = ("random", *CORESETS)
+
+
+def select_coreset(
+    model: Model, task: Task, examples: Sequence[Example], n: int, method: str, seed: int = 0
+) -> list[Example]:
+    """Choose `n` real examples, as equal a number of each class as `n` allows, class by class.
+
+    Points are the model's last hidden states at the end of the prompt, where the label is read; each class is chosen
+    from alone. Texts of fewer than `task.min_words` words are left out. What is chosen is real text: it is not private.
+
+    Args:
+        method: "random" (`sample_examples`, which reads no hidden state) or a name in `CORESETS`.
+        seed: for "random"; the others draw nothing.
+
+    Raises:
+        UserError: an unknown method, n below the number of classes or above what some class has.
+    """
+    require_model(model)
+    require(method in METHODS, f"the coreset method {method!r} is not known: use one of {', '.join(METHODS)}")
+    if method == "random":
+        return sample_examples(examples, n, task, seed)
+    return select_coresets(model, task, examples, n, [method])[method]
+
+
+def select_coresets(model: Model, task: Task, examples: Sequence[Example], n: int, methods: Sequence[str]) -> dict[str, list[Example]]:
+    """What `select_coreset` chooses by each of several methods in CORESETS; the texts are read once for all.
+
+    Raises:
+        UserError: as `select_coreset`.
+    """
+    require_model(model)
+    examples, classes = check_examples(examples, task, "example"), len(task.labels)
+    require(
+        require_whole(n, "n") >= classes,
+        f"n = {n}, but {classes} classes need at least {classes}: ask for more examples",
+    )
+    tokens = tokenize_task(task, model.tokenizer)
+    chosen: dict[str, list[Example]] = {method: [] for method in methods}
+    for label, name in enumerate(task.labels):
+        pool = [e for e in examples if e.label == label and len(e.text.split()) >= task.min_words]
+        count = n // classes + (label < n % classes)
+        require(
+            count <= len(pool),
+            f"n = {n} needs {count} examples of {name!r}, but {len(pool)} of at least {task.min_words} word(s) exist: lower n",
+        )
+        points = model.hidden_of([tokens.sequence(example.text) for example in pool])
+        points = points.to(torch.promote_types(points.dtype, torch.float32))
+        for method, taken in chosen.items():
+            taken += [pool[row] for row in CORESETS[method](points, count)]
+    return chosen
+
+
+# ---------------------------------------------------------------- methods
+
+
+GENERATED = 4.0  # baselines' texts for each that is kept, at most: the label filter alone chooses among them
+
+
+def no_training(trial: Trial) -> list[Example]:
+    """The model as it came."""
+    return []
+
+
+def all_real(trial: Trial) -> list[Example]:
+    """Every train text of at least `task.min_words` words."""
+    return [e for e in trial.bench.splits.train if len(e.text.split()) >= trial.bench.task.min_words]
+
+
+def real_seen(trial: Trial) -> list[Example]:
+    """The real examples that gradmm saw."""
+    return trial.real
+
+
+def random_real(trial: Trial) -> list[Example]:
+    """Random real examples at the synthetic budget, drawn apart from those that gradmm saw."""
+    bench = trial.bench
+    return select_coreset(
+        bench.model, bench.task, bench.splits.train, trial.synthesis.n_synthetic, "random", stream(trial.seed, "random coreset")
+    )
+
+
+def matched_real(trial: Trial) -> list[Example]:
+    """Other real examples, chosen as gradmm chooses texts and from as many: what the choice is worth where every text is real."""
+    bench, config = trial.bench, replace(trial.synthesis, search="pool", ranking="group")
+    seen = {example.text for example in trial.real}
+    others = [example for example in all_real(trial) if example.text not in seen]
+    count = min(len(others), math.ceil(config.n_synthetic * config.oversample))
+    pool = select_coreset(bench.model, bench.task, others, count, "random", stream(trial.seed, "real pool"))
+    return trial.choose(pool, config)
+
+
+def herding(trial: Trial) -> list[Example]:
+    """Real examples by `coresets.herding` at the synthetic budget."""
+    return trial.bench.coresets["herding"]
+
+
+def k_center(trial: Trial) -> list[Example]:
+    """Real examples by `coresets.k_center` at the synthetic budget."""
+    return trial.bench.coresets["k_center"]
+
+
+def zero_shot(trial: Trial) -> list[Example]:
+    """Texts that the model writes from the public prompts, kept by gradmm's own label filter: no real example is looked at."""
+    return _generated(trial, trial.bench.config.sampling, ())
+
+
+def few_shot(trial: Trial) -> list[Example]:
+    """As `zero_shot`, with real examples before each text: as many as the settings say, or fewer if these do not fit."""
+    return _generated(trial, _fitting(trial), trial.real)
+
+
+def _fitting(trial: Trial) -> Sampling:
+    """The sampling with the most shots, at least one, of which even the longest leave room for a text in the context."""
+    bench, sampling = trial.bench, trial.bench.config.sampling
+    tokens = tokenize_task(bench.task, bench.model.tokenizer)
+    # Each shot stands behind a prompt and before a separator, which may meet the text in an odd token.
+    around = max(map(len, tokens.prompts)) + len(tokens.encode(sampling.separator)) + 1
+    room = bench.model.context - sampling.max_tokens - around
+    classes = [[e.text for e in trial.real if e.label == label] for label in range(len(bench.task.labels))]
+    lengths = [sorted((len(tokens.encode(text)) + around for text in texts), reverse=True) for texts in classes]
+    fitting = [count for count in range(1, sampling.shots + 1) if max(sum(longest[:count]) for longest in lengths) <= room]
+    return replace(sampling, shots=max(fitting, default=1))
+
+
+def _generated(trial: Trial, sampling: Sampling, shots: Sequence[Example]) -> list[Example]:
+    bench, config = trial.bench, replace(trial.synthesis, search="pool", distance="cosine", ranking="text", perplexity_weight=0.0)
+    config = replace(config, oversample=min(config.oversample, GENERATED))
+    plan = Plan.of(bench.model, bench.task, trial.blank, config)
+    texts = generate_counts(bench.model, bench.task, plan.written_per_class, trial.seed, sampling, shots)
+    return plan.selection.keep(texts)
+
+
+def prompt_only(trial: Trial) -> list[Example]:
+    """The projection and its prompts without matching: gradmm with targets of zero, which know nothing of the real texts.
+
+    A zero gradient has cosine 0 with everything, so every loss is 1: the first draw is projected, the first projection
+    stays the best, and ranking falls back to the order of writing. The label filter, which reads no target, stays.
+    """
+    config = replace(
+        trial.synthesis, ranking="text", outer_steps=1, inner_steps=1, init_candidates=1, distance="cosine", perplexity_weight=0.0
+    )
+    return trial.write("prompt_only", trial.blank, config)
+
+
+def random_target(trial: Trial) -> list[Example]:
+    """gradmm with targets of random directions: what the search does when there is nothing to find."""
+    return trial.write("random_target", random_directions(trial.release, trial.seed), trial.synthesis)
+
+
+def gradmm(trial: Trial) -> list[Example]:
+    """The method."""
+    return trial.matched
+
+
+def shuffled(trial: Trial) -> list[Example]:
+    """gradmm's texts with labels dealt out at random: what their style alone teaches."""
+    order = torch.randperm(len(trial.matched), generator=generator(trial.seed, "shuffled labels")).tolist()
+    return [Example(example.text, trial.matched[row].label) for example, row in zip(trial.matched, order, strict=True)]
+
+
+WRITING = ("prompt_only", "random_target", "shuffled", "gradmm")  # what they share is worth more than all else: `Trial.written`
+
+METHODS: dict[str, Callable[[Trial], list[Example]]] = {
+    "none": no_training,
+    "all_real": all_real,
+    "real": real_seen,
+    "random": random_real,
+    "matched_real": matched_real,
+    "herding": herding,
+    "k_center": k_center,
+    "zero_shot": zero_shot,
+    "few_shot": few_shot,
+    "prompt_only": prompt_only,
+    "random_target": random_target,
+    "shuffled": shuffled,
+    "gradmm": gradmm,
+}

@@ -1,0 +1,301 @@
+"""What a set of texts is like, how near its gradients are to the target's, and how sure a difference of accuracies is.
+
+Words are runs between spaces, lower-cased. Letters: N texts, C classes, S seeds, M test examples.
+"""
+
+import math
+import statistics
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy
+import torch
+from sacrebleu.metrics import BLEU
+
+from gradmm.classification import Encoded
+from gradmm.errors import require, require_whole
+from gradmm.evaluation import perplexity
+from gradmm.examples import Example, content_hash
+from gradmm.experiments.trial import Trial
+from gradmm.gradients import FactorTarget, Target
+from gradmm.matching import Matching
+from gradmm.models import Model
+from gradmm.seeds import generator, stream
+from gradmm.tasks import tokenize_task
+from gradmm.training import train_at_rate, trainable_copy
+
+METRIC_TEXTS = 500  # texts of a set that are measured at most, a seeded sample; training reads them all
+MEASURES = ("perplexity", "second_perplexity", "match", "distinct_2", "self_bleu", "duplicates", "longest_shared_span", "tokens")
+
+
+# ---------------------------------------------------------------- of a trial
+
+
+def measure(trial: Trial, examples: Sequence[Example]) -> dict:
+    """What a set is like, see MEASURES; None for each where there are no examples."""
+    if not examples:
+        return dict.fromkeys(MEASURES)
+    bench, texts = trial.bench, [example.text for example in examples]
+    read = perplexity(bench.model, texts)
+    matching = Matching(bench.model, tokenize_task(bench.task, bench.model.tokenizer), trial.release.targets, trial.release.space)
+    sequences, real = ([words(text) for text in some] for some in (texts, [example.text for example in trial.real]))
+    return {
+        "perplexity": read.corpus,
+        "second_perplexity": None if bench.second is None else perplexity(bench.second, texts).corpus,
+        "match": _match(matching, examples),
+        "distinct_2": distinct_n(texts, 2),
+        "self_bleu": self_bleu(texts, trial.seed, limit=bench.config.n_real) if len(texts) > 1 else None,
+        "duplicates": duplicate_share(texts),
+        "longest_shared_span": max(longest_shared_spans(sequences, real)),
+        "tokens": statistics.fmean(read.tokens),
+    }
+
+
+def thinned(examples: Sequence[Example], seed: int, limit: int | None = METRIC_TEXTS) -> list[Example]:
+    """At most `limit` of the examples, drawn with the seed, in the order in which they stand; None takes all."""
+    order = torch.randperm(len(examples), generator=generator(seed, "measured examples"))[:limit].tolist()
+    return [examples[row] for row in sorted(order)]
+
+
+def _matching(trial: Trial, model: Model, targets: Sequence[Target]) -> Matching:
+    """At another model than the Release's, in its space."""
+    return Matching(model, tokenize_task(trial.bench.task, model.tokenizer), targets, trial.release.space)
+
+
+def _match(matching: Matching, examples: Sequence[Example]) -> float:
+    """1 - cosine of the set's gradient with the real examples', mean over classes."""
+    return statistics.fmean(matching.of_sets([e.text for e in examples], [e.label for e in examples]))
+
+
+def measure_on(learner: Model, trial: Trial, examples: Sequence[Example]) -> dict:
+    """What of MEASURES depends on the model that reads: another's perplexity, tokens, and `match` between its own gradients."""
+    if not examples:
+        return dict.fromkeys(("perplexity", "match", "tokens"))
+    read = perplexity(learner, [example.text for example in examples])
+    targets = [_target(trial, learner, label) for label in range(len(trial.bench.task.labels))]
+    return {
+        "perplexity": read.corpus,
+        "match": _match(_matching(trial, learner, targets), examples),
+        "tokens": statistics.fmean(read.tokens),
+    }
+
+
+def similarities(trial: Trial, sets: dict[str, list[Example]]) -> dict[str, dict[str, float]]:
+    """How alike the gradients of each set and of the real examples are while a model trains on the real ones.
+
+    Cosine of the gradients in the Release's space, mean over classes, at the weights after each of `similarity_steps`:
+    matching asks for it at step 0 alone. One training serves all sets.
+
+    Returns:
+        For each set {step: cosine}; an empty set has none, and without steps nothing is trained.
+    """
+    found: dict[str, dict[str, float]] = {name: {} for name in sets}
+    for step, model in _training(trial) if any(sets.values()) and trial.bench.config.similarity_steps else ():
+        targets = [_target(trial, model, label) for label in range(len(trial.bench.task.labels))]
+        for name, examples in sets.items():
+            if examples:
+                found[name][str(step)] = 1 - _match(_matching(trial, model, targets), examples)
+    return found
+
+
+@torch.no_grad()
+def _target(trial: Trial, model: Model, label: int) -> FactorTarget:
+    texts = [example.text for example in trial.real if example.label == label]
+    return FactorTarget(_matching(trial, model, ()).factors(texts, [label] * len(texts)))
+
+
+def _training(trial: Trial) -> Iterator[tuple[int, Model]]:
+    """(step, the model as it is then) of the fine-tuning on the real examples."""
+    bench, steps = trial.bench, trial.bench.config.similarity_steps
+    config = replace(bench.config.finetuning, seed=trial.seed, patience=None, eval_every=math.gcd(*steps) or 1)
+    tokens, model = tokenize_task(bench.task, bench.model.tokenizer), trainable_copy(bench.model, config)
+    data = Encoded.of(bench.model, bench.task, tokens, trial.real, "real")
+    for row in train_at_rate(model, tokens, data, data, config.learning_rates[-1], config):
+        if row["step"] in steps:
+            yield row["step"], model
+        if row["step"] >= max(steps):
+            return
+
+
+# ---------------------------------------------------------------- variety and copying
+
+
+def words(text: str) -> list[str]:
+    """The text's words, lower-cased."""
+    return text.lower().split()
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """The share of the texts' word n-grams that are distinct (Li et al. 2016); 0 where no text has n words.
+
+    Raises:
+        UserError: n is no whole number of at least 1.
+    """
+    n = require_whole(n, "n", 1)
+    grams = [gram for text in texts for gram in zip(*(words(text)[i:] for i in range(n)), strict=False)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def self_bleu(texts: Sequence[str], seed: int = 0, limit: int = 200) -> float:
+    """How alike texts are: the mean BLEU-4 of a text against all others as references (Zhu et al. 2018), 0 to 100.
+
+    Sentence BLEU of sacrebleu with its own tokenizer and effective order. More than `limit` texts are first thinned to a
+    seeded sample of that size, because the work grows with its square and the value with its size: compare equal sizes.
+
+    Raises:
+        UserError: fewer than two texts.
+    """
+    require(len(texts) >= 2, f"self-BLEU of {len(texts)} text(s): at least 2 are needed, so give more")
+    drawn = torch.randperm(len(texts), generator=generator(seed, "self-BLEU"))[:limit].tolist()
+    some = [texts[row].lower() for row in sorted(drawn)]
+    bleu = BLEU(effective_order=True)
+    scores = [bleu.sentence_score(text, some[:place] + some[place + 1 :]).score for place, text in enumerate(some)]
+    return statistics.fmean(scores)
+
+
+def duplicate_share(texts: Sequence[str]) -> float:
+    """The share of texts whose words, case aside, stand earlier in the list."""
+    return 1 - len({content_hash(text) for text in texts}) / len(texts) if len(texts) else 0.0
+
+
+def longest_shared_spans(
+    sequences: Sequence[Sequence[Hashable]], references: Sequence[Sequence[Hashable]]
+) -> list[int]:
+    """The length of the longest run of each sequence that stands in any one reference: N whole numbers.
+
+    Elements are whatever is compared: `words(text)`, or a tokenizer's ids. Exact: a run of length k + 1 can only start
+    where a run of length k does, so only those places are looked at again.
+    """
+    longest = [0] * len(sequences)
+    ours = [(row, start) for row, sequence in enumerate(sequences) for start in range(len(sequence))]
+    theirs = [(row, start) for row, sequence in enumerate(references) for start in range(len(sequence))]
+    length = 0
+    while ours:
+        length += 1
+        ours = _common(sequences, ours, references, theirs, length)
+        theirs = _common(references, theirs, sequences, ours, length)
+        for row, _ in ours:
+            longest[row] = length
+    return longest
+
+
+def _common(sequences, places, others, other_places, length: int) -> list[tuple[int, int]]:
+    """Those places where a run of `length` elements starts that also starts at one of the other places."""
+    runs = {tuple(others[row][start : start + length]) for row, start in other_places if start + length <= len(others[row])}
+    return [(row, start) for row, start in places if tuple(sequences[row][start : start + length]) in runs]
+
+
+# ---------------------------------------------------------------- runs and differences
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of several runs: `mean`, sample standard deviation `std` (None of one run), the `runs` themselves."""
+
+    mean: float
+    std: float | None
+    runs: tuple[float, ...]
+
+
+def summarise_runs(values: Sequence[float]) -> Summary:
+    """Mean and spread of one figure over runs that differ in their seed.
+
+    Raises:
+        UserError: no runs.
+    """
+    require(len(values) > 0, "there are 0 runs to summarise, at least 1 is needed: run one")
+    return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, tuple(map(float, values)))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An accuracy difference and the interval `low` to `high` that covers it with the confidence asked for."""
+
+    mean: float
+    low: float
+    high: float
+    confidence: float
+
+
+def paired_bootstrap(
+    first: Sequence[Sequence[bool]],
+    second: Sequence[Sequence[bool]],
+    seed: int = 0,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+) -> Difference:
+    """The accuracy of `first` minus that of `second`, with a percentile bootstrap interval over examples and seeds.
+
+    Test examples are drawn with replacement, the same for both methods and all seeds; so are seeds, in pairs: run s of
+    one method goes with run s of the other (same seed, same real examples). With few seeds the interval is somewhat
+    narrow, as the spread of S values drawn from S falls short by a factor of (S - 1) / S.
+
+    Args:
+        first, second: (S, M) whether run s is right on test example m.
+
+    Raises:
+        UserError: shapes that differ or are empty, or a confidence outside (0, 1).
+    """
+    a, b = numpy.asarray(first, dtype=float), numpy.asarray(second, dtype=float)
+    require(
+        a.shape == b.shape and a.ndim == 2 and a.size > 0,
+        f"the two methods have results of shapes {a.shape} and {b.shape}: give both the same seeds and test examples, (S, M)",
+    )
+    require(0 < confidence < 1, f"confidence = {confidence!r}, it must be between 0 and 1: 0.95 is usual")
+    gap = a - b  # (S, M)
+    low, high = _between(_resampled(gap, seed, resamples) / gap.size, confidence)
+    return Difference(float(gap.mean()), low, high, confidence)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One gain as a share of another and the interval `low` to `high` that covers it with the confidence asked for."""
+
+    share: float
+    low: float
+    high: float
+    confidence: float
+
+
+def paired_share(
+    part: Sequence[Sequence[float]],
+    whole: Sequence[Sequence[float]],
+    seed: int = 0,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+) -> Share | None:
+    """The mean of `part` over that of `whole`, with a percentile bootstrap interval as in `paired_bootstrap`.
+
+    Args:
+        part, whole: (S, M) what run s gains on test example m, the same runs and examples in both: 1 where it is right and
+            a base is wrong, -1 the other way, 0 where they agree.
+
+    Returns:
+        Share; None where the interval of `whole` itself does not lie above 0, as a share of nothing is no number.
+
+    Raises:
+        UserError: as `paired_bootstrap`.
+    """
+    gain = paired_bootstrap(whole, numpy.zeros_like(numpy.asarray(part, dtype=float)), seed, confidence, resamples)
+    if gain.low <= 0:
+        return None
+    over, under = (numpy.asarray(gains, dtype=float) for gains in (part, whole))
+    below = _resampled(under, seed, resamples)
+    shares = _resampled(over, seed, resamples)[below > 0] / below[below > 0]
+    return Share(float(over.mean() / under.mean()), *_between(shares, confidence), confidence)
+
+
+def _resampled(gap: numpy.ndarray, seed: int, resamples: int) -> numpy.ndarray:
+    """Sums of (S, M) over runs and examples drawn with replacement: (resamples,), the same draws for each seed and shape."""
+    draw = numpy.random.default_rng(stream(seed, "paired bootstrap"))
+    runs, examples = gap.shape
+    values = [
+        draw.multinomial(runs, [1 / runs] * runs) @ gap @ draw.multinomial(examples, [1 / examples] * examples)
+        for _ in range(resamples)
+    ]
+    return numpy.array(values)
+
+
+def _between(values: numpy.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = numpy.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

@@ -15,6 +15,7 @@ ECHO = "it echoes its prompt"
 WORDLESS = "it has no word"
 
 TAG = re.compile(r"<\||\|>|</?[A-Za-z]\w*\s*/?>|\[/?INST\]|\ufffd")
+JOINERS = "\u00ad\u200c\u200d"  # a soft hyphen, and what Persian words and composed emoji hold
 # Scripts that set no spaces between words: there a character stands for a word.
 UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
 MARKS = r"\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff"  # of letters, which \w leaves out
@@ -40,8 +41,8 @@ def words(text: str) -> list[str]:
 def flaw(text: str, instruction: str = "") -> str | None:
     """Why a text is not readable, or None.
 
-    It has no word. Leftover markup: a special token spelt out, a tag, a character that did not decode. A loop: see
-    `times_of_a_loop`; or characters without a space that repeat at least three times over `RUN_LENGTH`. A fragment: it begins
+    It has no word. Leftover markup: a special token spelt out, a tag, a character that did not decode or that no one sees. A
+    loop: see `times_of_a_loop`; or characters without a space that repeat at least three times over `RUN_LENGTH`. A fragment: it begins
     with a mark that closes something, a lone mark or dash, a part of a word, or inside a character. An echo: it begins
     with its whole instruction, or all of it is a part of that, case and punctuation aside.
 
@@ -69,7 +70,9 @@ def times_of_a_loop(phrase: Sequence[str]) -> int:
 
 def _markup(text: str) -> str | None:
     found = TAG.search(text)
-    return MARKUP.format(found.group()) if found else None
+    unseen = (c for c in text if unicodedata.category(c) in ("Cf", "Cn", "Co", "Cs") and c not in JOINERS)
+    fault = found.group() if found else next(unseen, None)
+    return None if fault is None else MARKUP.format(fault)
 
 
 def _loop(text: str, spoken: Sequence[str]) -> str | None:

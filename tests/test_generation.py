@@ -8,9 +8,9 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from gradmm.errors import DataWarning, UserError
 from gradmm.examples import Example, content_hash, load_data, sample_examples
-from gradmm.generation import Sampling, _Writer, generate_texts, nucleus
+from gradmm.generation import Sampling, _Writer, generate_texts, nucleus, prompted_texts
 from gradmm.models import Model, load_model
-from gradmm.tasks import Task, tokenize_task
+from gradmm.tasks import Task, load_task, tokenize_task
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was bad .", "this was great ."))
 FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is", ("", "a", "the cat", "text"))
@@ -205,6 +205,62 @@ def test_a_text_is_cut_back_to_its_last_sentence_and_ends_at_stops(tiny_model):
     assert writer._finish(0, ids(" the cat sat the")) == "" == writer._finish(0, ids(" ...")) == writer._finish(0, ids(" it."))
     vocabulary = writer.vocabulary
     assert bool(vocabulary.stops[0]) and vocabulary.closes.nonzero().flatten().tolist() == [model.tokenizer.convert_tokens_to_ids(".")]
+
+
+@pytest.mark.parametrize(
+    ("opening", "written", "text"),
+    [
+        ("i feel", " that the cat sat.", "i feel that the cat sat."),
+        ("the movie", " was great.", "the movie was great."),
+        ("a movie: i", " sat on the cat.", "i sat on the cat."),
+    ],
+)
+def test_what_a_prompt_begins_is_the_beginning_of_the_text(tiny_model, opening, written, text):
+    model = tiny_model()
+    writer = writer_of(model, replace(TWO, generation_prompts=(opening, "a:")), SAMPLING)
+    assert writer._finish(0, [*model.tokenizer(written)["input_ids"], -1]) == text
+
+
+@pytest.mark.parametrize("prompts", [("the movie: i feel", "a movie: i saw"), ("i like the", "we saw it. you"), ("the", "a:")])
+def test_texts_begin_with_their_prompts_opening_and_go_on_with_a_word(tiny_model, kind, allowed, prompts):
+    task = replace(TWO, generation_prompts=prompts)
+    for example in generate_texts(tiny_model(kind), task, 3, 0, SAMPLING, allowed=allowed):
+        opening = task.openings[example.label].strip()
+        rest = example.text.removeprefix(opening)
+        assert example.text.startswith(opening) and (rest[0] == " " or not opening)
+        assert rest.split()[0].strip(".") in [word.removeprefix("Ġ") for word in INSIDE]
+
+
+def test_a_sentence_goes_on_where_what_follows_is_no_new_word(tiny_model, allowed, monkeypatch):
+    """Drawn as told: an abbreviation, a part of a word behind a stop, a real end."""
+    model = tiny_model()
+    for said, text in (
+        (" the dr. cat sat on it. the", "the dr. cat sat on it."),
+        (" the cat.cat sat on it. on", "the cat.cat sat on it."),
+        (" the cat sat on. the", "the cat sat on."),
+    ):
+        told = model.tokenizer(said)["input_ids"]
+        draws = iter(told)
+        monkeypatch.setattr(_Writer, "_draw", lambda *args, draws=draws: torch.tensor([next(draws)]))
+        writer = writer_of(model, TWO, replace(SAMPLING, min_tokens=2, max_tokens=len(told) + 4))
+        uniform = torch.zeros(1, len(told) + 4)
+        ids = writer._sample([(0, 5, 7)], uniform, room(uniform))
+        assert model.tokenizer.decode([token for token in ids[0].tolist() if token >= 0]).strip() == text
+        assert list(draws) == [] and writer._finish(0, ids[0].tolist()) == text
+
+
+@pytest.mark.parametrize("markup", ["<|endoftext|>", "<|unknown|>", "<|endoftext|> so"])
+def test_markup_in_a_prompt_is_warned_of(tiny_model, allowed, markup):
+    with pytest.warns(UserWarning, match="the generation prompt of label 'negative' of task 'two' holds '<|(endoftext|unknown)|>'".replace("|>", r"\|>").replace("<|", r"<\|")):
+        generate_texts(tiny_model(), replace(TWO, generation_prompts=(f"{markup} the movie:", "a:")), 1, 0, SAMPLING, allowed=allowed)
+
+
+@pytest.mark.parametrize("length", [1, 3, 6])
+def test_raw_texts_have_whole_characters_however_short(length):
+    model = load_model("demo", device="cpu")
+    tokens = tokenize_task(load_task("demo"), model.tokenizer)
+    texts = prompted_texts(model, tokens, 20, length)
+    assert len(texts) == 40 and not [text for text in texts if "\ufffd" in text or not text[:1].isprintable()]
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ FLAWS = {
     "it begins with the fragment": (
         ", and that was it.", "- a film", ") they said", "'s a fine film", "n't work", ". the end", "，很好。", "/ from me", "\u0301a", "-- so", "-alone again",
     ),
-    "it holds": ("<|im_start|>user", "hi <start_of_turn> you", "half a char\ufffd", "good.</s>", "[INST] go", "a<|im", "line<br />break"),
+    "it holds": ("<|im_start|>user", "hi <start_of_turn> you", "half a char\ufffd", "good.</s>", "[INST] go", "a<|im", "a \u202eb", "private \ue000", "line<br />break"),
     "it echoes its prompt": ("A bad review.", "bad review", "a BAD review: the room was cold.", "Review"),
     "it has no word": ("...", "?!", "\"\"", "'"),
 }  # fmt: skip

@@ -64,7 +64,7 @@ def test_one_list_of_candidates_is_counted_at_least():
 
 def test_the_manifest_says_what_the_run_was_expected_to_take(tiny_model, kind):
     model = tiny_model(kind, dtype=torch.float32)
-    config = SynthesisConfig(search="admm", ranking="text", n_synthetic=2, group_size=1, oversample=1, outer_steps=1, inner_steps=1, top_k=5, length=5)
+    config = SynthesisConfig(search="admm", ranking="text", n_synthetic=2, group_size=1, oversample=1, outer_steps=1, inner_steps=1, top_k=5, length=5, seed=1)
     expected = synthesize(model, TASK, gradmm.release(model, TASK, REAL, space="head"), config, progress=False).manifest["expected_bytes"]
     assert expected["weights"] == sum(weight.numel() for weight in model.lm.parameters()) * 4
     assert expected["targets"] == 2 * (97 + 32) * 4 and expected["peak"] > expected["weights"]

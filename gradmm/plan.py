@@ -33,7 +33,7 @@ class Plan:
     """Everything that a run derives from its inputs before it draws or computes anything.
 
     Attributes:
-        length: tokens of a text.
+        length: tokens of a text, those that its prompt begins it with included.
         classes: the label number of each group.
         per_class: how many texts of each class are kept.
         batch: groups of a unit of work.
@@ -59,8 +59,7 @@ class Plan:
         """Derive it.
 
         Raises:
-            UserError: fewer texts than classes, a length beyond the model's context or too short for what the prompts begin texts with,
-                or no end token where one is needed.
+            UserError: fewer texts than classes, a length beyond the model's context, or no end token where one is needed.
         """
         tokens = tokenize_task(task, model.tokenizer)
         count = len(task.labels)
@@ -73,9 +72,10 @@ class Plan:
             config.search == "pool" or not isinstance(release.space, BodySketch),
             f"targets in the space {release.space_name!r} are matched by choosing texts: set search = 'pool', or release in another space",
         )
-        length = config.length or release.length
-        _check_context(model, tokens, length)
-        _check_openings(tokens, length, config)
+        # Texts that are moved have in them what their prompts begin them with.
+        opened = max(map(len, tokens.openings)) if config.search == "admm" else 0
+        length = opened + (config.length or release.length)
+        _check_context(model, tokens, length, opened)
         end = _end_token(model, config)
         batch, together = work_units(model, len(tokens.start + tokens.head + tokens.tail) + length, config, len(classes))
         return Plan(
@@ -163,23 +163,12 @@ def _end_token(model: Model, config: SynthesisConfig) -> int | None:
     return model.ends[0]
 
 
-def _check_context(model: Model, tokens: TaskTokens, length: int) -> None:
+def _check_context(model: Model, tokens: TaskTokens, length: int, opened: int) -> None:
     around = max(len(tokens.start + tokens.head + tokens.tail), max(map(len, tokens.prompts)))
     require(
         around + length <= model.context,
-        f"length = {length} with a template or prompt of {around} tokens, {model.name} reads {model.context}: "
-        f"take a length of at most {model.context - around}",
-    )
-
-
-def _check_openings(tokens: TaskTokens, length: int, config: SynthesisConfig) -> None:
-    """Texts that are moved have all L tokens in them, those that their prompts begin them with included."""
-    opened = max(map(len, tokens.openings)) if config.search == "admm" else 0
-    least = opened + min(MIN_TOKENS, length)
-    require(
-        opened == 0 or length >= least,
-        f"length = {length}, but a generation prompt begins its texts with {opened} tokens: take a length of at least {least}, or "
-        f"end the prompts of task {tokens.task.name!r} with a full stop or colon, so that no words of theirs belong to the text",
+        f"length = {length - opened} with a template or prompt of {around + opened} tokens, {model.name} reads "
+        f"{model.context}: take a length of at most {model.context - around - opened}",
     )
 
 

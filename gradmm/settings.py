@@ -52,7 +52,7 @@ class SynthesisConfig:
             and leaves the rest to filter and ranking. "admm" moves texts towards the target, as published (all settings of the
             solver, the projection and the start are its own); it needs a Release of the head, and `PRESETS` has the ranking
             and the oversample that suit it.
-        length: L, tokens of a text; None takes the Release's.
+        length: L, tokens of a text behind the words that its prompt begins it with; None takes the Release's.
         early_end: whether a text may end before L tokens; it has `plan.MIN_TOKENS` at least.
         distance: "cosine" or "l2".
         init: "generated" starts x at texts that the model writes from the public prompts (it needs `early_end`), "normal" at

@@ -89,6 +89,16 @@ def test_no_room_runs_data_as_code_or_prints(room):
     assert not calls & (UNSAFE_CALLS | {"print"})
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_name_of_a_room_is_given_twice(room):
+    names = []
+    for node in parse(room).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+        names += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+    assert sorted(names) == sorted(set(names))
+
+
 @pytest.mark.parametrize("room", [*ROOMS, "__init__", "experiments/__init__"])
 def test_trust_is_never_switched_on(room):
     keywords = [node for node in ast.walk(parse(room)) if isinstance(node, ast.keyword)]

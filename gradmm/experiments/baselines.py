@@ -57,7 +57,7 @@ def _normal_like(value: Tensor, source: torch.Generator) -> Tensor:
 # ---------------------------------------------------------------- coresets
 
 
-def herding(points: Tensor, count: int) -> list[int]:
+def herding_order(points: Tensor, count: int) -> list[int]:
     """Points whose running mean stays nearest to the mean of all (Welling 2009): (N, D) -> row numbers in the order taken.
 
     Each step takes the point that brings the mean of those taken nearest to the whole mean; ties go to the first row.
@@ -73,7 +73,7 @@ def herding(points: Tensor, count: int) -> list[int]:
     return taken
 
 
-def k_center(points: Tensor, count: int) -> list[int]:
+def k_center_order(points: Tensor, count: int) -> list[int]:
     """Greedy k-center (Gonzalez 1985; Sener and Savarese 2018): (N, D) -> row numbers in the order taken.
 
     The first centre is the point nearest to the mean, each next one the point farthest from all centres so far; the
@@ -88,8 +88,7 @@ def k_center(points: Tensor, count: int) -> list[int]:
     return taken
 
 
-CORESETS: dict[str, Callable[[Tensor, int], list[int]]] = {"herding": herding, "k_center": k_center}
-METHODS = ("random", *CORESETS)
+CORESETS: dict[str, Callable[[Tensor, int], list[int]]] = {"herding": herding_order, "k_center": k_center_order}
 
 
 def select_coreset(
@@ -108,7 +107,8 @@ def select_coreset(
         UserError: an unknown method, n below the number of classes or above what some class has.
     """
     require_model(model)
-    require(method in METHODS, f"the coreset method {method!r} is not known: use one of {', '.join(METHODS)}")
+    known = ("random", *CORESETS)
+    require(method in known, f"the coreset method {method!r} is not known: use one of {', '.join(known)}")
     if method == "random":
         return sample_examples(examples, n, task, seed)
     return select_coresets(model, task, examples, n, [method])[method]

@@ -20,7 +20,7 @@ METHOD = """
     initialisation finetuning sizing settings plan searches synthesis shard
 """.split()
 EXPERIMENTS = """
-    records theory fidelity trial metrics audit baselines results protocol ablation demo_text demo plots paper roofline performance
+    records theory trial metrics audit baselines results protocol ablation demo_text demo plots paper roofline performance
     reference batch
 """.split()
 ORDER = [*METHOD, *(f"experiments/{room}" for room in EXPERIMENTS)]

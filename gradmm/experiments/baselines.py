@@ -16,6 +16,7 @@ from gradmm.examples import Example, check_examples, sample_examples
 from gradmm.experiments.trial import Trial
 from gradmm.generation import Sampling, generate_counts
 from gradmm.gradients import Factors, FactorTarget, LabelSpace, Target
+from gradmm.mechanism import noised_sums, seeded_bits
 from gradmm.models import Model, require_model
 from gradmm.plan import Plan
 from gradmm.privacy import Release
@@ -52,6 +53,22 @@ def _random(target: FactorTarget, source: torch.Generator, balanced: bool) -> Ta
 
 def _normal_like(value: Tensor, source: torch.Generator) -> Tensor:
     return torch.randn(value.shape, generator=source, dtype=value.dtype).to(value.device)
+
+
+def noise_only(release: Release, seed: int) -> Release:
+    """A Release of the same shape and noise with no example in it: what can its texts do that the real ones' cannot?
+
+    Raises:
+        UserError: a Release without noise.
+    """
+    require(bool(release.ledger), "the Release holds no noise: make it with epsilon")
+    nothing = []
+    for target in release.targets:
+        delta, hidden = (torch.zeros(1, size, dtype=target.weight.dtype) for size in target.weight.shape)
+        nothing.append(Factors(delta, hidden, target.bias is not None))
+    targets = noised_sums(nothing, release.ledger[-1], seeded_bits(seed))
+    statement = f"not private: a control that holds noise alone, of the seed {seed}, and nothing of the real examples"
+    return replace(release, targets=targets, private=False, statement=statement).to(release.targets[0].weight.device)
 
 
 # ---------------------------------------------------------------- coresets

@@ -72,7 +72,7 @@ def test_one_setting_grows_and_the_others_stay(tiny_model):
 
 def test_a_floor_is_set_by_arithmetic_or_by_memory():
     rates = performance.Rates(100.0, 10.0, {}, {}, "cpu", "float32", 1)
-    works = {"a": roofline.Work(400.0, 10.0), "b": roofline.Work(100.0, 30.0)}
+    works = {"a": roofline.Cost(400.0, 10.0), "b": roofline.Cost(100.0, 30.0)}
     first, second = performance.shares(works, {"a": 8.0, "b": 4.0}, rates)
     assert (first["bound by"], first["floor_seconds"], first["share"]) == ("arithmetic", 4.0, 0.5)
     assert (second["bound by"], second["floor_seconds"], second["share"]) == ("memory", 3.0, 0.75)

@@ -218,7 +218,8 @@ def _parts(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, str]:
 def _state_of(name: str) -> list[tuple]:
     """Path and time of change of a local file, or of each file in a folder; nothing of what it holds, which may be private."""
     path = Path(name)
-    held = [path] if path.is_file() else sorted(path.rglob("*")) if name and path.is_dir() else []
+    # os.path answers for a text that can be no path; pathlib raises where it is too long.
+    held = [path] if os.path.isfile(name) else sorted(path.rglob("*")) if os.path.isdir(name) else []
     return [(str(one), one.stat().st_mtime_ns) for one in held if one.is_file()]
 
 

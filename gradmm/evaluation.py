@@ -1,7 +1,6 @@
-"""What a set of texts is like, and how sure a difference of accuracies is.
+"""How surprising texts are to a language model: their perplexity.
 
-Knows no training. Words are runs between spaces, lower-cased. Letters: N texts, T positions, D width, V vocabulary,
-S seeds, M test examples.
+Knows no task. Letters: N texts, T positions, D width, V vocabulary.
 """
 
 import math

@@ -12,7 +12,7 @@ from test_protocol import CONFIG, FOUR, TWO, splits_of, toy
 from gradmm.errors import UserError
 from gradmm.examples import Example
 from gradmm.experiments import trial
-from gradmm.experiments.ablation import _value, against_base, agreement, changed, effects, vary
+from gradmm.experiments.ablation import against_base, agreement, changed, effects, value_of, vary
 from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.synthesis import synthesize
 from gradmm.tasks import tokenize_task
@@ -57,7 +57,7 @@ def test_an_unknown_preset_is_refused_and_a_base_is_called_after_a_preset_that_i
     base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, seed=5))
     with pytest.raises(UserError, match="'Paper' is not known: did you mean paper"):
         changed(base, "preset", "Paper")
-    assert _value(base, "preset") == "pool" and _value(replace(base, synthesis=replace(base.synthesis, top_k=3)), "preset") == "the base"
+    assert value_of(base, "preset") == "pool" and value_of(replace(base, synthesis=replace(base.synthesis, top_k=3)), "preset") == "the base"
 
 
 def test_settings_are_compared_with_the_base_by_seed():

@@ -122,8 +122,8 @@ def test_without_an_output_a_sweep_leaves_it_to_the_notebook_and_a_fresh_run_has
     assert [job.parameters for job in plain] == [{"seed": 1}, {"seed": 2}]
     fresh = [job.parameters["output"] for job in batch.plan([notebook], "x", sweep={"seed": [1, 2]}, fresh=True)]
     assert [folder.rsplit("/", 1)[0] for folder in fresh] == ["results/one/seed=1", "results/one/seed=2"]
-    given = [batch.plan([notebook], "x", parameters={"output": batch._from_command_line(text)})[0] for text in ("None", "null", "mine")]
-    assert [job.parameters["output"] for job in given] == [None, None, "mine"]
+    asked = [batch.requested([str(notebook), "-p", "output", text])[1] for text in ("None", "null", "mine")]
+    assert [job.parameters["output"] for (job,) in asked] == [None, None, "mine"]
 
 
 def test_what_a_result_depends_on(here, monkeypatch):

@@ -99,9 +99,8 @@ def test_the_batches_of_the_documentation_can_be_planned(here):
     (here / "grid.yaml").write_text(re.search(r"```yaml\n(rho: .*?)```", (ROOT / "book" / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)[1])
     planned = []
     for command in of_kind("python -m gradmm.experiments.batch"):
-        given = batch._parser().parse_args([part for word in shlex.split(command)[3:] for part in (sorted(map(str, Path().glob(word))) if "*" in word else [word])])
-        sweep = None if given.sweep is None else files.read_parameters(given.sweep)
-        jobs = batch.plan(given.notebooks, given.output, given.preset, {name: batch._from_command_line(text) for name, text in given.parameter}, sweep, given.fresh)
+        words = [sorted(map(str, Path().glob(word))) if "*" in word else [word] for word in shlex.split(command)[3:]]
+        _, jobs = batch.requested(sum(words, []))
         assert jobs and all(job.parameters.get("output") is None for job in jobs)
         planned.append(len(jobs))
     assert 9 in planned  # "executes nine notebooks"

@@ -177,7 +177,7 @@ def test_a_notebook_s_folder_follows_from_all_its_parameters(path):
     notebook = nbformat.read(path, as_version=4)
     trees = [ast.parse(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
     (call,) = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("output_folder"))
-    known = batch._parameters_of(path)
+    known = batch.parameters_of(path)
     assert [ast.literal_eval(call.args[0]), ast.unparse(call.args[1])] == [path.stem, "output"] and known["output"] is None
     assert {word.arg: ast.unparse(word.value) for word in call.keywords} == {name: name for name in set(known) - NOT_OF_THE_FOLDER - ADDS_RUNS.get(path.stem, set())}
     first = "".join(ast.unparse(tree) for tree in trees[1:]).split("output_folder(")[0]

@@ -89,6 +89,16 @@ def test_the_readme_keeps_its_promises():
     assert not missing
 
 
+def test_the_readme_s_tree_has_one_line_for_every_file_of_the_package():
+    (tree,) = re.findall(r"^    gradmm/ .*\n(?:      .*\n)+", README, re.MULTILINE)
+    listed, folders = [], []
+    for depth, name in re.findall(r"^    ( *)([\w./]+) +\S", tree, re.MULTILINE):
+        folders[len(depth) // 2 :] = [name] if name.endswith("/") else []
+        listed += [] if name.endswith("/") else ["".join(folders) + name]
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "gradmm").rglob("*.py")}
+    assert sorted(listed) == sorted(files - {"gradmm/experiments/__init__.py"})
+
+
 def test_the_readme_s_python_calls_what_exists():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     used = {node.attr for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Attribute)

@@ -10,7 +10,7 @@ from gradmm.experiments import performance, roofline
 from gradmm.settings import SynthesisConfig
 from gradmm.tasks import Task
 
-TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a film was"))
+TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a film was:"))
 REAL = [Example("a dull plot", 0), Example("a fine film", 1)]
 SMALL = SynthesisConfig(search="admm", ranking="text", n_synthetic=2, oversample=1, group_size=1, length=6, outer_steps=2, inner_steps=2, early_end=False, init="normal", top_k=5)
 
@@ -62,6 +62,7 @@ def test_a_line_is_no_deviation_and_a_bend_is():
     assert performance.fit_line([1, 2, 4, 8], [1.0, 4.0, 16.0, 64.0])["worst_percent"] > 10
 
 
+@pytest.mark.filterwarnings("ignore:\\d of \\d texts are kept")  # a random model, which is only timed, repeats a word
 def test_one_setting_grows_and_the_others_stay(tiny_model):
     found = performance.time_growth(tiny_model(dtype=torch.float32), TASK, REAL, SMALL, {"length": [2, 4], "n_synthetic": [2, 4]}, repeats=3)
     assert list(found) == ["length", "n_synthetic"] and found["length"]["sizes"] == [2, 4]
@@ -72,7 +73,7 @@ def test_one_setting_grows_and_the_others_stay(tiny_model):
 
 def test_a_floor_is_set_by_arithmetic_or_by_memory():
     rates = performance.Rates(100.0, 10.0, {}, {}, "cpu", "float32", 1)
-    works = {"a": roofline.Work(400.0, 10.0), "b": roofline.Work(100.0, 30.0)}
+    works = {"a": roofline.Cost(400.0, 10.0), "b": roofline.Cost(100.0, 30.0)}
     first, second = performance.shares(works, {"a": 8.0, "b": 4.0}, rates)
     assert (first["bound by"], first["floor_seconds"], first["share"]) == ("arithmetic", 4.0, 0.5)
     assert (second["bound by"], second["floor_seconds"], second["share"]) == ("memory", 3.0, 0.75)

@@ -65,20 +65,20 @@ def test_an_inner_step_is_a_few_percent_above_its_floor(deep, plan):
     x = torch.randn(2, 2, 40, 32, dtype=torch.float64, requires_grad=True)
     ids, classes = torch.zeros(2, 2, 40, dtype=torch.long), torch.tensor([0, 1])
     done = counted(lambda: torch.autograd.grad(plan.matching.of_vectors(x, ids, classes).sum(), x))
-    work = roofline.inner_step(roofline.Body.of(deep), roofline.Job.of(plan))
+    work = roofline.inner_step(roofline.Body.of(deep), roofline.Workload.of(plan))
     assert work.operations <= done <= 1.06 * work.operations
 
 
 def test_a_projection_is_a_few_percent_above_its_floor(deep, plan):
     v, rows = torch.randn(4, 40, 32, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
     done = counted(lambda: project(deep, plan.tables, v, plan.tokens.prompts, rows, plan.reading))
-    work = roofline.projection(roofline.Body.of(deep), roofline.Job.of(plan))
+    work = roofline.projection(roofline.Body.of(deep), roofline.Workload.of(plan))
     assert work.operations <= done <= 1.03 * work.operations
 
 
 def test_the_target_is_a_few_percent_above_its_floor(deep, plan):
     text = "red and blue cat dog sat on the a it was the movie film story actor actors plot scene"
-    job = dataclasses.replace(roofline.Job.of(plan), real=2, length=len(plan.tokens.encode(text)))
+    job = dataclasses.replace(roofline.Workload.of(plan), real=2, length=len(plan.tokens.encode(text)))
     done = counted(lambda: release(deep, TASK, [Example(text, label) for label in (0, 1)], space="head"))
     work = roofline.target(roofline.Body.of(deep), job)
     assert work.operations <= done <= 1.08 * work.operations  # the code reads the constant token before the text, too
@@ -92,7 +92,7 @@ def test_judging_texts_costs_at_least_its_floor(deep, plan):
     texts = [long + word for word in ("sat on", "like dog", "saw made", "blue time")]
     done = counted(lambda: plan.selection.rows(texts, [0, 0, 1, 1]))
     assert {len(plan.tokens.encode(text)) for text in texts} == {40}
-    work = roofline.judgement(roofline.Body.of(deep), roofline.Job.of(plan))
+    work = roofline.judgement(roofline.Body.of(deep), roofline.Workload.of(plan))
     assert work.operations <= done <= 1.6 * work.operations
 
 
@@ -129,7 +129,7 @@ def test_a_step_of_fine_tuning_is_a_few_percent_above_its_floor(deep, plan):
 
 
 def test_all_steps_are_counted_and_grow_in_proportion(deep, plan):
-    body, job = roofline.Body.of(deep), roofline.Job.of(plan)
+    body, job = roofline.Body.of(deep), roofline.Workload.of(plan)
     works = roofline.synthesis(body, job)
     assert tuple(works) == roofline.PHASES
     assert works["inner steps"].operations == job.outer_steps * job.inner_steps * roofline.inner_step(body, job).operations
@@ -140,8 +140,8 @@ def test_all_steps_are_counted_and_grow_in_proportion(deep, plan):
 
 
 def test_one_start_alone_is_not_evaluated(deep, plan):
-    body, job = roofline.Body.of(deep), dataclasses.replace(roofline.Job.of(plan), draws=1)
-    assert roofline.initialisation(body, job) == roofline.Work()
+    body, job = roofline.Body.of(deep), dataclasses.replace(roofline.Workload.of(plan), draws=1)
+    assert roofline.initialisation(body, job) == roofline.Cost()
     written = dataclasses.replace(job, written=True)
     assert roofline.initialisation(body, written) == body.walk(job.texts, job.length, job.prompt, job.classes)
 
@@ -150,8 +150,8 @@ def test_the_model_of_the_paper_by_arithmetic_alone():
     config = transformers.PhiConfig(vocab_size=51200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32)
     body = roofline.Body.of_config(config, torch.bfloat16)
     assert body.parameters == pytest.approx(1.418e9, rel=1e-3) and body.number == 2 and body.largest == (2048, 8192)
-    step = roofline.inner_step(body, roofline.Job())
-    plain = 4 * sum(body.layers) * roofline.Job().texts * roofline.Job().positions  # 4 operations a parameter and token
+    step = roofline.inner_step(body, roofline.Workload())
+    plain = 4 * sum(body.layers) * roofline.Workload().texts * roofline.Workload().positions  # 4 operations a parameter and token
     assert step.operations == pytest.approx(plain, rel=0.05)
 
 

@@ -20,7 +20,7 @@ METHOD = """
     initialisation finetuning sizing settings plan searches synthesis shard
 """.split()
 EXPERIMENTS = """
-    records theory fidelity trial metrics audit baselines results protocol ablation demo_text demo plots paper roofline performance
+    records theory trial metrics audit baselines results protocol ablation demo_text demo plots paper roofline performance
     reference batch
 """.split()
 ORDER = [*METHOD, *(f"experiments/{room}" for room in EXPERIMENTS)]
@@ -87,6 +87,16 @@ def test_no_room_runs_data_as_code_or_prints(room):
     assert not {name.split(".")[0] for name in imported(tree)} & UNSAFE_MODULES - PARALLEL.get(room, set())
     calls = {dotted(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert not calls & (UNSAFE_CALLS | {"print"})
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_name_of_a_room_is_given_twice(room):
+    names = []
+    for node in parse(room).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+        names += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+    assert sorted(names) == sorted(set(names))
 
 
 @pytest.mark.parametrize("room", [*ROOMS, "__init__", "experiments/__init__"])

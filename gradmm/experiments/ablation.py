@@ -123,7 +123,7 @@ def vary(
     levels = {factor: _levels(base, factor, values) for factor, values in factors.items()}
     settings = {"base": (None, base)}  # checked, all of them, before anything runs
     for factor, values in levels.items():
-        others = [value for value in values if value != _value(base, factor)]
+        others = [value for value in values if value != value_of(base, factor)]
         settings |= {_name(base, factor, value): (factor, changed(base, factor, value)) for value in others}
     found, written = {}, {}
     for name, (factor, config) in tqdm(settings.items(), desc="varying", unit="setting", disable=not progress):
@@ -132,7 +132,7 @@ def vary(
         if name == "base" and folder is not None and base.synthesis.search == "pool":
             written = written_texts(folder, seeds)
     return pandas.DataFrame(
-        {"factor": factor, "value": value, "base": value == _value(base, factor), "seed": record["seed"]}
+        {"factor": factor, "value": value, "base": value == value_of(base, factor), "seed": record["seed"]}
         | {quantity: record[quantity] for quantity in QUANTITIES}
         for factor, values in levels.items()
         for value in values
@@ -205,12 +205,13 @@ def _levels(base: ComparisonConfig, factor: str, values: Sequence) -> list:
     """The values with the base's own among them, numbers in rising order."""
     known = sorted(_OF_COMPARISON | _OF_SYNTHESIS | {"preset"})
     require(factor in known, f"the factor {factor!r} is not known: use some of {', '.join(known)}")
-    levels = list(dict.fromkeys([_value(base, factor), *values]))
+    levels = list(dict.fromkeys([value_of(base, factor), *values]))
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in levels)
     return sorted(levels) if numbers else levels
 
 
-def _value(base: ComparisonConfig, factor: str):
+def value_of(base: ComparisonConfig, factor: str):
+    """The base's own value of a factor; a base that is no preset as it stands has the preset "the base"."""
     if factor == "space":
         return base.release_space
     if factor == "preset":
@@ -219,4 +220,4 @@ def _value(base: ComparisonConfig, factor: str):
 
 
 def _name(base: ComparisonConfig, factor: str, value) -> str:
-    return "base" if value == _value(base, factor) else f"{factor}={value}"
+    return "base" if value == value_of(base, factor) else f"{factor}={value}"

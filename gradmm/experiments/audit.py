@@ -1,8 +1,8 @@
-r"""Attacks on what is published: a lower bound on epsilon from one release, and membership inference.
+r"""What a release gives away and what it keeps: a lower bound on epsilon, membership inference, and signal to noise.
 
 Plays the adversary: knows canaries or candidate examples and asks what the published thing says of them. An attack that
-fails proves nothing; one that succeeds beyond the claim disproves it. Letters: m canaries, n members, o others, R rows and
-r directions of the release space.
+fails proves nothing; one that succeeds beyond the claim disproves it. Letters: m canaries, n members or examples, o others,
+C classes, D hidden width, R rows and r directions of the release space.
 
 The audit of one release (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846, theorem 5.2): for each of m canaries a fair
 coin decides which of two versions is among the private examples. The adversary sees the release and guesses the `guesses`
@@ -11,11 +11,22 @@ coins of which it is surest. If the release is (epsilon, delta)-private, then wi
     P(at least v right) <= P(W >= v) + 2 m delta max over i of P(v > W >= v - i) / i
 
 The lower bound is the largest epsilon that the number of right guesses refutes at the given confidence.
+
+How much of the clean gradient survives a release is told from the private texts, outside every privacy guarantee: publish
+these figures for public data alone. With S the clean sum of clipped gradients in d coordinates and noise N(0, sigma^2) on each,
+the cosine of S + noise to S is about
+
+    |S| / sqrt(|S|^2 + d sigma^2)
+
+(the noise's length concentrates, its part along S averages out: close for d of ten or more, a little low below). The
+class sums are mostly the bias between the labels times the mean hidden state, which all texts share; what sets the classes
+apart, and what balanced training follows, is the *contrast*: the sum over classes with hidden states taken from their
+mean, sum_i w_i delta_i (h_i - mean h)^T with w_i the clip's factor.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -29,17 +40,19 @@ from torch import Tensor
 from gradmm.errors import is_number, require, require_texts, require_type, require_whole
 from gradmm.examples import Example, check_examples
 from gradmm.experiments.metrics import longest_shared_spans, words
-from gradmm.gradients import DenseTarget, Factors, HeadSpace
+from gradmm.gradients import DenseTarget, Factors, Head, HeadSpace, Space, head_factors
 from gradmm.matching import factors_of
-from gradmm.mechanism import Bits, LedgerEntry, clip_scale, noised_sums, system_bits
+from gradmm.mechanism import Bits, LedgerEntry, clip_scale, noised_sums, plan_entry, system_bits
 from gradmm.models import Model, require_model
 from gradmm.privacy import Release, release
 from gradmm.seeds import generator
 from gradmm.sketch import BodySketch
-from gradmm.tasks import Task, tokenize_task
+from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 LARGEST_EPSILON = 100.0
 BISECTIONS = 50
+ROWS_AT_ONCE = 256  # texts whose (V,) deltas are held at once
+_EXACT = "label rows, unclipped"
 CANARY_NORM = 10.0  # in units of the clip, so that clipping is put to the test
 
 
@@ -394,4 +407,129 @@ def attack_texts(
     )
     return {
         name: membership(score(members, synthetic), score(others, synthetic), seed=seed) for name, score in TEXT_ATTACKS.items()
+    }
+
+
+# ---------------------------------------------------------------- signal to noise
+
+
+def expected_cosine(signal: float, coordinates: int, sigma: float) -> float:
+    """The cosine of a vector of length `signal` to itself with noise on every coordinate, to first order."""
+    return signal / math.sqrt(signal**2 + coordinates * sigma**2)
+
+
+def signal_to_noise(
+    model: Model,
+    task: Task,
+    examples: Iterable,
+    sizes: Sequence[int],
+    spaces: Mapping[str, Space],
+    epsilons: Sequence[float],
+    delta: float,
+    clip: float = 1.0,
+    relation: str = "replace-one",
+) -> list[dict]:
+    """What is left of target and contrast, computed from the clean sums and sigma with no release.
+
+    Args:
+        examples: the first sizes[i] / C of each class are used for sizes[i].
+        sizes: n, ascending.
+        spaces: name -> coordinates of the gradient of the loss over all tokens, `spaces.release_space` of HEAD_SPACES.
+        epsilons, delta, clip, relation: as for `privacy.release`, exact calibration.
+
+    Returns:
+        One row for each space, size and epsilon: coordinates (of one class), sigma, signal (length of a class's clean sum),
+        noise (expected length of its noise), target (expected cosine of a class's noised sum to the clean one, mean over
+        classes), contrast (the same of the contrast), kept (cosine of the space's clean contrast to that of unclipped
+        gradients on the label rows) and useful (contrast times kept).
+
+    Raises:
+        UserError: sizes that do not ascend or exceed the examples of a class.
+    """
+    require_model(model)
+    examples = check_examples(examples, task, "example")
+    classes = [[e for e in examples if e.label == label] for label in range(len(task.labels))]
+    counts = [size // len(classes) for size in sizes]
+    require(
+        counts == sorted(counts) and counts[:1] > [0] and counts[-1] <= min(map(len, classes)),
+        f"sizes = {list(sizes)} for classes of {[len(members) for members in classes]}: give ascending sizes that the classes allow",
+    )
+    tokens = tokenize_task(task, model.tokenizer)
+    rows = torch.tensor(tokens.labels, device=model.device)
+    measured = {**{name: (space, clip) for name, space in spaces.items()}, _EXACT: (Space(rows), math.inf)}
+    sums = {name: [_Sums()] * len(classes) for name in measured}
+    found = []
+    for begin, count, size in zip([0, *counts], counts, sizes, strict=False):
+        for label, members in enumerate(classes):
+            for factors in _gradients(model, tokens, [example.text for example in members[begin:count]], label):
+                for name, (space, most) in measured.items():
+                    sums[name][label] = sums[name][label].plus(space.restrict(factors), most)
+        exact = _contrast(sums[_EXACT])
+        for name, space in spaces.items():
+            kept = _cosine(_on_label_rows(_contrast(sums[name]), space, rows), exact)
+            entries = [plan_entry("sums", name, epsilon, delta, relation, clip, "exact", len(sums[name][0].flat)) for epsilon in epsilons]
+            found += [{"space": name, "n": size, **_figures(sums[name], entry, kept)} for entry in entries]
+    return found
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over a class: weighted gradients (R, r), weighted deltas (R,), hidden states (r,), texts; float64."""
+
+    weight: Tensor | float = 0.0
+    delta: Tensor | float = 0.0
+    hidden: Tensor | float = 0.0
+    count: int = 0
+    bias: bool = False
+
+    def plus(self, factors: Factors, clip: float) -> "_Sums":
+        """With more texts."""
+        delta = factors.delta.double() * clip_scale(factors, clip)[:, None]
+        hidden = factors.hidden.double()
+        weight = self.weight + delta.mT @ hidden
+        return _Sums(weight, self.delta + delta.sum(0), self.hidden + hidden.sum(0), self.count + len(delta), factors.bias)
+
+    @property
+    def flat(self) -> Tensor:
+        """All that is released of the class."""
+        return torch.cat([self.weight.flatten(), self.delta]) if self.bias else self.weight.flatten()
+
+
+def _contrast(sums: Sequence[_Sums]) -> Tensor:
+    """The sum over classes with hidden states taken from their mean: (R, r)."""
+    mean = sum(part.hidden for part in sums) / sum(part.count for part in sums)
+    return sum(part.weight for part in sums) - torch.outer(sum(part.delta for part in sums), mean)
+
+
+def _gradients(model: Model, tokens: TaskTokens, texts: Sequence[str], label: int) -> Iterator[Factors]:
+    """The texts' gradients of the whole head, block by block."""
+    head = Head(model.head_weight, model.head_bias)
+    for begin in range(0, len(texts), ROWS_AT_ONCE):
+        hidden = model.hidden_of([tokens.sequence(text) for text in texts[begin : begin + ROWS_AT_ONCE]])
+        yield head_factors(hidden, torch.full((len(hidden),), tokens.labels[label], device=hidden.device), head)
+
+
+def _on_label_rows(value: Tensor, space: Space, rows: Tensor) -> Tensor:
+    """A matrix of a space in the coordinates of the label rows: (R, r) -> (C, D)."""
+    value = value[rows] if space.rows is None else value
+    return value if space.basis is None else value @ space.basis.to(value).mT
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(torch.finfo(a.dtype).tiny))
+
+
+def _figures(sums: Sequence[_Sums], entry: LedgerEntry, kept: float) -> dict:
+    signals, size, clean = [float(part.flat.norm()) for part in sums], entry.coordinates, _contrast(sums)
+    contrast = expected_cosine(float(clean.norm()), clean.numel(), entry.sigma * math.sqrt(len(sums)))
+    return {
+        "epsilon": entry.epsilon,
+        "coordinates": size,
+        "sigma": entry.sigma,
+        "signal": sum(signals) / len(signals),
+        "noise": entry.sigma * math.sqrt(size),
+        "target": sum(expected_cosine(signal, size, entry.sigma) for signal in signals) / len(signals),
+        "contrast": contrast,
+        "kept": kept,
+        "useful": contrast * kept,
     }

@@ -16,6 +16,7 @@ from gradmm.examples import Example, check_examples, sample_examples
 from gradmm.experiments.trial import Trial
 from gradmm.generation import Sampling, generate_counts
 from gradmm.gradients import Factors, FactorTarget, LabelSpace, Target
+from gradmm.mechanism import noised_sums, seeded_bits
 from gradmm.models import Model, require_model
 from gradmm.plan import Plan
 from gradmm.privacy import Release
@@ -54,10 +55,26 @@ def _normal_like(value: Tensor, source: torch.Generator) -> Tensor:
     return torch.randn(value.shape, generator=source, dtype=value.dtype).to(value.device)
 
 
+def noise_only(release: Release, seed: int) -> Release:
+    """A Release of the same shape and noise with no example in it: what can its texts do that the real ones' cannot?
+
+    Raises:
+        UserError: a Release without noise.
+    """
+    require(bool(release.ledger), "the Release holds no noise: make it with epsilon")
+    nothing = []
+    for target in release.targets:
+        delta, hidden = (torch.zeros(1, size, dtype=target.weight.dtype) for size in target.weight.shape)
+        nothing.append(Factors(delta, hidden, target.bias is not None))
+    targets = noised_sums(nothing, release.ledger[-1], seeded_bits(seed))
+    statement = f"not private: a control that holds noise alone, of the seed {seed}, and nothing of the real examples"
+    return replace(release, targets=targets, private=False, statement=statement).to(release.targets[0].weight.device)
+
+
 # ---------------------------------------------------------------- coresets
 
 
-def herding(points: Tensor, count: int) -> list[int]:
+def herding_order(points: Tensor, count: int) -> list[int]:
     """Points whose running mean stays nearest to the mean of all (Welling 2009): (N, D) -> row numbers in the order taken.
 
     Each step takes the point that brings the mean of those taken nearest to the whole mean; ties go to the first row.
@@ -73,7 +90,7 @@ def herding(points: Tensor, count: int) -> list[int]:
     return taken
 
 
-def k_center(points: Tensor, count: int) -> list[int]:
+def k_center_order(points: Tensor, count: int) -> list[int]:
     """Greedy k-center (Gonzalez 1985; Sener and Savarese 2018): (N, D) -> row numbers in the order taken.
 
     The first centre is the point nearest to the mean, each next one the point farthest from all centres so far; the
@@ -88,8 +105,7 @@ def k_center(points: Tensor, count: int) -> list[int]:
     return taken
 
 
-CORESETS: dict[str, Callable[[Tensor, int], list[int]]] = {"herding": herding, "k_center": k_center}
-METHODS = ("random", *CORESETS)
+CORESETS: dict[str, Callable[[Tensor, int], list[int]]] = {"herding": herding_order, "k_center": k_center_order}
 
 
 def select_coreset(
@@ -108,7 +124,8 @@ def select_coreset(
         UserError: an unknown method, n below the number of classes or above what some class has.
     """
     require_model(model)
-    require(method in METHODS, f"the coreset method {method!r} is not known: use one of {', '.join(METHODS)}")
+    known = ("random", *CORESETS)
+    require(method in known, f"the coreset method {method!r} is not known: use one of {', '.join(known)}")
     if method == "random":
         return sample_examples(examples, n, task, seed)
     return select_coresets(model, task, examples, n, [method])[method]

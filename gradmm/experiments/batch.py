@@ -143,7 +143,7 @@ def _grid(sweep: Mapping[str, Sequence], notebook: Path) -> list[dict[str, Any]]
 
 def _jobs(notebook: Path, values: dict, grid: list[dict], output: Path, fresh: bool) -> list[Job]:
     """One notebook's jobs: one for each combination of the grid, each with results of its own."""
-    known = _parameters_of(notebook)
+    known = parameters_of(notebook)
     jobs = []
     for combination in grid:
         chosen = {**values, **combination}
@@ -171,8 +171,12 @@ def _label(combination: Mapping[str, Any]) -> str:
     return plain if plain == whole and len(whole) <= LONGEST_NAME else f"{plain[:LONGEST_NAME]}-{files.digest(whole)[:8]}"
 
 
-def _parameters_of(notebook: Path) -> dict[str, Any]:
-    """The notebook's parameters with their defaults; a default that is no plain value stays text."""
+def parameters_of(notebook: Path) -> dict[str, Any]:
+    """The notebook's parameters with their defaults; a default that is no plain value stays text.
+
+    Raises:
+        UserError: a file that is no notebook, or papermill is not installed.
+    """
     try:
         found = _papermill().inspect_notebook(str(notebook))
     except UserError:
@@ -214,7 +218,8 @@ def _parts(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, str]:
 def _state_of(name: str) -> list[tuple]:
     """Path and time of change of a local file, or of each file in a folder; nothing of what it holds, which may be private."""
     path = Path(name)
-    held = [path] if path.is_file() else sorted(path.rglob("*")) if name and path.is_dir() else []
+    # os.path answers for a text that can be no path; pathlib raises where it is too long.
+    held = [path] if os.path.isfile(name) else sorted(path.rglob("*")) if os.path.isdir(name) else []
     return [(str(one), one.stat().st_mtime_ns) for one in held if one.is_file()]
 
 
@@ -396,14 +401,23 @@ def _left(frame: pandas.DataFrame) -> dict:
     return {name: f"{{:<{width}}}".format for name, width in widths.items()}
 
 
+def requested(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[Job]]:
+    """What a command line asks for: its options, and the jobs, which are planned and not executed.
+
+    Raises:
+        UserError: as `plan`, and a sweep that cannot be read.
+    """
+    given = _parser().parse_args(arguments)
+    sweep = None if given.sweep is None else files.read_parameters(given.sweep)
+    sweep = sweep if sweep is None else sweep.get("sweep", sweep)
+    values = {name: _from_command_line(text) for name, text in given.parameter}
+    return given, plan(given.notebooks, given.output, given.preset, values, sweep, given.fresh)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0 all well, 1 a notebook failed, 2 the request cannot be met."""
-    given = _parser().parse_args(arguments)
     try:
-        sweep = None if given.sweep is None else files.read_parameters(given.sweep)
-        sweep = sweep if sweep is None else sweep.get("sweep", sweep)
-        values = {name: _from_command_line(text) for name, text in given.parameter}
-        jobs = plan(given.notebooks, given.output, given.preset, values, sweep, given.fresh)
+        given, jobs = requested(arguments)
         outcomes = run(jobs, given.jobs, given.backend)
     except UserError as error:
         sys.stderr.write(f"{error}\n")

@@ -16,7 +16,7 @@ import torch
 from gradmm import admm, searches
 from gradmm.errors import require
 from gradmm.examples import Example
-from gradmm.experiments.roofline import Work
+from gradmm.experiments.roofline import Cost
 from gradmm.models import DTYPES, Model
 from gradmm.privacy import release
 from gradmm.selection import Selection
@@ -212,12 +212,12 @@ def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> dict[str, floa
 # ---------------------------------------------------------------- both together
 
 
-def floor_seconds(work: Work, rates: Rates) -> float:
+def floor_seconds(work: Cost, rates: Rates) -> float:
     """What the machine needs for the operations or for the bytes, whichever takes longer."""
     return max(work.operations / rates.matmul, work.bytes / rates.bandwidth)
 
 
-def shares(works: Mapping[str, Work], seconds: Mapping[str, float], rates: Rates) -> list[dict]:
+def shares(works: Mapping[str, Cost], seconds: Mapping[str, float], rates: Rates) -> list[dict]:
     """For each phase: its operations, bytes, floor and what sets it, measured seconds, and floor / measured."""
     rows = []
     for phase, work in works.items():

@@ -32,17 +32,17 @@ ADAMW_NUMBERS = 10  # of a parameter: read forward and backward; its gradient wr
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """Operations of matrix products, and bytes to or from memory."""
 
     operations: float = 0.0
     bytes: float = 0.0
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.operations + other.operations, self.bytes + other.bytes)
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.operations + other.operations, self.bytes + other.bytes)
 
-    def __mul__(self, times: float) -> "Work":
-        return Work(self.operations * times, self.bytes * times)
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(self.operations * times, self.bytes * times)
 
     __rmul__ = __mul__
 
@@ -109,7 +109,7 @@ class Body:
             lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         return Body.of(Model(lm, None, config.model_type, None, ""))
 
-    def forward(self, texts: int, positions: int, before: int = 0, all_positions: bool = False) -> Work:
+    def forward(self, texts: int, positions: int, before: int = 0, all_positions: bool = False) -> Cost:
         """One pass of the body.
 
         Args:
@@ -118,22 +118,22 @@ class Body:
             all_positions: whether the states of all positions are wanted, or the last one's alone.
         """
         maps, attention = self._parts(texts, positions, before, all_positions)
-        return Work(maps + attention, self._weights())
+        return Cost(maps + attention, self._weights())
 
-    def backward(self, texts: int, positions: int, before: int = 0) -> Work:
+    def backward(self, texts: int, positions: int, before: int = 0) -> Cost:
         """From the last position's states to the inputs, after `forward` without `all_positions`."""
         maps, attention = self._parts(texts, positions, before, False)
-        return Work(maps + 2 * attention, self._weights())
+        return Cost(maps + 2 * attention, self._weights())
 
-    def weight_gradients(self, texts: int, positions: int) -> Work:
+    def weight_gradients(self, texts: int, positions: int) -> Cost:
         """Those of the linear maps, after `backward`; their bytes are the optimiser's."""
-        return Work(self._parts(texts, positions, 0, False)[0])
+        return Cost(self._parts(texts, positions, 0, False)[0])
 
-    def head(self, states: int) -> Work:
+    def head(self, states: int) -> Cost:
         """The logits of some states, or the states' gradient from the logits'."""
-        return Work(2 * states * self.vocabulary * self.width, self.vocabulary * self.width * self.number)
+        return Cost(2 * states * self.vocabulary * self.width, self.vocabulary * self.width * self.number)
 
-    def walk(self, texts: int, length: int, prompt: int, prompts: int, candidates: int = 0) -> Work:
+    def walk(self, texts: int, length: int, prompt: int, prompts: int, candidates: int = 0) -> Cost:
         """L tokens of N texts, each token by one step with the cache of those before it.
 
         Args:
@@ -145,8 +145,8 @@ class Body:
         maps = 2 * texts * (sum(self.layers) + self.outside)
         attention = 4 * texts * self.attended * len(self.layers)
         cache = texts * self.cached * len(self.layers) * self.number
-        moving = Work(steps * maps + read * attention, steps * self._weights() + read * cache)
-        rows = Work(2 * texts * candidates * self.width, min(texts * candidates, self.vocabulary) * self.width * self.number)
+        moving = Cost(steps * maps + read * attention, steps * self._weights() + read * cache)
+        rows = Cost(2 * texts * candidates * self.width, min(texts * candidates, self.vocabulary) * self.width * self.number)
         return self.forward(prompts, prompt) + moving + length * (self.head(texts) + rows)
 
     def _parts(self, texts: int, positions: int, before: int, all_positions: bool) -> tuple[float, float]:
@@ -176,7 +176,7 @@ def _sides(part: torch.nn.Module) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What a synthesis is asked for; the defaults are the paper's setting with phi-1.5's tokens for SST-2.
 
     Attributes:
@@ -204,10 +204,10 @@ class Job:
     written: bool = False
 
     @staticmethod
-    def of(plan: Plan) -> "Job":
+    def of(plan: Plan) -> "Workload":
         """What a plan is going to do."""
         tokens, config = plan.tokens, plan.config
-        return Job(
+        return Workload(
             groups=len(plan.classes),
             count=config.group_size,
             length=plan.length,
@@ -234,42 +234,42 @@ class Job:
         return self.length + self.after
 
 
-def target(body: Body, job: Job) -> Work:
+def target(body: Body, job: Workload) -> Cost:
     """The gradients of the real examples and their norm."""
-    norm = Work(2 * job.real * (job.real / job.classes) * (body.vocabulary + body.width))
+    norm = Cost(2 * job.real * (job.real / job.classes) * (body.vocabulary + body.width))
     return body.forward(job.real, job.positions, job.before) + body.head(job.real) + norm
 
 
-def initialisation(body: Body, job: Job) -> Work:
+def initialisation(body: Body, job: Workload) -> Cost:
     """Starts drawn, and each one's matching loss if there is a choice."""
-    loss = evaluation(body, job) if job.draws > 1 else Work()
-    written = body.walk(job.texts, job.length, job.prompt, job.classes) if job.written else Work()
+    loss = evaluation(body, job) if job.draws > 1 else Cost()
+    written = body.walk(job.texts, job.length, job.prompt, job.classes) if job.written else Cost()
     return job.draws * (loss + written)
 
 
-def evaluation(body: Body, job: Job) -> Work:
+def evaluation(body: Body, job: Workload) -> Cost:
     """The matching loss of every group."""
     return body.forward(job.texts, job.positions, job.before) + body.head(job.texts) + _matching(body, job, job.count)
 
 
-def inner_step(body: Body, job: Job) -> Work:
+def inner_step(body: Body, job: Workload) -> Cost:
     """The matching loss of every group and its gradient in x."""
     backward = body.backward(job.texts, job.positions, job.before) + body.head(job.texts) + _matching(body, job, job.count)
     return evaluation(body, job) + backward
 
 
-def projection(body: Body, job: Job) -> Work:
+def projection(body: Body, job: Workload) -> Cost:
     """Every position of every text replaced by a token."""
     return body.walk(job.texts, job.length, job.prompt, job.classes, job.candidates)
 
 
-def judgement(body: Body, job: Job) -> Work:
+def judgement(body: Body, job: Workload) -> Cost:
     """Each text's matching loss and label from one pass, and its perplexity from another."""
     read = body.forward(job.texts, job.positions, job.before) + body.head(job.texts) + _matching(body, job, 1)
     return read + body.forward(job.texts, job.length, all_positions=True) + body.head(job.texts * job.length)
 
 
-def synthesis(body: Body, job: Job) -> dict[str, Work]:
+def synthesis(body: Body, job: Workload) -> dict[str, Cost]:
     """Each of PHASES of a whole synthesis, all its steps together; the last x is projected too."""
     parts = {
         "target": target(body, job),
@@ -281,18 +281,18 @@ def synthesis(body: Body, job: Job) -> dict[str, Work]:
     return {name: parts[name] for name in PHASES}
 
 
-def _matching(body: Body, job: Job, together: int) -> Work:
+def _matching(body: Body, job: Workload, together: int) -> Cost:
     """The distances of N gradients, in sets of `together`, to the target, one way; backward costs the same."""
     sides = body.vocabulary + body.width
     numbers = job.real * sides if job.real else job.classes * body.vocabulary * body.width
     inner = job.real / job.classes * sides if job.real else body.vocabulary * body.width
-    return Work(2 * job.texts * (inner + together * sides), 4 * numbers)
+    return Cost(2 * job.texts * (inner + together * sides), 4 * numbers)
 
 
 # ---------------------------------------------------------------- fine-tuning
 
 
-def finetuning(body: Body, config: FinetuneConfig, lengths: Mapping[str, float], looks: int, validation: int) -> Work:
+def finetuning(body: Body, config: FinetuneConfig, lengths: Mapping[str, float], looks: int, validation: int) -> Cost:
     """All parameters trained at one rate for all its steps, and the looks at validation examples.
 
     Args:
@@ -301,11 +301,11 @@ def finetuning(body: Body, config: FinetuneConfig, lengths: Mapping[str, float],
     """
     texts, positions = config.batch_size, lengths["train"]
     passes = (body.forward(texts, positions), body.backward(texts, positions), body.weight_gradients(texts, positions))
-    step = Work(sum(part.operations for part in passes), 4 * ADAMW_NUMBERS * body.parameters)
+    step = Cost(sum(part.operations for part in passes), 4 * ADAMW_NUMBERS * body.parameters)
     return config.steps * step + looks * body.forward(validation, lengths["validation"])
 
 
-def products(body: Body, job: Job) -> list[tuple[int, int, int]]:
+def products(body: Body, job: Workload) -> list[tuple[int, int, int]]:
     """(rows, inputs, outputs) of products that the phases are made of: the largest map, for a group and for all, and the head."""
     group = job.count * job.positions
     return [(group, *body.largest), (group * job.groups, *body.largest), (job.texts, body.width, body.vocabulary)]

@@ -166,7 +166,7 @@ def measure(options: argparse.Namespace) -> dict:
     examples, config = worded_examples(options.shape, options.real, options.length), settings_of(options)
     plan = Plan.of(model, TASK, release(model, TASK, examples, space="head"), config)
     steps = QUICK if options.quick else {"outer_steps": options.outer_steps, "inner_steps": options.inner_steps}
-    body, job = roofline.Body.of(model), roofline.Job.of(plan)
+    body, job = roofline.Body.of(model), roofline.Workload.of(plan)
     rates = performance.measure_rates(options.device, options.dtype, roofline.products(body, job), options.repeats)
     small = dataclasses.replace(config, n_synthetic=2, oversample=1, outer_steps=1, inner_steps=1, init_candidates=1)
     performance.time_synthesis(model, TASK, examples, small)  # so that no library loads within a timing

@@ -6,7 +6,8 @@ import torch
 from gradmm import privacy
 from gradmm.errors import UserError
 from gradmm.examples import Example
-from gradmm.experiments.fidelity import expected_cosine, fidelity, noise_only
+from gradmm.experiments.audit import expected_cosine, signal_to_noise
+from gradmm.experiments.baselines import noise_only
 from gradmm.gradients import Head, head_factors
 from gradmm.tasks import Task, tokenize_task
 
@@ -44,7 +45,7 @@ def test_the_expected_cosine_is_that_of_many_draws(coordinates, sigma):
 @pytest.mark.parametrize("space", ["head", "label_rows"])
 def test_the_target_figure_is_the_cosine_of_real_releases(model, space):
     options = {"epsilon": 20.0, "delta": 1e-3, "space": space, "length": 5}
-    (row,) = fidelity(model, TASK, EXAMPLES, [60], {space: spaces(model)[space]}, [20.0], 1e-3)
+    (row,) = signal_to_noise(model, TASK, EXAMPLES, [60], {space: spaces(model)[space]}, [20.0], 1e-3)
     clean = privacy.release(model, TASK, EXAMPLES, **{**options, "epsilon": 1e6}, noise_seed=0)
 
     def flat(release) -> torch.Tensor:
@@ -60,16 +61,16 @@ def test_the_target_figure_is_the_cosine_of_real_releases(model, space):
 
 
 def test_the_whole_label_rows_keep_the_whole_contrast_and_fewer_directions_less(model):
-    rows = {row["space"]: row for row in fidelity(model, TASK, EXAMPLES, [60], spaces(model), [1.0], 1e-5, clip=1e6)}
+    rows = {row["space"]: row for row in signal_to_noise(model, TASK, EXAMPLES, [60], spaces(model), [1.0], 1e-5, clip=1e6)}
     assert rows["label_rows"]["kept"] == pytest.approx(1.0)
     assert 0 < rows["label_rows_subspace"]["kept"] < 1
     assert rows["head"]["coordinates"] > rows["label_rows"]["coordinates"] > rows["label_rows_subspace"]["coordinates"]
 
 
 def test_sizes_are_prefixes_and_signal_grows_with_them(model):
-    many = fidelity(model, TASK, EXAMPLES, [10, 60], {"label_rows": spaces(model)["label_rows"]}, [1.0, 8.0], 1e-5)
+    many = signal_to_noise(model, TASK, EXAMPLES, [10, 60], {"label_rows": spaces(model)["label_rows"]}, [1.0, 8.0], 1e-5)
     first = [e for label in (0, 1) for e in [e for e in EXAMPLES if e.label == label][:5]]
-    few = fidelity(model, TASK, first, [10], {"label_rows": spaces(model)["label_rows"]}, [1.0, 8.0], 1e-5)
+    few = signal_to_noise(model, TASK, first, [10], {"label_rows": spaces(model)["label_rows"]}, [1.0, 8.0], 1e-5)
     assert [row["target"] for row in many[:2]] == pytest.approx([row["target"] for row in few])
     assert many[0]["target"] < many[2]["target"] and many[0]["target"] < many[1]["target"]
 
@@ -77,7 +78,7 @@ def test_sizes_are_prefixes_and_signal_grows_with_them(model):
 @pytest.mark.parametrize("sizes", [[], [1], [20, 10], [62]])
 def test_sizes_that_do_not_fit_are_refused(model, sizes):
     with pytest.raises(UserError, match="give ascending sizes that the classes allow"):
-        fidelity(model, TASK, EXAMPLES, sizes, {}, [1.0], 1e-5)
+        signal_to_noise(model, TASK, EXAMPLES, sizes, {}, [1.0], 1e-5)
 
 
 def test_noise_alone_has_the_shape_and_scale_of_a_release_and_nothing_of_the_examples(model):
@@ -95,7 +96,7 @@ def test_noise_alone_has_the_shape_and_scale_of_a_release_and_nothing_of_the_exa
 
 def test_the_contrast_is_the_balanced_gradient_of_centred_hidden_states(model):
     space = spaces(model)["label_rows"]
-    (row,) = fidelity(model, TASK, EXAMPLES, [60], {"label_rows": space}, [1.0], 1e-5, clip=1e6)
+    (row,) = signal_to_noise(model, TASK, EXAMPLES, [60], {"label_rows": space}, [1.0], 1e-5, clip=1e6)
     tokens = tokenize_task(TASK, model.tokenizer)
     hidden = model.hidden_of([tokens.sequence(example.text) for example in EXAMPLES])
     right = torch.tensor([tokens.labels[example.label] for example in EXAMPLES])

@@ -17,11 +17,11 @@ from gradmm.evaluation import perplexity
 from gradmm.examples import Example, Splits, content_hash, refuse_overlap
 from gradmm.experiments import baselines, metrics, protocol
 from gradmm.experiments import trial as trial_room
-from gradmm.experiments.baselines import METHODS, random_directions, without_gradient
+from gradmm.experiments.baselines import METHODS, random_directions
 from gradmm.experiments.metrics import MEASURES, longest_shared_spans, similarities, words
 from gradmm.experiments.protocol import compare
 from gradmm.experiments.results import Comparison
-from gradmm.experiments.trial import Bench, ComparisonConfig, Trial
+from gradmm.experiments.trial import Bench, ComparisonConfig, Trial, without_gradient
 from gradmm.finetuning import finetune
 from gradmm.generation import Sampling
 from gradmm.matching import Matching

@@ -6,6 +6,8 @@ Knows the manifest alone, so it can say nothing that the manifest does not hold.
 import html
 from collections.abc import Mapping, Sequence
 
+from huggingface_hub import DatasetCardData
+
 from gradmm.markup import code, literal
 
 COLUMNS = """
@@ -25,7 +27,9 @@ LIMITS = """
   without matching: prompts and the language model may do most of the work.
 - A privacy guarantee covers the real examples that entered the release, not what the language model was trained on before.
 """
-LEDGER_COLUMNS = ("what", "space", "epsilon", "delta", "relation", "clip", "sensitivity", "calibration", "sigma", "coordinates")
+LEDGER_COLUMNS = (
+    "what", "space", "epsilon", "delta", "relation", "clip", "sensitivity", "calibration", "sigma", "coordinates",
+)  # fmt: skip
 
 
 def dataset_card(manifest: Mapping) -> str:
@@ -36,9 +40,15 @@ def dataset_card(manifest: Mapping) -> str:
     """
     task, model, release = manifest["task"], manifest["model"], manifest["release"]
     revision = f" at revision {model['revision']}" if model["revision"] else ""
+    files = {"default": "train.jsonl", "candidates": "synthetic.jsonl"}
+    header = DatasetCardData(
+        pretty_name=f"Synthetic texts for {task['name']}",
+        tags=["synthetic"],
+        task_categories=["text-classification"],
+        configs=[{"config_name": name, "data_files": file} for name, file in files.items()],
+    )
     parts = [
-        "---\ntags:\n- synthetic\ntask_categories:\n- text-classification\nconfigs:\n- config_name: default\n"
-        "  data_files: train.jsonl\n- config_name: candidates\n  data_files: synthetic.jsonl\n---",
+        f"---\n{header.to_yaml()}\n---",
         f"# Synthetic texts for {literal(task['name'])}",
         f"{manifest['kept']} synthetic texts with the labels {', '.join(map(literal, task['labels']))}, in "
         "`train.jsonl`, one JSON object a line; `synthetic.jsonl`, the configuration `candidates`, holds all that were "
@@ -62,21 +72,20 @@ def dataset_card(manifest: Mapping) -> str:
 
 
 def _privacy(release: Mapping) -> str:
-    if not release["private"]:
+    statement, ledger = _plain(release["statement"]), release["ledger"]
+    if release["private"]:
         said = (
-            f"**This data set is not private.** The release behind it says: {_plain(release['statement'])}. Treat the texts as if the "
-            "real ones could be read from them."
+            f"What the set tells of the real examples comes from one release with {statement}. All else is made of "
+            "public inputs. The guarantee does not cover choices that somebody made by looking at the same examples, "
+            "nor other releases of them outside this ledger:"
         )
-        return said if not release["ledger"] else f"{said} Planned, but not granted:\n\n{_ledger(release['ledger'])}"
-    return (
-        f"What the set tells of the real examples comes from one release with {_plain(release['statement'])}. All else is made of "
-        "public inputs. The guarantee does not cover choices that somebody made by looking at the same examples, nor other "
-        f"releases of them outside this ledger:\n\n{_ledger(release['ledger'])}"
-    )
-
-
-def _ledger(entries: Sequence[Mapping]) -> str:
-    return _table(LEDGER_COLUMNS, [[_plain(entry[name]) for name in LEDGER_COLUMNS] for entry in entries])
+    else:
+        said = (
+            f"**This data set is not private.** The release behind it says: {statement}. Treat the texts as if the "
+            f"real ones could be read from them.{' Planned, but not granted:' if ledger else ''}"
+        )
+    rows = [[_plain(entry[name]) for name in LEDGER_COLUMNS] for entry in ledger]
+    return f"{said}\n\n{_table(LEDGER_COLUMNS, rows)}" if ledger else said
 
 
 def _plain(value) -> str:

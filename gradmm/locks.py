@@ -1,20 +1,22 @@
 """One run at a time in an output folder, whatever ends the run.
 
-Knows no run. The lock belongs to the operating system, which takes it back when the process ends, even by SIGKILL; a lock
+Knows no run. The lock is `filelock`'s: the operating system takes it back when the process ends, even by SIGKILL, and a lock
 file that a killed run has left keeps nobody out. Of the processes that share the work of one run the leading one holds it for
 all.
 """
 
-import fcntl
-import os
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from gradmm import files
 from gradmm.errors import UserError
 
 NAME = ".lock"
+logging.getLogger("filelock").setLevel(logging.INFO)  # below, it logs addresses in memory, which differ from run to run
 
 
 @contextmanager
@@ -30,34 +32,27 @@ def alone(folder: str | Path | None) -> Iterator[None]:
     Raises:
         UserError: another run holds the folder.
     """
-    handle = None if folder is None else _acquire(files.as_path(folder, "the output folder"))
-    if handle is None:
+    path = None if folder is None else files.as_path(folder, "the output folder")
+    held = None if path is None else _acquire(path)
+    if path is None or held is None:
         yield
         return
+    with held:
+        try:
+            files.remove_unfinished(path)
+            yield
+        finally:
+            with suppress(OSError):  # while it is held: a later run takes no lock on a file without a name
+                (path / NAME).unlink()
+
+
+def _acquire(folder: Path) -> AbstractContextManager | None:
+    """The lock, already held, to be let go at the end of the context; None where there can be none."""
     try:
-        files.remove_unfinished(Path(folder))
-        yield
-    finally:
-        (Path(folder) / NAME).unlink(missing_ok=True)  # while it is held: nobody may hold a file that lost its name
-        os.close(handle)
-
-
-def _acquire(folder: Path) -> int | None:
-    """The open lock file, or None where there can be none."""
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(handle).st_nlink:
-                return handle
-            os.close(handle)  # its last holder took the name away after we had opened it: take the next file of that name
-        except BlockingIOError as error:
-            os.close(handle)
-            raise UserError(f"{folder} is in use by another run: wait for its end, or choose another output folder") from error
-        except OSError:
-            os.close(handle)
-            return None
+        return FileLock(folder / NAME).acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"{folder} is in use by another run: wait for its end, or choose another output folder"
+        ) from error
+    except OSError:
+        return None

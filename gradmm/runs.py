@@ -8,7 +8,7 @@ import hashlib
 import json
 import platform
 import re
-import resource
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -46,8 +46,13 @@ def _version(name: str) -> str:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak bytes so far: of this process and, with a GPU, of its allocator."""
-    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    """Peak bytes so far: of this process, where the system counts them (not on Windows), and, with a GPU, of its allocator."""
+    found = {}
+    with suppress(ImportError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found["process"] = peak if sys.platform == "darwin" else 1024 * peak
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.max_memory_allocated()
     return found

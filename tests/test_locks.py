@@ -26,6 +26,31 @@ with alone(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
 """
+ELSEWHERE = """
+import pkgutil, sys
+import sacrebleu, transformers.optimization  # they need what the system's name promises: it stays that of a Unix
+sys.modules |= {"fcntl": None, "resource": None}
+import gradmm, gradmm.experiments
+from importlib import import_module
+from gradmm import locks
+from gradmm.errors import UserError
+for package in (gradmm, gradmm.experiments):
+    for room in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        import_module(room.name)
+task, data = gradmm.load_data("demo")
+model = gradmm.load_model("demo", device="cpu")
+target = gradmm.release(model, task, gradmm.sample_examples(data.train, 4, task, seed=0))
+config = gradmm.SynthesisConfig(n_synthetic=2, oversample=2)
+result = gradmm.synthesize(model, task, target, config, sys.argv[1], progress=False)
+assert result.manifest["clock"]["peak_memory"].keys() <= {"cuda"}, result.manifest["clock"]
+with locks.alone(sys.argv[1]):
+    try:
+        with locks.alone(sys.argv[1]):
+            print("two hold one folder")
+    except UserError as error:
+        print(error)
+print(len(result.kept))
+"""
 IN_USE = "is in use by another run: wait for its end, or choose another output folder"
 
 
@@ -70,15 +95,30 @@ def test_a_killed_process_keeps_nobody_out_and_its_unfinished_files_go(tmp_path)
         assert sorted(os.listdir(tmp_path)) == [locks.NAME, "mine.unfinished"]
 
 
+@pytest.mark.slow
+def test_a_system_without_fcntl_and_resource_imports_all_rooms_and_runs(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f"{tmp_path} {IN_USE}\n2\n"
+    assert locks.NAME not in os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_what_cannot_be_written_is_used_unheld(tmp_path, monkeypatch, code):
-    monkeypatch.setattr(locks.os, "open", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
     with locks.alone(tmp_path), locks.alone(tmp_path):
         pass
 
 
 def test_a_file_system_without_locks_is_used_unheld(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    fcntl = pytest.importorskip("fcntl", exc_type=ImportError)
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     with locks.alone(tmp_path):
         assert os.listdir(tmp_path) == [locks.NAME]
 
@@ -133,7 +173,7 @@ def test_a_finished_run_on_a_read_only_disk_is_read_back(setting, tmp_path, monk
     def read_only(*args, **named):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    for module, name in ((locks.os, "open"), (files.tempfile, "mkstemp"), (files.os, "replace"), (Path, "unlink")):
+    for module, name in ((os, "open"), (files.tempfile, "mkstemp"), (files.os, "replace"), (Path, "unlink")):
         monkeypatch.setattr(module, name, read_only)
     again = gradmm.synthesize(model, task, release, SMALL, tmp_path / "a", progress=False)
     assert again.dataset.to_list() == first.dataset.to_list() and again.manifest == first.manifest

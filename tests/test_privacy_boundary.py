@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import DatasetCard
 
 import gradmm
 from gradmm.card import LEDGER_COLUMNS, dataset_card
@@ -170,3 +171,13 @@ def test_a_card_is_one_table_whatever_the_task_is_called(model, tmp_path):
     manifest["task"] |= {"name": "a | b\n# c", "labels": ["x|y", "z"]}
     card = dataset_card(manifest)
     assert "# Synthetic texts for a \\| b \\# c\n" in card and "x\\|y" in card
+
+
+@pytest.mark.parametrize("name", ["a: b", "- x #y", "wörter \"zwei\" 'drei'", "true", "{a: [b}"])
+def test_a_cards_header_names_the_task_and_its_files_whatever_the_task_is_called(model, tmp_path, name):
+    run(model, PRIVATE_SETS[0], tmp_path)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest["task"]["name"] = name
+    header = DatasetCard(dataset_card(manifest)).data
+    assert header.pretty_name == f"Synthetic texts for {name}" and header.task_categories == ["text-classification"]
+    assert {one["config_name"]: one["data_files"] for one in header.configs} == {"default": "train.jsonl", "candidates": "synthetic.jsonl"}

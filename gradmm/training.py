@@ -228,7 +228,8 @@ def _look(model: Model, tokens: TaskTokens, looks: Encoded, rate: float, step: i
 
 def _order(count: int, config: FinetuneConfig):
     """Batches of row numbers without end: every row once in each pass, passes joined so that no batch is smaller."""
-    size, waiting, turn = min(config.batch_size, count), [], 0
+    size, turn = min(config.batch_size, count), 0
+    waiting: list[int] = []
     while True:
         while len(waiting) < size:
             waiting += torch.randperm(count, generator=generator(config.seed, "fine-tuning order", turn)).tolist()

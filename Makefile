@@ -52,6 +52,7 @@ mutants: $(VENV)/.installed-checks
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 lab: $(VENV)/.installed-notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks
@@ -76,5 +77,5 @@ $(BIN)/python:
 	-$(BIN)/python -m pip install -qq --upgrade pip
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest mutants .coverage .coverage.* results runs build dist book/_build book/executed *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest mutants .coverage .coverage.* results runs build dist book/_build book/executed *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find gradmm tests notebooks -name __pycache__ -prune -exec rm -rf {} +

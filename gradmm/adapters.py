@@ -12,7 +12,7 @@ from gradmm.errors import UserError
 from gradmm.seeds import generator
 
 ADAPTERS = ("lora",)
-SCALE = 2.0  # peft's lora_alpha over r
+SCALE = 2  # peft's lora_alpha over r
 
 
 def add_lora(lm: torch.nn.Module, rank: int, seed: int) -> None:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from gradmm.errors import is_number, is_whole, require, shown
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-Project = Callable[[Tensor], tuple[Tensor, Tensor]]
+Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+Project = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 STEP_LIMIT = "step limit: all {} outer steps were taken"
 NON_FINITE = "non-finite: the loss or its gradient was not a number at step {}"

@@ -51,7 +51,7 @@ class Encoded:
     labels: Tensor
 
     @staticmethod
-    def of(model: Model, task: Task, tokens: TaskTokens, examples: Sequence[Example], what: str) -> "Encoded":
+    def of(model: Model, task: Task, tokens: TaskTokens, examples: Iterable, what: str) -> "Encoded":
         """Encode and check examples once.
 
         Raises:

@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from numbers import Integral, Real
+from types import UnionType
 from typing import Any
 
 
@@ -21,7 +22,7 @@ class DataWarning(UserWarning):
     """Says once what was left out or moved when data was loaded, and where."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What another library's error says, in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -65,7 +66,7 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_type(value, kinds: type | tuple[type, ...], name: str, mend: str) -> None:
+def require_type(value, kinds: type | UnionType, name: str, mend: str) -> None:
     """Raise unless a value is of one of these types; the error names its type alone, as a value may hold real text.
 
     Args:

@@ -90,12 +90,13 @@ def load_data(data: str | Path, task: Task | str | Path | Mapping | None = None)
         task = load_task(folder) if task is None else task
         rows, source = _folder_examples(given, folder, task), plain_name(folder.resolve().name)
     else:
-        require(
-            str(data) in TASKS or (task is not None and task.hub is not None),
-            f"there is no data {shown(str(data))}: give a folder with train.jsonl, demo, or one of {', '.join(TASKS)}",
-        )
+        hub = next((one.hub for one in (task, TASKS.get(str(data))) if one is not None and one.hub is not None), None)
+        if hub is None:
+            raise UserError(
+                f"there is no data {shown(str(data))}: give a folder with train.jsonl, demo, or one of {', '.join(TASKS)}"
+            )
         task = load_task(str(data)) if task is None else task
-        rows, source = _hub_rows(TASKS[str(data)] if str(data) in TASKS else task, task)
+        rows, source = _hub_rows(hub, task)
     splits = split_by_content(rows, source)
     _check_classes(splits, task)
     for note in splits.notes:
@@ -145,7 +146,7 @@ def _carve(labels: Mapping[str, int], rows: Mapping[str, list[Example]]) -> dict
         place = int(digest[:12], 16) / 16**12 / CARVED_SHARE
         places[digest] = missing[int(place)] if place < len(missing) else "train"
     for label in set(labels.values()) if missing else ():
-        held = {split: [] for split in ("train", *missing)}
+        held: dict[str, list[str]] = {split: [] for split in ("train", *missing)}
         for digest in sorted(digest for digest, its in labels.items() if its == label):
             held[places[digest]].append(digest)
         for number, (split, members) in enumerate(held.items()):
@@ -316,12 +317,11 @@ def _renamed(row: Row, names: Mapping[str, str]) -> Row:
     return row if named is None else row._replace(label=named)
 
 
-def _hub_rows(origin: Task, task: Task) -> tuple[dict[str, list[Example]], str]:
+def _hub_rows(hub: HubSource, task: Task) -> tuple[dict[str, list[Example]], str]:
     """Read a data set's snapshot with the hub's client: data files only, no loading script."""
     import datasets
     from huggingface_hub import snapshot_download
 
-    hub = task.hub or origin.hub
     patterns = ["*.parquet", "*.json", "*.jsonl", "*.csv", "README.md"]
     try:
         folder = snapshot_download(hub.path, repo_type="dataset", revision=hub.revision, allow_patterns=patterns)

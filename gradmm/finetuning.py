@@ -38,7 +38,7 @@ from gradmm.training import (
     trainable_copy,
 )
 
-OnLook = Callable[[dict], None]
+OnLook = Callable[[dict], object]
 SNAPSHOT_SECONDS = 10.0
 STATE, RESULT = "training.safetensors", "finetuning.json"
 
@@ -131,7 +131,7 @@ def finetune(
     asked = Encoded.of(model, task, tokens, test, "test")
     with alone(output):
         folder = RunFolder.open(output, _identity(model, task, config, train=train, validation=validation, test=test))
-        if folder.finished:
+        if folder.path is not None and folder.finished:
             return _read(folder.path)
         saved = Checkpoint(folder.path)
         with _bar(config, progress) as show:
@@ -218,7 +218,7 @@ def fit(
             rows[number].append(row)
             if on_look is not None:
                 on_look(row)
-            if best is None or (-row["validation_accuracy"], row["step"]) < (-best["validation_accuracy"], best["step"]):
+            if not best or (-row["validation_accuracy"], row["step"]) < (-best["validation_accuracy"], best["step"]):
                 best, weights = row, learnt_weights(trained)
             saved.snapshot(rows, best, weights, trained, optimizer)
     finish(trained, weights, config)
@@ -227,7 +227,7 @@ def fit(
     return Training(named, best["learning_rate"], best["step"], best["validation_accuracy"], sum(rows, []))
 
 
-def _drawn(validation: Sequence[Example], task: Task, config: FinetuneConfig) -> list[Example]:
+def _drawn(validation: Iterable, task: Task, config: FinetuneConfig) -> list[Example]:
     validation = check_examples(validation, task, "validation example")
     pool = [example for example in validation if len(example.text.split()) >= task.min_words]
     require(
@@ -273,7 +273,7 @@ class Checkpoint:
         """What the training has taken, before an interruption and since."""
         return self._before + time.monotonic() - self._begun
 
-    def load(self) -> tuple[list[list[dict]], dict | None, dict[str, dict[str, Tensor]]]:
+    def load(self) -> tuple[list[list[dict]], dict, dict[str, dict[str, Tensor]]]:
         """The rows of each rate, the best of them, and the tensors by kind; empty where nothing was saved.
 
         Raises:
@@ -281,7 +281,7 @@ class Checkpoint:
         """
         held: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("weights", "best", "optimizer")}
         if self.path is None or not self.path.exists():
-            return [], None, held
+            return [], {}, held
         tensors, metadata = files.read_tensors(self.path)
         try:
             state = json.loads(metadata["training"])

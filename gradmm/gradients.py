@@ -13,9 +13,9 @@ and for the bias the same with (h . h) replaced by 1. Source: Nguyen et al. 2025
 layer; the identities follow from tr((a b^T)^T c d^T) = (a . c)(b . d).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -183,7 +183,7 @@ class DenseTarget:
     def inner(self, factors: Factors) -> list[Tensor]:
         """<G_target, g> of each example's gradient g, through G h alone."""
         weight = ((factors.hidden @ self.weight.mT) * factors.delta).sum(-1)
-        return [weight, factors.delta @ self.bias] if factors.bias else [weight]
+        return [weight] if self.bias is None else [weight, factors.delta @ self.bias]
 
     @cached_property
     def norms(self) -> list[Tensor]:
@@ -197,13 +197,17 @@ Target = FactorTarget | DenseTarget
 
 def sum_of(targets: Sequence[Target]) -> Target:
     """The sum of targets of one kind as a target: the gradient of the loss on the real examples of all classes."""
-    if isinstance(targets[0], DenseTarget):
-        biases = [target.bias for target in targets if target.bias is not None]
-        return DenseTarget(sum(target.weight for target in targets), sum(biases) if biases else None)
-    pairs = [target.factors for target in targets]
+    if dense := [target for target in targets if isinstance(target, DenseTarget)]:
+        biases = [target.bias for target in dense if target.bias is not None]
+        return DenseTarget(_sum([target.weight for target in dense]), _sum(biases) if biases else None)
+    pairs = [target.factors for target in targets if isinstance(target, FactorTarget)]
     count = sum(len(one.delta) for one in pairs)  # a FactorTarget is the mean over its pairs
     delta = torch.cat([one.delta * (count / len(one.delta)) for one in pairs])
     return FactorTarget(Factors(delta, torch.cat([one.hidden for one in pairs]), pairs[0].bias))
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)
 
 
 def grams(factors: Factors) -> list[Tensor]:
@@ -221,7 +225,7 @@ def group_norms(factors: Factors) -> list[Tensor]:
 # ---------------------------------------------------------------- distances
 
 
-def combine(inners: Sequence[Tensor], norms: Sequence[Tensor], target_norms: Sequence[Tensor], distance: str) -> Tensor:
+def combine(inners: Iterable[Tensor], norms: Iterable[Tensor], target_norms: Sequence[Tensor], distance: str) -> Tensor:
     """The distance of two gradients from their inner products and squared norms, one entry per matched tensor.
 
     "cosine" is 1 - cosine averaged over tensors; a zero gradient has cosine 0 with everything. "l2" is the squared
@@ -232,12 +236,12 @@ def combine(inners: Sequence[Tensor], norms: Sequence[Tensor], target_norms: Seq
     """
     require(distance in DISTANCES, f"the distance {distance!r} is not known: use one of {', '.join(DISTANCES)}")
     if distance == "l2":
-        return sum(norm - 2 * inner + target for inner, norm, target in zip(inners, norms, target_norms, strict=True))
+        return _sum([n - 2 * inner + target for inner, n, target in zip(inners, norms, target_norms, strict=True)])
     cosines = [
         inner / (norm.clamp_min(TINY).sqrt() * target.clamp_min(TINY).sqrt())
         for inner, norm, target in zip(inners, norms, target_norms, strict=True)
     ]
-    return 1 - sum(cosines) / len(cosines)
+    return 1 - _sum(cosines) / len(cosines)
 
 
 def match_groups(factors: Factors, which: Tensor, targets: Sequence[Target], distance: str = "cosine") -> Tensor:

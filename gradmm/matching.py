@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradmm.errors import UserError
 from gradmm.gradients import Factors, Head, HeadSpace, Target, greedy_order, joint_order, losses_as_added, match_groups
 from gradmm.models import Model
 from gradmm.projection import text_mask
@@ -52,7 +53,12 @@ class Matching:
 
         Returns:
             (K,).
+
+        Raises:
+            UserError: targets of the body.
         """
+        if isinstance(self.space, BodySketch):
+            raise UserError("continuous texts have no sketch of the body: release in a space of the head")
         groups, count, _, _ = x.shape
         hidden = self.model.last_hidden(self._around(x.flatten(0, 1)), self._mask(ids.flatten(0, 1)))
         labels = torch.tensor(self.tokens.labels, device=classes.device)[classes][:, None].expand(groups, count)

@@ -22,7 +22,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from gradmm.errors import is_number, require, require_type, shown
+from gradmm.errors import UserError, is_number, require, require_type, shown
 from gradmm.gradients import DenseTarget, Factors
 from gradmm.seeds import generator
 
@@ -111,7 +111,7 @@ class LedgerEntry:
 
 
 def plan_entry(
-    what: str, space: str, epsilon: float, delta: float, relation: str, clip: float, calibration: str, coordinates: int
+    what: str, space: str, epsilon: float, delta: float | None, relation: str, clip: float, calibration: str, coordinates: int
 ) -> LedgerEntry:
     """Check a claim and find the noise that backs it; nothing is spent yet.
 
@@ -127,7 +127,8 @@ def plan_entry(
         is_number(epsilon) and epsilon > 0,
         f"epsilon = {shown(epsilon)}, it must be positive and finite: give such as 1.0",
     )
-    require(delta is not None, f"epsilon = {epsilon} without delta: give delta too, well below 1 / number of examples")
+    if delta is None:
+        raise UserError(f"epsilon = {epsilon} without delta: give delta too, well below 1 / number of examples")
     require(
         is_number(delta) and 0 < delta < 1, f"delta = {shown(delta)}, it must lie between 0 and 1: give such as 1e-5"
     )
@@ -311,9 +312,11 @@ def noised_sums(classes: Sequence[Factors], entry: LedgerEntry, bits: Bits) -> t
     """The mechanism: each class's clipped sum plus the noise that `entry` planned, in the type and place of its factors."""
     targets = []
     for factors in classes:
-        noised = [
-            None if value is None else add_noise(value.cpu().contiguous(), entry.sigma, entry.grid, bits).to(factors.hidden)
-            for value in clipped_sum(factors, entry.clip)
-        ]
-        targets.append(DenseTarget(*noised))
+        weight, bias = clipped_sum(factors, entry.clip)
+        noised = _noised(weight, entry, bits).to(factors.hidden)
+        targets.append(DenseTarget(noised, None if bias is None else _noised(bias, entry, bits).to(factors.hidden)))
     return tuple(targets)
+
+
+def _noised(value: Tensor, entry: LedgerEntry, bits: Bits) -> Tensor:
+    return add_noise(value.cpu().contiguous(), entry.sigma, entry.grid, bits)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
@@ -53,8 +53,8 @@ class Model:
         fingerprint: SHA-256 of configuration, weights and, for a model loaded from files, tokenizer.
     """
 
-    lm: torch.nn.Module
-    tokenizer: object
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     name: str
     revision: str | None
     fingerprint: str
@@ -252,7 +252,7 @@ class Reader:
 
     model: Model
     state: Tensor
-    cache: object
+    cache: Cache
     mask: Tensor | None
 
     @staticmethod
@@ -261,7 +261,8 @@ class Reader:
         places = {sequence: place for place, sequence in enumerate(dict.fromkeys(map(tuple, sequences)))}
         ids, mask = pad_left(list(places), model.device)
         padded = None if bool(mask.all()) else mask
-        reader = Reader(model, *model.read(ids, padded), padded)
+        state, cache = model.read(ids, padded)
+        reader = Reader(model, state, cache, padded)
         reader.select(torch.tensor([places[tuple(sequence)] for sequence in sequences], device=model.device))
         return reader
 

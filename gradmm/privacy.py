@@ -211,24 +211,26 @@ def release(
         if ledger is not None:
             ledger.check(entry)  # before the work of many gradients
     factors = _factors(model, tokens, classes, found, one_by_one=epsilon is not None)
-    common = {
-        "space": found,
-        "space_name": space,
-        "labels": task.labels,
-        "label_tokens": tokens.labels,
-        "model": model.fingerprint,
-        "task": task.fingerprint,
-    }
+    spent: tuple[LedgerEntry, ...] = ()
     if epsilon is None:
-        exact = tuple(FactorTarget(pairs) for pairs in factors)
+        targets: tuple[Target, ...] = tuple(FactorTarget(pairs) for pairs in factors)
         statement = "not private: the gradients of the real examples as they are"
-        length = int(length or _mean_length(tokens, classes))
-        return Release(targets=exact, private=False, statement=statement, ledger=(), length=length, **common)
-    spent = _charge(ledger, entry)
-    noised = noised_sums(factors, entry, system_bits if noise_seed is None else seeded_bits(noise_seed))
-    statement = _statement(spent, noise_seed)
+    else:
+        spent = _charge(ledger, entry)
+        targets = noised_sums(factors, entry, system_bits if noise_seed is None else seeded_bits(noise_seed))
+        statement = _statement(spent, noise_seed)
     return Release(
-        targets=noised, private=noise_seed is None, statement=statement, ledger=spent, length=int(length), **common
+        targets=targets,
+        space=found,
+        space_name=space,
+        labels=task.labels,
+        label_tokens=tokens.labels,
+        private=epsilon is not None and noise_seed is None,
+        statement=statement,
+        ledger=spent,
+        model=model.fingerprint,
+        task=task.fingerprint,
+        length=_mean_length(tokens, classes) if length is None else int(length),
     )
 
 
@@ -292,7 +294,7 @@ class _FolderLedger(Ledger):
 
     @staticmethod
     def open(path: Path, arguments: dict) -> "_FolderLedger":
-        held = files.read_json(path) if path.exists() else {"release": arguments, "entries": []}
+        held: dict[str, Any] = files.read_json(path) if path.exists() else {"release": arguments, "entries": []}
         try:
             entries = tuple(LedgerEntry(**entry) for entry in held["entries"])
             differing = differences(arguments, held["release"])
@@ -416,7 +418,7 @@ def _fields_json(release: Release) -> str:
 
 
 def _tensors(release: Release) -> dict[str, Tensor]:
-    found = {f"{SPACE}{name}": value for name, value in tensors_of(release.space).items()}
+    found: dict[str, Tensor | None] = {f"{SPACE}{name}": value for name, value in tensors_of(release.space).items()}
     for number, target in enumerate(release.targets):
         if isinstance(target, FactorTarget):
             found |= {f"{number}.delta": target.factors.delta, f"{number}.hidden": target.factors.hidden}

@@ -172,8 +172,8 @@ def read_label_names(folder: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     value = files.read_json(path)
-    names = value.get("labels") if isinstance(value, Mapping) else value
-    known = list(names.values()) if isinstance(names, Mapping) else names
+    names: Any = value.get("labels") if isinstance(value, Mapping) else value
+    known: Any = list(names.values()) if isinstance(names, Mapping) else names
     require(
         isinstance(known, list) and len(known) > 0 and all(isinstance(name, str) for name in known),
         f'{path} holds no list of label names: write {{"labels": ["negative", "positive"]}}, or '

@@ -159,43 +159,41 @@ class RunFolder:
         manifest = json.loads(json.dumps({**identity, "versions": versions()}))
         folder = RunFolder(None if path is None else Path(path), manifest)
         if folder.path is not None:
-            folder._claim()
+            folder._claim(folder.path)
         return folder
 
     @property
     def finished(self) -> bool:
         """Whether the folder holds the whole results of this run."""
-        return self.path is not None and self._held().get("status") == "complete"
+        return self.path is not None and _held(self.path).get("status") == "complete"
 
     def load(self) -> tuple[list[dict], pandas.DataFrame, dict]:
-        """The rows, history and manifest of a finished run."""
+        """The rows, history and manifest of a finished run.
+
+        Raises:
+            UserError: the folder holds no such run.
+        """
+        if self.path is None:
+            raise UserError("a run in memory cannot be read back: give it an output folder")
         rows, history, clocks = (
             [_numbers(row) for row in files.read_json_lines(self.path / name)]
             for name in ("synthetic.jsonl", "history.jsonl", "timings.jsonl")
         )
         joined = [{**row, **clock} for row, clock in zip(history, clocks, strict=True)]
-        self._remove_leftovers()
-        return rows, pandas.DataFrame(joined), self._held()
+        _remove_leftovers(self.path)
+        return rows, pandas.DataFrame(joined), _held(self.path)
 
-    def _held(self) -> dict:
-        """The manifest that the folder holds; the groups of a finished run may make it long."""
-        return files.read_json(self.path / "manifest.json", files.MAX_TEXT_BYTES)
-
-    def _remove_leftovers(self) -> None:
-        """Take unfinished work away: a run killed at its very end leaves it beside its results."""
-        with suppress(OSError):  # results on a read-only disk are read all the same
-            for leftover in (*self.path.glob("batch-*.safetensors"), *self.path.glob("texts-*.json")):
-                leftover.unlink(missing_ok=True)
-
-    def _claim(self) -> None:
-        place = self.path / "manifest.json"
-        require(not self.path.exists() or self.path.is_dir(), f"{self.path} is a file: give a folder for the output")
+    def _claim(self, path: Path) -> None:
+        place = path / "manifest.json"
+        require(not path.exists() or path.is_dir(), f"{path} is a file: give a folder for the output")
         if place.exists():
-            self._compare(self._held())
+            self._compare(_held(path))
             return
-        held = sorted(path.name for path in self.path.glob("*")) if self.path.exists() else []
-        clash = [name for name in held if name in RUN_FILES]
-        require(not clash, f"{self.path} holds {', '.join(clash)} but no manifest: choose another output folder or empty this one")
+        clash = sorted({held.name for held in path.glob("*")} & set(RUN_FILES))
+        require(
+            not clash,
+            f"{path} holds {', '.join(clash)} but no manifest: choose another output folder or empty this one",
+        )
         files.write_json(place, {**self.manifest, "status": "running"})
 
     def _compare(self, held: dict) -> None:
@@ -261,7 +259,7 @@ class RunFolder:
         files.write_json_lines(self.path / "timings.jsonl", plain_rows(history.filter(["step", "group", *CLOCK_COLUMNS])))
         files.write_text(self.path / "README.md", card)
         files.write_json(self.path / "manifest.json", manifest)
-        self._remove_leftovers()
+        _remove_leftovers(self.path)
 
     def place(self, batch: int) -> Path | None:
         """Where a batch is saved."""
@@ -270,6 +268,18 @@ class RunFolder:
     def texts_place(self, unit: int) -> Path | None:
         """Where a unit of written texts is saved."""
         return None if self.path is None else self.path / f"texts-{unit:04d}.json"
+
+
+def _held(folder: Path) -> dict:
+    """The manifest that a folder holds; the groups of a finished run may make it long."""
+    return files.read_json(folder / "manifest.json", files.MAX_TEXT_BYTES)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Take unfinished work away: a run killed at its very end leaves it beside its results."""
+    with suppress(OSError):  # results on a read-only disk are read all the same
+        for leftover in (*folder.glob("batch-*.safetensors"), *folder.glob("texts-*.json")):
+            leftover.unlink(missing_ok=True)
 
 
 def _numbers(row: dict) -> dict:

@@ -341,12 +341,12 @@ def select(
     for number, wanted in enumerate(per_class):
         members = [i for i, label in enumerate(classes) if label == number and i not in verdicts]
         passed = sorted((i for i in members if misread[i] is None), key=lambda i: (scores[i], i))
-        failed = sorted((i for i in members if misread[i] is not None), key=lambda i: (scores[i], i))
+        failed = {i: wrong for i in members if (wrong := misread[i]) is not None}
         for rank, i in enumerate(passed, 1):
             kept = rank <= wanted
             verdicts[i] = Verdict(kept, (KEPT if kept else RANK).format(rank, len(passed), criterion if kept else wanted))
-        for place, i in enumerate(failed, len(passed)):
-            reading = LABEL.format(labels[misread[i]], float(probabilities[i, misread[i]]))
+        for place, i in enumerate(sorted(failed, key=lambda i: (scores[i], i)), len(passed)):
+            reading = LABEL.format(labels[failed[i]], float(probabilities[i, failed[i]]))
             verdicts[i] = Verdict(True, FILLED.format(len(passed), wanted)) if place < wanted else Verdict(False, reading)
     return [verdicts[i] for i in range(len(classes))]
 

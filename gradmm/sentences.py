@@ -46,7 +46,7 @@ def ends_sentence(before: str, after: str | None) -> bool:
         return follows[:1] not in tuple(CLOSERS)
     if follows and not (follows[0].isspace() or (marks[-1] in "!?" and ord(follows[0]) >= 0x2E80)):
         return False
-    word = WORD_BEFORE.search(before[: found.start()]).group().lstrip(OPENERS)
+    word = WORD_BEFORE.findall(before[: found.start()])[0].lstrip(OPENERS)
     if marks != ".":
         return not (marks[-1] in ".…" and follows.lstrip()[:1].islower())
     return not _stands_within(word, before[: found.start()].strip() == word, after)

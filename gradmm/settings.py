@@ -4,6 +4,7 @@ Knows no model and no text: what a setting means is told where it is used. Lette
 """
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from gradmm import admm
 from gradmm.errors import (
@@ -140,8 +141,8 @@ def _require_count(name: str, value) -> None:
 
 # ---------------------------------------------------------------- named settings
 
-_ADMM = {"search": "admm", "ranking": "text", "oversample": 2.0}
-_PUBLISHED = {
+_ADMM: dict[str, Any] = {"search": "admm", "ranking": "text", "oversample": 2.0}
+_PUBLISHED: dict[str, Any] = {
     **_ADMM,
     "n_synthetic": 100,
     "outer_steps": 30,

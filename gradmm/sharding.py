@@ -5,6 +5,10 @@ by RANK, WORLD_SIZE and LOCAL_RANK which one it is. Units of work follow from se
 WORLD_SIZE-th, and results travel through the output folder, which all must see; the store at MASTER_ADDR carries no more than
 who has come where, who is alive and who has failed. So no result depends on how many processes there are, no process waits
 for one that is gone, and unfinished work is continued by any number of processes.
+
+The rendezvous and its store are torch.distributed's; its process groups, and with them accelerate's PartialState, are not
+used: a process that hangs looks there like one that is slow until a timeout that must be longer than any unit of work, one that
+is between two barriers does not learn of another's failure, and none learns its reason.
 """
 
 import os
@@ -12,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -44,7 +48,8 @@ def launched() -> tuple[int, int, int]:
         f"RANK, WORLD_SIZE, LOCAL_RANK = {', '.join(values)} do not say which of how many processes this is: unset them, or "
         "start with accelerate launch or torchrun",
     )
-    return tuple(map(int, values))
+    rank, count, local = map(int, values)
+    return rank, count, local
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,12 @@ class Crew:
     Attributes:
         rank: this process's number.
         count: how many there are.
-        store: where they leave word for one another; None for one alone.
+        store: where they leave word for one another.
     """
 
     rank: int = 0
     count: int = 1
-    store: torch.distributed.Store | None = None
+    store: torch.distributed.Store = field(default_factory=torch.distributed.HashStore)
 
     @property
     def leads(self) -> bool:
@@ -98,16 +103,14 @@ class Crew:
         Raises:
             UserError: one has failed, or gives no sign of life.
         """
-        if self.store is not None:
-            self._tell(f"{place}/{self.rank}")
-            self._await(place, range(self.count))
+        self._tell(f"{place}/{self.rank}")
+        self._await(place, range(self.count))
 
     def check(self) -> None:
         """Raise UserError if another process has failed."""
-        if self.store is not None:
-            with self._reached():
-                failed = self.store.get("failed").decode() if self.store.check(["failed"]) else ""
-            require(not failed, f"{failed}: what was finished is kept in the output folder, mend it and start again")
+        with self._reached():
+            failed = self.store.get("failed").decode() if self.store.check(["failed"]) else ""
+        require(not failed, f"{failed}: what was finished is kept in the output folder, mend it and start again")
 
     def find(self, path: Path) -> None:
         """Wait until a file that another process has written can be seen.
@@ -116,7 +119,7 @@ class Crew:
             UserError: it does not appear.
         """
         deadline = time.monotonic() + VISIBLE
-        while self.store is not None and not path.exists():
+        while not path.exists():
             self.check()
             require(
                 time.monotonic() < deadline,
@@ -131,22 +134,21 @@ class Crew:
 
     def _await(self, place: str, ranks: Sequence[int]) -> None:
         """Until these have come; a sign of life is whatever is new in `alive/<rank>`."""
-        seen: dict[int, tuple[bytes, float]] = {}
         for rank in ranks:
+            last, since = None, 0.0
             while True:
                 self.check()
                 with self._reached():
                     if self.store.check([f"{place}/{rank}"]):
                         break
                     sign = self.store.get(f"alive/{rank}") if self.store.check([f"alive/{rank}"]) else b""
-                last, since = seen.get(rank, (None, 0.0))
                 if sign != last:
-                    seen[rank] = last, since = sign, time.monotonic()
+                    last, since = sign, time.monotonic()
                 limit = SILENCE if sign else ARRIVAL
                 require(
                     time.monotonic() - since < limit,
-                    f"process {rank} of {self.count} gave no sign of life for {limit:.0f} seconds: what was finished is kept in "
-                    "the output folder, see to that process and start again",
+                    f"process {rank} of {self.count} gave no sign of life for {limit:.0f} seconds: what was finished is "
+                    "kept in the output folder, see to that process and start again",
                 )
                 time.sleep(POLL)
 
@@ -156,8 +158,8 @@ class Crew:
             yield
         except RuntimeError as error:  # the store's own errors are RuntimeErrors
             raise UserError(
-                f"process {self.rank} of {self.count} has lost the others at {os.environ.get('MASTER_ADDR')} ({first_line(error)}): what "
-                "was finished is kept in the output folder, start again"
+                f"process {self.rank} of {self.count} has lost the others at {os.environ.get('MASTER_ADDR')} "
+                f"({first_line(error)}): what was finished is kept in the output folder, start again"
             ) from error
 
     @contextmanager
@@ -206,7 +208,11 @@ def crew(output: str | Path | None) -> Iterator[Crew]:
     if count == 1:
         yield Crew()
         return
-    require(output is not None, f"{count} processes were launched and share one synthesis through its folder: give output, a folder that all of them see")
+    require(
+        output is not None,
+        f"{count} processes were launched and share one synthesis through its folder: give output, a folder that all of "
+        "them see",
+    )
     meeting = Crew(rank, count)
     with meeting._reached():
         base, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))

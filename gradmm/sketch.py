@@ -73,7 +73,9 @@ class BodySketch:
 
     def _batch(self, model: Model, tokens: TaskTokens, sequences: Sequence[Sequence[int]], labels: Tensor) -> Tensor:
         ids, mask = pad_left(sequences, model.device)
-        layers, inputs, outputs = linear_maps(model), {}, {}
+        layers = linear_maps(model)
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         with ExitStack() as hooks, torch.enable_grad():
             for name, layer in layers.items():
                 hooks.callback(layer.register_forward_hook(_recorder(name, inputs, outputs)).remove)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -231,7 +232,8 @@ def space_from(name: str, tensors: dict[str, Tensor], classes: int) -> HeadSpace
         raise ValueError(f"a preference of shape {tuple(preference.shape)} for {classes} classes")
     if name != "body":
         return (LabelSpace if name in LABEL_SPACES else Space)(**tensors)
-    space = BodySketch(**{**tensors, "rank": int(*tensors["rank"].tolist())})
+    others: dict[str, Any] = {**tensors, "rank": int(*tensors["rank"].tolist())}
+    space = BodySketch(**others)
     if space.rank < 1:
         raise ValueError(f"a sketch of rank {space.rank}")
     return space

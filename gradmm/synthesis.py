@@ -100,14 +100,14 @@ def synthesize(
 
 
 def _open(plan: Plan, output: str | Path | None, crew: Crew) -> RunFolder:
-    if not crew.leads:
+    if output is not None and not crew.leads:
         crew.find(Path(output) / "manifest.json")
     return RunFolder.open(output, plan.identity())
 
 
 def _conclude(plan: Plan, written: Written | None, folder: RunFolder) -> SynthesisResult:
     """The results, read back where they are finished, by another process or an earlier run; else judged and saved."""
-    if folder.finished:
+    if written is None or folder.finished:
         rows, history, manifest = folder.load()
         return SynthesisResult(datasets.Dataset.from_list(rows, features=_features()), history, manifest)
     result = _collect(plan, written, folder)
@@ -148,7 +148,7 @@ def _checked(release, model: Model, task: Task) -> Release:
 def _collect(plan: Plan, written: Written, folder: RunFolder) -> SynthesisResult:
     """The texts' scores and verdicts, and the manifest."""
     judged = zip(plan.selection.rows(written.texts, written.classes), written.groups, strict=True)
-    rows = [{name: group if name == "group" else row[name] for name in _features()} for row, group in judged]
+    rows: list[dict] = [{name: group if name == "group" else row[name] for name in _features()} for row, group in judged]
     kept = [row for row in rows if row["kept"]]
     manifest = {
         **folder.manifest,
@@ -169,12 +169,12 @@ def _set_match(plan: Plan, kept: list[dict]) -> list[float | None]:
 
 def _choice(plan: Plan, kept: list[dict]) -> pandas.DataFrame:
     """The history of a choice: the loss of each class's texts together, as they are added one by one in the greedy order."""
-    texts = {number: [row["text"] for row in kept if row["label"] == number] for number in range(len(plan.task.labels))}
-    losses = {number: plan.matching.greedy_losses(some, number) for number, some in texts.items() if some}
+    texts = {label: [row["text"] for row in kept if row["label"] == label] for label in range(len(plan.task.labels))}
+    losses = {label: plan.matching.greedy_losses(some, label) for label, some in texts.items() if some}
     return pandas.DataFrame(
         [
-            {"label": plan.task.labels[number], "step": step, "group": number, "match_z": loss}
-            for number, values in losses.items()
+            {"label": plan.task.labels[label], "step": step, "group": label, "match_z": loss}
+            for label, values in losses.items()
             for step, loss in enumerate(values, 1)
         ],
         columns=["label", "step", "group", "match_z"],

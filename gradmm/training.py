@@ -12,6 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import get_linear_schedule_with_warmup
 
 from gradmm.adapters import ADAPTERS, add_lora, fold_lora, start_lora
 from gradmm.classification import Encoded, score
@@ -139,10 +140,11 @@ def finish(trained: Model, weights: dict[str, Tensor], config: FinetuneConfig) -
 
 
 def adamw(model: Model, rate: float, config: FinetuneConfig) -> torch.optim.AdamW:
-    """The optimizer of the weights that learn."""
+    """The optimizer of the weights that learn; `train_at_rate` moves its rate."""
     fused = model.device.type in ("cpu", "cuda")
     learning = [weights for weights in model.lm.parameters() if weights.requires_grad]
-    return torch.optim.AdamW(learning, lr=rate, weight_decay=config.weight_decay, fused=fused)
+    groups = [{"params": learning, "initial_lr": rate}]  # the peak, which a schedule that goes on asks for
+    return torch.optim.AdamW(groups, lr=rate, weight_decay=config.weight_decay, fused=fused)
 
 
 def optimizer_state(model: Model, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -189,6 +191,8 @@ def train_at_rate(
     optimizer = optimizer or adamw(model, rate, config)
     begin, looked = (past[-1]["step"], True) if past else (0, False)
     order = islice(_order(len(data.sequences), config), begin, None)
+    # The first step has a rate above zero and the last one too: the schedule's zeros are one step before and behind them.
+    schedule = get_linear_schedule_with_warmup(optimizer, config.warmup + 1, config.steps + 1, last_epoch=begin)
     losses: list[float] = []
     for step in range(begin, config.steps + 1):
         if (step % config.eval_every == 0 or step == config.steps) and not (looked and step == begin):
@@ -198,9 +202,8 @@ def train_at_rate(
             losses.clear()
         if step == config.steps or _waited(past) == config.patience:
             return
-        for group in optimizer.param_groups:
-            group["lr"] = rate * _schedule(step, config)
         losses.append(_step(model, tokens, data, next(order), optimizer, config))
+        schedule.step()
         if not math.isfinite(losses[-1]):
             return
 
@@ -223,16 +226,10 @@ def _look(model: Model, tokens: TaskTokens, looks: Encoded, rate: float, step: i
     }
 
 
-def _schedule(step: int, config: FinetuneConfig) -> float:
-    """The share of the peak rate at a step: a linear rise over `warmup` steps, then linearly to zero after the last."""
-    rise = (step + 1) / (config.warmup + 1)
-    fall = (config.steps - step) / max(1, config.steps - config.warmup)
-    return min(rise, fall, 1.0)
-
-
 def _order(count: int, config: FinetuneConfig):
     """Batches of row numbers without end: every row once in each pass, passes joined so that no batch is smaller."""
-    size, waiting, turn = min(config.batch_size, count), [], 0
+    size, turn = min(config.batch_size, count), 0
+    waiting: list[int] = []
     while True:
         while len(waiting) < size:
             waiting += torch.randperm(count, generator=generator(config.seed, "fine-tuning order", turn)).tolist()

@@ -9,15 +9,14 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from gradmm import files, finetuning
 from gradmm import training as training_room
-from gradmm.classification import evaluate, evaluate_calibrated, score
+from gradmm.classification import Encoded, evaluate, evaluate_calibrated, score
 from gradmm.errors import DataWarning, UserError
 from gradmm.examples import Example, load_data, sample_examples
 from gradmm.finetuning import Training, finetune, fit
 from gradmm.models import load_model
 from gradmm.tasks import Task, tokenize_task
-from gradmm.training import FinetuneConfig
+from gradmm.training import FinetuneConfig, adamw, train_at_rate, trainable_copy
 from gradmm.training import _order as batches
-from gradmm.training import _schedule as schedule
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), template="{text} it was")
 FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), template="{text} this is")
@@ -160,11 +159,25 @@ def test_batches_hold_every_row_once_in_each_pass():
     assert len(next(batches(3, FinetuneConfig(batch_size=4)))) == 3
 
 
-def test_the_rate_rises_then_falls_to_zero():
-    config = FinetuneConfig(steps=20, warmup=4)
-    shares = [schedule(step, config) for step in range(21)]
-    assert shares[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and max(shares) == 1.0
-    assert shares[4:] == sorted(shares[4:], reverse=True) and shares[20] == 0 < shares[19]
+def rates_of(model, config: FinetuneConfig, past=()) -> list[float]:
+    """The rate at each step of a training at the peak 0.01, in the optimizer's own words."""
+    trained, tokens, rates = trainable_copy(model), tokenize_task(TWO, model.tokenizer), []
+    data, optimizer = Encoded.of(model, TWO, tokens, toy(TWO, 0, 2), "training"), adamw(trained, 0.01, config)
+    optimizer.register_step_pre_hook(lambda chosen, *_: rates.append(chosen.param_groups[0]["lr"]))
+    list(train_at_rate(trained, tokens, data, data, 0.01, config, past=past, optimizer=optimizer))
+    return rates
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 4), (7, 0), (5, 5), (3, 10), (1, 0), (9, 2.5)])
+def test_the_rate_rises_then_falls_to_zero(tiny_model, steps, warmup):
+    model = tiny_model("llama", dtype=torch.float32)
+    config = replace(QUICK, steps=steps, warmup=warmup, eval_every=100, patience=None)
+    rise = [(step + 1) / (warmup + 1) for step in range(steps)]
+    fall = [(steps - step) / max(1, steps - warmup) for step in range(steps)]
+    expected = [0.01 * min(up, down, 1.0) for up, down in zip(rise, fall, strict=True)]
+    assert rates_of(model, config) == pytest.approx(expected, rel=1e-12, abs=0)
+    past = [{"step": steps // 2, "validation_accuracy": 0.5}]
+    assert rates_of(model, config, past) == pytest.approx(expected[steps // 2 :], rel=1e-12, abs=0)
 
 
 def test_patience_gives_a_rate_up(tiny_model):

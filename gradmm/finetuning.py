@@ -215,7 +215,7 @@ def fit(
         else:
             rows.append([])
         start = rows[0][0] if rows[0] else None
-        for row in train_at_rate(trained, tokens, data, looks, rate, config, start, rows[number], optimizer):
+        for row in train_at_rate(trained, tokens, data, looks, optimizer, config, start, rows[number]):
             rows[number].append(row)
             if on_look is not None:
                 on_look(row)

@@ -375,7 +375,13 @@ def load_model(
         )
         dtype = torch.float32
     folder, found = _folder(str(name), revision)
-    _refuse_pickles(folder, str(name))
+    lm, tokenizer = _load(folder, str(name), dtype)
+    called = str(name) if found or str(name) in BUILT_IN else plain_name(Path(folder).resolve().name)
+    return wrap_model(lm.to(device), tokenizer, called, found, _hash_files(folder))
+
+
+def _load(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    _refuse_pickles(folder, name)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -394,8 +400,7 @@ def load_model(
         f"{name} lacks {len(absent)} of its weights, such as {absent[:1]}, which would be random: give the whole "
         "model, saved with its output head",
     )
-    called = str(name) if found or str(name) in BUILT_IN else plain_name(Path(folder).resolve().name)
-    return wrap_model(lm.to(device), tokenizer, called, found, _hash_files(folder))
+    return lm, tokenizer
 
 
 def wrap_model(lm, tokenizer, name: str, revision: str | None = None, fingerprint: str | None = None) -> Model:

@@ -21,6 +21,8 @@ from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
 
+COUNTS = ("steps", "batch_size", "eval_every", "tokens_per_batch", "patience", "max_validation", "adapter_rank")
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -71,15 +73,7 @@ class FinetuneConfig:
             f"learning_rates = {shown(rates)}, each must be above 0 and below 1: give a list such as [0.00005, 0.0002]",
         )
         object.__setattr__(self, "learning_rates", tuple(float(rate) for rate in rates))
-        for name in (
-            "steps",
-            "batch_size",
-            "eval_every",
-            "tokens_per_batch",
-            "patience",
-            "max_validation",
-            "adapter_rank",
-        ):
+        for name in COUNTS:
             value = getattr(self, name)
             optional = name in ("patience", "max_validation") and value is None
             require(
@@ -185,11 +179,10 @@ def train_at_rate(
     tokens: TaskTokens,
     data: Encoded,
     looks: Encoded,
-    rate: float,
+    optimizer: torch.optim.AdamW,
     config: FinetuneConfig,
     start: dict | None = None,
     past: Sequence[dict] = (),
-    optimizer: torch.optim.AdamW | None = None,
 ) -> Iterator[dict]:
     """Train at one peak rate, in place.
 
@@ -197,15 +190,15 @@ def train_at_rate(
         model: a `trainable_copy`; when a row is given out, its weights are those of the row's step.
         data: the examples to train on.
         looks: the examples to look at.
+        optimizer: from `adamw`, with the peak rate.
         start: another rate's row of step 0, at which all rates have the same weights; None looks.
         past: the rows of an interrupted training at this rate, which goes on behind the last of them; model and
             optimizer are as they were then.
-        optimizer: from `adamw`; None makes one.
 
     Yields:
         A row of `Training.curve` at each look; the run ends early where it diverges or runs out of patience.
     """
-    optimizer = optimizer or adamw(model, rate, config)
+    rate = optimizer.param_groups[0]["initial_lr"]
     begin, looked = (past[-1]["step"], True) if past else (0, False)
     order = islice(_order(len(data.sequences), config), begin, None)
     # The schedule's zeros are one step before the first and one behind the last, whose rates are above zero.

@@ -28,9 +28,9 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not ask
     from gradmm.tasks import TASKS, Task, load_task
     from gradmm.training import FinetuneConfig
 
-# PyTorch's threads wait for one another at every operation, spinning; where another process wants the cores as well, each
-# spins away the time for which the other waits. With this bound they spin for a moment and then sleep, which costs a lone run
-# nothing (GNU's OpenMP reads it when torch is first imported). Whoever has set one of the two has decided.
+# PyTorch's threads wait for one another at every operation, spinning; where another process wants the cores as well,
+# each spins away the time for which the other waits. With this bound they spin for a moment and then sleep, which costs
+# a lone run nothing (GNU's OpenMP reads it when torch is first imported). Whoever has set one of the two has decided.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "10000"
 

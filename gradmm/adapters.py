@@ -26,7 +26,9 @@ def add_lora(lm: torch.nn.Module, rank: int, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise UserError("adapter = 'lora' needs the package peft: install it with pip install 'gradmm[lora]'") from error
+        raise UserError(
+            "adapter = 'lora' needs the package peft: install it with pip install 'gradmm[lora]'"
+        ) from error
     transposed = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's layers hold W the other way round
     config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear", fan_in_fan_out=transposed)
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; what counts is drawn below
@@ -36,7 +38,7 @@ def add_lora(lm: torch.nn.Module, rank: int, seed: int) -> None:
 
 @torch.no_grad()
 def start_lora(lm: torch.nn.Module, seed: int) -> None:
-    """Give the adapter the weights of step 0: A uniform as in a linear layer, each by its name and the seed, and B zero."""
+    """Give the adapter the weights of step 0: B zero, A uniform as in a linear layer, by its name and the seed."""
     for name, weights in lm.named_parameters():
         if ".lora_A." in name:
             drawn = torch.rand(weights.shape, generator=generator(seed, "LoRA", name), dtype=torch.float64)
@@ -46,7 +48,10 @@ def start_lora(lm: torch.nn.Module, seed: int) -> None:
 
 
 def fold_lora(lm: torch.nn.Module) -> None:
-    """Add B A to the weights beside which they stand and take the adapter away: a model like any other, to save and load."""
+    """Add B A to the weights beside which they stand and take the adapter away: what is left is a model like any other.
+
+    By peft's own `merge` of each layer: its `merge_and_unload` belongs to a wrapper that nothing else here needs.
+    """
     from peft.tuners.lora import LoraLayer
 
     for name, layer in [(name, module) for name, module in lm.named_modules() if isinstance(module, LoraLayer)]:

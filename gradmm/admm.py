@@ -41,8 +41,8 @@ class Config:
         outer_steps, inner_steps: iterations, >= 1.
         lr: Adam's step size, > 0.
         clip: each group's gradient of the augmented Lagrangian is scaled to at most this norm; None does not clip.
-        groups_per_pass: groups that the objective sees at once, which bounds the memory; None: all. With 1, every number of
-            a group is computed by itself, so that not even its rounding depends on the groups beside it.
+        groups_per_pass: groups that the objective sees at once, which bounds the memory; None: all. With 1, every
+            number of a group is computed by itself, so that not even its rounding depends on the groups beside it.
     """
 
     rho: float = 0.1
@@ -55,15 +55,25 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("rho", "lr"):
             value = getattr(self, name)
-            require(_positive(value), f"{name} = {shown(value)}, it must be a finite number above 0: try {type(self).__dict__[name]}")
+            require(
+                _positive(value),
+                f"{name} = {shown(value)}, it must be a finite number above 0: try {type(self).__dict__[name]}",
+            )
         for name in ("outer_steps", "inner_steps"):
             value = getattr(self, name)
-            require(is_whole(value) and value >= 1, f"{name} = {shown(value)}, it must be a whole number of at least 1: try 10")
+            require(
+                is_whole(value) and value >= 1,
+                f"{name} = {shown(value)}, it must be a whole number of at least 1: try 10",
+            )
         require(
             self.groups_per_pass is None or (is_whole(self.groups_per_pass) and self.groups_per_pass >= 1),
-            f"groups_per_pass = {self.groups_per_pass!r}, it must be a whole number of at least 1, or None for all groups at once",
+            f"groups_per_pass = {self.groups_per_pass!r}, it must be a whole number of at least 1, or None for "
+            "all groups at once",
         )
-        require(self.clip is None or _positive(self.clip), f"clip = {shown(self.clip)}, it must be above 0, or None: None does not clip")
+        require(
+            self.clip is None or _positive(self.clip),
+            f"clip = {shown(self.clip)}, it must be above 0, or None: None does not clip",
+        )
 
 
 def _positive(value) -> bool:
@@ -147,7 +157,8 @@ def solve(
     Args:
         objective: (x (k, B, L, D), ids (k, B, L), groups (k,)) -> f of each group, (k,). `ids` is the last projection
             (an objective may need to know which positions it left empty), `groups` the numbers of these groups.
-        project: (v (k, B, L, D), groups (k,)) -> (z like v, ids (k, B, L)), the nearest allowed point in the caller's sense.
+        project: (v (k, B, L, D), groups (k,)) -> (z like v, ids (k, B, L)), the nearest allowed point in the caller's
+            sense.
         begin: `start(...)`, or an earlier Result, which is then continued as if it had never stopped.
         callback: sees the Result after every outer step, outside the clock; a true return stops all groups.
 
@@ -266,7 +277,12 @@ def _advance(objective: Objective, project: Project, result: Result, config: Con
     best = _keep_better(result, groups, state.ids[groups], measures["match_z"])
     columns = {name: value.tolist() for name, value in measures.items()}
     rows = [
-        {"step": state.step, "group": group, **{name: column[i] for name, column in columns.items()}, "seconds": seconds}
+        {
+            "step": state.step,
+            "group": group,
+            **{name: column[i] for name, column in columns.items()},
+            "seconds": seconds,
+        }
         for i, group in enumerate(groups.tolist())
     ]
     return replace(best, state=state, history=[*result.history, *rows])

@@ -23,9 +23,10 @@ LIMITS = """
 - Train on `train.jsonl`. The candidates with `kept` = false are there so that the choice can be seen.
 - Every text was written by a language model: it may be false or offensive and carries over what that model learned,
   biases included. It describes no real person, product or event.
-- The set is made for fine-tuning classifiers on this task. Judge it on real held-out data, beside texts that were written
-  without matching: prompts and the language model may do most of the work.
-- A privacy guarantee covers the real examples that entered the release, not what the language model was trained on before.
+- The set is made for fine-tuning classifiers on this task. Judge it on real held-out data, beside texts that were
+  written without matching: prompts and the language model may do most of the work.
+- A privacy guarantee covers the real examples that entered the release, not what the language model was trained on
+  before.
 """
 LEDGER_COLUMNS = (
     "what", "space", "epsilon", "delta", "relation", "clip", "sensitivity", "calibration", "sigma", "coordinates",
@@ -61,7 +62,8 @@ def dataset_card(manifest: Mapping) -> str:
             ("prompt", f"{code(task['template'])} followed by one of {', '.join(map(code, task['verbalizers']))}"),
             ("generation prompts", ", ".join(map(code, task["generation_prompts"]))),
             ("tokens of a text", manifest["length"]),
-            *((name, value) for name, value in manifest["config"].items() if name != "solver"),  # follows from the others
+            # The solver's settings follow from the others.
+            *((name, value) for name, value in manifest["config"].items() if name != "solver"),
             *((f"version of {name}", version) for name, version in manifest["versions"].items()),
         ]),
         "`manifest.json` holds all settings, `history.jsonl` every step of the optimisation.",

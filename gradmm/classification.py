@@ -1,4 +1,4 @@
-"""A causal language model as a classifier: the likeliest of the label tokens after the prompt, and how often it is right.
+"""A causal language model as a classifier: the likeliest label token after the prompt, and how often it is right.
 
 Same template and same label tokens as where gradients are matched. Letters: N examples, C classes, D hidden width.
 """
@@ -120,8 +120,8 @@ def evaluate(model: Model, task: Task, examples: Iterable, tokens_per_batch: int
 def evaluate_calibrated(model: Model, task: Task, examples: Iterable, texts: Sequence[str]) -> Evaluation:
     """As `evaluate`, with each verbalizer's mean log-probability over unlabelled texts taken out first.
 
-    It takes the model's preference for some verbalizer away and teaches it nothing, so what a training set adds shows above
-    this and not above `evaluate` (after Zhao et al. 2021, with task texts for content-free ones).
+    It takes the model's preference for some verbalizer away and teaches it nothing, so what a training set adds shows
+    above this and not above `evaluate` (after Zhao et al. 2021, with task texts for content-free ones).
 
     Args:
         texts: unlabelled and apart from the examples; their classes should be about as frequent as the examples'.
@@ -131,7 +131,10 @@ def evaluate_calibrated(model: Model, task: Task, examples: Iterable, texts: Seq
     """
     require_model(model)
     tokens, texts = tokenize_task(task, model.tokenizer), require_texts(texts, "the texts to calibrate on")
-    require(len(texts) > 0, "there are 0 texts to calibrate on, at least 1 is needed: give some, such as the validation texts")
+    require(
+        len(texts) > 0,
+        "there are 0 texts to calibrate on, at least 1 is needed: give some, such as the validation texts",
+    )
     data = Encoded.of(model, task, tokens, examples, "test")
     return score(model, tokens, data, TOKENS_PER_BATCH, label_preference(model, tokens, texts))
 
@@ -149,7 +152,9 @@ def label_logs(model: Model, tokens: TaskTokens, texts: Sequence[str]) -> Tensor
 
 
 @torch.no_grad()
-def score(model: Model, tokens: TaskTokens, data: Encoded, tokens_per_batch: int, preference: Tensor | float = 0.0) -> Evaluation:
+def score(
+    model: Model, tokens: TaskTokens, data: Encoded, tokens_per_batch: int, preference: Tensor | float = 0.0
+) -> Evaluation:
     """As `evaluate`, of examples that are encoded already.
 
     Args:

@@ -1,4 +1,4 @@
-"""The one error that a user's input can cause; its message is one sentence that names the value, the limit and the mend."""
+"""The one error that a user's input can cause: one sentence that names the value, the limit and the mend."""
 
 import difflib
 import math

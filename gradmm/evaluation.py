@@ -38,8 +38,8 @@ class Perplexity:
 def perplexity(model: Model, texts: Sequence[str], tokens_per_batch: int = TOKENS_PER_BATCH) -> Perplexity:
     """The perplexity of texts, each read alone as the tokenizer begins a text (`tasks.from_start`).
 
-    What stands before the text is given and does not count. A tokenizer that puts nothing there gives the first token away,
-    unless it is the only one. A text too unlikely for a float64 exponential has infinity.
+    What stands before the text is given and does not count. A tokenizer that puts nothing there gives the first token
+    away, unless it is the only one. A text too unlikely for a float64 exponential has infinity.
 
     Raises:
         UserError: no texts, a text without a token to predict, or one longer than the model's context.
@@ -65,7 +65,9 @@ def _from_start(model: Model, texts: Sequence[str]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _negative_log_likelihoods(model: Model, sequences: list[list[int]], tokens_per_batch: int) -> tuple[list[float], list[int]]:
+def _negative_log_likelihoods(
+    model: Model, sequences: list[list[int]], tokens_per_batch: int
+) -> tuple[list[float], list[int]]:
     """Sums over each sequence's tokens after the first, in nats, and their numbers."""
     model.check_lengths(sequences)
     short = [number for number, sequence in enumerate(sequences, 1) if len(sequence) < 2]

@@ -64,7 +64,8 @@ def load_data(data: str | Path, task: Task | str | Path | Mapping | None = None)
     """Load a task's examples; a `DataWarning` says once what was left out or moved.
 
     Args:
-        data: a folder of `{train,validation,test}.jsonl` (`text`, `label`), "demo", or a registered name with a hub source.
+        data: a folder of `{train,validation,test}.jsonl` (`text`, `label`), "demo", or a registered name with a hub
+            source.
         task: whatever `load_task` takes; None takes the one that the folder or name implies.
 
     Returns:
@@ -93,7 +94,8 @@ def load_data(data: str | Path, task: Task | str | Path | Mapping | None = None)
         hub = next((one.hub for one in (task, TASKS.get(str(data))) if one is not None and one.hub is not None), None)
         if hub is None:
             raise UserError(
-                f"there is no data {shown(str(data))}: give a folder with train.jsonl, demo, or one of {', '.join(TASKS)}"
+                f"there is no data {shown(str(data))}: give a folder with train.jsonl, demo, or one of "
+                f"{', '.join(TASKS)}"
             )
         task = load_task(str(data)) if task is None else task
         rows, source = _hub_rows(hub, task)
@@ -212,7 +214,8 @@ def sample_examples(examples: Iterable, n: int, task: Task, seed: int) -> list[E
         want = n // count + (label < n % count)
         require(
             want <= len(pool),
-            f"n_real = {n} needs {want} examples of {task.labels[label]!r}, but {len(pool)} of at least {task.min_words} "
+            f"n_real = {n} needs {want} examples of {task.labels[label]!r}, but {len(pool)} of at least "
+            f"{task.min_words} "
             "word(s) exist: lower n_real",
         )
         order = torch.randperm(len(pool), generator=generator(seed, "real examples", label))[:want]
@@ -339,7 +342,10 @@ def _hub_split(read: Mapping, split: str, hub: HubSource, task: Task) -> list[Ex
     require(split in read, f"the hub's data set {hub.path!r} has no split {split!r}: it has {', '.join(read)}")
     table, columns = read[split], (hub.text, hub.label)
     absent = [column for column in columns if column not in table.column_names]
-    require(not absent, f"the hub's data set {hub.path!r} has no column {absent[:1]}: it has {', '.join(table.column_names)}")
+    require(
+        not absent,
+        f"the hub's data set {hub.path!r} has no column {absent[:1]}: it has {', '.join(table.column_names)}",
+    )
     found = []
     for number, (text, label) in enumerate(zip(table[hub.text], table[hub.label], strict=True), 1):
         if hub.classes is None or label in hub.classes:

@@ -68,8 +68,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} could not be written ({getattr(error, 'strerror', None) or error}): free space or choose another output folder; "
-            "what was finished before is kept"
+            f"{path} could not be written ({getattr(error, 'strerror', None) or error}): free space or choose another "
+            "output folder; what was finished before is kept"
         ) from error
     finally:
         if temporary is not None:
@@ -108,7 +108,8 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str]) -> Path:
 
 
 def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
-    """Read a safetensors file: (tensors, metadata); each tensor in memory of its own, so that no place in a file decides on last bits.
+    """Read a safetensors file: (tensors, metadata); each tensor in memory of its own, so that no place in a file
+    decides on last bits.
 
     Raises:
         UserError: no such file, or not a whole safetensors file.
@@ -135,7 +136,9 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     except OSError as error:
-        raise UserError(f"{path} could not be read ({error.strerror or error}): give the path of a readable file") from error
+        raise UserError(
+            f"{path} could not be read ({error.strerror or error}): give the path of a readable file"
+        ) from error
 
 
 def read_json(path: Path, limit: int = MAX_SETTINGS_BYTES) -> Any:
@@ -178,14 +181,21 @@ def read_yaml(path: Path) -> Any:
     """
     text = read_text(path, MAX_SETTINGS_BYTES)
     try:
-        aliases = [event for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent)] if "*" in text else []
+        aliases = (
+            [event for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent)]
+            if "*" in text
+            else []
+        )
         if not aliases:
             return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
         mark = getattr(error, "problem_mark", None)
         line, problem = mark.line + 1 if mark else 1, getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{path}, line {line} is not YAML ({problem}): mend that line") from error
-    raise UserError(f"{path}, line {aliases[0].start_mark.line + 1} has the alias *{aliases[0].anchor}: write the value itself there")
+    raise UserError(
+        f"{path}, line {aliases[0].start_mark.line + 1} has the alias *{aliases[0].anchor}: write the value itself "
+        "there"
+    )
 
 
 def _parse_json(text: str, path: Path, number: int) -> Any:
@@ -204,7 +214,10 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     """
     values = read_yaml(as_path(path, "the parameter file"))
     values = {} if values is None else values
-    require(isinstance(values, dict) and all(isinstance(name, str) for name in values), f"{path} holds no parameters: write lines such as `seed: 1`")
+    require(
+        isinstance(values, dict) and all(isinstance(name, str) for name in values),
+        f"{path} holds no parameters: write lines such as `seed: 1`",
+    )
     for name, item in _leaves(values):
         if is_hidden_number(item):
             raise UserError(f"{path} gives {name} = {item!r}, which YAML reads as text: write {_number(item)}")

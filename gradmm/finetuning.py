@@ -1,7 +1,7 @@
 """Fine-tuning on any set of examples: the measure of what a synthetic set is worth.
 
-Knows nothing of where examples come from. Every method is trained and judged by the same code: same template, same label
-tokens, and all choices made on validation examples.
+Knows nothing of where examples come from. Every method is trained and judged by the same code: same template, same
+label tokens, and all choices made on validation examples.
 """
 
 import hashlib
@@ -48,7 +48,8 @@ class Training:
     """A fine-tuned model and how it was chosen.
 
     Attributes:
-        model: the model at the chosen step; its fingerprint is a hash of the first model's, the settings and the examples.
+        model: the model at the chosen step; its fingerprint is a hash of the first model's, the settings and the
+            examples.
         learning_rate, step: chosen on validation; step 0 is the model as it came.
         validation_accuracy: of the chosen model; it was chosen for it, so it flatters.
         curve: one row per look: learning_rate, step, train_loss (mean since the last look, None at step 0),
@@ -185,9 +186,9 @@ def fit(
     """Train a copy of the model, all of it or `config.adapter`, at each rate, and keep the best rate and step.
 
     The loss is the cross-entropy over the C label tokens at the last position. Dropout is off, as it is where gradients
-    are matched, so a result is a function of the examples and the settings. The best is the highest validation accuracy;
-    ties go to the earliest step, then to the first rate. Validation texts of fewer than `task.min_words` words are left
-    out, as they are where real examples are drawn.
+    are matched, so a result is a function of the examples and the settings. The best is the highest validation
+    accuracy; ties go to the earliest step, then to the first rate. Validation texts of fewer than `task.min_words`
+    words are left out, as they are where real examples are drawn.
 
     Args:
         saved: where unfinished work is kept and continued from; None keeps none.
@@ -214,7 +215,7 @@ def fit(
         else:
             rows.append([])
         start = rows[0][0] if rows[0] else None
-        for row in train_at_rate(trained, tokens, data, looks, rate, config, start, rows[number], optimizer):
+        for row in train_at_rate(trained, tokens, data, looks, optimizer, config, start, rows[number]):
             rows[number].append(row)
             if on_look is not None:
                 on_look(row)
@@ -241,7 +242,9 @@ def _drawn(validation: Iterable, task: Task, config: FinetuneConfig) -> list[Exa
 
 
 def _fingerprint(model: Model, config: FinetuneConfig, *sets: Sequence[Example]) -> str:
-    parts = repr((model.fingerprint, asdict(config), [[(example.text, example.label) for example in some] for some in sets]))
+    parts = repr(
+        (model.fingerprint, asdict(config), [[(example.text, example.label) for example in some] for some in sets])
+    )
     return hashlib.sha256(parts.encode()).hexdigest()
 
 

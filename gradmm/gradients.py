@@ -9,8 +9,8 @@ the cross-entropy is d/dW = delta h^T and d/db = delta. Inner products of such g
     <G_target, G(X)> = 1/(B n) sum_{b,k} (delta_b . delta_k)(h_b . h_k)
     ||G(X)||^2       = 1/B^2   sum_{b,b'} (delta_b . delta_b')(h_b . h_b')
 
-and for the bias the same with (h . h) replaced by 1. Source: Nguyen et al. 2025 (arXiv 2502.17607) for matching the last
-layer; the identities follow from tr((a b^T)^T c d^T) = (a . c)(b . d).
+and for the bias the same with (h . h) replaced by 1. Source: Nguyen et al. 2025 (arXiv 2502.17607) for matching the
+last layer; the identities follow from tr((a b^T)^T c d^T) = (a . c)(b . d).
 """
 
 from collections.abc import Iterable, Sequence
@@ -87,10 +87,11 @@ class Space:
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The head's gradient under the loss that fine-tuning uses: over the label tokens alone, the model's preference taken out.
+    """The head's gradient under fine-tuning's loss: over the label tokens alone, the model's preference taken out.
 
-    With `mean` and `basis` hidden states are whitened, and the gradient is that of the same logits written as a linear map of
-    (h - mean) basis: what all texts share is gone, and every direction in which public texts differ weighs the same.
+    With `mean` and `basis` hidden states are whitened, and the gradient is that of the same logits written as a linear
+    map of (h - mean) basis: what all texts share is gone, and every direction in which public texts differ weighs the
+    same.
 
     Attributes:
         rows: (C,) the label tokens' rows of the head.
@@ -257,10 +258,21 @@ def match_groups(factors: Factors, which: Tensor, targets: Sequence[Target], dis
         (K,).
     """
     numbers, counts = (value.tolist() for value in which.unique_consecutive(return_counts=True))
-    runs = [Factors(*parts, factors.bias) for parts in zip(factors.delta.split(counts), factors.hidden.split(counts), strict=True)]
-    inners = zip(*[[inner.mean(1) for inner in targets[number].inner(run)] for number, run in zip(numbers, runs, strict=True)], strict=True)
+    runs = [
+        Factors(*parts, factors.bias)
+        for parts in zip(factors.delta.split(counts), factors.hidden.split(counts), strict=True)
+    ]
+    inners = zip(
+        *[[inner.mean(1) for inner in targets[number].inner(run)] for number, run in zip(numbers, runs, strict=True)],
+        strict=True,
+    )
     target_norms = zip(*[targets[number].norms for number in which.tolist()], strict=True)
-    return combine([torch.cat(parts) for parts in inners], group_norms(factors), [torch.stack(parts) for parts in target_norms], distance)
+    return combine(
+        [torch.cat(parts) for parts in inners],
+        group_norms(factors),
+        [torch.stack(parts) for parts in target_norms],
+        distance,
+    )
 
 
 def greedy_order(factors: Factors, target: Target, count: int, distance: str = "cosine") -> list[int]:
@@ -286,12 +298,12 @@ def greedy_order(factors: Factors, target: Target, count: int, distance: str = "
 def joint_order(
     factors: Factors, classes: Sequence[int], targets: Sequence[Target], counts: Sequence[int], distance: str = "cosine"
 ) -> list[int]:
-    """Examples of all classes in the order in which each, added to its class, serves the class and all classes together best.
+    """Examples of all classes in the order in which each serves its class and all classes together best.
 
     The classes take turns. In its turn class c gets the example after which the sum of two distances is lowest: of the
-    class's mean gradient to its target, and of the sum over classes of their mean gradients to the sum of the targets. The sum
-    is the contrast, which training on balanced data follows; it counts from where every class has an example. All in inner
-    products: O(N (V + D)) for each choice, and no N x N or V x D matrix.
+    class's mean gradient to its target, and of the sum over classes of their mean gradients to the sum of the targets.
+    The sum is the contrast, which training on balanced data follows; it counts from where every class has an example.
+    All in inner products: O(N (V + D)) for each choice, and no N x N or V x D matrix.
 
     Args:
         factors: delta (N, V) and hidden (N, D), in the targets' coordinates.
@@ -321,7 +333,9 @@ def joint_order(
             sizes[number] = turn + 1
             alone = torch.zeros_like(sizes).index_fill(0, torch.tensor(number, device=sizes.device), 1.0)
             loss = chosen.loss_with(number, pool, alone / sizes, to_own, norms[number], distance)
-            if several and all(count == 0 or place == number or chosen.member[place].any() for place, count in enumerate(wanted)):
+            if several and all(
+                count == 0 or place == number or chosen.member[place].any() for place, count in enumerate(wanted)
+            ):
                 loss = loss + chosen.loss_with(number, pool, 1 / sizes, to_whole, whole_norms, distance)
             order.append(int(pool[loss.masked_fill(chosen.member[number, pool] > 0, torch.inf).argmin()]))
             chosen.add(number, order[-1])
@@ -347,17 +361,25 @@ class _Chosen:
     @staticmethod
     def none(factors: Factors, classes: int) -> "_Chosen":
         """Nothing chosen."""
-        delta, hidden = (torch.linalg.vector_norm(value, dim=1, dtype=torch.float64).square() for value in (factors.delta, factors.hidden))
+        delta, hidden = (
+            torch.linalg.vector_norm(value, dim=1, dtype=torch.float64).square()
+            for value in (factors.delta, factors.hidden)
+        )
         squares = torch.stack([delta * hidden, delta][: 1 + factors.bias])
-        return _Chosen(factors, squares, delta.new_zeros(classes, len(delta)), squares.new_zeros(classes, *squares.shape))
+        return _Chosen(
+            factors, squares, delta.new_zeros(classes, len(delta)), squares.new_zeros(classes, *squares.shape)
+        )
 
     def add(self, number: int, row: int) -> None:
         """Choose an example for a class."""
         self.member[number, row] = 1
         self.cross[number] += torch.stack(FactorTarget(self.factors[[row]]).inner(self.factors))
 
-    def loss_with(self, number: int, pool: Tensor, weights: Tensor, goal: Tensor, norms: Sequence[Tensor], distance: str) -> Tensor:
-        """The distance of sum_a weights_a (sum of class a's chosen), once with each of the pool added to class `number`: (n,).
+    def loss_with(
+        self, number: int, pool: Tensor, weights: Tensor, goal: Tensor, norms: Sequence[Tensor], distance: str
+    ) -> Tensor:
+        """The distance of sum_a weights_a (sum of class a's chosen), once with each of the pool added to class
+        `number`: (n,).
 
         Args:
             pool: (n,) rows.
@@ -373,7 +395,8 @@ class _Chosen:
 
 
 def losses_as_added(factors: Factors, target: Target, distance: str = "cosine") -> Tensor:
-    """The matching loss of the first example, of the first two together, and so on to all N: (N,); arguments as `greedy_order`."""
+    """The matching loss of the first example, of the first two together, and so on to all N: (N,); arguments as
+    `greedy_order`."""
     sizes = torch.arange(1, len(factors.delta) + 1, device=factors.delta.device)
     inners = [inner.cumsum(0) / sizes for inner in target.inner(factors)]
     norms = [gram.cumsum(0).cumsum(1).diagonal() / sizes**2 for gram in grams(factors)]

@@ -1,8 +1,8 @@
 """One run at a time in an output folder, whatever ends the run.
 
-Knows no run. The lock is `filelock`'s: the operating system takes it back when the process ends, even by SIGKILL, and a lock
-file that a killed run has left keeps nobody out. Of the processes that share the work of one run the leading one holds it for
-all.
+Knows no run. The lock is `filelock`'s: the operating system takes it back when the process ends, even by SIGKILL, and a
+lock file that a killed run has left keeps nobody out. Of the processes that share the work of one run the leading one
+holds it for all.
 """
 
 import logging
@@ -23,8 +23,8 @@ logging.getLogger("filelock").setLevel(logging.INFO)  # below, it logs addresses
 def alone(folder: str | Path | None) -> Iterator[None]:
     """Hold a folder for as long as this context lasts, and take away what runs that were killed in it left unfinished.
 
-    A folder that does not exist is made. One that cannot be written, such as finished results on a read-only disk, and one
-    on a file system without locks are used unheld: reading needs no lock, and a write says itself what is wrong.
+    A folder that does not exist is made. One that cannot be written, such as finished results on a read-only disk, and
+    one on a file system without locks are used unheld: reading needs no lock, and a write says itself what is wrong.
 
     Args:
         folder: None, a run in memory, holds nothing.

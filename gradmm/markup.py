@@ -6,7 +6,8 @@ import re
 from gradmm.errors import require, shown
 
 PLAIN = str.maketrans({"<": "(", ">": ")", "[": "(", "]": ")", "`": "'"})
-OBEYED = re.compile(r"[\\`*\[\]|#~$^{}]|(?<![^\W_])_|_(?![^\W_])")  # an underscore within a word is one; & < > stand in entities
+# An underscore within a word is one; & < > stand in entities.
+OBEYED = re.compile(r"[\\`*\[\]|#~$^{}]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def literal(text: object) -> str:
@@ -15,7 +16,7 @@ def literal(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """A code span that ends where the text ends, also in a table; a line break shows as two characters, a backslash and n."""
+    """A code span that ends where the text ends, also in a table; a line break shows as a backslash and n."""
     plain = str(text).replace("\r\n", "\n").replace("\n", "\\n").replace("\r", "\\n").replace("|", "\\|")
     fence = "`" * (1 + max(map(len, re.findall("`+", plain)), default=0))
     pad = " " if plain != plain.strip("` ") or not plain else ""

@@ -87,11 +87,13 @@ class Matching:
         return values
 
     def greedy(self, texts: Sequence[str], number: int, count: int) -> list[int]:
-        """Which texts of class `number` to take, one by one, so that together they match its target (`greedy_order`)."""
+        """Which texts of class `number` to take, so that together they match its target (`greedy_order`)."""
         return self.alone_and_together(texts, number, count, range(len(texts)))[1]
 
     @torch.no_grad()
-    def alone_and_together(self, texts: Sequence[str], number: int, count: int, usable: Sequence[int]) -> tuple[list[float], list[int]]:
+    def alone_and_together(
+        self, texts: Sequence[str], number: int, count: int, usable: Sequence[int]
+    ) -> tuple[list[float], list[int]]:
         """`of_texts` and `greedy` for N texts of class `number`, which are read once.
 
         Args:
@@ -126,12 +128,17 @@ class Matching:
     def greedy_losses(self, texts: Sequence[str], number: int) -> list[float]:
         """f of the first text that `greedy` takes, of the first two together, and so on to all."""
         factors, target = self.factors(texts, [number] * len(texts)), self.targets[number]
-        return losses_as_added(factors[greedy_order(factors, target, len(texts), self.distance)], target, self.distance).tolist()
+        return losses_as_added(
+            factors[greedy_order(factors, target, len(texts), self.distance)], target, self.distance
+        ).tolist()
 
     def _own(self, factors: Factors, classes: Sequence[int]) -> Tensor:
         """f of each text as a group of one, from its factors: (N,)."""
         which = torch.tensor(list(classes), device=self.model.device)
-        parts = [match_groups(factors[block].unsqueeze(1), which[block], self.targets, self.distance) for block in _blocks(len(which))]
+        parts = [
+            match_groups(factors[block].unsqueeze(1), which[block], self.targets, self.distance)
+            for block in _blocks(len(which))
+        ]
         return torch.cat(parts)
 
     def factors(self, texts: Sequence[str], classes: Sequence[int]) -> Factors:
@@ -141,7 +148,11 @@ class Matching:
     def _around(self, x: Tensor) -> Tensor:
         """The template's embeddings, constants, around x: (N, L, D) -> (N, T, D)."""
         count = x.shape[0]
-        parts = [self._constant(self.tokens.start + self.tokens.head, count), x, self._constant(self.tokens.tail, count)]
+        parts = [
+            self._constant(self.tokens.start + self.tokens.head, count),
+            x,
+            self._constant(self.tokens.tail, count),
+        ]
         return torch.cat([part.to(self.model.dtype) for part in parts], dim=1)
 
     def _constant(self, ids: Sequence[int], count: int) -> Tensor:
@@ -160,7 +171,11 @@ def _blocks(count: int) -> list[slice]:
 
 
 def factors_of(
-    model: Model, tokens: TaskTokens, space: HeadSpace | BodySketch, sequences: Sequence[Sequence[int]], classes: Sequence[int]
+    model: Model,
+    tokens: TaskTokens,
+    space: HeadSpace | BodySketch,
+    sequences: Sequence[Sequence[int]],
+    classes: Sequence[int],
 ) -> Factors:
     """Gradients of single examples in the coordinates of a release.
 
@@ -169,7 +184,8 @@ def factors_of(
         classes: N class numbers.
 
     Returns:
-        Factors: delta (N, R) and hidden (N, r) of the head, or delta (N, 1) and hidden (N, `space.size`) of a sketch of the body.
+        Factors: delta (N, R) and hidden (N, r) of the head, or delta (N, 1) and hidden (N, `space.size`) of a sketch of
+            the body.
     """
     if isinstance(space, BodySketch):
         return space.factors(model, tokens, sequences, classes)

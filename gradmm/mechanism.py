@@ -42,7 +42,8 @@ BLOCK = 1 << 20  # noise values drawn at once
 
 
 def exact_sigma(epsilon: float, delta: float) -> float:
-    """The smallest sigma at sensitivity 1, by the exact condition above (dp-accounting's solver, rounded up by 1e-9)."""
+    """The smallest sigma at sensitivity 1, by the exact condition above (dp-accounting's solver, rounded up by
+    1e-9)."""
     return dp_accounting.get_sigma_gaussian(epsilon, delta, tol=SOLVER_TOLERANCE) * (1 + SOLVER_SLACK)
 
 
@@ -55,17 +56,24 @@ def classic_sigma(epsilon: float, delta: float) -> float:
     >>> classic_sigma(1.0, 1e-5) > exact_sigma(1.0, 1e-5)  # the exact calibration needs less noise
     True
     """
-    require(epsilon <= 1, f"epsilon = {epsilon} with the classic calibration, which is proved up to 1: use calibration='exact'")
+    require(
+        epsilon <= 1,
+        f"epsilon = {epsilon} with the classic calibration, which is proved up to 1: use calibration='exact'",
+    )
     return math.sqrt(2 * math.log(1.25 / delta)) / epsilon
 
 
 def zhao2019_sigma(epsilon: float, delta: float) -> float:
-    """(c + sqrt(c^2 + epsilon)) / (epsilon sqrt 2), c^2 = ln(2 / (sqrt(16 delta + 1) - 1)) (Zhao et al. 2019, arXiv 1911.12060).
+    """(c + sqrt(c^2 + epsilon)) / (epsilon sqrt 2), c^2 = ln(2 / (sqrt(16 delta + 1) - 1)) (Zhao et al. 2019, arXiv
+    1911.12060).
 
     Raises:
         UserError: delta of 0.5 or more.
     """
-    require(delta < 0.5, f"delta = {delta} with the zhao2019 calibration, which is proved below 0.5: use calibration='exact'")
+    require(
+        delta < 0.5,
+        f"delta = {delta} with the zhao2019 calibration, which is proved below 0.5: use calibration='exact'",
+    )
     square = math.log(2 / (math.sqrt(16 * delta + 1) - 1))
     return (math.sqrt(square) + math.sqrt(square + epsilon)) / (epsilon * math.sqrt(2))
 
@@ -111,15 +119,23 @@ class LedgerEntry:
 
 
 def plan_entry(
-    what: str, space: str, epsilon: float, delta: float | None, relation: str, clip: float, calibration: str, coordinates: int
+    what: str,
+    space: str,
+    epsilon: float,
+    delta: float | None,
+    relation: str,
+    clip: float,
+    calibration: str,
+    coordinates: int,
 ) -> LedgerEntry:
     """Check a claim and find the noise that backs it; nothing is spent yet.
 
     Raises:
-        UserError: epsilon not positive and finite, delta outside (0, 1), clip not positive and finite, an unknown relation
-            or calibration, or a claim outside the calibration's range.
+        UserError: epsilon not positive and finite, delta outside (0, 1), clip not positive and finite, an unknown
+            relation or calibration, or a claim outside the calibration's range.
 
-    >>> entry = plan_entry("gradients", "label_rows", 1.0, 1e-5, "replace-one", clip=1.0, calibration="exact", coordinates=320)
+    >>> claim = {"relation": "replace-one", "clip": 1.0, "calibration": "exact", "coordinates": 320}
+    >>> entry = plan_entry("gradients", "label_rows", 1.0, 1e-5, **claim)
     >>> entry.sensitivity, round(entry.sigma, 2)
     (2.0, 7.46)
     """
@@ -182,7 +198,10 @@ def total_epsilon(entries: Sequence[LedgerEntry], delta: float) -> float:
     if not entries:
         return 0.0
     relations = sorted({entry.relation for entry in entries})
-    require(len(relations) == 1, f"the ledger holds the relations {' and '.join(relations)}, which do not add up: use one throughout")
+    require(
+        len(relations) == 1,
+        f"the ledger holds the relations {' and '.join(relations)}, which do not add up: use one throughout",
+    )
     mu = math.hypot(*(entry.sensitivity / entry.sigma for entry in entries))
     return dp_accounting.get_epsilon_gaussian(1 / mu, delta)
 
@@ -229,7 +248,8 @@ class Ledger:
         after = total_epsilon((*self.entries, entry), self.delta)
         require(
             after <= self.epsilon * (1 + SOLVER_SLACK),
-            f"this release would bring the total epsilon to {after:.6g} at delta {self.delta:g}, the budget is {self.epsilon:g} "
+            f"this release would bring the total epsilon to {after:.6g} at delta {self.delta:g}, the budget is "
+            f"{self.epsilon:g} "
             f"and {self.spent:.6g} is spent: lower epsilon or use a Release that was made already",
         )
 
@@ -252,7 +272,9 @@ def system_bits(count: int) -> numpy.ndarray:
 def seeded_bits(seed: int) -> Bits:
     """Repeatable bits, for experiments: whoever knows or guesses the seed can take the noise off again."""
     source = generator(seed, "release noise")
-    return lambda count: torch.empty(count, dtype=torch.int64).random_(-(2**63), None, generator=source).numpy().view(numpy.uint64)
+    return lambda count: (
+        torch.empty(count, dtype=torch.int64).random_(-(2**63), None, generator=source).numpy().view(numpy.uint64)
+    )
 
 
 def normals(bits: numpy.ndarray) -> numpy.ndarray:
@@ -265,11 +287,11 @@ def normals(bits: numpy.ndarray) -> numpy.ndarray:
 def add_noise(values: Tensor, sigma: float, grid: float, bits: Bits) -> Tensor:
     """values + N(0, sigma^2) in place, as multiples of `grid`.
 
-    Values and noise are rounded to the grid apart and added exactly, which is the same as rounding the sum of the rounded
-    values and unrounded noise: a step after the mechanism. So a released number's low bits say nothing about the value.
-    This closes the known attack on floating-point noise (Mironov 2012). What remains is that 64 random bits stand for
-    a real number: no proof covers that, as it would for the discrete Gaussian (Canonne, Kamath and Steinke 2020). Sums
-    beyond 2^53 grid steps (more than 100,000 examples in the largest heads) would be added inexactly.
+    Values and noise are rounded to the grid apart and added exactly, which is the same as rounding the sum of the
+    rounded values and unrounded noise: a step after the mechanism. So a released number's low bits say nothing about
+    the value. This closes the known attack on floating-point noise (Mironov 2012). What remains is that 64 random bits
+    stand for a real number: no proof covers that, as it would for the discrete Gaussian (Canonne, Kamath and Steinke
+    2020). Sums beyond 2^53 grid steps (more than 100,000 examples in the largest heads) would be added inexactly.
 
     Args:
         values: float64, any shape, contiguous, on the CPU.
@@ -309,7 +331,7 @@ def clipped_sum(factors: Factors, clip: float) -> tuple[Tensor, Tensor | None]:
 
 
 def noised_sums(classes: Sequence[Factors], entry: LedgerEntry, bits: Bits) -> tuple[DenseTarget, ...]:
-    """The mechanism: each class's clipped sum plus the noise that `entry` planned, in the type and place of its factors."""
+    """The mechanism: each class's clipped sum plus the noise that `entry` planned, typed and placed as its factors."""
     targets = []
     for factors in classes:
         weight, bias = clipped_sum(factors, entry.clip)

@@ -35,7 +35,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 FAST = ("amx_bf16", "avx512_bf16")  # what the framework calls a processor's instructions for bfloat16
 INSTRUCTIONS = (*FAST, "bf16")  # and ARM's, about whose speed nothing is known here
-COMPILED = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's and PyTorch's cache of compiled products
+# oneDNN's and PyTorch's cache of compiled products.
+COMPILED = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 KEPT = "64"  # of each: a step has some twenty shapes of product
 TOKENS_PER_BATCH = 2048
 HEAD_SCALE = 1000.0
@@ -71,7 +72,7 @@ class Model:
 
     @property
     def embedding(self) -> Tensor:
-        """The token embeddings as the first layer gets them, (V, D); a scaled copy where the family scales them (Gemma)."""
+        """The token embeddings as the first layer gets them, (V, D); a scaled copy for families such as Gemma."""
         layer = self.lm.get_input_embeddings()
         return layer(torch.arange(len(layer.weight), device=self.device)) if self._scales_embeddings else layer.weight
 
@@ -129,15 +130,20 @@ class Model:
 
     @cached_property
     def _last_mlp(self) -> torch.nn.Module | None:
-        """The last layer's feed-forward block, where the family keeps its layers in a list and the block as a module of its own."""
+        """The last layer's feed-forward block, where the family keeps layers in a list and it is a module."""
         stacks = [m for m in self.lm.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
         return getattr(stacks[0][-1], "mlp", None) if stacks else None
 
     def read(self, ids: Tensor, mask: Tensor | None = None, cache=None):
-        """Read tokens, those of a cache before them: (N, T) ids, (N, P + T) mask or None -> (state (N, D) at the end, cache)."""
+        """Read tokens behind those of a cache: (N, T) ids, (N, P + T) mask or None -> ((N, D) at the end, cache)."""
         if cache is not None and not any(hasattr(layer, "keys") for layer in cache.layers):
             mask = None  # a recurrent state (Mamba) has nothing of the padding before it
-        output = self.body(inputs_embeds=self.embed(ids), attention_mask=mask, use_cache=True, **({} if cache is None else {self._cache_name: cache}))
+        output = self.body(
+            inputs_embeds=self.embed(ids),
+            attention_mask=mask,
+            use_cache=True,
+            **({} if cache is None else {self._cache_name: cache}),
+        )
         return output.last_hidden_state[:, -1], output[self._cache_name]
 
     @cached_property
@@ -158,8 +164,9 @@ class Model:
 
         Args:
             embeds: (N, T, D) input embeddings; the last position is a real token in every row.
-            mask: (N, T), 1 for tokens and 0 for padding anywhere before the last position; None keeps all. Tokens are moved
-                to the right of all padding first, because some families count places and not positions (MPT, Mamba).
+            mask: (N, T), 1 for tokens and 0 for padding anywhere before the last position; None keeps all. Tokens are
+                moved to the right of all padding first, because some families count places and not positions (MPT,
+                Mamba).
 
         Returns:
             (N, D).
@@ -175,7 +182,8 @@ class Model:
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding matrix: ids (...) -> (..., D)."""
         layer = self.lm.get_input_embeddings()
-        # By rows, not by the layer, where the two are equal: the layer gives a padding token, often the first, no gradient.
+        # By rows, not by the layer, where the two are equal: the layer gives a padding token, often the first, no
+        # gradient.
         return layer(ids) if self._scales_embeddings else layer.weight[ids]
 
     @torch.no_grad()
@@ -248,7 +256,8 @@ def _last_position_only(mlp: torch.nn.Module | None) -> Iterator[None]:
 
 @dataclass
 class Reader:
-    """Sequences read side by side, token by token: the states (N, D) at their ends, their cache and mask (N, P) or None."""
+    """Sequences read side by side, token by token: the states (N, D) at their ends, their cache and mask (N, P) or
+    None."""
 
     model: Model
     state: Tensor
@@ -278,7 +287,8 @@ class Reader:
         self.state, self.cache = self.model.read(token[:, None], self.mask, self.cache)
 
     def read_on(self, rows: Tensor, token: Tensor, ended: Tensor) -> Tensor:
-        """Read one more token of each text that has not ended and leave the others behind: the numbers (N,) of those that go on."""
+        """Read one more token of each text that has not ended and leave the others behind: the numbers (N,) of those
+        that go on."""
         going = (~ended).nonzero().squeeze(1)
         if 0 < len(going) < len(rows):
             self.select(going)
@@ -299,7 +309,7 @@ def pad_left(sequences: Sequence[Sequence[int]], device: torch.device | str = "c
 
 
 def batches_by_length(sequences: Sequence[Sequence[int]], tokens_per_batch: int) -> list[list[int]]:
-    """Row numbers in batches of similar length, each at most `tokens_per_batch` tokens with padding (one row at least)."""
+    """Row numbers in batches of similar length, each at most `tokens_per_batch` tokens with padding, or one row."""
     order = sorted(range(len(sequences)), key=lambda row: (len(sequences[row]), row))
     batches: list[list[int]] = []
     for row in order:
@@ -334,15 +344,16 @@ def load_model(
     Args:
         name: a hub id, a local folder, "demo" or "demo-b" (the small models shipped with the package).
         revision: a hub commit, tag or branch; the commit found is recorded in `Model.revision`.
-        device: default "cuda" if there is one, else "cpu"; "cuda" is the GPU of this process's number where a launcher started
-            several on this machine, else the first.
+        device: default "cuda" if there is one, else "cpu"; "cuda" is the GPU of this process's number where a launcher
+            started several on this machine, else the first.
         dtype: "float32" (default), "bfloat16", "float64", or "auto": bfloat16 where the device multiplies it fast (see
-            `fast_dtype`), else float32. "bfloat16" on a processor without instructions for it warns and loads float32. Only
-            float32 and float64 on a CPU give the same bytes on every run of a machine type.
+            `fast_dtype`), else float32. "bfloat16" on a processor without instructions for it warns and loads float32.
+            Only float32 and float64 on a CPU give the same bytes on every run of a machine type.
 
     Raises:
-        UserError: not found, no safetensors weights (pickles are never read), no output head, an unknown device or dtype,
-            weights that are missing from the files, a revision of a folder, or a model that `wrap_model` refuses.
+        UserError: not found, no safetensors weights (pickles are never read), no output head, an unknown device or
+            dtype, weights that are missing from the files, a revision of a folder, or a model that `wrap_model`
+            refuses.
 
     Example:
         >>> import gradmm
@@ -364,7 +375,13 @@ def load_model(
         )
         dtype = torch.float32
     folder, found = _folder(str(name), revision)
-    _refuse_pickles(folder, str(name))
+    lm, tokenizer = _load(folder, str(name), dtype)
+    called = str(name) if found or str(name) in BUILT_IN else plain_name(Path(folder).resolve().name)
+    return wrap_model(lm.to(device), tokenizer, called, found, _hash_files(folder))
+
+
+def _load(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    _refuse_pickles(folder, name)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -373,18 +390,17 @@ def load_model(
             )
     except Exception as error:  # transformers raises many kinds; each means that the folder is no usable model
         raise UserError(
-            f"{name} is no causal language model that can be loaded ({first_line(error)}): give a hub id or a folder with "
-            "config.json, model.safetensors and tokenizer files"
+            f"{name} is no causal language model that can be loaded ({first_line(error)}): give a hub id or a folder "
+            "with config.json, model.safetensors and tokenizer files"
         ) from error
     _align(lm)
     absent = sorted(loading["missing_keys"])
     require(
         not absent,
-        f"{name} lacks {len(absent)} of its weights, such as {absent[:1]}, which would be random: give the whole model, "
-        "saved with its output head",
+        f"{name} lacks {len(absent)} of its weights, such as {absent[:1]}, which would be random: give the whole "
+        "model, saved with its output head",
     )
-    called = str(name) if found or str(name) in BUILT_IN else plain_name(Path(folder).resolve().name)
-    return wrap_model(lm.to(device), tokenizer, called, found, _hash_files(folder))
+    return lm, tokenizer
 
 
 def wrap_model(lm, tokenizer, name: str, revision: str | None = None, fingerprint: str | None = None) -> Model:
@@ -409,9 +425,9 @@ def wrap_model(lm, tokenizer, name: str, revision: str | None = None, fingerprin
 def quicken(lm) -> None:
     """The same functions by faster kernels, in place.
 
-    One for the tanh form of GELU, which GPT-2 and Phi write as nine operations and keep the values of. For a model in bfloat16
-    on a CPU: plain products for its attention, where the fused kernel spends its time converting, and few compiled products
-    kept.
+    One for the tanh form of GELU, which GPT-2 and Phi write as nine operations and keep the values of. For a model in
+    bfloat16 on a CPU: plain products for its attention, where the fused kernel spends its time converting, and few
+    compiled products kept.
     """
     weights = next(lm.parameters())
     for module in list(lm.modules()):
@@ -428,8 +444,9 @@ def quicken(lm) -> None:
 def keep_few_compiled() -> None:
     """Bound the memory of compiled products on a CPU; works before the process's first product in bfloat16.
 
-    The framework compiles one for each shape, and texts of many lengths have many. It would keep 1024 in each of two caches,
-    at half a megabyte; what is not there is compiled again in a millisecond. A capacity in the environment is left as it is.
+    The framework compiles one for each shape, and texts of many lengths have many. It would keep 1024 in each of two
+    caches, at half a megabyte; what is not there is compiled again in a millisecond. A capacity in the environment is
+    left as it is.
     """
     for name in COMPILED:
         os.environ.setdefault(name, KEPT)
@@ -459,11 +476,13 @@ def _device(device) -> torch.device:
         torch.zeros(1, device=device).item()
         return torch.device(device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise UserError(f"the device {device!r} is not usable here ({first_line(error)}): use cpu, cuda or auto") from error
+        raise UserError(
+            f"the device {device!r} is not usable here ({first_line(error)}): use cpu, cuda or auto"
+        ) from error
 
 
 def _align(lm: torch.nn.Module) -> None:
-    """Move weights from where the file had them to aligned memory: else the files' layout would decide on the last bits."""
+    """Move weights from the file's places to aligned memory: else the layout would decide on the last bits."""
     for weights in (*lm.parameters(), *lm.buffers()):
         weights.data = weights.data.clone()
 
@@ -476,8 +495,8 @@ def kind_of(device: torch.device) -> str:
 def fast_dtype(device: torch.device | str) -> torch.dtype:
     """The type in which a device multiplies matrices fastest without losing what the method needs.
 
-    bfloat16 on a GPU that computes in it and on a processor with AMX or AVX-512 instructions for it; float32 elsewhere. The
-    solver's state, the matching sums and every training stay in float32.
+    bfloat16 on a GPU that computes in it and on a processor with AMX or AVX-512 instructions for it; float32 elsewhere.
+    The solver's state, the matching sums and every training stay in float32.
     """
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
@@ -527,8 +546,8 @@ def _refuse_pickles(folder: Path, name: str) -> None:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     found = f"only {', '.join(pickles)}, which could run code when read" if pickles else "no weights"
     raise UserError(
-        f"{name} has {found}; safetensors are needed: convert the model with save_pretrained, or name a hub revision that "
-        "has them (often refs/pr/1)"
+        f"{name} has {found}; safetensors are needed: convert the model with save_pretrained, or name a hub revision "
+        "that has them (often refs/pr/1)"
     )
 
 
@@ -569,7 +588,9 @@ def _check_head(model: Model) -> None:
         states = HEAD_SCALE * model.hidden_of([ids[0, :1].tolist(), ids[0].tolist()])
         expected = linear(states, model.head_weight, model.head_bias)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{model.name} could not be run as a causal language model ({first_line(error)}): give another model") from error
+        raise UserError(
+            f"{model.name} could not be run as a causal language model ({first_line(error)}): give another model"
+        ) from error
     require(
         _near(logits[0, 2], expected[1], tolerance),
         f"the logits of {model.name} are not W h + b of its last hidden state (they are scaled or capped), "
@@ -577,8 +598,8 @@ def _check_head(model: Model) -> None:
     )
     require(
         _near(logits[0, 0], expected[0], 10 * tolerance),
-        f"{model.name} lets a position see the tokens after it or padding before it: give a causal language model that reads "
-        "an attention mask",
+        f"{model.name} lets a position see the tokens after it or padding before it: give a causal language model that "
+        "reads an attention mask",
     )
 
 

@@ -1,7 +1,8 @@
 """What makes a text unreadable, as far as its letters tell: leftover markup, loops, fragments, an echo of its prompt.
 
-Knows no model and no task. The rules leave what people write alone: of the 8,530 train reviews of Rotten Tomatoes they drop
-4. A phrase that was cut out of a sentence, as most train rows of SST-2, may begin with a fragment and then is dropped for it.
+Knows no model and no task. The rules leave what people write alone: of the 8,530 train reviews of Rotten Tomatoes they
+drop 4. A phrase that was cut out of a sentence, as most train rows of SST-2, may begin with a fragment and then is
+dropped for it.
 """
 
 import re
@@ -23,9 +24,11 @@ LETTERS = rf"(?:(?![{UNSPACED}])[\w{MARKS}])+"
 WORD = re.compile(rf"[{UNSPACED}]|\d+(?:[.,:/-]\d+)+|{LETTERS}(?:['’]{LETTERS})*")
 RUN = re.compile(r"([^\s\d]{1,12}?)\1{2,}")
 RUN_LENGTH = 12  # characters; "hahaha" and "sooooo" are shorter
-# What closes something, a dash or mark before a space, the rest of a hyphened word or contraction; ". . ." and "..." may begin a text.
+# What closes something, a dash or mark before a space, the rest of a hyphened word or contraction; ". . ." and "..."
+# may begin a text.
 BEGINNING = re.compile(
-    r"[,)\]}%”、。，！？；：）】》」』]|(?:(?!\.\s?\.)[.;:!?/–—-]|--+)(?=\s)|-(?=[^\W\d_])|['’](?:s|re|ve|ll|d|m)\b|n['’]t\b", re.IGNORECASE
+    r"[,)\]}%”、。，！？；：）】》」』]|(?:(?!\.\s?\.)[.;:!?/–—-]|--+)(?=\s)|-(?=[^\W\d_])|['’](?:s|re|ve|ll|d|m)\b|n['’]t\b",
+    re.IGNORECASE,
 )
 
 
@@ -41,10 +44,11 @@ def words(text: str) -> list[str]:
 def flaw(text: str, instruction: str = "") -> str | None:
     """Why a text is not readable, or None.
 
-    It has no word. Leftover markup: a special token spelt out, a tag, a character that did not decode or that no one sees. A
-    loop: see `times_of_a_loop`; or characters without a space that repeat at least three times over `RUN_LENGTH`. A fragment: it begins
-    with a mark that closes something, a lone mark or dash, a part of a word, or inside a character. An echo: it begins
-    with its whole instruction, or all of it is a part of that, case and punctuation aside.
+    It has no word. Leftover markup: a special token spelt out, a tag, a character that did not decode or that no one
+    sees. A loop: see `times_of_a_loop`; or characters without a space that repeat at least three times over
+    `RUN_LENGTH`. A fragment: it begins with a mark that closes something, a lone mark or dash, a part of a word, or
+    inside a character. An echo: it begins with its whole instruction, or all of it is a part of that, case and
+    punctuation aside.
 
     Args:
         text: the text.
@@ -60,8 +64,8 @@ def flaw(text: str, instruction: str = "") -> str | None:
 def times_of_a_loop(phrase: Sequence[str]) -> int:
     """How often in a row a phrase of some words makes a loop.
 
-    Three times. Two-letter words four times, for "ha ha ha" and "no no no"; single letters and characters six times. Five words
-    or more twice, if they have ten letters.
+    Three times. Two-letter words four times, for "ha ha ha" and "no no no"; single letters and characters six times.
+    Five words or more twice, if they have ten letters.
     """
     if len(phrase) == 1:
         return {1: 6, 2: 4}.get(len(phrase[0]), 3)

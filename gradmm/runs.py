@@ -1,7 +1,8 @@
 """A run's folder: its manifest, unfinished batches, and what it leaves at the end.
 
-Knows the solver's Result and no language model. Clock readings go to `manifest.json` ("clock") and `timings.jsonl` alone,
-so that every other file is a function of the settings. A notebook's folder follows from its parameters (`output_folder`).
+Knows the solver's Result and no language model. Clock readings go to `manifest.json` ("clock") and `timings.jsonl`
+alone, so that every other file is a function of the settings. A notebook's folder follows from its parameters
+(`output_folder`).
 """
 
 import hashlib
@@ -46,7 +47,7 @@ def _version(name: str) -> str:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak bytes so far: of this process, where the system counts them (not on Windows), and, with a GPU, of its allocator."""
+    """Peak bytes so far: of this process, but on Windows, which has no such count, and of a GPU's allocator."""
     found = {}
     with suppress(ImportError):
         import resource
@@ -64,11 +65,12 @@ def peak_memory() -> dict[str, int]:
 def output_folder(notebook: str, output: str | Path | None, **parameters) -> Path:
     """The folder of a notebook's results; one of your own is claimed for these parameters before any work is done.
 
-    The default follows from everything that decides the results: results/<notebook>/<model>-<data>-<8 hexadecimal digits>. The
-    digits are a digest of the parameters and, unless there is an epsilon, of the versions and of what the local files that
-    parameters name hold. With epsilon they come from the parameters alone: nothing that is written may depend on private text, and
-    the same private command must find its release again. So a default folder is nobody else's, and nothing is written yet; a
-    folder of your own gets `parameters.json`, which is written anew as long as there are no results beside it.
+    The default follows from everything that decides the results: results/<notebook>/<model>-<data>-<8 hexadecimal
+    digits>. The digits are a digest of the parameters and, unless there is an epsilon, of the versions and of what the
+    local files that parameters name hold. With epsilon they come from the parameters alone: nothing that is written may
+    depend on private text, and the same private command must find its release again. So a default folder is nobody
+    else's, and nothing is written yet; a folder of your own gets `parameters.json`, which is written anew as long as
+    there are no results beside it.
 
     Args:
         notebook: its name, without ending.
@@ -80,17 +82,27 @@ def output_folder(notebook: str, output: str | Path | None, **parameters) -> Pat
     """
     claim = {"notebook": notebook, "parameters": {name: _leaf(value) for name, value in parameters.items()}}
     if parameters.get("epsilon") is None:
-        claim |= {"files": {name: content for name in parameters if (content := _content(parameters[name]))}, "versions": versions()}
+        claim |= {
+            "files": {name: content for name in parameters if (content := _content(parameters[name]))},
+            "versions": versions(),
+        }
     claim = json.loads(json.dumps(claim, default=str))
     if output is None:
-        names = (re.sub(r"[^\w.+]+", "-", Path(str(parameters[name])).name)[:LONGEST_NAME].strip("-.") for name in ("model", "data"))
+        names = (
+            re.sub(r"[^\w.+]+", "-", Path(str(parameters[name])).name)[:LONGEST_NAME].strip("-.")
+            for name in ("model", "data")
+        )
         return RESULTS / notebook / "-".join([*filter(None, names), files.digest(claim)[:8]])
     folder = files.as_path(output, "the output folder")
     require(not folder.exists() or folder.is_dir(), f"{folder} is a file: give a folder for the output")
     place = folder / "parameters.json"
     if any(path != place for path in folder.glob("*")) and place.exists():
         differing = differences(claim, files.read_json(place))
-        require(not differing, f"{folder} holds results of other parameters: {'; '.join(differing[:3])}: leave output out, or give another folder")
+        require(
+            not differing,
+            f"{folder} holds results of other parameters: {'; '.join(differing[:3])}: leave output out, or give "
+            "another folder",
+        )
     files.write_json(place, claim)
     return folder
 
@@ -255,8 +267,12 @@ class RunFolder:
         rows = [{name: finite_or_none(value) for name, value in row.items()} for row in rows]
         files.write_json_lines(self.path / "synthetic.jsonl", rows)
         files.write_json_lines(self.path / "train.jsonl", [row for row in rows if row.get("kept")])
-        files.write_json_lines(self.path / "history.jsonl", plain_rows(history.drop(columns=CLOCK_COLUMNS, errors="ignore")))
-        files.write_json_lines(self.path / "timings.jsonl", plain_rows(history.filter(["step", "group", *CLOCK_COLUMNS])))
+        files.write_json_lines(
+            self.path / "history.jsonl", plain_rows(history.drop(columns=CLOCK_COLUMNS, errors="ignore"))
+        )
+        files.write_json_lines(
+            self.path / "timings.jsonl", plain_rows(history.filter(["step", "group", *CLOCK_COLUMNS]))
+        )
         files.write_text(self.path / "README.md", card)
         files.write_json(self.path / "manifest.json", manifest)
         _remove_leftovers(self.path)

@@ -1,4 +1,4 @@
-"""Which synthetic texts to keep: what is readable, the label filter, ranking by matching loss, and a reason for every text.
+"""Which synthetic texts to keep: the readable, the label filter, ranking by matching loss, and a reason for each.
 
 Works on public inputs only: the model, the texts and the released gradients. Letters: N texts, C classes.
 """
@@ -38,7 +38,13 @@ KINDS = {
     "duplicate": DUPLICATE,
     **{
         name: FLAW.format(reason)
-        for name, reason in (("loop", LOOP), ("fragment", FRAGMENT), ("markup", MARKUP), ("echo", ECHO), ("no word", WORDLESS))
+        for name, reason in (
+            ("loop", LOOP),
+            ("fragment", FRAGMENT),
+            ("markup", MARKUP),
+            ("echo", ECHO),
+            ("no word", WORDLESS),
+        )
     },
     "perplexity": PERPLEXED,
     "label": LABEL,
@@ -187,10 +193,11 @@ def unreadable(texts: Sequence[str], instructions: Sequence[str], perplexities: 
 def perplexity_range(perplexities: Sequence[float]) -> tuple[float, float]:
     """The median of a pool's perplexities, and the most that a text may have: all beyond is extreme.
 
-    `TIMES` half the interquartile range above the median, in logarithms: neither moves, however bad the worst fourth of the
-    texts, and both keep their meaning whatever the model's scale. The half range counts as `LEAST_SPREAD` at least, so that no
-    text is dropped for a perplexity of less than exp(2.25) = 9.5 times the median, however alike the others are. Fewer than
-    `FEWEST` finite values, of which two lie above the quartile, tell nothing of their spread: then only infinity is extreme.
+    `TIMES` half the interquartile range above the median, in logarithms: neither moves, however bad the worst fourth of
+    the texts, and both keep their meaning whatever the model's scale. The half range counts as `LEAST_SPREAD` at least,
+    so that no text is dropped for a perplexity of less than exp(2.25) = 9.5 times the median, however alike the others
+    are. Fewer than `FEWEST` finite values, of which two lie above the quartile, tell nothing of their spread: then only
+    infinity is extreme.
 
     >>> middle, most = perplexity_range([90.0, 100.0, 110.0] * 5 + [3632.0])
     >>> middle, round(most)
@@ -204,7 +211,7 @@ def perplexity_range(perplexities: Sequence[float]) -> tuple[float, float]:
 
 
 def count_dropped(reasons: Sequence[str]) -> dict[str, int]:
-    """How many texts were dropped for each reason of `KINDS`, from the reasons of `Verdict`s; the most frequent first."""
+    """How many texts were dropped for each reason of `KINDS`, from `Verdict`s' reasons; the most frequent first."""
     kinds = [name for reason in reasons for name, words in KINDS.items() if reason.startswith(words.partition("{")[0])]
     return dict(Counter(kinds).most_common())
 
@@ -220,7 +227,8 @@ def calibrate(probabilities: Tensor, classes: Sequence[int]) -> Tensor:
     """Take out the model's preference for some verbalizer: (N, C) -> (N, C).
 
     The mean log-probability over the texts, each class weighing the same, is subtracted; the texts are balanced by
-    construction, so nothing but their own average is used (after Zhao et al. 2021, with texts for content-free prompts).
+    construction, so nothing but their own average is used (after Zhao et al. 2021, with texts for content-free
+    prompts).
     """
     logs = probabilities.clamp_min(1e-30).log()
     labels = torch.tensor(list(classes), device=logs.device)
@@ -252,8 +260,8 @@ FILTERS: dict[str, Callable[[Tensor, Sequence[int]], list[int | None]]] = {
 
 
 def rank_texts(
-    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool], penalties: Sequence[float],
-    per_class: Sequence[int],
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool],
+    penalties: Sequence[float], per_class: Sequence[int],
 ) -> tuple[list[float], list[float]]:  # fmt: skip
     """Every text by its own loss and penalty: (N losses, N scores, lower is better)."""
     losses = matching.of_texts(texts, classes).tolist()
@@ -261,10 +269,10 @@ def rank_texts(
 
 
 def rank_groups(
-    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool], penalties: Sequence[float],
-    per_class: Sequence[int],
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool],
+    penalties: Sequence[float], per_class: Sequence[int],
 ) -> tuple[list[float], list[float]]:  # fmt: skip
-    """The usable texts of each class in the order of `greedy_order`, behind them the others as `rank_texts` has them."""
+    """The usable texts of each class in `greedy_order`, behind them the others as `rank_texts` has them."""
     losses, scores = [0.0] * len(texts), [0.0] * len(texts)
     for number, wanted in enumerate(per_class):
         members = [i for i, label in enumerate(classes) if label == number]
@@ -278,10 +286,10 @@ def rank_groups(
 
 
 def rank_jointly(
-    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool], penalties: Sequence[float],
-    per_class: Sequence[int],
+    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool],
+    penalties: Sequence[float], per_class: Sequence[int],
 ) -> tuple[list[float], list[float]]:  # fmt: skip
-    """The usable texts of all classes in the order of `joint_order`, behind them the others as `rank_texts` has them."""
+    """The usable texts of all classes in `joint_order`, behind them the others as `rank_texts` has them."""
     free = [i for i, may in enumerate(usable) if may]
     losses, order = matching.alone_and_jointly(texts, classes, per_class, free)
     scores = [len(texts) + loss + penalty for loss, penalty in zip(losses, penalties, strict=True)]
@@ -309,7 +317,8 @@ def select(
 ) -> list[Verdict]:
     """Keep the `per_class` texts of each class with the lowest score among those that passed the filter.
 
-    Where fewer pass than were asked for, the best of the misread ones fill up, and say so; texts that are barred never do.
+    Where fewer pass than were asked for, the best of the misread ones fill up, and say so; texts that are barred never
+    do.
 
     Args:
         barred: for each of N texts why it must not be kept, or None, from `unreadable`.
@@ -329,7 +338,8 @@ def select(
 
     >>> import torch
     >>> even = torch.full((3, 2), 0.5)
-    >>> found = select([None, None, EMPTY], [0, 0, 0], [0.2, 0.1, 0.0], [None] * 3, even, per_class=[1, 0], labels=["bad", "good"])
+    >>> barred, classes, scores = [None, None, EMPTY], [0, 0, 0], [0.2, 0.1, 0.0]
+    >>> found = select(barred, classes, scores, [None] * 3, even, per_class=[1, 0], labels=["bad", "good"])
     >>> [verdict.kept for verdict in found]  # the lowest score; the third is empty
     [False, True, False]
     """
@@ -344,20 +354,26 @@ def select(
         failed = {i: wrong for i in members if (wrong := misread[i]) is not None}
         for rank, i in enumerate(passed, 1):
             kept = rank <= wanted
-            verdicts[i] = Verdict(kept, (KEPT if kept else RANK).format(rank, len(passed), criterion if kept else wanted))
+            verdicts[i] = Verdict(
+                kept, (KEPT if kept else RANK).format(rank, len(passed), criterion if kept else wanted)
+            )
         for place, i in enumerate(sorted(failed, key=lambda i: (scores[i], i)), len(passed)):
             reading = LABEL.format(labels[failed[i]], float(probabilities[i, failed[i]]))
-            verdicts[i] = Verdict(True, FILLED.format(len(passed), wanted)) if place < wanted else Verdict(False, reading)
+            verdicts[i] = (
+                Verdict(True, FILLED.format(len(passed), wanted)) if place < wanted else Verdict(False, reading)
+            )
     return [verdicts[i] for i in range(len(classes))]
 
 
 def _warn_of_shortage(verdicts: Sequence[Verdict], wanted: int) -> None:
     kept = sum(verdict.kept for verdict in verdicts)
     if kept < wanted:
-        counts = ", ".join(f"{name} {count}" for name, count in count_dropped([verdict.reason for verdict in verdicts]).items())
+        counts = ", ".join(
+            f"{name} {count}" for name, count in count_dropped([verdict.reason for verdict in verdicts]).items()
+        )
         warnings.warn(
-            f"{kept} of {wanted} texts are kept: of the {len(verdicts)} written too many were dropped ({counts}); raise oversample, "
-            "or take other generation prompts or another model",
+            f"{kept} of {wanted} texts are kept: of the {len(verdicts)} written too many were dropped ({counts}); "
+            "raise oversample, or take other generation prompts or another model",
             stacklevel=2,
         )
 

@@ -11,13 +11,14 @@ CLOSERS = "\"'”’)]»」』）】》"
 END = re.compile(rf"([{re.escape(SENTENCE_ENDS)}]+)[{re.escape(CLOSERS)}]*")
 WORD_BEFORE = re.compile(r"\S*$")
 OPENERS = "\"'“‘«(["
-# Lower-cased and without the last stop. Words that also stand at a sentence's end ("no", "in", "art", "sat") are left out.
+# Lower-cased and without the last stop. Words that also stand at a sentence's end ("no", "in", "art", "sat") are left
+# out.
 ABBREVIATIONS = frozenset(
     """
-    mr mrs ms mx dr prof sr jr st rev hon gen col capt lt sgt gov sen rep pres messrs vs v cf ca approx est dept univ inc ltd
-    corp co bros llc fig eq vol ch pp pt al et tel ext ave blvd rd mt ft sq www http jan feb apr jun jul aug sept
-    sep oct nov dec viz incl excl bzw usw evtl ggf inkl str nr abs hr mme mlle av ste sra srta dra ud uds sig dott ing avv
-    pag núm nº п г г-н г-жа ул им стр рис руб тыс млн проф
+    mr mrs ms mx dr prof sr jr st rev hon gen col capt lt sgt gov sen rep pres messrs vs v cf ca approx est dept univ
+    inc ltd corp co bros llc fig eq vol ch pp pt al et tel ext ave blvd rd mt ft sq www http jan feb apr jun jul aug
+    sept sep oct nov dec viz incl excl bzw usw evtl ggf inkl str nr abs hr mme mlle av ste sra srta dra ud uds sig dott
+    ing avv pag núm nº п г г-н г-жа ул им стр рис руб тыс млн проф
     """.split()
 )
 NUMBERED = frozenset({"no", "nos", "art", "sec", "p", "page", "bd", "cap"})  # abbreviations before a number alone
@@ -28,8 +29,8 @@ DOTTED = re.compile(r"(?:[^\W\d_]{1,2}\.)+[^\W\d_]{1,3}")  # U.S, e.g, z.B, Ph.D
 def ends_sentence(before: str, after: str | None) -> bool:
     """Whether a sentence ends where a text stands.
 
-    A sentence ends with one of SENTENCE_ENDS, and CLOSERS behind it, if what follows begins a new word or is nothing. A full
-    stop behind an abbreviation, an initial, or a number that may go on ends none.
+    A sentence ends with one of SENTENCE_ENDS, and CLOSERS behind it, if what follows begins a new word or is nothing. A
+    full stop behind an abbreviation, an initial, or a number that may go on ends none.
 
     Args:
         before: the text up to there.

@@ -38,32 +38,32 @@ _NAMED = {
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """Settings of a synthesis. The defaults are what won on validation data; `PRESETS` holds others, the published ones too.
+    """Settings of a synthesis. The defaults are what won on validation data; `PRESETS` has others, published ones too.
 
     Attributes:
         n_synthetic: texts to keep in all, at least one a class; classes get as equal a number as possible.
-        oversample: texts written for each text kept, at least 1; the filter and the ranking choose. A pool needs many, and
-            they cost little; 2 of ADMM's cost more.
+        oversample: texts written for each text kept, at least 1; the filter and the ranking choose. A pool needs many,
+            and they cost little; 2 of ADMM's cost more.
         group_size: B, texts that match the target together.
-        outer_steps, inner_steps, rho, lr: see `admm.Config`. A token changes when lam / rho outgrows the distance between
-            neighbouring embeddings; f's gradients are small, so a rho as large as the published ones leaves generated starts as
-            they are.
+        outer_steps, inner_steps, rho, lr: see `admm.Config`. A token changes when lam / rho outgrows the distance
+            between neighbouring embeddings; f's gradients are small, so a rho as large as the published ones leaves
+            generated starts as they are.
         projection, top_k: the order (a name in `projection.PROJECTIONS`) and its number of candidates.
-        search: a name in SEARCHES: "pool" has the model write `oversample` times as many finished texts from the public prompts
-            and leaves the rest to filter and ranking. "admm" moves texts towards the target, as published (all settings of the
-            solver, the projection and the start are its own); it needs a Release of the head, and `PRESETS` has the ranking
-            and the oversample that suit it.
+        search: a name in SEARCHES: "pool" has the model write `oversample` times as many finished texts from the public
+            prompts and leaves the rest to filter and ranking. "admm" moves texts towards the target, as published (all
+            settings of the solver, the projection and the start are its own); it needs a Release of the head, and
+            `PRESETS` has the ranking and the oversample that suit it.
         length: L, tokens of a text behind the words that its prompt begins it with; None takes the Release's.
         early_end: whether a text may end before L tokens; it has `plan.MIN_TOKENS` at least.
         distance: "cosine" or "l2".
-        init: "generated" starts x at texts that the model writes from the public prompts (it needs `early_end`), "normal" at
-            random vectors as published.
+        init: "generated" starts x at texts that the model writes from the public prompts (it needs `early_end`),
+            "normal" at random vectors as published.
         init_candidates: draws of each group, which starts as the one with the lowest matching loss.
-        filter: a name in `selection.FILTERS`. A model that cannot yet do the task misreads the labels, and its filter then
-            teaches its own mistakes: "none" by default, "label" as published.
+        filter: a name in `selection.FILTERS`. A model that cannot yet do the task misreads the labels, and its filter
+            then teaches its own mistakes: "none" by default, "label" as published.
         ranking: a name in RANKINGS: "text" keeps the texts of each class that match the target best one by one, "group"
-            those that, added one after the other, match it best together, "joint" those that, added to the classes in turn,
-            best match each class's target and the sum of all classes' targets, which balanced training follows.
+            those that, added one after the other, match it best together, "joint" those that, added to the classes in
+            turn, best match each class's target and the sum of all classes' targets, which balanced training follows.
         perplexity_weight: ranking "text" adds this times the log-perplexity to the matching loss.
         groups_per_batch: the unit of work: groups that are projected together, saved together and given to one process
             together. None follows from the number and size of the groups (`work_units`), never from the memory or the
@@ -100,15 +100,26 @@ class SynthesisConfig:
             _require_count(name, getattr(self, name))
         for name in ("length", "groups_per_batch"):
             _require_count(name, 1 if getattr(self, name) is None else getattr(self, name))
-        for name, least, mend in (("oversample", 1, "1.5 writes half as many again"), ("perplexity_weight", 0, "0 ignores it")):
+        for name, least, mend in (
+            ("oversample", 1, "1.5 writes half as many again"),
+            ("perplexity_weight", 0, "0 ignores it"),
+        ):
             value = getattr(self, name)
-            require(is_number(value) and value >= least, f"{name} = {shown(value)}, it must be at least {least}: {mend}")
+            require(
+                is_number(value) and value >= least, f"{name} = {shown(value)}, it must be at least {least}: {mend}"
+            )
         require_flag(self.early_end, "early_end")
         require_whole(self.seed, "seed")
-        require(self.early_end or self.init == "normal", "init = 'generated' writes texts of several lengths: set early_end, or init = 'normal'")
+        require(
+            self.early_end or self.init == "normal",
+            "init = 'generated' writes texts of several lengths: set early_end, or init = 'normal'",
+        )
         for name, known in _NAMED.items():
             value = getattr(self, name)
-            require(isinstance(value, str) and value in known, f"the {name} {shown(value)} is not known: use one of {', '.join(known)}")
+            require(
+                isinstance(value, str) and value in known,
+                f"the {name} {shown(value)} is not known: use one of {', '.join(known)}",
+            )
         solver = admm.Config(self.rho, self.outer_steps, self.inner_steps, self.lr)  # checks its own settings
         object.__setattr__(self, "solver", solver)
 
@@ -169,8 +180,8 @@ def preset(name: str, **changes) -> SynthesisConfig:
 
     Args:
         name: one of `PRESETS`.
-        changes: settings of `SynthesisConfig`. None leaves what the preset says, so a wrapper can hand on parameters that nobody
-            set. Where None is the value that you want, use `dataclasses.replace`.
+        changes: settings of `SynthesisConfig`. None leaves what the preset says, so a wrapper can hand on parameters
+            that nobody set. Where None is the value that you want, use `dataclasses.replace`.
 
     Raises:
         UserError: an unknown name or setting, or a value that a setting cannot have.

@@ -1,14 +1,14 @@
 """One synthesis by several processes: who does which unit of work, and how they wait for one another.
 
-Knows neither texts nor gradients. A launcher (`accelerate launch`, `torchrun`) starts one program several times and tells each
-by RANK, WORLD_SIZE and LOCAL_RANK which one it is. Units of work follow from settings alone, each process does every
-WORLD_SIZE-th, and results travel through the output folder, which all must see; the store at MASTER_ADDR carries no more than
-who has come where, who is alive and who has failed. So no result depends on how many processes there are, no process waits
-for one that is gone, and unfinished work is continued by any number of processes.
+Knows neither texts nor gradients. A launcher (`accelerate launch`, `torchrun`) starts one program several times and
+tells each by RANK, WORLD_SIZE and LOCAL_RANK which one it is. Units of work follow from settings alone, each process
+does every WORLD_SIZE-th, and results travel through the output folder, which all must see; the store at MASTER_ADDR
+carries no more than who has come where, who is alive and who has failed. So no result depends on how many processes
+there are, no process waits for one that is gone, and unfinished work is continued by any number of processes.
 
-The rendezvous and its store are torch.distributed's; its process groups, and with them accelerate's PartialState, are not
-used: a process that hangs looks there like one that is slow until a timeout that must be longer than any unit of work, one that
-is between two barriers does not learn of another's failure, and none learns its reason.
+The rendezvous and its store are torch.distributed's; its process groups, and with them accelerate's PartialState, are
+not used: a process that hangs looks there like one that is slow until a timeout that must be longer than any unit of
+work, one that is between two barriers does not learn of another's failure, and none learns its reason.
 """
 
 import os
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 def launched() -> tuple[int, int, int]:
-    """What a launcher says: this process's number, how many there are, its number on this machine; (0, 1, 0) without one.
+    """A launcher's word: this process's number, how many there are, its number on this machine; without one (0, 1, 0).
 
     Raises:
         UserError: the launcher's variables are no such numbers.
@@ -45,8 +45,8 @@ def launched() -> tuple[int, int, int]:
     values.append(os.environ.get("LOCAL_RANK") or values[0])
     require(
         all(value.isdecimal() for value in values) and int(values[0]) < int(values[1]),
-        f"RANK, WORLD_SIZE, LOCAL_RANK = {', '.join(values)} do not say which of how many processes this is: unset them, or "
-        "start with accelerate launch or torchrun",
+        f"RANK, WORLD_SIZE, LOCAL_RANK = {', '.join(values)} do not say which of how many processes this is: unset "
+        "them, or start with accelerate launch or torchrun",
     )
     rank, count, local = map(int, values)
     return rank, count, local
@@ -123,8 +123,8 @@ class Crew:
             self.check()
             require(
                 time.monotonic() < deadline,
-                f"{path} was written by another process and cannot be seen by process {self.rank} of {self.count} after "
-                f"{VISIBLE:.0f} seconds: give an output folder that all of them share",
+                f"{path} was written by another process and cannot be seen by process {self.rank} of {self.count} "
+                f"after {VISIBLE:.0f} seconds: give an output folder that all of them share",
             )
             time.sleep(POLL)
 
@@ -147,8 +147,8 @@ class Crew:
                 limit = SILENCE if sign else ARRIVAL
                 require(
                     time.monotonic() - since < limit,
-                    f"process {rank} of {self.count} gave no sign of life for {limit:.0f} seconds: what was finished is "
-                    "kept in the output folder, see to that process and start again",
+                    f"process {rank} of {self.count} gave no sign of life for {limit:.0f} seconds: what was finished "
+                    "is kept in the output folder, see to that process and start again",
                 )
                 time.sleep(POLL)
 
@@ -164,7 +164,7 @@ class Crew:
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """Show signs of life; tell the others of a failure; at the end the leader, who may hold the store, leaves last."""
+        """Show signs of life; tell the others of a failure; the leader, who may hold the store, leaves last."""
         over = threading.Event()
         pulse = threading.Thread(target=self._beat, args=(over,), daemon=True)
         pulse.start()
@@ -210,8 +210,8 @@ def crew(output: str | Path | None) -> Iterator[Crew]:
         return
     require(
         output is not None,
-        f"{count} processes were launched and share one synthesis through its folder: give output, a folder that all of "
-        "them see",
+        f"{count} processes were launched and share one synthesis through its folder: give output, a folder that all "
+        "of them see",
     )
     meeting = Crew(rank, count)
     with meeting._reached():

@@ -1,8 +1,8 @@
-"""How much memory a synthesis takes: arithmetic on shapes, so that a card's size can be judged before anything is loaded.
+"""How much memory a synthesis takes: arithmetic on shapes, which judges a card's size before anything is loaded.
 
-Knows no tensors. Every phase of the pipeline is counted by its largest blocks of numbers; what frameworks keep beside them
-(kernels, caches of an allocator, the interpreter) is not. Letters: K groups, B examples of a group, L tokens, D width,
-V vocabulary, n real examples.
+Knows no tensors. Every phase of the pipeline is counted by its largest blocks of numbers; what frameworks keep beside
+them (kernels, caches of an allocator, the interpreter) is not. Letters: K groups, B examples of a group, L tokens, D
+width, V vocabulary, n real examples.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from gradmm.generation import Sampling
 from gradmm.matching import ROWS_PER_BLOCK
 from gradmm.models import TOKENS_PER_BATCH, Model
 
-ACTIVATION_NUMBERS = 24  # numbers a layer, token and width unit held between forward and backward: 10 to 22 by family, measured
+# Numbers a layer, token and width unit held between forward and backward: 10 to 22 by family, measured.
+ACTIVATION_NUMBERS = 24
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class ModelShape:
         config, width = model.lm.config, model.head_weight.shape[1]
         inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * width
         weights = sum(weight.numel() for weight in model.lm.parameters())
-        return ModelShape(config.num_hidden_layers, width, inner, model.head_weight.shape[0], weights, model.dtype.itemsize)
+        return ModelShape(
+            config.num_hidden_layers, width, inner, model.head_weight.shape[0], weights, model.dtype.itemsize
+        )
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,9 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
     """What a synthesis takes.
 
     Returns:
-        Bytes that are held throughout (`weights`, `targets`, `state`: x and lam of one batch of groups, and the tables), bytes that
-        each phase adds (`start`, `inner_steps`, `projection`, `judging`), and `peak`: all that is held and the largest phase.
+        Bytes that are held throughout (`weights`, `targets`, `state`: x and lam of one batch of groups, and the
+        tables), bytes that each phase adds (`start`, `inner_steps`, `projection`, `judging`), and `peak`: all that is
+        held and the largest phase.
     """
     texts, rows = work.groups * work.count, work.batch * work.count
     state = work.count * work.length * shape.width * shape.wide  # x or lam of one group
@@ -99,9 +103,12 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
     }
     phases = {
         "start": _walk(shape, work, min(rows, Sampling.batch_size), 5) + 2 * work.batch * state,
-        "inner_steps": max(_inner_steps(shape, work) + 2 * work.batch * state + 8 * work.together * state, 8 * work.batch * state),
+        "inner_steps": max(
+            _inner_steps(shape, work) + 2 * work.batch * state + 8 * work.together * state, 8 * work.batch * state
+        ),
         "projection": _walk(shape, work, rows, 3)
-        + min(max(work.gathered, candidates), rows * candidates) * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
+        + min(max(work.gathered, candidates), rows * candidates)
+        * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
         + 4 * work.batch * state,
         "judging": _judging(shape, texts, work.positions),
     }
@@ -121,8 +128,9 @@ def _walk(shape: ModelShape, work: Work, rows: int, blocks: int) -> int:
 
 
 def _judging(shape: ModelShape, texts: int, positions: int) -> int:
-    """The largest of: a pass without gradients (four blocks of a feed-forward block's width and eight of the hidden width);
-    its states with a block of logits in two types and their logarithms; a block of texts' logits, probabilities and deltas."""
+    """The largest of: a pass without gradients (four blocks of a feed-forward block's width and eight of the hidden
+    width); its states with a block of logits in two types and their logarithms; a block of texts' logits, probabilities
+    and deltas."""
     tokens, some = min(TOKENS_PER_BATCH, texts * positions), min(ROWS_PER_BLOCK, texts)
     states = 2 * tokens * shape.width * shape.bytes
     return max(

@@ -1,4 +1,4 @@
-"""Release spaces: the coordinates in which gradients are released and matched, by name; each made of public inputs alone.
+"""Release spaces: the coordinates in which gradients are released and matched, by name, all from public inputs.
 
 Knows no real text. Letters: C classes, D hidden width, r directions, N public texts.
 """
@@ -25,7 +25,8 @@ from gradmm.models import Model
 from gradmm.sketch import BodySketch
 from gradmm.tasks import TaskTokens
 
-HEAD_SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred")  # of the gradient of the loss over all tokens
+# Of the gradient of the loss over all tokens.
+HEAD_SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred")
 PUBLIC_SPACES = ("label_rows_subspace", "label_rows_centred")  # made from public texts, which must be given
 LABEL_SPACES = ("label_rows_calibrated", "label_rows_whitened")
 SPACES = (*HEAD_SPACES, *LABEL_SPACES, "body")
@@ -56,7 +57,8 @@ def release_space(
     require(name in SPACES, f"the release space {name!r} is not known: use one of {', '.join(SPACES)}")
     require(
         name in PUBLIC_SPACES or (directions is None and (texts is None or name not in HEAD_SPACES)),
-        f"public_texts and directions have no use in the space {name!r}: use {' or '.join(map(repr, PUBLIC_SPACES))} or leave them out",
+        f"public_texts and directions have no use in the space {name!r}: use {' or '.join(map(repr, PUBLIC_SPACES))} "
+        "or leave them out",
     )
     if name == "head":
         return Space()
@@ -64,13 +66,17 @@ def release_space(
     if name == "label_rows":
         return Space(rows)
     if name in PUBLIC_SPACES:
-        return Space(rows, principal_directions(model, tokens, texts, directions, skip=int(name == "label_rows_centred")))
+        return Space(
+            rows, principal_directions(model, tokens, texts, directions, skip=int(name == "label_rows_centred"))
+        )
     # A covariance wants all the texts that there may be.
     bound = 0.0 if name == "label_rows_whitened" else PREFERENCE_ERROR
     texts = own_texts(model, tokens, bound, cache, progress) if texts is None else _public(texts, name)
     if name == "body":
         return BodySketch.of(model, tokens, texts)
-    whitened = whitening(model.hidden_of([tokens.sequence(text) for text in texts])) if name == "label_rows_whitened" else ()
+    whitened = (
+        whitening(model.hidden_of([tokens.sequence(text) for text in texts])) if name == "label_rows_whitened" else ()
+    )
     return LabelSpace(rows, label_preference(model, tokens, texts), *whitened)
 
 
@@ -146,22 +152,27 @@ def _name_of(model: Model, tokens: TaskTokens, bound: float) -> str:
 def principal_directions(
     model: Model, tokens: TaskTokens, texts: Sequence[str] | None, directions: int | None, skip: int = 0
 ) -> Tensor:
-    """The directions that hold most of the hidden states of public texts, mean included (a gradient holds h, not h - mean).
+    """The directions that hold most of public texts' hidden states, mean included (a gradient holds h, not h - mean).
 
     Returns:
-        (D, r), float64, orthonormal columns, most important first after the first `skip`; each column's largest entry is
-        positive.
+        (D, r), float64, orthonormal columns, most important first after the first `skip`; each column's largest entry
+        is positive.
 
     Raises:
         UserError: no texts, or texts that span fewer than `skip + directions` directions.
     """
     texts = _public(texts, " and ".join(PUBLIC_SPACES))
     hidden = model.hidden_of([tokens.sequence(text) for text in texts]).double()
-    count = max(1, min(DEFAULT_DIRECTIONS, *(size - skip for size in hidden.shape))) if directions is None else directions
+    count = (
+        max(1, min(DEFAULT_DIRECTIONS, *(size - skip for size in hidden.shape))) if directions is None else directions
+    )
     require_whole(count, "directions", 1)
     _, sizes, basis = torch.linalg.svd(hidden, full_matrices=False)
     rank = int((sizes > RANK_TOLERANCE * sizes[0]).sum()) - skip
-    require(count <= rank, f"directions = {count}, but the {len(texts)} public texts span {rank}: give more texts or fewer directions")
+    require(
+        count <= rank,
+        f"directions = {count}, but the {len(texts)} public texts span {rank}: give more texts or fewer directions",
+    )
     basis = basis[skip : skip + count].mT
     return basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
 
@@ -178,8 +189,8 @@ def _public(texts: Sequence[str] | None, name: str) -> list[str]:
 def whitening(hidden: Tensor) -> tuple[Tensor, Tensor]:
     """What takes hidden states of public texts to mean zero and, but for shrinkage, to covariance one.
 
-    The covariance is (1 - a) S + a tr(S)/D I with S that of the texts and the a that is expected to bring it nearest to the
-    truth (Ledoit and Wolf 2004), so it can be inverted though there be fewer texts than directions.
+    The covariance is (1 - a) S + a tr(S)/D I with S that of the texts and the a that is expected to bring it nearest to
+    the truth (Ledoit and Wolf 2004), so it can be inverted though there be fewer texts than directions.
 
     Args:
         hidden: (N, D).
@@ -193,7 +204,8 @@ def whitening(hidden: Tensor) -> tuple[Tensor, Tensor]:
     states = hidden.double()
     require(
         float((states - states[0]).abs().max()) > 0,  # false for what is not a number, too
-        f"the {len(hidden)} public texts have all the same hidden state, or one that is not finite: give public_texts that differ",
+        f"the {len(hidden)} public texts have all the same hidden state, or one that is not finite: give public_texts "
+        "that differ",
     )
     covariance, _ = ledoit_wolf(states.cpu().numpy())
     sizes, directions = torch.linalg.eigh(torch.from_numpy(covariance))
@@ -216,7 +228,11 @@ def coordinates(model: Model, space: HeadSpace | BodySketch) -> int:
 def tensors_of(space: HeadSpace | BodySketch) -> dict[str, Tensor]:
     """All that a space holds, by name."""
     held = {item.name: getattr(space, item.name) for item in fields(space)}
-    return {name: torch.tensor([value]) if isinstance(value, int) else value for name, value in held.items() if value is not None}
+    return {
+        name: torch.tensor([value]) if isinstance(value, int) else value
+        for name, value in held.items()
+        if value is not None
+    }
 
 
 def space_from(name: str, tensors: dict[str, Tensor], classes: int) -> HeadSpace | BodySketch:

@@ -33,8 +33,9 @@ class SynthesisResult:
 
     Attributes:
         dataset: every text written, kept or not: text, label, label_name, match, perplexity, group, kept, reason.
-        history: one row per step and group, with its label; `admm.step` names the columns. Of a pool one row per text kept, in
-            the order in which they were taken, with the loss (match_z) of its class's texts up to it taken together.
+        history: one row per step and group, with its label; `admm.step` names the columns. Of a pool one row per text
+            kept, in the order in which they were taken, with the loss (match_z) of its class's texts up to it taken
+            together.
         manifest: settings, versions, seeds, reasons, times; plain values.
     """
 
@@ -132,7 +133,8 @@ def _checked(release, model: Model, task: Task) -> Release:
     require_task(task)
     require(
         isinstance(release, Release),
-        f"synthesize was given {type(release).__name__} where a Release belongs: real texts enter through gradmm.release alone",
+        f"synthesize was given {type(release).__name__} where a Release belongs: real texts enter through "
+        "gradmm.release alone",
     )
     require(
         release.model == model.fingerprint,
@@ -140,7 +142,8 @@ def _checked(release, model: Model, task: Task) -> Release:
     )
     require(
         release.task == task.fingerprint,
-        f"the Release was made with other labels, template or verbalizers than task {task.name!r}: release again with it",
+        f"the Release was made with other labels, template or verbalizers than task {task.name!r}: release again with "
+        "it",
     )
     return release
 
@@ -148,7 +151,9 @@ def _checked(release, model: Model, task: Task) -> Release:
 def _collect(plan: Plan, written: Written, folder: RunFolder) -> SynthesisResult:
     """The texts' scores and verdicts, and the manifest."""
     judged = zip(plan.selection.rows(written.texts, written.classes), written.groups, strict=True)
-    rows: list[dict] = [{name: group if name == "group" else row[name] for name in _features()} for row, group in judged]
+    rows: list[dict] = [
+        {name: group if name == "group" else row[name] for name in _features()} for row, group in judged
+    ]
     kept = [row for row in rows if row["kept"]]
     manifest = {
         **folder.manifest,
@@ -168,7 +173,7 @@ def _set_match(plan: Plan, kept: list[dict]) -> list[float | None]:
 
 
 def _choice(plan: Plan, kept: list[dict]) -> pandas.DataFrame:
-    """The history of a choice: the loss of each class's texts together, as they are added one by one in the greedy order."""
+    """The history of a choice: the loss of each class's texts as they are added one by one in the greedy order."""
     texts = {label: [row["text"] for row in kept if row["label"] == label] for label in range(len(plan.task.labels))}
     losses = {label: plan.matching.greedy_losses(some, label) for label, some in texts.items() if some}
     return pandas.DataFrame(

@@ -21,6 +21,8 @@ from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
 
+COUNTS = ("steps", "batch_size", "eval_every", "tokens_per_batch", "patience", "max_validation", "adapter_rank")
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -38,9 +40,10 @@ class FinetuneConfig:
         max_validation: validation examples used at most, drawn with the seed; None uses all.
         tokens_per_batch: tokens of one pass, padding included; a step's batch is cut in pieces of similar length, which
             changes speed and memory but not the gradient.
-        autocast: compute in bfloat16 with weights kept in float32 (float64 models are left alone); seldom faster on a CPU.
-        adapter: what learns: None is every parameter, "lora" a LoRA adapter beside every linear layer but the head, which wants
-            rates about ten times higher and needs the extra `gradmm[lora]`.
+        autocast: compute in bfloat16 with weights kept in float32 (float64 models are left alone); seldom faster on a
+            CPU.
+        adapter: what learns: None is every parameter, "lora" a LoRA adapter beside every linear layer but the head,
+            which wants rates about ten times higher and needs the extra `gradmm[lora]`.
         adapter_rank: rank of the adapter's matrices.
         seed: names every random draw.
     """
@@ -64,11 +67,13 @@ class FinetuneConfig:
         plain_fields(self)
         rates = self.learning_rates
         require(
-            isinstance(rates, list | tuple) and len(rates) > 0 and all(is_number(rate) and 0 < rate < 1 for rate in rates),
+            isinstance(rates, list | tuple)
+            and len(rates) > 0
+            and all(is_number(rate) and 0 < rate < 1 for rate in rates),
             f"learning_rates = {shown(rates)}, each must be above 0 and below 1: give a list such as [0.00005, 0.0002]",
         )
         object.__setattr__(self, "learning_rates", tuple(float(rate) for rate in rates))
-        for name in ("steps", "batch_size", "eval_every", "tokens_per_batch", "patience", "max_validation", "adapter_rank"):
+        for name in COUNTS:
             value = getattr(self, name)
             optional = name in ("patience", "max_validation") and value is None
             require(
@@ -77,14 +82,20 @@ class FinetuneConfig:
             )
         for name in ("warmup", "weight_decay"):
             value = getattr(self, name)
-            require(is_number(value) and value >= 0, f"{name} = {shown(value)}, it must be at least 0: the default is {_default(name)}")
+            require(
+                is_number(value) and value >= 0,
+                f"{name} = {shown(value)}, it must be at least 0: the default is {_default(name)}",
+            )
         require(
             is_number(self.gradient_clip) and self.gradient_clip > 0,
             f"gradient_clip = {shown(self.gradient_clip)}, it must be above 0: the default is 1.0",
         )
         require_flag(self.autocast, "autocast")
         require_whole(self.seed, "seed")
-        require(self.adapter in (None, *ADAPTERS), f"the adapter {shown(self.adapter)} is not known: use None or one of {', '.join(ADAPTERS)}")
+        require(
+            self.adapter in (None, *ADAPTERS),
+            f"the adapter {shown(self.adapter)} is not known: use None or one of {', '.join(ADAPTERS)}",
+        )
 
     @staticmethod
     def from_dict(values: dict) -> "FinetuneConfig":
@@ -132,7 +143,7 @@ def learnt_weights(trained: Model) -> dict[str, Tensor]:
 
 
 def finish(trained: Model, weights: dict[str, Tensor], config: FinetuneConfig) -> None:
-    """Give a `trainable_copy` the `learnt_weights` of some step, and make of it a model like any other that learns no more."""
+    """Give a `trainable_copy` the `learnt_weights` of some step, and make of it a model that learns no more."""
     trained.lm.load_state_dict(weights, strict=False)
     if config.adapter == "lora":
         fold_lora(trained.lm)
@@ -168,11 +179,10 @@ def train_at_rate(
     tokens: TaskTokens,
     data: Encoded,
     looks: Encoded,
-    rate: float,
+    optimizer: torch.optim.AdamW,
     config: FinetuneConfig,
     start: dict | None = None,
     past: Sequence[dict] = (),
-    optimizer: torch.optim.AdamW | None = None,
 ) -> Iterator[dict]:
     """Train at one peak rate, in place.
 
@@ -180,23 +190,27 @@ def train_at_rate(
         model: a `trainable_copy`; when a row is given out, its weights are those of the row's step.
         data: the examples to train on.
         looks: the examples to look at.
+        optimizer: from `adamw`, with the peak rate.
         start: another rate's row of step 0, at which all rates have the same weights; None looks.
         past: the rows of an interrupted training at this rate, which goes on behind the last of them; model and
             optimizer are as they were then.
-        optimizer: from `adamw`; None makes one.
 
     Yields:
         A row of `Training.curve` at each look; the run ends early where it diverges or runs out of patience.
     """
-    optimizer = optimizer or adamw(model, rate, config)
+    rate = optimizer.param_groups[0]["initial_lr"]
     begin, looked = (past[-1]["step"], True) if past else (0, False)
     order = islice(_order(len(data.sequences), config), begin, None)
-    # The first step has a rate above zero and the last one too: the schedule's zeros are one step before and behind them.
+    # The schedule's zeros are one step before the first and one behind the last, whose rates are above zero.
     schedule = get_linear_schedule_with_warmup(optimizer, config.warmup + 1, config.steps + 1, last_epoch=begin)
     losses: list[float] = []
     for step in range(begin, config.steps + 1):
         if (step % config.eval_every == 0 or step == config.steps) and not (looked and step == begin):
-            row = {**start, "learning_rate": rate} if step == 0 and start else _look(model, tokens, looks, rate, step, losses, config)
+            row = (
+                {**start, "learning_rate": rate}
+                if step == 0 and start
+                else _look(model, tokens, looks, rate, step, losses, config)
+            )
             past = [*past, row]
             yield row
             losses.clear()
@@ -214,7 +228,9 @@ def _waited(rows: Sequence[dict]) -> int:
     return len(accuracies) - 1 - accuracies.index(max(accuracies))
 
 
-def _look(model: Model, tokens: TaskTokens, looks: Encoded, rate: float, step: int, losses: list[float], config) -> dict:
+def _look(
+    model: Model, tokens: TaskTokens, looks: Encoded, rate: float, step: int, losses: list[float], config
+) -> dict:
     with _precision(model, config):
         found = score(model, tokens, looks, config.tokens_per_batch)
     return {

@@ -1,7 +1,7 @@
 """Which token a text may hold at which place: whole characters, words at its beginning, an end.
 
-Knows tokenizers but no language model. Letters: N texts, V vocabulary, S states. Many tokens of byte-level vocabularies are
-parts of characters: what a text may hold is judged by the bytes that stand in it so far, which its state tells.
+Knows tokenizers but no language model. Letters: N texts, V vocabulary, S states. Many tokens of byte-level vocabularies
+are parts of characters: what a text may hold is judged by the bytes that stand in it so far, which its state tells.
 """
 
 import re
@@ -17,9 +17,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from gradmm.readability import UNSPACED
 from gradmm.sentences import CLOSERS, END, SENTENCE_ENDS
 
-# States of a text in UTF-8 and the bytes that lead on from each: (first, last, next state). In 0 all characters are whole, in
-# 1 and 2 as many more bytes are needed; 3 to 7 follow a byte that narrows the next one. Overlong forms, surrogates, control
-# and private characters and planes without characters lead nowhere.
+# States of a text in UTF-8 and the bytes that lead on from each: (first, last, next state). In 0 all characters are
+# whole, in 1 and 2 as many more bytes are needed; 3 to 7 follow a byte that narrows the next one. Overlong forms,
+# surrogates, control and private characters and planes without characters lead nowhere.
 STATES = (
     ((0x20, 0x7E, 0), (0xC2, 0xC2, 3), (0xC3, 0xDF, 1), (0xE0, 0xE0, 4), (0xE1, 0xEC, 2), (0xED, 0xED, 5),
      (0xEF, 0xEF, 6), (0xF0, 0xF0, 7)),
@@ -43,10 +43,11 @@ BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the tokens of a vocabulary do to a text; S is 1 where no token that a text may hold is a part of a character.
+    """What the tokens of a vocabulary do to a text; S is 1 where no token of a text is a part of a character.
 
     Attributes:
-        needs: (S, V) int8, how many more tokens at least make all characters whole again behind this one; NEVER: not allowed.
+        needs: (S, V) int8, how many more tokens at least make all characters whole again behind this one; NEVER: not
+            allowed.
         follows: (S, V) int8, the state behind a token.
         begins: (2, V) bool, tokens that can be a text's first behind a word, and behind a space or nothing.
         spaces: (V,) bool, tokens behind which a word begins without a space.
@@ -75,13 +76,19 @@ class Vocabulary:
             device: of the tensors.
         """
         markup = markup_tokens(tokenizer, pieces)
-        raw = {token: _bytes_of(tokenizer, token) for token, piece in enumerate(pieces) if BROKEN in piece and token not in markup}
+        raw = {
+            token: _bytes_of(tokenizer, token)
+            for token, piece in enumerate(pieces)
+            if BROKEN in piece and token not in markup
+        }
         whole = torch.tensor([token not in markup and printable(piece) for token, piece in enumerate(pieces)])
         follows = torch.full((len(STATES), len(pieces)), -1, dtype=torch.int8)
         follows[0, whole] = 0
         for token, some in raw.items():
             follows[:, token] = torch.tensor([_read(state, some) for state in range(len(STATES))], dtype=torch.int8)
-        begins = torch.tensor([[_begins(piece, raw.get(token), free) for token, piece in enumerate(pieces)] for free in (False, True)])
+        begins = torch.tensor(
+            [[_begins(piece, raw.get(token), free) for token, piece in enumerate(pieces)] for free in (False, True)]
+        )
 
         def where(test) -> Tensor:
             return torch.tensor([bool(test(token, piece)) for token, piece in enumerate(pieces)])
@@ -100,10 +107,12 @@ class Vocabulary:
     def free(allowed: Tensor) -> "Vocabulary":
         """A vocabulary of whole tokens, each of which may stand anywhere and ends nothing; allowed: (V,) bool."""
         none, zero = torch.zeros_like(allowed), torch.zeros_like(allowed, dtype=torch.int8)[None]
-        return Vocabulary(zero.masked_fill(~allowed, NEVER), zero, allowed.expand(2, -1), none, none, none, none, frozenset())
+        return Vocabulary(
+            zero.masked_fill(~allowed, NEVER), zero, allowed.expand(2, -1), none, none, none, none, frozenset()
+        )
 
     def only(self, allowed: Tensor) -> "Vocabulary":
-        """The same with no other tokens than these: (V,) bool; parts of characters stay only where these complete them."""
+        """The same with no other tokens than these: (V,) bool; parts of characters stay where these complete them."""
         follows = self.follows.masked_fill(~allowed.to(self.follows.device) | (self.needs == NEVER), -1)
         needs = _needs(follows)
         used = 1 if bool((needs[1:] == NEVER).all()) else len(needs)
@@ -112,7 +121,9 @@ class Vocabulary:
 
     def to(self, device: torch.device | str) -> "Vocabulary":
         """The same on a device."""
-        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
     @property
@@ -141,9 +152,13 @@ class Vocabulary:
 def markup_tokens(tokenizer, pieces: Sequence[str]) -> frozenset[int]:
     """Special tokens, and what looks like markup among the added tokens, or like a model's own markup anywhere."""
     added = {
-        token for token, some in tokenizer.added_tokens_decoder.items() if some.special or ADDED_MARKUP.fullmatch(some.content.strip())
+        token
+        for token, some in tokenizer.added_tokens_decoder.items()
+        if some.special or ADDED_MARKUP.fullmatch(some.content.strip())
     }
-    return frozenset({*tokenizer.all_special_ids, *added, *(i for i, piece in enumerate(pieces) if MARKUP.fullmatch(piece.strip()))})
+    return frozenset(
+        {*tokenizer.all_special_ids, *added, *(i for i, piece in enumerate(pieces) if MARKUP.fullmatch(piece.strip()))}
+    )
 
 
 def printable(text: str) -> bool:

@@ -164,7 +164,7 @@ def rates_of(model, config: FinetuneConfig, past=()) -> list[float]:
     trained, tokens, rates = trainable_copy(model), tokenize_task(TWO, model.tokenizer), []
     data, optimizer = Encoded.of(model, TWO, tokens, toy(TWO, 0, 2), "training"), adamw(trained, 0.01, config)
     optimizer.register_step_pre_hook(lambda chosen, *_: rates.append(chosen.param_groups[0]["lr"]))
-    list(train_at_rate(trained, tokens, data, data, 0.01, config, past=past, optimizer=optimizer))
+    list(train_at_rate(trained, tokens, data, data, optimizer, config, past=past))
     return rates
 
 

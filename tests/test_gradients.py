@@ -22,6 +22,7 @@ from gradmm.gradients import (
     sum_of,
 )
 from gradmm.matching import Matching
+from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was")
@@ -373,3 +374,11 @@ def test_the_calibrated_space_equals_autograd_through_a_head_of_the_label_tokens
     torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-12)
     slopes = [torch.autograd.grad(loss.sum(), start)[0] for loss, start in ((value, fast), (wanted, slow))]
     assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 1e-9
+
+
+def test_continuous_texts_have_no_sketch_of_the_body(tiny_model):
+    model = tiny_model("llama")
+    tokens = tokenize_task(TASK, model.tokenizer)
+    matching = Matching(model, tokens, (), BodySketch(torch.zeros(2)))
+    with pytest.raises(UserError, match="no sketch of the body: release in a space of the head"):
+        matching.of_vectors(draw_x(model, 1, 1), torch.zeros(1, 1, 4, dtype=torch.long), torch.tensor([0]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_sketch import literal
 
-from gradmm import mechanism, path, privacy, spaces
+from gradmm import mechanism, privacy, spaces
 from gradmm.errors import UserError
 from gradmm.examples import Example
 from gradmm.files import read_tensors, write_tensors
@@ -101,11 +101,6 @@ def options_of(space: str) -> dict:
     return {} if space in spaces.HEAD_SPACES else {"public_texts": PUBLIC}
 
 
-@pytest.fixture(autouse=True)
-def short_path(monkeypatch):
-    monkeypatch.setattr(path, "TEXTS", 2)
-
-
 def in_space(space: Space, weight: torch.Tensor, bias: list[torch.Tensor]) -> list[torch.Tensor]:
     weight = weight if space.rows is None else weight[space.rows]
     weight = weight if space.basis is None else weight @ space.basis
@@ -115,9 +110,6 @@ def in_space(space: Space, weight: torch.Tensor, bias: list[torch.Tensor]) -> li
 def explicit_in(model, space, example: Example) -> list[torch.Tensor]:
     """One example's gradient in the coordinates of any space: weight, and bias if the head has one."""
     tokens = tokenize_task(TASK, model.tokenizer)
-    if isinstance(space, path.PathSketch):
-        points = zip(path.points(model, tokens), map(space.at, range(3)), strict=True)
-        return [torch.cat([literal(point, tokens, sketch, example.text, example.label) for point, sketch in points])[None]]
     if isinstance(space, BodySketch):
         return [literal(model, tokens, space, example.text, example.label)[None]]
     if isinstance(space, Space):

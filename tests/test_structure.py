@@ -24,6 +24,8 @@ EXPERIMENTS = """
     reference batch
 """.split()
 ORDER = [*METHOD, *(f"experiments/{room}" for room in EXPERIMENTS)]
+# Functions of more than 40 lines or 8 arguments that are still there.
+LARGE = {("privacy", "release"), ("finetuning", "finetune"), ("generation", "generate_texts")}
 ROOMS = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PRESETS = sorted((ROOT / "notebooks" / "params").rglob("*.yaml"))
@@ -74,6 +76,24 @@ def test_a_room_imports_only_from_rooms_above(room):
 
 def test_the_front_door_opens_on_the_method_alone():
     assert {room_of(name) for name in imported(parse("__init__")) if name.startswith("gradmm.")} | set(gradmm._ROOMS) <= set(METHOD)
+
+
+def functions(room: str) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.walk(parse(room)) if isinstance(node, ast.FunctionDef)}
+
+
+def lines_of(function: ast.FunctionDef) -> int:
+    """How many lines a function has, its docstring aside."""
+    first = function.body[0]
+    said = first.end_lineno - first.lineno + 1 if ast.get_docstring(function) is not None else 0
+    return function.end_lineno - function.lineno + 1 - said
+
+
+@pytest.mark.parametrize("room", METHOD)
+def test_a_function_is_short_and_takes_few_arguments(room):
+    found = {name: node for name, node in functions(room).items() if (room, name) not in LARGE}
+    assert not [name for name, node in found.items() if lines_of(node) > 40]
+    assert not [name for name, node in found.items() if len(node.args.args) + len(node.args.kwonlyargs) > 8]
 
 
 @pytest.mark.parametrize("room", sorted({"errors", "seeds", "files", "locks", "admm", "runs", "gradients"} & set(ROOMS)))

@@ -22,7 +22,7 @@ from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.seeds import generator, stream
 from gradmm.tasks import tokenize_task
-from gradmm.training import train_at_rate, trainable_copy
+from gradmm.training import adamw, train_at_rate, trainable_copy
 
 METRIC_TEXTS = 500  # texts of a set that are measured at most, a seeded sample; training reads them all
 MEASURES = ("perplexity", "second_perplexity", "match", "distinct_2", "self_bleu", "duplicates", "longest_shared_span", "tokens")
@@ -110,7 +110,8 @@ def _training(trial: Trial) -> Iterator[tuple[int, Model]]:
     config = replace(bench.config.finetuning, seed=trial.seed, patience=None, eval_every=math.gcd(*steps) or 1)
     tokens, model = tokenize_task(bench.task, bench.model.tokenizer), trainable_copy(bench.model, config)
     data = Encoded.of(bench.model, bench.task, tokens, trial.real, "real")
-    for row in train_at_rate(model, tokens, data, data, config.learning_rates[-1], config):
+    optimizer = adamw(model, config.learning_rates[-1], config)
+    for row in train_at_rate(model, tokens, data, data, optimizer, config):
         if row["step"] in steps:
             yield row["step"], model
         if row["step"] >= max(steps):

@@ -14,6 +14,7 @@ FRAGMENT = "it begins with the fragment {!r}"
 MARKUP = "it holds {!r}, which is no text"
 ECHO = "it echoes its prompt"
 WORDLESS = "it has no word"
+ECHO_WORDS = 3  # of an instruction: many texts begin with fewer by themselves, such as with "a"
 
 TAG = re.compile(r"<\||\|>|</?[A-Za-z]\w*\s*/?>|\[/?INST\]|\ufffd")
 JOINERS = "\u00ad\u200c\u200d"  # a soft hyphen, and what Persian words and composed emoji hold
@@ -47,8 +48,8 @@ def flaw(text: str, instruction: str = "") -> str | None:
     It has no word. Leftover markup: a special token spelt out, a tag, a character that did not decode or that no one
     sees. A loop: see `times_of_a_loop`; or characters without a space that repeat at least three times over
     `RUN_LENGTH`. A fragment: it begins with a mark that closes something, a lone mark or dash, a part of a word, or
-    inside a character. An echo: it begins with its whole instruction, or all of it is a part of that, case and
-    punctuation aside.
+    inside a character. An echo: it begins with its whole instruction of `ECHO_WORDS` words or more, or
+    all of it is a part of that, case and punctuation aside.
 
     Args:
         text: the text.
@@ -106,4 +107,5 @@ def _echo(spoken: Sequence[str], asked: Sequence[str]) -> str | None:
     if not spoken:
         return WORDLESS
     part = any(asked[start : start + len(spoken)] == spoken for start in range(len(asked)))
-    return ECHO if part or (asked and spoken[: len(asked)] == asked) else None
+    whole = len(asked) >= ECHO_WORDS and spoken[: len(asked)] == asked
+    return ECHO if part or whole else None

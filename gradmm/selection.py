@@ -211,7 +211,7 @@ def perplexity_range(perplexities: Sequence[float]) -> tuple[float, float]:
 
 
 def count_dropped(reasons: Sequence[str]) -> dict[str, int]:
-    """How many texts were dropped for each reason of `KINDS`, from `Verdict`s' reasons; the most frequent first."""
+    """How many texts were dropped for each of `KINDS`, the most frequent first; from the reasons of verdicts."""
     kinds = [name for reason in reasons for name, words in KINDS.items() if reason.startswith(words.partition("{")[0])]
     return dict(Counter(kinds).most_common())
 

@@ -62,7 +62,7 @@ def test_words_are_read_as_they_are_written(benchmark):
     assert tokenizer.decode([11, 49]) == "w11 w49" and tokenizer.eos_token_id == 0
 
 
-@pytest.mark.filterwarnings("ignore:\\d of \\d texts are kept")  # a random model, which is only timed, repeats a word
+@pytest.mark.filterwarnings("ignore:\\d+ of \\d+ texts are kept")  # a random model, which is only timed, repeats a word
 def test_scaling_times_every_size(benchmark, tmp_path):
     script = benchmark("scaling")
     script.main([*FEW, "--settings", "inner_steps", "n_synthetic", "--outer-steps", "1", "--length", "5", "--repeats", "1", "--output", str(tmp_path / "s.json")])

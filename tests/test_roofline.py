@@ -22,7 +22,7 @@ from gradmm.settings import SynthesisConfig
 from gradmm.tasks import Task
 
 DEEP = 16  # layers: what the code does beyond the floor in the last one then weighs little
-TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was", "a film was"))
+TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("dull it was:", "great it was:"))
 REAL = [Example("a dull plot " * 4, 0), Example("a fine film " * 4, 1), Example("we like the music", 1)]
 
 

@@ -103,7 +103,8 @@ def test_a_card_of_an_evil_task_is_harmless(tiny_model, tmp_path):
     model = tiny_model("llama", dtype=torch.float32)
     task = replace(TASK, labels=(EVIL[0], EVIL[3]), template="<b>` {text} it was", generation_prompts=(EVIL[1], "a | b"))
     rows = [{**row, "label": row["label"]} for row in REAL]
-    gradmm.synthesize(model, task, gradmm.release(model, task, rows, space="head"), SMALL, tmp_path, progress=False)
+    with pytest.warns(UserWarning, match="a token of the model's own markup, which no text may hold"):
+        gradmm.synthesize(model, task, gradmm.release(model, task, rows, space="head"), SMALL, tmp_path, progress=False)
     page = rendered((tmp_path / "README.md").read_text().split("---\n", 2)[2])
     assert not obeyed(page) and page.count("<table>") == 2
 

@@ -167,3 +167,8 @@ def test_barred_texts_never_fill_up():
 def test_every_reason_has_its_kind():
     reasons = [EMPTY, DUPLICATE, LABEL.format("bad", 0.7), RANK.format(3, 4, 2), PERPLEXED.format(900, 100), "kept: rank 1 of 1 by x"]
     assert count_dropped(reasons) == {"empty": 1, "duplicate": 1, "label": 1, "rank": 1, "perplexity": 1}
+
+
+@pytest.mark.parametrize(("asked", "text"), [("a:", "a dog sat on it"), ("The", "the cat sat"), ("Great film.", "great film, and so long")])
+def test_a_text_may_begin_as_a_prompt_of_few_words(asked, text):
+    assert unreadable([text], [asked], [50.0]) == [None]

@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gradmm.models import load_model
 from gradmm.vocabulary import NEVER, Vocabulary, markup_tokens, printable
@@ -72,7 +73,7 @@ def literal_bytes(tokenizer, token: int) -> bytes:
         return bytes([int(name[3:5], 16)])
     if name in WORDS or "▁" in name:
         return name.replace("▁", " ").encode()
-    alphabet = {letter: byte for byte, letter in transformers.convert_slow_tokenizer.bytes_to_unicode().items()}
+    alphabet = {letter: byte for byte, letter in bytes_to_unicode().items()}
     return bytes(alphabet[letter] for letter in name)
 
 

@@ -28,7 +28,7 @@ import gradmm
 SAMPLE_SECONDS = 0.002
 DTYPES = ("float32", "bfloat16")
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # glibc's own start, which else grows with use
-TASK = gradmm.Task("random", ("first", "second"), (" w10", " w11"), "{text} w12 w13", ("w14 w15 w16 w17 w18", "w19 w20 w21 w22 w23"))
+TASK = gradmm.Task("random", ("first", "second"), (" w10", " w11"), "{text} w12 w13", ("w14 w15 w16 w17 w18\n", "w19 w20 w21 w22 w23\n"))
 
 
 def random_problem(shape: str, device: str, dtype: str) -> gradmm.Model:

@@ -33,7 +33,7 @@ from gradmm.synthesis import SynthesisResult
 from gradmm.tasks import Task
 
 END, UNKNOWN = "<|end|>", "<|unknown|>"
-TASK = Task("words", ("left", "right"), (" w9", " w10"), "{text} w7 w8", ("w2 w3 w4 w5 w6", "w6 w5 w4 w3 w2"))
+TASK = Task("words", ("left", "right"), (" w9", " w10"), "{text} w7 w8", ("w2 w3 w4 w5 w6\n", "w6 w5 w4 w3 w2\n"))
 FIRST_WORD = 11  # texts are made of the words from here on
 QUICK = {"outer_steps": 1, "inner_steps": 2}
 

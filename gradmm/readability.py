@@ -1,7 +1,7 @@
 """What makes a text unreadable, as far as its letters tell: leftover markup, loops, fragments, an echo of its prompt.
 
 Knows no model and no task. The rules leave what people write alone: of the 8,530 train reviews of Rotten Tomatoes they
-drop 4. A phrase that was cut out of a sentence, as most train rows of SST-2, may begin with a fragment and then is
+drop 5. A phrase that was cut out of a sentence, as most train rows of SST-2, may begin with a fragment and then is
 dropped for it.
 """
 
@@ -62,6 +62,16 @@ def flaw(text: str, instruction: str = "") -> str | None:
     return _markup(text) or _loop(text, spoken) or _fragment(text) or _echo(spoken, words(instruction))
 
 
+def unseen(text: str) -> str | None:
+    """The first character that no one sees and no word needs: of format, private, unassigned; None without one.
+
+    >>> unseen("a\\u202eb"), unseen("می\\u200cخواهم")
+    ('\\u202e', None)
+    """
+    hidden = (c for c in text if unicodedata.category(c) in ("Cf", "Cn", "Co", "Cs") and c not in JOINERS)
+    return next(hidden, None)
+
+
 def times_of_a_loop(phrase: Sequence[str]) -> int:
     """How often in a row a phrase of some words makes a loop.
 
@@ -75,8 +85,7 @@ def times_of_a_loop(phrase: Sequence[str]) -> int:
 
 def _markup(text: str) -> str | None:
     found = TAG.search(text)
-    unseen = (c for c in text if unicodedata.category(c) in ("Cf", "Cn", "Co", "Cs") and c not in JOINERS)
-    fault = found.group() if found else next(unseen, None)
+    fault = found.group() if found else unseen(text)
     return None if fault is None else MARKUP.format(fault)
 
 

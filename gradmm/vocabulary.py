@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from gradmm.readability import UNSPACED
+from gradmm.readability import UNSPACED, unseen
 from gradmm.sentences import CLOSERS, END, SENTENCE_ENDS
 
 # States of a text in UTF-8 and the bytes that lead on from each: (first, last, next state). In 0 all characters are
@@ -162,8 +162,9 @@ def markup_tokens(tokenizer, pieces: Sequence[str]) -> frozenset[int]:
 
 
 def printable(text: str) -> bool:
-    """Whether a text is visible on one line: no fragments of characters, no control or private ones."""
-    return bool(text.strip()) and BROKEN not in text and all(unicodedata.category(c)[0] != "C" for c in text)
+    """Whether a text is visible on one line: no fragments of characters, no control characters, none `unseen`."""
+    control = any(unicodedata.category(c) == "Cc" for c in text)
+    return bool(text.strip()) and BROKEN not in text and not control and unseen(text) is None
 
 
 def _bytes_of(tokenizer, token: int) -> bytes:

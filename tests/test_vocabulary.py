@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gradmm.models import load_model
+from gradmm.readability import flaw
 from gradmm.vocabulary import NEVER, Vocabulary, markup_tokens, printable
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -161,6 +162,11 @@ def test_added_tokens_that_are_special_or_markup_are_barred(tiny_model, word, sp
     model.tokenizer.add_tokens([AddedToken(word, special=special, normalized=False)], special_tokens=special)
     assert bool(model.vocabulary.whole[token]) != barred
     assert (token in model.vocabulary.markup) == barred
+
+
+@pytest.mark.parametrize("text", ["می\u200cخواهم", "\u200d", "क्\u200dष", "co\u00adop"])
+def test_joiners_that_words_and_emoji_need_may_be_written_and_are_no_flaw(text):
+    assert printable(text) and flaw(f"a text with {text} in it") is None
 
 
 def test_what_is_printable():

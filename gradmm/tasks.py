@@ -181,7 +181,8 @@ class Task:
         (' i feel', '')
         """
         asked = zip(self.generation_prompts, self.instructions, strict=True)
-        return tuple(prompt.removeprefix(instruction).rstrip() and prompt.removeprefix(instruction) for prompt, instruction in asked)
+        openings = (prompt.removeprefix(instruction) for prompt, instruction in asked)
+        return tuple(opening if opening.strip() else "" for opening in openings)
 
     def to_dict(self) -> dict:
         """The task as plain values, for manifests and YAML."""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_finetuning import toy
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -33,8 +34,6 @@ from gradmm.training import FinetuneConfig
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
 FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is", ("", "a:", "the cat:", "in:"))
-CLUES = ("cat sat", "dog sat", "red movie", "blue film")
-FILLERS = ("the", "a", "i feel", "we saw the", "you like a", "they made the")
 CONFIG = ComparisonConfig(
     n_real=8,
     synthesis=SynthesisConfig(
@@ -45,15 +44,6 @@ CONFIG = ComparisonConfig(
     max_test=8,
     similarity_steps=(0, 2),
 )
-
-
-def toy(task: Task, start: int, count: int) -> list[Example]:
-    numbers = ("one", "two", "three")
-    return [
-        Example(f"{FILLERS[i % 6]} {CLUES[label]} {numbers[i // 6 % 3]} {numbers[i // 18 % 3]}", label)
-        for i in range(start, start + count)
-        for label in range(len(task.labels))
-    ]
 
 
 def splits_of(task: Task) -> Splits:

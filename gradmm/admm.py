@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradmm.errors import is_number, is_whole, require, shown
+from gradmm.errors import is_number, is_whole, require, short_repr
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 Project = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -57,13 +57,13 @@ class Config:
             value = getattr(self, name)
             require(
                 _positive(value),
-                f"{name} = {shown(value)}, it must be a finite number above 0: try {type(self).__dict__[name]}",
+                f"{name} = {short_repr(value)}, it must be a finite number above 0: try {type(self).__dict__[name]}",
             )
         for name in ("outer_steps", "inner_steps"):
             value = getattr(self, name)
             require(
                 is_whole(value) and value >= 1,
-                f"{name} = {shown(value)}, it must be a whole number of at least 1: try 10",
+                f"{name} = {short_repr(value)}, it must be a whole number of at least 1: try 10",
             )
         require(
             self.groups_per_pass is None or (is_whole(self.groups_per_pass) and self.groups_per_pass >= 1),
@@ -72,7 +72,7 @@ class Config:
         )
         require(
             self.clip is None or _positive(self.clip),
-            f"clip = {shown(self.clip)}, it must be above 0, or None: None does not clip",
+            f"clip = {short_repr(self.clip)}, it must be above 0, or None: None does not clip",
         )
 
 
@@ -104,14 +104,14 @@ class Result:
 
     Attributes:
         value: (K, B, L) ids of each group's best projected iterate.
-        match: (K,) f at that iterate.
+        match_loss: (K,) f at that iterate.
         reason: K sentences saying why each group stopped ("" while it has not).
         history: one row per outer step and group.
         state: the last state.
     """
 
     value: Tensor
-    match: Tensor
+    match_loss: Tensor
     reason: tuple[str, ...]
     history: list[dict]
     state: State
@@ -319,12 +319,12 @@ def _close(objective: Objective, project: Project, result: Result, config: Confi
 
 def _keep_better(result: Result, groups: Tensor, ids: Tensor, match: Tensor) -> Result:
     """Replace the best projected iterate of the groups whose new one has a lower f."""
-    better = match < result.match[groups]
+    better = match < result.match_loss[groups]
     chosen = groups[better]
     return replace(
         result,
         value=result.value.index_copy(0, chosen, ids[better]),
-        match=result.match.index_copy(0, chosen, match[better]),
+        match_loss=result.match_loss.index_copy(0, chosen, match[better]),
     )
 
 

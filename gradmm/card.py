@@ -14,7 +14,7 @@ COLUMNS = """
 | column | meaning |
 |---|---|
 | `text`, `label`, `label_name` | the synthetic example |
-| `match` | distance of the text's gradient to its class's target, smaller is closer |
+| `match_loss` | distance of the text's gradient to its class's target, smaller is closer |
 | `perplexity` | under the model that wrote the text |
 | `group` | texts of one group were optimised together |
 | `kept`, `reason` | whether the text belongs to the set, and why (not) |

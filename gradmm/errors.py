@@ -28,7 +28,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def shown(value) -> str:
+def short_repr(value) -> str:
     """A value as an error names it: its repr in one line, cut short (input may be huge)."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 60
@@ -88,7 +88,7 @@ def require_whole(value, name: str, least: int | None = None) -> int:
     bound = "" if least is None else f" of at least {least}"
     require(
         is_whole(value) and (least is None or value >= least),
-        f"{name} = {shown(value)}, it must be a whole number{bound}: give such as {0 if least is None else least}",
+        f"{name} = {short_repr(value)}, it must be a whole number{bound}: give such as {0 if least is None else least}",
     )
     return int(value)
 
@@ -113,7 +113,7 @@ def require_flag(value, name: str) -> None:
     Raises:
         UserError: it is neither.
     """
-    require(isinstance(value, bool), f"{name} = {shown(value)}, it must be True or False: give one of them")
+    require(isinstance(value, bool), f"{name} = {short_repr(value)}, it must be True or False: give one of them")
 
 
 def plain_fields(settings: Any) -> None:
@@ -142,5 +142,5 @@ def require_settings(kind: type, names: Iterable) -> None:
         UserError: a name that is none.
     """
     known = {item.name for item in fields(kind) if item.init}
-    unknown = sorted(map(shown, set(names) - known))
+    unknown = sorted(map(short_repr, set(names) - known))
     require(not unknown, f"unknown setting {', '.join(unknown)}: the settings are {', '.join(sorted(known))}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gradmm import files
-from gradmm.errors import DataWarning, UserError, first_line, is_whole, require, shown
+from gradmm.errors import DataWarning, UserError, first_line, is_whole, require, short_repr
 from gradmm.markup import plain_name
 from gradmm.rows import SPLITS, Row, check_row, names_by_label, read_label_names, read_rows
 from gradmm.seeds import generator
@@ -94,7 +94,7 @@ def load_data(data: str | Path, task: Task | str | Path | Mapping | None = None)
         hub = next((one.hub for one in (task, TASKS.get(str(data))) if one is not None and one.hub is not None), None)
         if hub is None:
             raise UserError(
-                f"there is no data {shown(str(data))}: give a folder with train.jsonl, demo, or one of "
+                f"there is no data {short_repr(str(data))}: give a folder with train.jsonl, demo, or one of "
                 f"{', '.join(TASKS)}"
             )
         task = load_task(str(data)) if task is None else task
@@ -206,7 +206,7 @@ def sample_examples(examples: Iterable, n: int, task: Task, seed: int) -> list[E
         UserError: as `check_examples`; n below the number of classes, or more than some class has.
     """
     examples, count = check_examples(examples, task, "example"), len(task.labels)
-    require(is_whole(n), f"n_real = {shown(n)} is not a whole number: give how many real examples to draw in all")
+    require(is_whole(n), f"n_real = {short_repr(n)} is not a whole number: give how many real examples to draw in all")
     require(n >= count, f"n_real = {n}, but {count} classes need at least {count}: ask for more examples")
     drawn = []
     for label in range(count):
@@ -289,7 +289,7 @@ def _of_task(row: Row, task: Task) -> Example:
     twins = [name for name in task.labels if isinstance(label, str) and name.casefold() == label.casefold()]
     mend = f": write {twins[0]!r}" if twins else ""
     known = f"task {task.name!r} knows 0 to {len(task.labels) - 1} or {names}"
-    raise UserError(f"{row.origin} has the label {shown(label)}: {known}{mend}")
+    raise UserError(f"{row.origin} has the label {short_repr(label)}: {known}{mend}")
 
 
 def _folder_examples(rows: Mapping[str, list[Row]], folder: Path, task: Task) -> dict[str, list[Example]]:

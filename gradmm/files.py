@@ -14,7 +14,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gradmm.errors import UserError, first_line, require, shown
+from gradmm.errors import UserError, first_line, require, short_repr
 
 MAX_TEXT_BYTES = 1 << 30
 MAX_SETTINGS_BYTES = 1 << 20
@@ -31,7 +31,7 @@ def as_path(value: Any, what: str) -> Path:
         UserError: no text, or a path that is too long, holds a null character or may not be looked at.
     """
     if not isinstance(value, str | Path):  # of other values only the type is shown: they may hold private text
-        said = shown(value) if value is None or isinstance(value, int | float) else f"of type {type(value).__name__}"
+        said = short_repr(value) if value is None or isinstance(value, int | float) else f"of type {type(value).__name__}"
         raise UserError(f"{what} is {said}: give a path or a name as text")
     try:
         os.lstat(value)
@@ -39,7 +39,7 @@ def as_path(value: Any, what: str) -> Path:
         pass
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
-        raise UserError(f"{what} {shown(str(value))} is no usable path ({problem}): give another one") from error
+        raise UserError(f"{what} {short_repr(str(value))} is no usable path ({problem}): give another one") from error
     return Path(value)
 
 

@@ -21,7 +21,7 @@ from gradmm import files
 from gradmm.classification import TOKENS_PER_BATCH, Encoded, Evaluation, score
 from gradmm.errors import UserError, first_line, require, require_flag, require_type
 from gradmm.examples import Example, check_examples, refuse_overlap
-from gradmm.locks import alone
+from gradmm.locks import lock
 from gradmm.models import Model, require_model
 from gradmm.runs import RunFolder, finite_or_none
 from gradmm.seeds import generator
@@ -130,7 +130,7 @@ def finetune(
     test = check_examples(test, task, "test example")
     refuse_overlap([*train, *validation], test)
     asked = Encoded.of(model, task, tokens, test, "test")
-    with alone(output):
+    with lock(output):
         folder = RunFolder.open(output, _identity(model, task, config, train=train, validation=validation, test=test))
         if folder.path is not None and folder.finished:
             return _read(folder.path)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gradmm.errors import is_number, is_whole, plain_fields, require, require_type, require_whole, shown
+from gradmm.errors import is_number, is_whole, plain_fields, require, require_type, require_whole, short_repr
 from gradmm.examples import Example, check_examples, content_hash
-from gradmm.models import Model, Reader, require_model
+from gradmm.models import CachedDecoder, Model, require_model
 from gradmm.readability import flaw
 from gradmm.seeds import generator
 from gradmm.sentences import SENTENCE_ENDS, cut_to_sentence, ends_sentence
@@ -52,13 +52,13 @@ class Sampling:
     def __post_init__(self) -> None:
         plain_fields(self)
         warmth = self.temperature
-        require(is_number(warmth) and warmth > 0, f"temperature = {shown(warmth)}, it must be above 0: 1 samples from the model")
-        require(is_number(self.top_p) and 0 < self.top_p <= 1, f"top_p = {shown(self.top_p)}, it must be above 0 and at most 1: 0.95 is usual")
+        require(is_number(warmth) and warmth > 0, f"temperature = {short_repr(warmth)}, it must be above 0: 1 samples from the model")
+        require(is_number(self.top_p) and 0 < self.top_p <= 1, f"top_p = {short_repr(self.top_p)}, it must be above 0 and at most 1: 0.95 is usual")
         for name in ("max_tokens", "min_tokens", "shots", "batch_size", "rounds"):
             value = getattr(self, name)
             require(
                 is_whole(value) and value >= 1,
-                f"{name} = {shown(value)}, it must be a whole number of at least 1: the default is {Sampling.__dict__[name]}",
+                f"{name} = {short_repr(value)}, it must be a whole number of at least 1: the default is {Sampling.__dict__[name]}",
             )
         require(
             self.min_tokens <= self.max_tokens,
@@ -239,7 +239,7 @@ def prompted_texts(model: Model, tokens: TaskTokens, per_class: int, length: int
         per_class: texts of each class.
         length: tokens of a text at most; fewer where the context is shorter.
     """
-    around, opened = max(map(len, (tokens.start + tokens.head + tokens.tail, *tokens.prompts))), max(map(len, tokens.openings))
+    around, opened = max(map(len, (tokens.start + tokens.prefix + tokens.suffix, *tokens.prompts))), max(map(len, tokens.openings))
     length = max(1 + opened, min(length + opened, model.context - around))
     classes = [label for label in range(len(tokens.labels)) for _ in range(per_class)]
     uniform = torch.stack([torch.rand(length, generator=generator(seed, "prompted texts", row)) for row in range(len(classes))])
@@ -318,7 +318,7 @@ class _Writer:
         Args:
             room: (N,) how many tokens each text may have, at most T.
         """
-        reader, ids = Reader.of(self.model, prompts), torch.full(uniform.shape, -1, dtype=torch.long, device=self.model.device)
+        reader, ids = CachedDecoder.of(self.model, prompts), torch.full(uniform.shape, -1, dtype=torch.long, device=self.model.device)
         rows = torch.arange(len(prompts), device=self.model.device)  # the texts that go on: no pass reads another
         before = torch.tensor([prompt[-1] for prompt in prompts], device=self.model.device)
         state, closed = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)

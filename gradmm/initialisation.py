@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradmm.generation import Sampling, continue_prompts
 from gradmm.matching import Matching
-from gradmm.projection import Reading
+from gradmm.projection import DecodingConfig
 
 NORM = 1.4  # of a random vector, as published
 
@@ -24,7 +24,7 @@ class Shape:
     length: int
 
 
-def normal(matching: Matching, reading: Reading, shape: Shape, classes: Sequence[int], sources: Sequence[torch.Generator]):
+def normal(matching: Matching, decoding: DecodingConfig, shape: Shape, classes: Sequence[int], sources: Sequence[torch.Generator]):
     """Random vectors of norm NORM.
 
     Args:
@@ -40,14 +40,14 @@ def normal(matching: Matching, reading: Reading, shape: Shape, classes: Sequence
     return draw * (NORM / draw.norm(dim=-1, keepdim=True)), torch.full(draw.shape[:3], -1, device=table.device)
 
 
-def generated(matching: Matching, reading: Reading, shape: Shape, classes: Sequence[int], sources: Sequence[torch.Generator]):
+def generated(matching: Matching, decoding: DecodingConfig, shape: Shape, classes: Sequence[int], sources: Sequence[torch.Generator]):
     """The embeddings of sampled texts, as `normal`; tokens after a text's end are the end token."""
     model, tokens = matching.model, matching.tokens
     uniform = torch.cat([torch.rand(shape.count, shape.length, generator=source) for source in sources])
     rows = [label for label in classes for _ in range(shape.count)]
-    sampling = Sampling(max_tokens=shape.length, min_tokens=reading.min_tokens)
-    ids = continue_prompts(model, tokens, rows, uniform, sampling, reading.vocabulary)
-    ids = ids.masked_fill(ids < 0, reading.end).view(len(classes), shape.count, shape.length)
+    sampling = Sampling(max_tokens=shape.length, min_tokens=decoding.min_tokens)
+    ids = continue_prompts(model, tokens, rows, uniform, sampling, decoding.vocabulary)
+    ids = ids.masked_fill(ids < 0, decoding.end).view(len(classes), shape.count, shape.length)
     return model.embed(ids).to(torch.promote_types(model.dtype, torch.float32)), ids
 
 
@@ -56,7 +56,7 @@ INITIALISATIONS = {"generated": generated, "normal": normal}
 
 @torch.no_grad()
 def best_of(
-    name: str, candidates: int, matching: Matching, reading: Reading, shape: Shape, classes: Tensor, sources, groups_per_pass: int | None = None
+    name: str, candidates: int, matching: Matching, decoding: DecodingConfig, shape: Shape, classes: Tensor, sources, groups_per_pass: int | None = None
 ) -> Tensor:
     """Each group's best of several draws by matching loss: (K, B, L, D).
 
@@ -72,12 +72,12 @@ def best_of(
         passes = torch.arange(len(classes), device=classes.device).split(groups_per_pass or len(classes))
         return torch.cat([matching.of_vectors(x[some], ids[some], classes[some]) for some in passes])
 
-    best, ids = INITIALISATIONS[name](matching, reading, shape, classes.tolist(), sources)
+    best, ids = INITIALISATIONS[name](matching, decoding, shape, classes.tolist(), sources)
     if candidates == 1:
         return best
     lowest = values(best, ids)
     for _ in range(candidates - 1):
-        x, ids = INITIALISATIONS[name](matching, reading, shape, classes.tolist(), sources)
+        x, ids = INITIALISATIONS[name](matching, decoding, shape, classes.tolist(), sources)
         value = values(x, ids)
         best = torch.where((value < lowest).view(-1, 1, 1, 1), x, best)
         lowest = torch.minimum(value, lowest)

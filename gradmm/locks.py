@@ -20,7 +20,7 @@ logging.getLogger("filelock").setLevel(logging.INFO)  # below, it logs addresses
 
 
 @contextmanager
-def alone(folder: str | Path | None) -> Iterator[None]:
+def lock(folder: str | Path | None) -> Iterator[None]:
     """Hold a folder for as long as this context lasts, and take away what runs that were killed in it left unfinished.
 
     A folder that does not exist is made. One that cannot be written, such as finished results on a read-only disk, and

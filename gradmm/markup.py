@@ -3,7 +3,7 @@
 import html
 import re
 
-from gradmm.errors import require, shown
+from gradmm.errors import require, short_repr
 
 PLAIN = str.maketrans({"<": "(", ">": ")", "[": "(", "]": ")", "`": "'"})
 # An underscore within a word is one; & < > stand in entities.
@@ -30,7 +30,7 @@ def check_name(name: str, what: str) -> str:
         UserError: characters that Markdown or HTML would obey, or that nobody can see.
     """
     odd = sorted({mark for mark in name if mark in "<>[]`" or not mark.isprintable()})
-    require(not odd, f"{what} {shown(name)} holds {', '.join(map(repr, odd[:3]))}: give it a name without them")
+    require(not odd, f"{what} {short_repr(name)} holds {', '.join(map(repr, odd[:3]))}: give it a name without them")
     return name
 
 

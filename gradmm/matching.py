@@ -149,9 +149,9 @@ class Matching:
         """The template's embeddings, constants, around x: (N, L, D) -> (N, T, D)."""
         count = x.shape[0]
         parts = [
-            self._constant(self.tokens.start + self.tokens.head, count),
+            self._constant(self.tokens.start + self.tokens.prefix, count),
             x,
-            self._constant(self.tokens.tail, count),
+            self._constant(self.tokens.suffix, count),
         ]
         return torch.cat([part.to(self.model.dtype) for part in parts], dim=1)
 
@@ -162,7 +162,7 @@ class Matching:
     def _mask(self, ids: Tensor) -> Tensor | None:
         if self.end is None:
             return None
-        before, after = len(self.tokens.start + self.tokens.head), len(self.tokens.tail)
+        before, after = len(self.tokens.start + self.tokens.prefix), len(self.tokens.suffix)
         return torch.nn.functional.pad(text_mask(ids, self.end), (before, after), value=1)
 
 

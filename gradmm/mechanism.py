@@ -22,7 +22,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from gradmm.errors import UserError, is_number, require, require_type, shown
+from gradmm.errors import UserError, is_number, require, require_type, short_repr
 from gradmm.gradients import DenseTarget, Factors
 from gradmm.seeds import generator
 
@@ -141,12 +141,12 @@ def plan_entry(
     """
     require(
         is_number(epsilon) and epsilon > 0,
-        f"epsilon = {shown(epsilon)}, it must be positive and finite: give such as 1.0",
+        f"epsilon = {short_repr(epsilon)}, it must be positive and finite: give such as 1.0",
     )
     if delta is None:
         raise UserError(f"epsilon = {epsilon} without delta: give delta too, well below 1 / number of examples")
     require(
-        is_number(delta) and 0 < delta < 1, f"delta = {shown(delta)}, it must lie between 0 and 1: give such as 1e-5"
+        is_number(delta) and 0 < delta < 1, f"delta = {short_repr(delta)}, it must lie between 0 and 1: give such as 1e-5"
     )
     check_clipping(clip, relation, calibration)
     sensitivity = RELATIONS[relation] * clip
@@ -163,7 +163,7 @@ def check_delta(delta: float) -> None:
     """
     require(
         not is_number(delta) or delta <= LARGEST_DELTA,
-        f"delta = {shown(delta)}, it must be at most {LARGEST_DELTA} (whoever hands out each example as it is with the "
+        f"delta = {short_repr(delta)}, it must be at most {LARGEST_DELTA} (whoever hands out each example as it is with the "
         "chance delta keeps to it): give such as 1e-5, well below 1 / number of examples",
     )
 
@@ -177,12 +177,12 @@ def check_clipping(clip: float, relation: str, calibration: str) -> None:
     least, most = CLIP_RANGE
     require(
         is_number(clip) and least <= clip <= most,
-        f"clip = {shown(clip)}, it must lie between {least:g} and {most:g}: give such as 1.0",
+        f"clip = {short_repr(clip)}, it must lie between {least:g} and {most:g}: give such as 1.0",
     )
     for name, value, known in (("relation", relation, RELATIONS), ("calibration", calibration, CALIBRATIONS)):
         require(
             isinstance(value, str) and value in known,
-            f"the {name} {shown(value)} is not known: use one of {', '.join(known)}",
+            f"the {name} {short_repr(value)} is not known: use one of {', '.join(known)}",
         )
 
 

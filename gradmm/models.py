@@ -23,7 +23,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from gradmm import files
-from gradmm.errors import UserError, first_line, require, require_type, shown
+from gradmm.errors import UserError, first_line, require, require_type, short_repr
 from gradmm.markup import plain_name
 from gradmm.sharding import launched
 from gradmm.vocabulary import Vocabulary
@@ -255,7 +255,7 @@ def _last_position_only(mlp: torch.nn.Module | None) -> Iterator[None]:
 
 
 @dataclass
-class Reader:
+class CachedDecoder:
     """Sequences read side by side, token by token: the states (N, D) at their ends, their cache and mask (N, P) or
     None."""
 
@@ -265,13 +265,13 @@ class Reader:
     mask: Tensor | None
 
     @staticmethod
-    def of(model: Model, sequences: Sequence[Sequence[int]]) -> "Reader":
+    def of(model: Model, sequences: Sequence[Sequence[int]]) -> "CachedDecoder":
         """N sequences, each of one token at least, that have been read; what is read alike is read once."""
         places = {sequence: place for place, sequence in enumerate(dict.fromkeys(map(tuple, sequences)))}
         ids, mask = pad_left(list(places), model.device)
         padded = None if bool(mask.all()) else mask
         state, cache = model.read(ids, padded)
-        reader = Reader(model, state, cache, padded)
+        reader = CachedDecoder(model, state, cache, padded)
         reader.select(torch.tensor([places[tuple(sequence)] for sequence in sequences], device=model.device))
         return reader
 
@@ -363,7 +363,7 @@ def load_model(
     """
     require(
         isinstance(name, str | Path) and str(name) != "",
-        f"the model is {shown(name)}: give a hub id, a folder, or demo",
+        f"the model is {short_repr(name)}: give a hub id, a folder, or demo",
     )
     require_type(revision, str | None, "the revision", "give a hub commit, tag or branch as text")
     device = _device(device)
@@ -411,7 +411,7 @@ def wrap_model(lm, tokenizer, name: str, revision: str | None = None, fingerprin
             depends on later tokens, or a tokenizer with more tokens than the model.
     """
     lm.requires_grad_(False).eval()
-    quicken(lm)
+    use_fast_kernels(lm)
     model = Model(lm, tokenizer, name, revision, fingerprint or _hash_state(lm))
     _check_head(model)
     held = model.embedding.shape[0]
@@ -422,7 +422,7 @@ def wrap_model(lm, tokenizer, name: str, revision: str | None = None, fingerprin
     return model
 
 
-def quicken(lm) -> None:
+def use_fast_kernels(lm) -> None:
     """The same functions by faster kernels, in place.
 
     One for the tanh form of GELU, which GPT-2 and Phi write as nine operations and keep the values of. For a model in

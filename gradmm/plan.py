@@ -13,8 +13,8 @@ from gradmm.errors import require
 from gradmm.matching import Matching
 from gradmm.models import Model, kind_of
 from gradmm.privacy import Release
-from gradmm.projection import Reading, Tables, gathered_numbers
-from gradmm.selection import Selection
+from gradmm.projection import DecodingConfig, TokenTables, gathered_numbers
+from gradmm.selection import Selector
 from gradmm.settings import SynthesisConfig
 from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.sketch import BodySketch
@@ -46,8 +46,8 @@ class Plan:
     release: Release
     config: SynthesisConfig
     matching: Matching
-    reading: Reading
-    tables: Tables
+    decoding: DecodingConfig
+    tables: TokenTables
     length: int
     classes: tuple[int, ...]
     per_class: tuple[int, ...]
@@ -77,7 +77,7 @@ class Plan:
         length = opened + (config.length or release.length)
         _check_context(model, tokens, length, opened)
         end = _end_token(model, config)
-        batch, together = work_units(model, len(tokens.start + tokens.head + tokens.tail) + length, config, len(classes))
+        batch, together = work_units(model, len(tokens.start + tokens.prefix + tokens.suffix) + length, config, len(classes))
         return Plan(
             model=model,
             task=task,
@@ -85,8 +85,8 @@ class Plan:
             release=release,
             config=config,
             matching=Matching(model, tokens, release.targets, release.space, config.distance, end),
-            reading=Reading(config.projection, config.top_k, model.vocabulary, end, min(MIN_TOKENS, length)),
-            tables=Tables.of(model),
+            decoding=DecodingConfig(config.projection, config.top_k, model.vocabulary, end, min(MIN_TOKENS, length)),
+            tables=TokenTables.of(model),
             length=length,
             classes=classes,
             per_class=per_class,
@@ -115,7 +115,7 @@ class Plan:
             groups=len(self.classes),
             count=self.config.group_size,
             length=self.length,
-            positions=len(self.tokens.start + self.tokens.head + self.tokens.tail) + self.length,
+            positions=len(self.tokens.start + self.tokens.prefix + self.tokens.suffix) + self.length,
             prompt=max(map(len, self.tokens.prompts)),
             batch=self.batch,
             together=self.solver.groups_per_pass,
@@ -139,10 +139,10 @@ class Plan:
         )
 
     @property
-    def selection(self) -> Selection:
+    def selector(self) -> Selector:
         """By what the texts are chosen."""
         config = self.config
-        return Selection(
+        return Selector(
             self.model, self.tokens, self.matching, self.per_class, config.filter, config.ranking, config.perplexity_weight
         )
 
@@ -164,7 +164,7 @@ def _end_token(model: Model, config: SynthesisConfig) -> int | None:
 
 
 def _check_context(model: Model, tokens: TaskTokens, length: int, opened: int) -> None:
-    around = max(len(tokens.start + tokens.head + tokens.tail), max(map(len, tokens.prompts)))
+    around = max(len(tokens.start + tokens.prefix + tokens.suffix), max(map(len, tokens.prompts)))
     require(
         around + length <= model.context,
         f"length = {length - opened} with a template or prompt of {around + opened} tokens, {model.name} reads "

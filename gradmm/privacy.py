@@ -35,7 +35,7 @@ from gradmm import files
 from gradmm.errors import UserError, first_line, require, require_flag, require_texts, require_type, require_whole
 from gradmm.examples import Example, check_examples
 from gradmm.gradients import DenseTarget, Factors, FactorTarget, HeadSpace, Target
-from gradmm.locks import alone
+from gradmm.locks import lock
 from gradmm.matching import factors_of
 from gradmm.mechanism import (
     Ledger,
@@ -275,7 +275,7 @@ def release_once(
     require_task(task)
     require_type(source, Mapping, "source", "give public facts such as {'data': 'demo', 'seed': 0}")
     folder = files.as_path(folder, "the folder of the release")
-    with alone(folder):
+    with lock(folder):
         ledger = _FolderLedger.open(folder / LEDGER_FILE, _public_arguments(model, task, source, options))
         place = folder / RELEASE_FILE
         if place.exists():

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gradmm.errors import require
-from gradmm.models import Model, Reader, kind_of
+from gradmm.models import CachedDecoder, Model, kind_of
 from gradmm.vocabulary import Vocabulary
 
 ROWS_PER_BLOCK = 4096
@@ -22,7 +22,7 @@ GATHERED_NUMBERS = {"cpu": 1 << 20, "other": 1 << 26}  # candidates' rows held a
 
 
 @dataclass(frozen=True)
-class Tables:
+class TokenTables:
     """What a projection looks tokens up in: head (V, D') and bias (V,), embeddings (V, D) and their squared norms (V,)."""
 
     head: Tensor
@@ -31,17 +31,17 @@ class Tables:
     squares: Tensor
 
     @staticmethod
-    def of(model: Model) -> "Tables":
+    def of(model: Model) -> "TokenTables":
         """The tables of a model."""
         wide, table = torch.promote_types(model.dtype, torch.float32), model.embedding
         squares = [some.to(wide).square().sum(1) for some in table.split(ROWS_PER_BLOCK)]  # in blocks: no second table
-        return Tables(model.head_weight, model.head_bias, table, torch.cat(squares))
+        return TokenTables(model.head_weight, model.head_bias, table, torch.cat(squares))
 
 
-Choose = Callable[[Tables, Tensor, Tensor, Tensor, int], Tensor]
+Choose = Callable[[TokenTables, Tensor, Tensor, Tensor, int], Tensor]
 
 
-def lm_then_nearest(tables: Tables, state: Tensor, target: Tensor, allowed: Tensor, k: int) -> Tensor:
+def lm_then_nearest(tables: TokenTables, state: Tensor, target: Tensor, allowed: Tensor, k: int) -> Tensor:
     """Among the k most likely next tokens, the one whose embedding is nearest to the target (the paper's text).
 
     Args:
@@ -56,7 +56,7 @@ def lm_then_nearest(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
 
     >>> import torch
     >>> table = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    >>> tables, every = Tables(table, None, table, table.square().sum(-1)), torch.ones(3, dtype=torch.bool)
+    >>> tables, every = TokenTables(table, None, table, table.square().sum(-1)), torch.ones(3, dtype=torch.bool)
     >>> state, target = torch.tensor([[1.0, 0.1]]), torch.tensor([[0.0, 1.0]])  # the model wants 1, the target is 2
     >>> lm_then_nearest(tables, state, target, every, k=1), lm_then_nearest(tables, state, target, every, k=2)
     (tensor([1]), tensor([2]))
@@ -67,7 +67,7 @@ def lm_then_nearest(tables: Tables, state: Tensor, target: Tensor, allowed: Tens
     return _pick(candidates, far.masked_fill(scores == -torch.inf, torch.inf).argmin(1))
 
 
-def nearest_then_lm(tables: Tables, state: Tensor, target: Tensor, allowed: Tensor, k: int) -> Tensor:
+def nearest_then_lm(tables: TokenTables, state: Tensor, target: Tensor, allowed: Tensor, k: int) -> Tensor:
     """Among the k tokens nearest to the target, the most likely one (the authors' code); arguments as `lm_then_nearest`."""
     near = 2 * linear(target.to(tables.embedding.dtype), tables.embedding) - tables.squares
     nearness, candidates = top(near.masked_fill_(~allowed, -torch.inf), k)
@@ -134,7 +134,7 @@ def _pick(candidates: Tensor, best: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Reading:
+class DecodingConfig:
     """What the projection may write.
 
     Attributes:
@@ -165,11 +165,11 @@ class Reading:
 @torch.no_grad()
 def project(
     model: Model,
-    tables: Tables,
+    tables: TokenTables,
     v: Tensor,
     prompts: Sequence[tuple[int, ...]],
     rows: Tensor,
-    reading: Reading,
+    decoding: DecodingConfig,
     openings: Sequence[tuple[int, ...]] = (),
 ) -> Tensor:
     """Project N continuous sequences on tokens, all side by side; each position costs one cached step.
@@ -178,7 +178,7 @@ def project(
         v: (N, L, D).
         prompts: the generation prompts, each at least one token (the begin-of-text token will do), encoded once each.
         rows: (N,) the number of each sequence's prompt.
-        reading: order, candidates, vocabulary and end.
+        decoding: order, candidates, vocabulary and end.
         openings: the tokens at the end of each prompt that are its texts' first; none without them.
 
     Returns:
@@ -193,15 +193,15 @@ def project(
         longest + v.shape[1] <= model.context,
         f"a prompt of {longest} and a text of {v.shape[1]} tokens exceed the context of {model.context}: shorten one of them",
     )
-    ids = torch.full(v.shape[:2], -1 if reading.end is None else reading.end, device=v.device)
+    ids = torch.full(v.shape[:2], -1 if decoding.end is None else decoding.end, device=v.device)
     for number, opening in enumerate(openings):
         ids[rows == number, : len(opening)] = torch.tensor(opening, dtype=torch.long, device=v.device)
     opened = torch.tensor([len(opening) for opening in openings] or [0] * len(prompts), device=v.device)[rows]
     before = torch.tensor([prompt[-1] for prompt in prompts], device=v.device)[rows]
-    return _walk(tables, v, Reader.of(model, [prompts[row] for row in rows.tolist()]), reading, ids, opened, before)
+    return _decode(tables, v, CachedDecoder.of(model, [prompts[row] for row in rows.tolist()]), decoding, ids, opened, before)
 
 
-def _walk(tables: Tables, v: Tensor, reader: Reader, reading: Reading, ids: Tensor, opened: Tensor, before: Tensor) -> Tensor:
+def _decode(tables: TokenTables, v: Tensor, reader: CachedDecoder, decoding: DecodingConfig, ids: Tensor, opened: Tensor, before: Tensor) -> Tensor:
     """Token by token: v (N, L, D) -> ids (N, L).
 
     Args:
@@ -213,29 +213,29 @@ def _walk(tables: Tables, v: Tensor, reader: Reader, reading: Reading, ids: Tens
     place, state = opened, torch.zeros_like(opened)
     for step in range(v.shape[1]):
         left = v.shape[1] - 1 - place
-        allowed = _allowed_at(reading, state, left, step, before)
-        token = PROJECTIONS[reading.order](tables, reader.state, v[rows, place], allowed, reading.k)
+        allowed = _allowed_at(decoding, state, left, step, before)
+        token = PROJECTIONS[decoding.order](tables, reader.state, v[rows, place], allowed, decoding.k)
         ids[rows, place] = token
         if step + 1 == v.shape[1]:
             break
-        ended = left == 0 if reading.end is None else (left == 0) | (token == reading.end)
+        ended = left == 0 if decoding.end is None else (left == 0) | (token == decoding.end)
         going = (~ended).nonzero().squeeze(1)
         rows = reader.read_on(rows, token, ended)
         if len(rows) == 0:
             break
-        place, state = place[going] + 1, reading.vocabulary.state_after(state, token)[going]
+        place, state = place[going] + 1, decoding.vocabulary.state_after(state, token)[going]
     return ids
 
 
-def _allowed_at(reading: Reading, state: Tensor, left: Tensor, step: int, before: Tensor) -> Tensor:
+def _allowed_at(decoding: DecodingConfig, state: Tensor, left: Tensor, step: int, before: Tensor) -> Tensor:
     """What each text may go on with at a step, by its state and the room `left` behind it: (N, V), or (V,) for all."""
-    allowed = reading.vocabulary.open_to(state, left)
+    allowed = decoding.vocabulary.open_to(state, left)
     if step == 0:
-        allowed = allowed & reading.vocabulary.first(before)
-    if reading.end is None:
+        allowed = allowed & decoding.vocabulary.first(before)
+    if decoding.end is None:
         return allowed
     allowed = allowed.clone()
-    allowed[..., reading.end] = (state == 0) & (step >= reading.min_tokens) if allowed.ndim > 1 else step >= reading.min_tokens
+    allowed[..., decoding.end] = (state == 0) & (step >= decoding.min_tokens) if allowed.ndim > 1 else step >= decoding.min_tokens
     return allowed
 
 

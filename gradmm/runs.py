@@ -338,7 +338,7 @@ def _short(value) -> str:
 def _tensors_of(result: admm.Result) -> tuple[dict, dict[str, str]]:
     state = result.state
     tensors = {name: getattr(state, name) for name in ("x", "lam", "ids", "active")}
-    tensors |= {"value": result.value, "match": result.match}
+    tensors |= {"value": result.value, "match_loss": result.match_loss}
     kept = {"step": state.step, "reason": result.reason, "history": result.history}
     return tensors, {"result": json.dumps(kept)}
 
@@ -347,4 +347,4 @@ def _result_from(tensors: dict, metadata: dict[str, str], device: torch.device) 
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     kept = json.loads(metadata["result"])
     state = admm.State(**{name: tensors[name] for name in ("x", "lam", "ids", "active")}, step=kept["step"])
-    return admm.Result(tensors["value"], tensors["match"], tuple(kept["reason"]), kept["history"], state)
+    return admm.Result(tensors["value"], tensors["match_loss"], tuple(kept["reason"]), kept["history"], state)

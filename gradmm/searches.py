@@ -20,13 +20,13 @@ from gradmm.plan import MIN_TOKENS, Plan
 from gradmm.projection import project, text_mask
 from gradmm.runs import RunFolder
 from gradmm.seeds import generator, stream
-from gradmm.sharding import Crew
+from gradmm.sharding import ProcessGroup
 
 OnStep = Callable[[int, admm.Result], None]
 
 
 @dataclass(frozen=True)
-class Written:
+class SearchOutput:
     """What a search gives: N texts in the order of writing with labels and groups, its history if it has steps, how groups ended."""
 
     texts: list[str]
@@ -37,31 +37,31 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class RunContext:
     """Where a search runs: the run's folder, the processes at work, whether a bar shows, who sees the steps."""
 
     folder: RunFolder
-    crew: Crew
+    processes: ProcessGroup
     progress: bool
     on_step: OnStep | None
 
 
-def search(plan: Plan, folder: RunFolder, crew: Crew, progress: bool, on_step: OnStep | None) -> Written:
+def search(plan: Plan, folder: RunFolder, processes: ProcessGroup, progress: bool, on_step: OnStep | None) -> SearchOutput:
     """What the search of the plan's name writes."""
-    return _BY_NAME[plan.config.search](plan, Circumstances(folder, crew, progress, on_step))
+    return _BY_NAME[plan.config.search](plan, RunContext(folder, processes, progress, on_step))
 
 
 # ---------------------------------------------------------------- admm
 
 
-def _search_admm(plan: Plan, here: Circumstances) -> Written:
+def _search_admm(plan: Plan, here: RunContext) -> SearchOutput:
     """Texts moved towards the target by the solver: every batch of groups from where it stands to its end."""
     warn_of_prompts(plan.tokens, plan.model.vocabulary)
-    folder, crew, numbers = here.folder, here.crew, range(len(plan.batches()))
-    total = len(numbers[crew.rank :: crew.count]) * plan.config.outer_steps
+    folder, processes, numbers = here.folder, here.processes, range(len(plan.batches()))
+    total = len(numbers[processes.rank :: processes.count]) * plan.config.outer_steps
 
     def read(number: int) -> admm.Result:
-        crew.find(folder.place(number))
+        processes.find(folder.place(number))
         return folder.load_result(number, plan.model.device).without_vectors()
 
     with tqdm(total=total, desc="matching", unit="step", disable=not here.progress) as bar:
@@ -73,9 +73,9 @@ def _search_admm(plan: Plan, here: Circumstances) -> Written:
             folder.save_result(number, result)
             return result.without_vectors()
 
-        results = crew.share("batches", numbers, run, read)
+        results = processes.share("batches", numbers, run, read)
     sizes = [len(ids) for result in results for ids in result.value]
-    return Written(
+    return SearchOutput(
         texts=[_text(plan, row) for result in results for row in result.value.cpu().flatten(0, 1)],
         classes=[label for label, size in zip(plan.classes, sizes, strict=True) for _ in range(size)],
         groups=[group for group, size in enumerate(sizes) for _ in range(size)],
@@ -107,7 +107,7 @@ def _projected(plan: Plan, v: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """v (k, B, L, D) -> the readable texts' embeddings and tokens."""
     rows = classes.repeat_interleave(v.shape[1])
     tokens = plan.tokens
-    ids = project(plan.model, plan.tables, v.flatten(0, 1), tokens.prompts, rows, plan.reading, tokens.openings).view(v.shape[:3])
+    ids = project(plan.model, plan.tables, v.flatten(0, 1), tokens.prompts, rows, plan.decoding, tokens.openings).view(v.shape[:3])
     return plan.model.embed(ids).to(v.dtype), ids
 
 
@@ -116,17 +116,17 @@ def _initial(plan: Plan, groups: range, classes: Tensor) -> Tensor:
     sources = [generator(config.seed, "initial x", group) for group in groups]
     shape = Shape(config.group_size, plan.length)
     return best_of(
-        config.init, config.init_candidates, plan.matching, plan.reading, shape, classes, sources, plan.solver.groups_per_pass
+        config.init, config.init_candidates, plan.matching, plan.decoding, shape, classes, sources, plan.solver.groups_per_pass
     )
 
 
-def _report(number: int, here: Circumstances, bar: tqdm) -> Callable[[admm.Result], None]:
+def _report(number: int, here: RunContext, bar: tqdm) -> Callable[[admm.Result], None]:
     def report(result: admm.Result) -> None:
-        here.crew.check()
+        here.processes.check()
         if here.on_step is not None:
             here.on_step(number, result)
         bar.update(1)
-        bar.set_postfix(match=f"{result.match.mean().item():.4f}")
+        bar.set_postfix(match_loss=f"{result.match_loss.mean().item():.4f}")
         here.folder.snapshot(number, result)
 
     return report
@@ -134,7 +134,7 @@ def _report(number: int, here: Circumstances, bar: tqdm) -> Callable[[admm.Resul
 
 def _text(plan: Plan, ids: Tensor) -> str:
     """The text of (L,) tokens; empty of a group that never had a projection (it went non-finite at once)."""
-    count = int(text_mask(ids, plan.reading.end).sum())
+    count = int(text_mask(ids, plan.decoding.end).sum())
     return plan.tokens.decode(token for token in ids[:count].tolist() if token >= 0)
 
 
@@ -149,9 +149,9 @@ def _history(plan: Plan, results: Sequence[admm.Result]) -> list[dict]:
 def _ended(plan: Plan, results: Sequence[admm.Result]) -> list[dict]:
     """Why each group stopped, and its loss."""
     reasons = [reason for result in results for reason in result.reason]
-    matches = [value for result in results for value in result.match.tolist()]
+    matches = [value for result in results for value in result.match_loss.tolist()]
     return [
-        {"group": group, "label": plan.task.labels[label], "reason": reason, "match": match if math.isfinite(match) else None}
+        {"group": group, "label": plan.task.labels[label], "reason": reason, "match_loss": match if math.isfinite(match) else None}
         for group, (label, reason, match) in enumerate(zip(plan.classes, reasons, matches, strict=True))
     ]
 
@@ -159,17 +159,17 @@ def _ended(plan: Plan, results: Sequence[admm.Result]) -> list[dict]:
 # ---------------------------------------------------------------- pool
 
 
-def _search_pool(plan: Plan, here: Circumstances) -> Written:
+def _search_pool(plan: Plan, here: RunContext) -> SearchOutput:
     """Finished texts that the model writes freely; each class is one group."""
     tokens = plan.tokens
-    around = max(*map(len, tokens.prompts), len(tokens.start + tokens.head + tokens.tail) + max(map(len, tokens.openings)))
+    around = max(*map(len, tokens.prompts), len(tokens.start + tokens.prefix + tokens.suffix) + max(map(len, tokens.openings)))
     longest = max(MIN_TOKENS, min(2 * plan.length, plan.model.context - around))
     sampling = Sampling(max_tokens=longest, min_tokens=MIN_TOKENS)
-    share = _TextUnits(here.folder, here.crew)
+    share = _TextUnits(here.folder, here.processes)
     pool = generate_counts(plan.model, plan.task, plan.written_per_class, stream(plan.config.seed, "pool"), sampling, share=share)
     classes = [example.label for example in pool]
-    ended = [{"group": number, "label": label, "reason": "the pool is written", "match": None} for number, label in enumerate(plan.task.labels)]
-    return Written([example.text for example in pool], classes, classes, None, ended)
+    ended = [{"group": number, "label": label, "reason": "the pool is written", "match_loss": None} for number, label in enumerate(plan.task.labels)]
+    return SearchOutput([example.text for example in pool], classes, classes, None, ended)
 
 
 @dataclass
@@ -177,7 +177,7 @@ class _TextUnits:
     """Shares the batches of texts of each round out to the processes; a unit is a batch, numbered through all rounds."""
 
     folder: RunFolder
-    crew: Crew
+    processes: ProcessGroup
     given: int = 0
 
     def __call__(self, batches: Sequence[Batch], write: Callable[[Batch], list[str]]) -> list[list[str]]:
@@ -192,10 +192,10 @@ class _TextUnits:
             return texts
 
         def read(unit: int) -> list[str]:
-            self.crew.find(self.folder.texts_place(unit))
+            self.processes.find(self.folder.texts_place(unit))
             return self.folder.load_texts(unit)
 
-        return self.crew.share(f"texts {first}", range(first, self.given), work, read)
+        return self.processes.share(f"texts {first}", range(first, self.given), work, read)
 
 
 _BY_NAME = {"admm": _search_admm, "pool": _search_pool}  # of settings.SEARCHES

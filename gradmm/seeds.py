@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from gradmm.errors import require, shown
+from gradmm.errors import require, short_repr
 
 
 def stream(seed: int, purpose: str, unit: int | str = 0) -> int:
@@ -13,7 +13,7 @@ def stream(seed: int, purpose: str, unit: int | str = 0) -> int:
     Raises:
         UserError: a seed that is no whole number.
     """
-    require(hasattr(seed, "__index__"), f"seed = {shown(seed)}, it must be a whole number: give such as 0")
+    require(hasattr(seed, "__index__"), f"seed = {short_repr(seed)}, it must be a whole number: give such as 0")
     digest = hashlib.sha256(f"{seed}/{purpose}/{unit}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

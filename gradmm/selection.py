@@ -53,7 +53,7 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Selection:
     """What became of one text."""
 
     kept: bool
@@ -61,7 +61,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Selector:
     """By what texts are chosen, whoever wrote them.
 
     Attributes:
@@ -92,14 +92,14 @@ class Selection:
             N rows of the columns of `SynthesisResult.dataset`, without the group.
         """
         perplexity = self._perplexities(texts)
-        verdicts, match = self.verdicts(texts, classes, perplexity)
+        verdicts, match = self.choose(texts, classes, perplexity)
         labels = self.tokens.task.labels
         return [
             {
                 "text": text,
                 "label": label,
                 "label_name": labels[label],
-                "match": match[i],
+                "match_loss": match[i],
                 "perplexity": perplexity[i],
                 "kept": verdicts[i].kept,
                 "reason": verdicts[i].reason,
@@ -109,12 +109,12 @@ class Selection:
 
     def keep(self, examples: Sequence[Example]) -> list[Example]:
         """Those of N examples whose texts are to be kept."""
-        verdicts, _ = self.verdicts([example.text for example in examples], [example.label for example in examples])
+        verdicts, _ = self.choose([example.text for example in examples], [example.label for example in examples])
         return [example for example, verdict in zip(examples, verdicts, strict=True) if verdict.kept]
 
-    def verdicts(
+    def choose(
         self, texts: list[str], classes: list[int], perplexity: list[float] | None = None
-    ) -> tuple[list[Verdict], list[float]]:
+    ) -> tuple[list[Selection], list[float]]:
         """Which texts to keep: the readable ones, of these what the filter passes, then the ranking within each class.
 
         Warns where fewer are kept than were asked for.
@@ -314,7 +314,7 @@ def select(
     per_class: Sequence[int],
     labels: Sequence[str],
     criterion: str = "matching loss",
-) -> list[Verdict]:
+) -> list[Selection]:
     """Keep the `per_class` texts of each class with the lowest score among those that passed the filter.
 
     Where fewer pass than were asked for, the best of the misread ones fill up, and say so; texts that are barred never
@@ -347,25 +347,25 @@ def select(
         len(barred) == len(classes) == len(scores),
         f"{len(barred)} reasons, {len(classes)} classes, {len(scores)} scores: give one of each a text",
     )
-    verdicts = {i: Verdict(False, reason) for i, reason in enumerate(barred) if reason is not None}
+    verdicts = {i: Selection(False, reason) for i, reason in enumerate(barred) if reason is not None}
     for number, wanted in enumerate(per_class):
         members = [i for i, label in enumerate(classes) if label == number and i not in verdicts]
         passed = sorted((i for i in members if misread[i] is None), key=lambda i: (scores[i], i))
         failed = {i: wrong for i in members if (wrong := misread[i]) is not None}
         for rank, i in enumerate(passed, 1):
             kept = rank <= wanted
-            verdicts[i] = Verdict(
+            verdicts[i] = Selection(
                 kept, (KEPT if kept else RANK).format(rank, len(passed), criterion if kept else wanted)
             )
         for place, i in enumerate(sorted(failed, key=lambda i: (scores[i], i)), len(passed)):
             reading = LABEL.format(labels[failed[i]], float(probabilities[i, failed[i]]))
             verdicts[i] = (
-                Verdict(True, FILLED.format(len(passed), wanted)) if place < wanted else Verdict(False, reading)
+                Selection(True, FILLED.format(len(passed), wanted)) if place < wanted else Selection(False, reading)
             )
     return [verdicts[i] for i in range(len(classes))]
 
 
-def _warn_of_shortage(verdicts: Sequence[Verdict], wanted: int) -> None:
+def _warn_of_shortage(verdicts: Sequence[Selection], wanted: int) -> None:
     kept = sum(verdict.kept for verdict in verdicts)
     if kept < wanted:
         counts = ", ".join(

@@ -17,7 +17,7 @@ from gradmm.errors import (
     require_settings,
     require_whole,
     settings_from,
-    shown,
+    short_repr,
 )
 from gradmm.gradients import DISTANCES
 from gradmm.initialisation import INITIALISATIONS
@@ -106,7 +106,7 @@ class SynthesisConfig:
         ):
             value = getattr(self, name)
             require(
-                is_number(value) and value >= least, f"{name} = {shown(value)}, it must be at least {least}: {mend}"
+                is_number(value) and value >= least, f"{name} = {short_repr(value)}, it must be at least {least}: {mend}"
             )
         require_flag(self.early_end, "early_end")
         require_whole(self.seed, "seed")
@@ -118,7 +118,7 @@ class SynthesisConfig:
             value = getattr(self, name)
             require(
                 isinstance(value, str) and value in known,
-                f"the {name} {shown(value)} is not known: use one of {', '.join(known)}",
+                f"the {name} {short_repr(value)} is not known: use one of {', '.join(known)}",
             )
         solver = admm.Config(self.rho, self.outer_steps, self.inner_steps, self.lr)  # checks its own settings
         object.__setattr__(self, "solver", solver)
@@ -146,7 +146,7 @@ def _settings(config: SynthesisConfig) -> dict:
 def _require_count(name: str, value) -> None:
     require(
         is_whole(value) and value >= 1,
-        f"{name} = {shown(value)}, it must be a whole number of at least 1: give {SynthesisConfig.__dict__[name] or 1}",
+        f"{name} = {short_repr(value)}, it must be a whole number of at least 1: give {SynthesisConfig.__dict__[name] or 1}",
     )
 
 
@@ -197,7 +197,7 @@ def preset(name: str, **changes) -> SynthesisConfig:
         gradmm.errors.UserError: search = 'ADMM' is not known: did you mean admm?
     """
     known = isinstance(name, str) and name in PRESETS
-    require(known, f"search = {shown(name)} is not known: {near(str(name), PRESETS, 'use one of')}")
+    require(known, f"search = {short_repr(name)} is not known: {near(str(name), PRESETS, 'use one of')}")
     require_settings(SynthesisConfig, changes)
     return replace(PRESETS[name], **{setting: value for setting, value in changes.items() if value is not None})
 

@@ -53,7 +53,7 @@ def launched() -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class Crew:
+class ProcessGroup:
     """The processes that do one synthesis; by default one alone, which never waits.
 
     Attributes:
@@ -88,7 +88,7 @@ class Crew:
         self.meet(f"{place}, read")  # until here nobody clears anything away
         return found
 
-    def after_first(self, place: str, call: Callable[[], T]) -> T:
+    def main_first(self, place: str, call: Callable[[], T]) -> T:
         """The call's result: the leading process calls first, the others when it has."""
         if self.leads:
             result = call()
@@ -196,7 +196,7 @@ class Crew:
 
 
 @contextmanager
-def crew(output: str | Path | None) -> Iterator[Crew]:
+def processes(output: str | Path | None) -> Iterator[ProcessGroup]:
     """The processes of this synthesis, as the launcher started them; an error within ends them all.
 
     Every process must come here equally often and in the same order.
@@ -206,17 +206,17 @@ def crew(output: str | Path | None) -> Iterator[Crew]:
     """
     rank, count, _ = launched()
     if count == 1:
-        yield Crew()
+        yield ProcessGroup()
         return
     require(
         output is not None,
         f"{count} processes were launched and share one synthesis through its folder: give output, a folder that all "
         "of them see",
     )
-    meeting = Crew(rank, count)
+    meeting = ProcessGroup(rank, count)
     with meeting._reached():
         base, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
         visit = base.add(f"gradmm/visits/{rank}", 1)
-    here = Crew(rank, count, torch.distributed.PrefixStore(f"gradmm/{visit}", base))
+    here = ProcessGroup(rank, count, torch.distributed.PrefixStore(f"gradmm/{visit}", base))
     with here._at_work():
         yield here

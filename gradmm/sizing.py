@@ -102,11 +102,11 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
         "state": 2 * work.batch * state + shape.vocabulary * shape.wide,
     }
     phases = {
-        "start": _walk(shape, work, min(rows, Sampling.batch_size), 5) + 2 * work.batch * state,
+        "start": _decode(shape, work, min(rows, Sampling.batch_size), 5) + 2 * work.batch * state,
         "inner_steps": max(
             _inner_steps(shape, work) + 2 * work.batch * state + 8 * work.together * state, 8 * work.batch * state
         ),
-        "projection": _walk(shape, work, rows, 3)
+        "projection": _decode(shape, work, rows, 3)
         + min(max(work.gathered, candidates), rows * candidates)
         * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
         + 4 * work.batch * state,
@@ -121,7 +121,7 @@ def _inner_steps(shape: ModelShape, work: Work) -> int:
     return _activations(shape, work.positions, texts) * shape.bytes + 5 * texts * shape.vocabulary * shape.wide
 
 
-def _walk(shape: ModelShape, work: Work, rows: int, blocks: int) -> int:
+def _decode(shape: ModelShape, work: Work, rows: int, blocks: int) -> int:
     """Texts read token by token: keys and values, and some blocks of the vocabulary's width."""
     cached = 2 * (shape.layers + 1) * shape.width * (work.prompt + work.length) * rows * shape.bytes
     return cached + blocks * rows * shape.vocabulary * shape.wide

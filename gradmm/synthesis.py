@@ -15,15 +15,15 @@ import pandas
 from gradmm import files, sharding
 from gradmm.card import dataset_card
 from gradmm.errors import require, require_flag, require_type
-from gradmm.locks import alone
+from gradmm.locks import lock
 from gradmm.models import Model, require_model
 from gradmm.plan import Plan
 from gradmm.privacy import Release
 from gradmm.runs import RunFolder
-from gradmm.searches import OnStep, Written, search
+from gradmm.searches import OnStep, SearchOutput, search
 from gradmm.selection import count_dropped
 from gradmm.settings import SynthesisConfig
-from gradmm.sharding import Crew
+from gradmm.sharding import ProcessGroup
 from gradmm.tasks import Task, require_task
 
 
@@ -94,19 +94,19 @@ def synthesize(
     release, config = _checked(release, model, task).to(model.device), config or SynthesisConfig()
     plan = Plan.of(model, task, release, config)
     plan.check_processes()
-    with sharding.crew(output) as crew, alone(output if crew.leads else None):
-        folder = crew.after_first("open", lambda: _open(plan, output, crew))
-        written = None if folder.finished else search(plan, folder, crew, progress and crew.leads, on_step)
-        return crew.after_first("close", lambda: _conclude(plan, written, folder))
+    with sharding.processes(output) as processes, lock(output if processes.leads else None):
+        folder = processes.main_first("open", lambda: _open(plan, output, processes))
+        written = None if folder.finished else search(plan, folder, processes, progress and processes.leads, on_step)
+        return processes.main_first("close", lambda: _conclude(plan, written, folder))
 
 
-def _open(plan: Plan, output: str | Path | None, crew: Crew) -> RunFolder:
-    if output is not None and not crew.leads:
-        crew.find(Path(output) / "manifest.json")
+def _open(plan: Plan, output: str | Path | None, processes: ProcessGroup) -> RunFolder:
+    if output is not None and not processes.leads:
+        processes.find(Path(output) / "manifest.json")
     return RunFolder.open(output, plan.identity())
 
 
-def _conclude(plan: Plan, written: Written | None, folder: RunFolder) -> SynthesisResult:
+def _conclude(plan: Plan, written: SearchOutput | None, folder: RunFolder) -> SynthesisResult:
     """The results, read back where they are finished, by another process or an earlier run; else judged and saved."""
     if written is None or folder.finished:
         rows, history, manifest = folder.load()
@@ -148,9 +148,9 @@ def _checked(release, model: Model, task: Task) -> Release:
     return release
 
 
-def _collect(plan: Plan, written: Written, folder: RunFolder) -> SynthesisResult:
+def _collect(plan: Plan, written: SearchOutput, folder: RunFolder) -> SynthesisResult:
     """The texts' scores and verdicts, and the manifest."""
-    judged = zip(plan.selection.rows(written.texts, written.classes), written.groups, strict=True)
+    judged = zip(plan.selector.rows(written.texts, written.classes), written.groups, strict=True)
     rows: list[dict] = [
         {name: group if name == "group" else row[name] for name in _features()} for row, group in judged
     ]
@@ -187,6 +187,6 @@ def _choice(plan: Plan, kept: list[dict]) -> pandas.DataFrame:
 
 
 def _features() -> datasets.Features:
-    kinds = {"text": "string", "label": "int64", "label_name": "string", "match": "float64", "perplexity": "float64",
+    kinds = {"text": "string", "label": "int64", "label_name": "string", "match_loss": "float64", "perplexity": "float64",
              "group": "int64", "kept": "bool", "reason": "string"}  # fmt: skip
     return datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})

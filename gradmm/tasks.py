@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from gradmm import files
-from gradmm.errors import UserError, is_whole, plain_fields, require, require_type, shown
+from gradmm.errors import UserError, is_whole, plain_fields, require, require_type, short_repr
 from gradmm.markup import check_name, plain_name
 from gradmm.rows import Row, read_label_names, read_split
 
@@ -53,15 +53,15 @@ class HubSource:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        require(isinstance(self.path, str), f"a hub source has the path {shown(self.path)}: give the data set's id, a text")
+        require(isinstance(self.path, str), f"a hub source has the path {short_repr(self.path)}: give the data set's id, a text")
         require(
             isinstance(self.splits, Mapping) and "train" in self.splits and set(self.splits) <= {"train", "validation", "test"},
-            f"the hub source {self.path!r} has splits = {shown(self.splits)}: name the hub's train split, and validation and "
+            f"the hub source {self.path!r} has splits = {short_repr(self.splits)}: name the hub's train split, and validation and "
             "test if it has them",
         )
         require(
             self.classes is None or isinstance(self.classes, list | tuple),
-            f"the hub source {self.path!r} has classes = {shown(self.classes)}: give a list of the hub's label numbers",
+            f"the hub source {self.path!r} has classes = {short_repr(self.classes)}: give a list of the hub's label numbers",
         )
 
 
@@ -108,12 +108,12 @@ class Task:
         values = getattr(self, name)
         require(
             isinstance(values, list | tuple) and all(isinstance(value, str) for value in values),
-            f"task {self.name!r} has {name} = {shown(values)}: give a list of strings",
+            f"task {self.name!r} has {name} = {short_repr(values)}: give a list of strings",
         )
         object.__setattr__(self, name, tuple(values) or default)
 
     def _check_labels(self) -> None:
-        require(isinstance(self.name, str) and self.name != "", f"a task has the name {shown(self.name)}: give a short text")
+        require(isinstance(self.name, str) and self.name != "", f"a task has the name {short_repr(self.name)}: give a short text")
         check_name(self.name, "the task's name")
         count = len(self.labels)
         require(count >= 2, f"task {self.name!r} has {count} class(es), at least 2 are needed: name the other labels")
@@ -132,17 +132,17 @@ class Task:
         )
         require(
             self.prompt_style in PROMPT_STYLES,
-            f"task {self.name!r} has prompt_style = {shown(self.prompt_style)}: use one of {', '.join(PROMPT_STYLES)}",
+            f"task {self.name!r} has prompt_style = {short_repr(self.prompt_style)}: use one of {', '.join(PROMPT_STYLES)}",
         )
         require(
             is_whole(self.min_words) and self.min_words >= 1,
-            f"task {self.name!r} has min_words = {shown(self.min_words)}: give a whole number of at least 1",
+            f"task {self.name!r} has min_words = {short_repr(self.min_words)}: give a whole number of at least 1",
         )
 
     def _check_template(self) -> None:
         require(
             isinstance(self.template, str) and self.template.count(SLOT) == 1,
-            f"task {self.name!r} has the template {shown(self.template)}: it must contain {SLOT} exactly once",
+            f"task {self.name!r} has the template {short_repr(self.template)}: it must contain {SLOT} exactly once",
         )
         require(
             not self.template.endswith(" "),
@@ -212,16 +212,16 @@ class TaskTokens:
 
     Attributes:
         start: what the tokenizer itself puts before a text, see `start_tokens`.
-        head, tail: the template's tokens before and after the text.
+        prefix, suffix: the template's tokens before and after the text.
         labels: C distinct verbalizer tokens.
-        before: the template up to the text, with the space that `head` leaves to the text's first token.
+        before: the template up to the text, with the space that `prefix` leaves to the text's first token.
     """
 
     task: Task
     tokenizer: object
     start: tuple[int, ...]
-    head: tuple[int, ...]
-    tail: tuple[int, ...]
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
     labels: tuple[int, ...]
     before: str
 
@@ -275,7 +275,7 @@ class TaskTokens:
 
     def sequence(self, text: str) -> list[int]:
         """The tokens of the whole prompt around one text; the label's token comes next."""
-        return [*self.start, *self.head, *self.encode(text), *self.tail]
+        return [*self.start, *self.prefix, *self.encode(text), *self.suffix]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Tokens back to text, without special tokens and outer spaces."""
@@ -300,8 +300,8 @@ def tokenize_task(task: Task, tokenizer) -> TaskTokens:
         task=task,
         tokenizer=tokenizer,
         start=start_tokens(tokenizer),
-        head=tuple(_encode(tokenizer, before.rstrip(" "))),
-        tail=tuple(tail),
+        prefix=tuple(_encode(tokenizer, before.rstrip(" "))),
+        suffix=tuple(tail),
         labels=_label_tokens(task, tokenizer),
         before=before,
     )
@@ -437,7 +437,7 @@ def warn_of_equal_prompts(task: Task) -> None:
     words = [_name_of(label) or _name_of(verbalizer) for label, verbalizer in zip(task.labels, verbalizers, strict=True)]
     line = [NAMED_PROMPT.format(word or f"({label}: say what it is)") for label, word in zip(task.labels, words, strict=True)]
     warnings.warn(
-        f"task {task.name!r} has the same generation prompt for the labels {', '.join(map(shown, alike))}, so a model writes them "
+        f"task {task.name!r} has the same generation prompt for the labels {', '.join(map(short_repr, alike))}, so a model writes them "
         f"the same kind of text: write into task.yaml such as generation_prompts: {json.dumps(line, ensure_ascii=False)}",
         stacklevel=2,
     )
@@ -535,7 +535,7 @@ def load_task(task: "str | Path | Task | Mapping") -> Task:
         return _task_from_mapping(files.read_yaml(path), plain_name(path.stem))
     require(
         str(task) in TASKS,
-        f"there is no task {shown(str(task))}: give one of {', '.join(['demo', *TASKS])}, a YAML file, or a folder with train.jsonl",
+        f"there is no task {short_repr(str(task))}: give one of {', '.join(['demo', *TASKS])}, a YAML file, or a folder with train.jsonl",
     )
     return TASKS[str(task)]
 
@@ -550,9 +550,9 @@ def _task_from_mapping(values, name: str) -> Task:
 
 def _known_fields(values, kind: type, needed: tuple[str, ...], what: str) -> dict:
     """The values as keyword arguments of a dataclass."""
-    require(isinstance(values, Mapping), f"{what} is {shown(values)}: give a mapping with {' and '.join(needed)}")
+    require(isinstance(values, Mapping), f"{what} is {short_repr(values)}: give a mapping with {' and '.join(needed)}")
     known = {item.name for item in fields(kind)}
-    unknown = [shown(key) for key in values if key not in known]
+    unknown = [short_repr(key) for key in values if key not in known]
     require(not unknown, f"{what} has the unknown field {', '.join(unknown)}: the fields are {', '.join(sorted(known))}")
     missing = [name for name in needed if name not in values]
     require(not missing, f"{what} lacks {' and '.join(missing)}: add what is missing")
@@ -631,7 +631,7 @@ def _unnamed(folder: Path, labels: Sequence[int | str]) -> str:
     if len(labels) == 2 and all(isinstance(label, int) for label in labels):
         names = dict(zip(names, ("negative", "positive"), strict=True))
     return (
-        f"the labels of {folder / 'train.jsonl'} are {shown(list(labels))}: use names, or every number from 0, or "
+        f"the labels of {folder / 'train.jsonl'} are {short_repr(list(labels))}: use names, or every number from 0, or "
         "name them in "
         f"labels.json beside it, {json.dumps({'labels': names}, ensure_ascii=False)}, with your own names for the "
         "classes"

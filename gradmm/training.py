@@ -16,7 +16,16 @@ from transformers import get_linear_schedule_with_warmup
 
 from gradmm.adapters import ADAPTERS, add_lora, fold_lora, start_lora
 from gradmm.classification import Encoded, score
-from gradmm.errors import is_number, is_whole, plain_fields, require, require_flag, require_whole, settings_from, shown
+from gradmm.errors import (
+    is_number,
+    is_whole,
+    plain_fields,
+    require,
+    require_flag,
+    require_whole,
+    settings_from,
+    short_repr,
+)
 from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
@@ -70,7 +79,7 @@ class FinetuneConfig:
             isinstance(rates, list | tuple)
             and len(rates) > 0
             and all(is_number(rate) and 0 < rate < 1 for rate in rates),
-            f"learning_rates = {shown(rates)}, each must be above 0 and below 1: give a list such as [0.00005, 0.0002]",
+            f"learning_rates = {short_repr(rates)}, each must be above 0 and below 1: give a list such as [0.00005, 0.0002]",
         )
         object.__setattr__(self, "learning_rates", tuple(float(rate) for rate in rates))
         for name in COUNTS:
@@ -78,23 +87,23 @@ class FinetuneConfig:
             optional = name in ("patience", "max_validation") and value is None
             require(
                 optional or (is_whole(value) and value >= 1),
-                f"{name} = {shown(value)}, it must be a whole number of at least 1: the default is {_default(name)}",
+                f"{name} = {short_repr(value)}, it must be a whole number of at least 1: the default is {_default(name)}",
             )
         for name in ("warmup", "weight_decay"):
             value = getattr(self, name)
             require(
                 is_number(value) and value >= 0,
-                f"{name} = {shown(value)}, it must be at least 0: the default is {_default(name)}",
+                f"{name} = {short_repr(value)}, it must be at least 0: the default is {_default(name)}",
             )
         require(
             is_number(self.gradient_clip) and self.gradient_clip > 0,
-            f"gradient_clip = {shown(self.gradient_clip)}, it must be above 0: the default is 1.0",
+            f"gradient_clip = {short_repr(self.gradient_clip)}, it must be above 0: the default is 1.0",
         )
         require_flag(self.autocast, "autocast")
         require_whole(self.seed, "seed")
         require(
             self.adapter in (None, *ADAPTERS),
-            f"the adapter {shown(self.adapter)} is not known: use None or one of {', '.join(ADAPTERS)}",
+            f"the adapter {short_repr(self.adapter)} is not known: use None or one of {', '.join(ADAPTERS)}",
         )
 
     @staticmethod

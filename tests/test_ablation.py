@@ -11,7 +11,6 @@ from test_protocol import CONFIG, FOUR, TWO, splits_of, toy
 
 from gradmm.errors import UserError
 from gradmm.examples import Example
-from gradmm.experiments import trial
 from gradmm.experiments.ablation import against_base, agreement, changed, effects, value_of, vary
 from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.synthesis import synthesize
@@ -39,7 +38,7 @@ def test_a_pool_is_written_once_and_chosen_from_as_if_it_were_written_again(tiny
     base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, oversample=2.0, length=5))
     factors = {"space": ["label_rows"], "ranking": ["text"], "oversample": [1.5]}
     apart = vary(model, TWO, splits_of(TWO), base, factors, (0,), progress=False)
-    monkeypatch.setattr(trial, "synthesize", lambda *given, **named: written.append(given) or synthesize(*given, **named))
+    monkeypatch.setattr(seed_run, "synthesize", lambda *given, **named: written.append(given) or synthesize(*given, **named))
     shared = vary(model, TWO, splits_of(TWO), base, factors, (0,), tmp_path, progress=False)
     pandas.testing.assert_frame_equal(apart, shared)
     assert len(written) == 2  # the base's and the smaller one

@@ -45,7 +45,7 @@ def test_a_quadratic_over_a_discrete_set_ends_at_its_known_optimum():
     result = admm.solve(quadratic(centres), nearest(codes), admm.start(draw(40, 1, 1, 3, seed=2)), config)
     best = torch.cdist(centres.flatten(0, 2), codes).argmin(-1).view(40, 1, 1)
     assert torch.equal(result.value, best)
-    torch.testing.assert_close(result.match, (codes[best] - centres).square().sum((1, 2, 3)))
+    torch.testing.assert_close(result.match_loss, (codes[best] - centres).square().sum((1, 2, 3)))
 
 
 def test_a_coupled_quadratic_over_a_small_discrete_set_is_no_worse_than_rounding_and_near_the_best_of_all():
@@ -58,7 +58,7 @@ def test_a_coupled_quadratic_over_a_small_discrete_set_is_no_worse_than_rounding
     config = admm.Config(rho=2.0, outer_steps=60, inner_steps=40, lr=0.05, clip=None)
     result = admm.solve(f, nearest(codes), admm.start(continuous), config)
     found = f(codes[result.value], None, torch.arange(8))
-    torch.testing.assert_close(result.match, found)
+    torch.testing.assert_close(result.match_loss, found)
     assert bool((found <= rounded + 1e-12).all()) and bool((found >= values.min(1).values - 1e-12).all())
     assert int((found <= values.min(1).values + 1e-9).sum()) >= 6
 
@@ -120,7 +120,7 @@ def test_the_answer_is_the_projected_iterate_with_the_lowest_match_z_not_the_las
     config = admm.Config(outer_steps=3, inner_steps=1)
     f = quadratic(torch.full((1, 1, 1, 1), 0.9, dtype=WIDE))
     result = admm.solve(f, scripted, admm.start(torch.zeros(1, 1, 1, 1, dtype=WIDE)), config)
-    assert result.value.item() == 1 and result.match.item() == pytest.approx(0.01)
+    assert result.value.item() == 1 and result.match_loss.item() == pytest.approx(0.01)
     assert [row["match_z"] for row in result.history] == pytest.approx([1.21, 0.01, 0.81])
 
 
@@ -129,7 +129,7 @@ def test_the_last_x_is_projected_too():
     config = admm.Config(outer_steps=1, inner_steps=200, lr=0.05, rho=1e-3)
     f = quadratic(torch.ones(1, 1, 1, 1, dtype=WIDE))
     result = admm.solve(f, nearest(codes), admm.start(torch.zeros(1, 1, 1, 1, dtype=WIDE)), config)
-    assert result.history[0]["match_z"] == 1.0 and result.value.item() == 1 and result.match.item() == 0.0
+    assert result.history[0]["match_z"] == 1.0 and result.value.item() == 1 and result.match_loss.item() == 0.0
 
 
 def test_groups_do_not_influence_one_another():
@@ -168,7 +168,7 @@ def test_a_group_that_turns_non_finite_stops_with_a_reason_and_leaves_the_others
     result = admm.solve(poisoned, nearest(codes), start, config)
     alone = admm.solve(quadratic(centres), nearest(codes), start, config)
     assert result.reason == (admm.NON_FINITE.format(1), admm.STEP_LIMIT.format(5))
-    assert torch.equal(result.value[1], alone.value[1]) and math.isinf(result.match[0])
+    assert torch.equal(result.value[1], alone.value[1]) and math.isinf(result.match_loss[0])
 
 
 def test_a_callback_stops_all_groups():
@@ -275,7 +275,7 @@ def test_a_result_without_vectors_has_all_else():
     begin = admm.start(draw(2, 3, 4, 5))
     lean = begin.without_vectors()
     assert [part.numel() for part in (lean.state.x, lean.state.lam)] == [0, 0]
-    for name in ("value", "match"):
+    for name in ("value", "match_loss"):
         assert getattr(lean, name) is getattr(begin, name)
     for name in ("ids", "active"):
         assert getattr(lean.state, name) is getattr(begin.state, name)
@@ -306,7 +306,7 @@ def test_a_start_is_as_said():
     assert state.active.tolist() == [True, True]
     assert torch.equal(state.ids, torch.full((2, 3, 4), -1)) and torch.equal(begin.value, state.ids)
     assert state.active.dtype == torch.bool and state.ids.dtype == torch.long
-    assert begin.match.tolist() == [math.inf, math.inf] and begin.reason == ("", "") and begin.history == []
+    assert begin.match_loss.tolist() == [math.inf, math.inf] and begin.reason == ("", "") and begin.history == []
 
 
 def test_the_share_of_changed_tokens():
@@ -320,7 +320,7 @@ def test_the_share_of_changed_tokens():
 def test_among_equal_projections_the_first_is_kept():
     config = admm.Config(outer_steps=3, inner_steps=1)
     result = admm.solve(flat, scripted([1], [2], [3], [4]), admm.start(torch.zeros(1, 1, 1, 1, dtype=WIDE)), config)
-    assert result.value.item() == 1 and result.match.item() == 0.5
+    assert result.value.item() == 1 and result.match_loss.item() == 0.5
 
 
 def test_the_last_inner_gradient_is_recorded_before_it_is_clipped():
@@ -377,7 +377,7 @@ def test_what_is_made_lies_where_x_lies():
     with torch.device("meta"):
         begin = admm.start(x)
         passes = admm._passes(begin.state.ids, config)
-    made = [*passes, begin.value, begin.match, begin.state.active]
+    made = [*passes, begin.value, begin.match_loss, begin.state.active]
     assert {tensor.device.type for tensor in made} == {"cpu"}
 
 
@@ -396,6 +396,6 @@ def test_the_last_projection_is_of_the_groups_that_are_finite(name):
     part[0, 0, 1] = math.inf
     ended = replace(begin, state=replace(begin.state, **{name: part}, active=torch.zeros(2, dtype=torch.bool)))
     result = admm.solve(flat, scripted([1, 2]), ended, config)
-    assert result.value.tolist() == [[[-1, -1]], [[1, 2]]] and result.match.tolist() == [math.inf, 0.5]
+    assert result.value.tolist() == [[[-1, -1]], [[1, 2]]] and result.match_loss.tolist() == [math.inf, 0.5]
     nothing = replace(ended, state=replace(ended.state, **{name: torch.full_like(part, math.nan)}))
     assert admm.solve(flat, scripted(), nothing, config) is nothing

@@ -20,7 +20,7 @@ from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
 from gradmm import admm, files
-from gradmm.errors import UserError, is_number, is_whole, shown
+from gradmm.errors import UserError, is_number, is_whole, short_repr
 from gradmm.examples import Example, check_examples, split_by_content
 from gradmm.experiments import batch
 from gradmm.experiments.protocol import compare
@@ -303,7 +303,7 @@ def test_the_solver_keeps_any_shape_and_vocabulary(groups, count, length, width,
 
     result = admm.solve(lambda x, ids, which: x.square().sum((1, 2, 3)), nearest, admm.start(x), config)
     assert result.value.shape == (groups, count, length) and result.value.min() >= 0 and result.value.max() < words
-    assert result.match.tolist() == pytest.approx(table[result.value].square().sum((1, 2, 3)).tolist())
+    assert result.match_loss.tolist() == pytest.approx(table[result.value].square().sum((1, 2, 3)).tolist())
     assert len(result.history) == 2 * groups
 
 
@@ -321,4 +321,4 @@ def test_any_parameter_file_is_read_or_refused_in_one_sentence(tmp_path, values)
 def test_what_counts_as_a_number():
     assert [is_number(value) for value in (1, -2.5, True, "1", NAN, INF, None, 10**400)] == [True, True] + [False] * 6
     assert [is_whole(value) for value in (3, True, 3.0, "3")] == [True, False, False, False]
-    assert len(shown("x" * 10_000)) < 80
+    assert len(short_repr("x" * 10_000)) < 80

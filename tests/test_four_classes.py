@@ -13,7 +13,7 @@ from gradmm import files
 from gradmm.examples import check_examples
 from gradmm.experiments import baselines
 from gradmm.experiments.protocol import compare
-from gradmm.experiments.trial import ComparisonConfig
+from gradmm.experiments.seed_run import ComparisonConfig
 from gradmm.generation import Sampling, generate_texts
 from gradmm.settings import SynthesisConfig
 from gradmm.training import FinetuneConfig
@@ -89,7 +89,7 @@ def test_a_comparison_with_a_learner(model, tiny_model, folder):
     found = compare(model, task, data, config, seeds=(0,), progress=False, learners=(learner,))
     for view in (found, found.on(learner.name)):
         assert set(view.methods) == set(baselines.METHODS) and all(0 <= m["macro_f1"] <= 1 for m in view.methods.values())
-        assert view.methods["real"]["match"] == pytest.approx(0, abs=1e-5)
+        assert view.methods["real"]["match_loss"] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.slow

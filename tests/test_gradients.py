@@ -46,10 +46,10 @@ def make(tiny_model, kind, space=None, distance="cosine"):
 
 def oracle(matching, explicit, x, classes, distance):
     model, tokens = matching.model, matching.tokens
-    before, after = (model.embed(torch.tensor(ids, dtype=torch.long)) for ids in (tokens.start + tokens.head, tokens.tail))
+    before, after = (model.embed(torch.tensor(ids, dtype=torch.long)) for ids in (tokens.start + tokens.prefix, tokens.suffix))
     return torch.stack(
         [
-            reference.match(model.lm, x[k], before, after, torch.full((x.shape[1],), tokens.labels[c]), explicit[c], distance)
+            reference.match_loss(model.lm, x[k], before, after, torch.full((x.shape[1],), tokens.labels[c]), explicit[c], distance)
             for k, c in enumerate(classes)
         ]
     )
@@ -153,7 +153,7 @@ def test_a_text_that_ends_early_matches_as_the_shorter_text(tiny_model, kind):
     short = Matching(matching.model, matching.tokens, matching.targets, matching.space, end=0)
     ids = torch.tensor([[[5, 6, 0, 0], [7, 8, 9, 10]]])
     x = matching.model.embed(ids)
-    alone = [matching.model.hidden_of([[*matching.tokens.start, *row, *matching.tokens.tail]]) for row in ([5, 6], [7, 8, 9, 10])]
+    alone = [matching.model.hidden_of([[*matching.tokens.start, *row, *matching.tokens.suffix]]) for row in ([5, 6], [7, 8, 9, 10])]
     hidden = torch.stack([h[0] for h in alone])[None]
     factors = head_factors(hidden, torch.full((1, 2), matching.tokens.labels[1]), matching.head)
     which = torch.tensor([1])

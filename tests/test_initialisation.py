@@ -5,7 +5,7 @@ import torch
 from gradmm.gradients import Factors, FactorTarget, Space
 from gradmm.initialisation import INITIALISATIONS, Shape, best_of
 from gradmm.matching import Matching
-from gradmm.projection import Reading, text_mask
+from gradmm.projection import DecodingConfig, text_mask
 from gradmm.seeds import generator
 from gradmm.tasks import Task, tokenize_task
 
@@ -15,7 +15,7 @@ TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the m
 def setting(model):
     source = torch.Generator().manual_seed(0)
     target = FactorTarget(Factors(torch.randn(3, 97, generator=source), torch.randn(3, 32, generator=source)))
-    reading = Reading("lm_then_nearest", 5, model.vocabulary, end=0, min_tokens=2)
+    reading = DecodingConfig("lm_then_nearest", 5, model.vocabulary, end=0, min_tokens=2)
     return Matching(model, tokenize_task(TASK, model.tokenizer), [target, target], Space(), end=0), reading
 
 

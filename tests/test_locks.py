@@ -21,8 +21,8 @@ from gradmm.experiments.protocol import compare
 
 HOLDER = """
 import sys, time
-from gradmm.locks import alone
-with alone(sys.argv[1]):
+from gradmm.locks import lock
+with lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -43,9 +43,9 @@ target = gradmm.release(model, task, gradmm.sample_examples(data.train, 4, task,
 config = gradmm.SynthesisConfig(n_synthetic=2, oversample=2)
 result = gradmm.synthesize(model, task, target, config, sys.argv[1], progress=False)
 assert result.manifest["clock"]["peak_memory"].keys() <= {"cuda"}, result.manifest["clock"]
-with locks.alone(sys.argv[1]):
+with locks.lock(sys.argv[1]):
     try:
-        with locks.alone(sys.argv[1]):
+        with locks.lock(sys.argv[1]):
             print("two hold one folder")
     except UserError as error:
         print(error)
@@ -61,19 +61,19 @@ def setting(tiny_model):
 
 
 def test_a_held_folder_is_refused_and_free_again_afterwards(tmp_path):
-    with locks.alone(tmp_path / "run"):
-        with pytest.raises(UserError, match=f"run {IN_USE}"), locks.alone(tmp_path / "run"):
+    with locks.lock(tmp_path / "run"):
+        with pytest.raises(UserError, match=f"run {IN_USE}"), locks.lock(tmp_path / "run"):
             pytest.fail("two runs hold one folder")
-        with locks.alone(tmp_path / "other"), locks.alone(None):
+        with locks.lock(tmp_path / "other"), locks.lock(None):
             pass
-    with locks.alone(tmp_path / "run"):
+    with locks.lock(tmp_path / "run"):
         pass
     assert os.listdir(tmp_path / "run") == []
 
 
 def test_an_error_lets_go(tmp_path):
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt), locks.alone(tmp_path):
+        with pytest.raises(KeyboardInterrupt), locks.lock(tmp_path):
             raise KeyboardInterrupt
 
 
@@ -84,14 +84,14 @@ def test_a_killed_process_keeps_nobody_out_and_its_unfinished_files_go(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(root)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=IN_USE), locks.alone(tmp_path):
+        with pytest.raises(UserError, match=IN_USE), locks.lock(tmp_path):
             pytest.fail("two processes hold one folder")
         (tmp_path / f".rows.jsonl.x7{files.UNFINISHED}").write_text("half a li")
         (tmp_path / f".running-x7{files.UNFINISHED}").mkdir()
         (tmp_path / "mine.unfinished").write_text("kept")
         holder.send_signal(signal.SIGKILL)
     assert (tmp_path / locks.NAME).exists()
-    with locks.alone(tmp_path):
+    with locks.lock(tmp_path):
         assert sorted(os.listdir(tmp_path)) == [locks.NAME, "mine.unfinished"]
 
 
@@ -108,7 +108,7 @@ def test_a_system_without_fcntl_and_resource_imports_all_rooms_and_runs(tmp_path
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_what_cannot_be_written_is_used_unheld(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
-    with locks.alone(tmp_path), locks.alone(tmp_path):
+    with locks.lock(tmp_path), locks.lock(tmp_path):
         pass
 
 
@@ -119,7 +119,7 @@ def test_a_file_system_without_locks_is_used_unheld(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with locks.alone(tmp_path):
+    with locks.lock(tmp_path):
         assert os.listdir(tmp_path) == [locks.NAME]
 
 
@@ -132,7 +132,7 @@ def test_no_two_threads_are_ever_inside_together(tmp_path):
         start.wait()
         for _ in range(200):
             try:
-                with locks.alone(tmp_path):
+                with locks.lock(tmp_path):
                     inside[0] += 1
                     most[0], held[0] = max(most[0], inside[0]), held[0] + 1
                     os.stat(tmp_path)
@@ -158,7 +158,7 @@ def test_a_second_synthesis_comparison_and_batch_are_refused_and_change_nothing(
         "comparison": lambda: compare(model, TWO, splits_of(TWO), CONFIG, ["none"], (0,), tmp_path / "run", progress=False),
         "batch": lambda: batch.run([job], 1, progress=False),
     }
-    with locks.alone(tmp_path / "run"):
+    with locks.lock(tmp_path / "run"):
         for run in second.values():
             with pytest.raises(UserError, match=IN_USE):
                 run()

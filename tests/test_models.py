@@ -29,7 +29,7 @@ from gradmm.models import (
     COMPILED,
     INSTRUCTIONS,
     KEPT,
-    Reader,
+    CachedDecoder,
     batches_by_length,
     fast_dtype,
     load_model,
@@ -350,7 +350,7 @@ def test_what_is_read_token_by_token_equals_whole_passes(toy_tokenizer, tiny_lm,
     with Widened() if family in FAMILIES else nullcontext():
         model = wrap_model(lm, toy_tokenizer, family)
         sequences = [(0, 5, 7), (0, 8), (0, 5, 7)]
-        reader = Reader.of(model, sequences)
+        reader = CachedDecoder.of(model, sequences)
         for step, rows in enumerate(([0, 1, 2], [2, 1], [1, 0, 1], [0, 2])):
             reader.select(torch.tensor(rows))
             sequences = [(*sequences[row], 10 + step + place) for place, row in enumerate(rows)]

@@ -41,7 +41,7 @@ def synthesis(results: dict, preset: dict) -> None:
     assert first["push"] == pytest.approx(first["x_minus_z"], rel=1e-4)
     assert first["lam"] < first["push"]
     scores = [score for runs in results["comparison"].values() for score in (runs["matched"], *runs["control"])]
-    assert all(0 <= score["match"] <= 2 and score["perplexity"] >= 1 for score in scores)
+    assert all(0 <= score["match_loss"] <= 2 and score["perplexity"] >= 1 for score in scores)
     assert all(text for row in results["texts"] for text in row.values())
 
 
@@ -78,7 +78,7 @@ def ablations(results: dict, preset: dict) -> None:
     assert all(-1.001 <= row[name] <= 1.001 for row in results["agreement"] for name in ("per_class", "contrast", "classes"))
     assert {row["factor"] for row in results["choices"]} == {row["factor"] for row in results["choice_effects"]} == set(preset["choices"])
     assert all("random_target" in methods for methods in results["methods"].values())
-    assert set(results["effects"]) == {"accuracy", "match", "perplexity"} and len(results["stages"]) == 8
+    assert set(results["effects"]) == {"accuracy", "match_loss", "perplexity"} and len(results["stages"]) == 8
 
 
 def theory(results: dict, preset: dict) -> None:
@@ -104,12 +104,12 @@ def transfer(results: dict, preset: dict) -> None:
     for name, figures in learner.items():
         assert len(figures["accuracy"]["runs"]) == preset["seeds"] and figures["n"] == writer[name]["n"]
         assert name == "none" or figures["perplexity"] != writer[name]["perplexity"]  # each model reads for itself
-    assert writer["real"]["match"] == pytest.approx(0, abs=1e-4) and learner["real"]["match"] == pytest.approx(0, abs=1e-4)
+    assert writer["real"]["match_loss"] == pytest.approx(0, abs=1e-4) and learner["real"]["match_loss"] == pytest.approx(0, abs=1e-4)
     gain = learner["gradmm"]["accuracy"]["mean"] - learner["none"]["accuracy"]["mean"]
     assert learner["gradmm"]["minus_none"]["mean"] == pytest.approx(gain)
     for share in filter(None, results["carried"]["demo-b"].values()):
         assert share["low"] <= share["share"] <= share["high"]
-    advantage = writer["prompt_only"]["match"] - writer["gradmm"]["match"]
+    advantage = writer["prompt_only"]["match_loss"] - writer["gradmm"]["match_loss"]
     assert results["match_advantage"]["demo"]["prompt_only"]["mean"] == pytest.approx(advantage)
 
 

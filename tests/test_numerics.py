@@ -51,7 +51,7 @@ def test_a_zero_target_leaves_every_text_as_far_as_it_is_and_the_run_ends_as_any
         if row["text"]:
             norms = matching.factors([row["text"]], [row["label"]])
             wanted = 1.0 if distance == "cosine" else float(norms.delta.square().sum() * norms.hidden.square().sum())
-            assert row["match"] == pytest.approx(wanted, rel=1e-4)
+            assert row["match_loss"] == pytest.approx(wanted, rel=1e-4)
     assert len(result.kept) == 4 and all(row["reason"].startswith("step limit") for row in result.manifest["groups_ended"])
 
 
@@ -59,13 +59,13 @@ def test_a_noised_target_that_came_out_zero_is_the_same(model):
     release = gradmm.release(model, TASK, REAL, epsilon=1.0, delta=1e-5, length=5)
     nothing = replace(release, targets=tuple(DenseTarget(target.weight * 0, None) for target in release.targets))
     result = gradmm.synthesize(model, TASK, nothing, SMALL, progress=False)
-    assert {row["match"] for row in result.dataset if row["text"]} == {1.0}
+    assert {row["match_loss"] for row in result.dataset if row["text"]} == {1.0}
 
 
 def test_one_example_a_class_is_enough(model):
     release = gradmm.release(model, TASK, [REAL[0], REAL[-1]], space="head")
     result = gradmm.synthesize(model, TASK, release, SMALL, progress=False)
-    assert len(result.kept) == 4 and all(0 <= row["match"] <= 2 for row in result.kept)
+    assert len(result.kept) == 4 and all(0 <= row["match_loss"] <= 2 for row in result.kept)
     matching = Matching(model, tokenize_task(TASK, model.tokenizer), release.targets, release.space)
     assert matching.of_texts([REAL[0]["text"]], [0]).item() == pytest.approx(0, abs=1e-5)
 

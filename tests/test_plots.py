@@ -44,7 +44,7 @@ def test_convergence_of_a_search_among_texts_is_the_loss_alone():
 
 
 def test_selection_draws_every_text():
-    table = {"label_name": ["a", "a", "b"], "kept": [True, False, True], "match": [0.1, 0.2, 0.3], "perplexity": [9.0, 8.0, 7.0]}
+    table = {"label_name": ["a", "a", "b"], "kept": [True, False, True], "match_loss": [0.1, 0.2, 0.3], "perplexity": [9.0, 8.0, 7.0]}
     (axes,) = plots.selection(datasets.Dataset.from_dict(table)).axes
     assert sum(len(points.get_offsets()) for points in axes.collections) == 3
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {"a, kept", "a, dropped", "b, kept"}
@@ -58,10 +58,10 @@ def test_accuracies_draw_every_run_and_name_the_mean():
 
 
 def test_models_stand_side_by_side_over_one_range():
-    axes = plots.by_model({"a": {"real": [0.5, 0.7], "none": [0.4]}, "b": {"real": [0.9], "none": [0.2]}}, "match", line=0.5).axes
+    axes = plots.by_model({"a": {"real": [0.5, 0.7], "none": [0.4]}, "b": {"real": [0.9], "none": [0.2]}}, "match_loss", line=0.5).axes
     assert [place.get_title() for place in axes] == ["a", "b"]
     assert [text.get_text() for text in axes[1].texts] == ["0.900", "0.200"]
-    assert len({place.get_xlim() for place in axes}) == 1 and axes[0].get_xlabel() == "match"
+    assert len({place.get_xlim() for place in axes}) == 1 and axes[0].get_xlabel() == "match_loss"
 
 
 def test_levels_write_the_median_beside_their_points():
@@ -91,7 +91,7 @@ def test_neighbouring_series_differ_without_colour():
 
 
 def test_text_in_tables_is_escaped():
-    html = plots.table([{"text": "<script>alert(1)</script>", "match": 0.12345}]).to_html()
+    html = plots.table([{"text": "<script>alert(1)</script>", "match_loss": 0.12345}]).to_html()
     assert "<script>" not in html and "&lt;script&gt;" in html and "0.123" in html
 
 

@@ -89,7 +89,7 @@ def test_two_private_sets_with_the_same_release_leave_the_same_bytes(model, tmp_
         run(model, rows, tmp_path / str(number))
         out, progress = capfd.readouterr()
         logs = [(record.levelname, record.getMessage()) for record in caplog.records]
-        bars = set(re.findall(r"match=[\d.]+", progress))  # how often the bar is drawn, and its other figures, are clock readings
+        bars = set(re.findall(r"match_loss=[\d.]+", progress))  # how often the bar is drawn, and its other figures, are clock readings
         found.append((written(tmp_path / str(number)), out, logs, bars, {row["text"] in progress for row in rows}))
     assert found[0] == found[1] and found[0][3] and found[0][4] == {False}
 

@@ -6,7 +6,7 @@ import torch
 from gradmm import models, projection
 from gradmm.errors import UserError
 from gradmm.experiments import reference
-from gradmm.projection import PROJECTIONS, Reading, Tables, project, text_mask
+from gradmm.projection import PROJECTIONS, DecodingConfig, TokenTables, project, text_mask
 from gradmm.vocabulary import Vocabulary
 
 PROMPTS = [(0, 40, 41), (0,), (0, 50, 51, 52, 53)]
@@ -28,7 +28,7 @@ def every(model) -> Vocabulary:
 def test_equals_brute_force_with_prompts_of_any_lengths_side_by_side(tiny_model, kind, order, k):
     model = tiny_model(kind)
     v, rows = vectors(model, 6, 7), torch.tensor([0, 1, 2, 2, 1, 0])
-    ids = project(model, Tables.of(model), v, PROMPTS, rows, Reading(order, k, every(model)))
+    ids = project(model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig(order, k, every(model)))
     for i, row in enumerate(rows.tolist()):
         expected = reference.project(model.lm, v[i : i + 1], PROMPTS[row], order, k, every(model).whole)
         assert torch.equal(ids[i : i + 1], expected)
@@ -38,7 +38,7 @@ def test_a_text_may_have_more_tokens_than_its_vectors_have_numbers(tiny_model):
     model = tiny_model("llama")
     v, rows = vectors(model, 1, 40), torch.zeros(1, dtype=torch.long)
     assert v.shape[1] > v.shape[2]
-    ids = project(model, Tables.of(model), v, PROMPTS[:1], rows, Reading("lm_then_nearest", 3, every(model)))
+    ids = project(model, TokenTables.of(model), v, PROMPTS[:1], rows, DecodingConfig("lm_then_nearest", 3, every(model)))
     assert ids.shape == (1, 40) and bool((ids >= 0).all())
 
 
@@ -48,7 +48,7 @@ def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
     allowed = torch.rand(97, generator=torch.Generator().manual_seed(1)) < 0.2
     v = vectors(model, 5, 6)
     for k in (1, int(allowed.sum())):
-        ids = project(model, Tables.of(model), v, PROMPTS[:1], torch.zeros(5, dtype=torch.long), Reading(order, k, Vocabulary.free(allowed)))
+        ids = project(model, TokenTables.of(model), v, PROMPTS[:1], torch.zeros(5, dtype=torch.long), DecodingConfig(order, k, Vocabulary.free(allowed)))
         assert bool(allowed[ids].all())
         assert torch.equal(ids, reference.project(model.lm, v, PROMPTS[0], order, k, allowed))
 
@@ -57,7 +57,7 @@ def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
 def test_more_candidates_than_allowed_tokens_let_no_other_token_in(tiny_model, order):
     """At a place where the end may not stand yet, one of the k tokens that are counted is not allowed."""
     model = tiny_model("phi")
-    allowed, tables, v = torch.zeros(97, dtype=torch.bool).index_fill(0, torch.arange(40, 43), True), Tables.of(model), vectors(model, 30, 1)[:, 0]
+    allowed, tables, v = torch.zeros(97, dtype=torch.bool).index_fill(0, torch.arange(40, 43), True), TokenTables.of(model), vectors(model, 30, 1)[:, 0]
     state, _ = model.read(torch.arange(30, 60)[:, None], None)
     found = PROJECTIONS[order](tables, state, v, allowed, 5)
     assert set(found.tolist()) <= {40, 41, 42} and torch.equal(found, PROJECTIONS[order](tables, state, v, allowed, 3))
@@ -68,9 +68,9 @@ def test_limits_of_k_with_all_tokens_as_candidates_one_criterion_rules(tiny_mode
     model = tiny_model("gpt2")
     v, rows = vectors(model, 4, 5), torch.zeros(4, dtype=torch.long)
     nearest = torch.cdist(v.flatten(0, 1), model.embedding).argmin(-1).view(4, 5)
-    assert torch.equal(project(model, Tables.of(model), v, PROMPTS, rows, Reading("lm_then_nearest", 97, every(model))), nearest)
-    greedy = project(model, Tables.of(model), v, PROMPTS, rows, Reading("nearest_then_lm", 97, every(model)))
-    assert torch.equal(greedy, project(model, Tables.of(model), v, PROMPTS, rows, Reading("lm_then_nearest", 1, every(model))))
+    assert torch.equal(project(model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig("lm_then_nearest", 97, every(model))), nearest)
+    greedy = project(model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig("nearest_then_lm", 97, every(model)))
+    assert torch.equal(greedy, project(model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig("lm_then_nearest", 1, every(model))))
 
 
 @pytest.mark.parametrize("order", PROJECTIONS)
@@ -79,8 +79,8 @@ def test_a_text_ends_at_the_end_token_and_not_before_it_may(tiny_model, order):
     end = 9
     v = vectors(model, 20, 8)
     v[:10, 1:] = model.embedding[end]
-    reading = Reading(order, 97 if order == "lm_then_nearest" else 1, every(model), end=end, min_tokens=4)
-    ids = project(model, Tables.of(model), v, PROMPTS, torch.zeros(20, dtype=torch.long), reading)
+    reading = DecodingConfig(order, 97 if order == "lm_then_nearest" else 1, every(model), end=end, min_tokens=4)
+    ids = project(model, TokenTables.of(model), v, PROMPTS, torch.zeros(20, dtype=torch.long), reading)
     mask = text_mask(ids, end)
     assert mask.sum(-1)[:10].tolist() == [4] * 10
     assert bool((mask.sum(-1) >= 4).all()) and bool((ids[mask == 0] == end).all())
@@ -88,17 +88,17 @@ def test_a_text_ends_at_the_end_token_and_not_before_it_may(tiny_model, order):
 
 def test_the_last_token_is_not_read(tiny_model, monkeypatch):
     model, steps = tiny_model("llama"), []
-    monkeypatch.setattr(models.Reader, "read", lambda self, token, own=models.Reader.read: steps.append(token) or own(self, token))
-    reading = Reading("lm_then_nearest", 4, every(model))
-    project(model, Tables.of(model), vectors(model, 2, 5), PROMPTS, torch.tensor([0, 1]), reading)
+    monkeypatch.setattr(models.CachedDecoder, "read", lambda self, token, own=models.CachedDecoder.read: steps.append(token) or own(self, token))
+    reading = DecodingConfig("lm_then_nearest", 4, every(model))
+    project(model, TokenTables.of(model), vectors(model, 2, 5), PROMPTS, torch.tensor([0, 1]), reading)
     assert len(steps) == 4
 
 
 def test_no_pass_reads_a_text_that_has_ended(tiny_model, monkeypatch):
     model, sizes = tiny_model("llama"), []
-    monkeypatch.setattr(models.Reader, "read", lambda self, token, own=models.Reader.read: sizes.append(len(token)) or own(self, token))
+    monkeypatch.setattr(models.CachedDecoder, "read", lambda self, token, own=models.CachedDecoder.read: sizes.append(len(token)) or own(self, token))
     rows = torch.zeros(9, dtype=torch.long)
-    ids = project(model, Tables.of(model), vectors(model, 9, 8), PROMPTS, rows, Reading("lm_then_nearest", 20, every(model), end=9, min_tokens=2))
+    ids = project(model, TokenTables.of(model), vectors(model, 9, 8), PROMPTS, rows, DecodingConfig("lm_then_nearest", 20, every(model), end=9, min_tokens=2))
     lengths = text_mask(ids, 9).sum(1)
     assert sizes == [int((lengths > step).sum()) for step in range(min(7, int(lengths.max())))] and sizes[-1] < 9
 
@@ -109,8 +109,8 @@ def test_no_pass_reads_a_text_that_has_ended(tiny_model, monkeypatch):
 @pytest.mark.parametrize("order", PROJECTIONS)
 def test_half_precision_tables_take_single_precision_vectors(tiny_model, order):
     model = tiny_model("phi", dtype=torch.bfloat16)
-    tables, v = Tables.of(model), vectors(tiny_model("phi"), 6, 4).float()
-    ids = project(model, tables, v, PROMPTS, torch.zeros(6, dtype=torch.long), Reading(order, 5, every(model)))
+    tables, v = TokenTables.of(model), vectors(tiny_model("phi"), 6, 4).float()
+    ids = project(model, tables, v, PROMPTS, torch.zeros(6, dtype=torch.long), DecodingConfig(order, 5, every(model)))
     assert ids.shape == (6, 4) and tables.squares.dtype == torch.float32
 
 
@@ -118,15 +118,15 @@ def test_half_precision_tables_take_single_precision_vectors(tiny_model, order):
 def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order):
     """The default device is another one, as it is for everything that should be on a GPU."""
     model, end = tiny_model("llama"), 9
-    tables, v, rows = Tables.of(model), vectors(model, 3, 4), torch.tensor([0, 1, 2])
-    reader, reading = models.Reader.of(model, [PROMPTS[row] for row in rows]), Reading(order, 5, every(model), end=end, min_tokens=2)
+    tables, v, rows = TokenTables.of(model), vectors(model, 3, 4), torch.tensor([0, 1, 2])
+    reader, reading = models.CachedDecoder.of(model, [PROMPTS[row] for row in rows]), DecodingConfig(order, 5, every(model), end=end, min_tokens=2)
     asked, select, read_on = [], reader.select, reader.read_on
     reader.read = lambda token: None  # the model's own code is not what is asked
     reader.select = lambda rows: asked.append(rows.device) or select(rows)
     reader.read_on = lambda rows, *given: asked.append(rows.device) or read_on(rows, *given)
     ids, none = torch.full((3, 4), end), torch.zeros(3, dtype=torch.long)
     with torch.device("meta"):
-        ids = projection._walk(tables, v, reader, reading, ids, none, none)
+        ids = projection._decode(tables, v, reader, reading, ids, none, none)
     assert {ids.device, *asked} == {v.device} and ids.shape == (3, 4)
 
 
@@ -134,7 +134,7 @@ def test_prompts_are_read_where_the_model_is_and_with_a_mask_only_if_they_differ
     model, asked = tiny_model("llama"), []
     monkeypatch.setattr(models, "pad_left", lambda prompts, device, own=models.pad_left: asked.append(device) or own(prompts, device))
     for lengths in ([2, 2], [2, 3], [1, 2, 3]):
-        reader = models.Reader.of(model, [(1,) * length for length in lengths])
+        reader = models.CachedDecoder.of(model, [(1,) * length for length in lengths])
         assert (reader.mask is None) == (len(set(lengths)) == 1)
     assert asked == [model.device] * 3
 
@@ -148,28 +148,28 @@ def test_bad_settings_are_one_sentence(tiny_model):
     model = tiny_model("llama")
     allowed = every(model)
     with pytest.raises(UserError, match=r"top_k = 98, it must be from 1 to the 97 allowed tokens"):
-        Reading("lm_then_nearest", 98, allowed)
+        DecodingConfig("lm_then_nearest", 98, allowed)
     with pytest.raises(UserError, match="top_k = 0, it must be from 1 to the 300 allowed tokens of the 300 in the vocabulary: try 200"):
-        Reading("lm_then_nearest", 0, Vocabulary.free(torch.ones(300, dtype=torch.bool)))
+        DecodingConfig("lm_then_nearest", 0, Vocabulary.free(torch.ones(300, dtype=torch.bool)))
     with pytest.raises(UserError, match="top_k = 0"):
-        Reading("lm_then_nearest", 0, allowed)
+        DecodingConfig("lm_then_nearest", 0, allowed)
     with pytest.raises(UserError, match="projection 'beam' is not known: use one of lm_then_nearest, nearest_then_lm"):
-        Reading("beam", 5, allowed)
-    reading, rows = Reading("lm_then_nearest", 5, allowed), torch.tensor([0])
+        DecodingConfig("beam", 5, allowed)
+    reading, rows = DecodingConfig("lm_then_nearest", 5, allowed), torch.tensor([0])
     with pytest.raises(UserError, match="no tokens"):
-        project(model, Tables.of(model), vectors(model, 1, 3), [()], rows, reading)
+        project(model, TokenTables.of(model), vectors(model, 1, 3), [()], rows, reading)
     with pytest.raises(UserError, match="exceed the context of 64"):
-        project(model, Tables.of(model), vectors(model, 1, 64), [(0,)], rows, reading)
+        project(model, TokenTables.of(model), vectors(model, 1, 64), [(0,)], rows, reading)
 
 
 @pytest.mark.parametrize("order", PROJECTIONS)
 def test_blocks_of_candidates_change_no_token(tiny_model, order, monkeypatch):
     model, rows = tiny_model("phi"), torch.zeros(7, dtype=torch.long)
-    v, reading = vectors(model, 7, 3), Reading(order, 6, every(model))
-    whole = project(model, Tables.of(model), v, PROMPTS, rows, reading)
+    v, reading = vectors(model, 7, 3), DecodingConfig(order, 6, every(model))
+    whole = project(model, TokenTables.of(model), v, PROMPTS, rows, reading)
     for numbers in (1, 6 * 32, 2 * 6 * 32, 3 * 6 * 32 + 5):
         monkeypatch.setitem(projection.GATHERED_NUMBERS, "cpu", numbers)
-        assert torch.equal(project(model, Tables.of(model), v, PROMPTS, rows, reading), whole)
+        assert torch.equal(project(model, TokenTables.of(model), v, PROMPTS, rows, reading), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -211,16 +211,16 @@ def test_a_gpu_gathers_more_candidates_at_once():
 
 def test_a_prompt_and_text_may_fill_the_context(tiny_model):
     model = tiny_model("llama")
-    ids = project(model, Tables.of(model), vectors(model, 1, 63), [(0,)], torch.tensor([0]), Reading("lm_then_nearest", 5, every(model)))
+    ids = project(model, TokenTables.of(model), vectors(model, 1, 63), [(0,)], torch.tensor([0]), DecodingConfig("lm_then_nearest", 5, every(model)))
     assert ids.shape == (1, 63)
 
 
 def test_the_end_is_allowed_from_min_tokens_on_and_the_vocabularys_mask_stays(tiny_model):
     vocabulary, row = every(tiny_model("llama")), torch.zeros(1, dtype=torch.long)
-    reading = Reading("lm_then_nearest", 5, vocabulary, end=3, min_tokens=2)
+    reading = DecodingConfig("lm_then_nearest", 5, vocabulary, end=3, min_tokens=2)
     masks = [projection._allowed_at(reading, row, row, step, row) for step in range(4)]
     assert [bool(mask[..., 3].all()) for mask in masks] == [False, False, True, True]
-    assert bool(vocabulary.whole.all()) and projection._allowed_at(Reading("lm_then_nearest", 5, vocabulary), row, row, 1, row).ndim == 1
+    assert bool(vocabulary.whole.all()) and projection._allowed_at(DecodingConfig("lm_then_nearest", 5, vocabulary), row, row, 1, row).ndim == 1
 
 
 @pytest.mark.parametrize("order", PROJECTIONS)
@@ -229,11 +229,11 @@ def test_an_opening_stands_before_each_text_and_is_not_chosen(tiny_model, kind, 
     model = tiny_model(kind)
     v, rows = vectors(model, 6, 7), torch.tensor([0, 1, 2, 2, 1, 0])
     openings = [(41,), (), (51, 52, 53)]
-    reading = Reading(order, 5, every(model), end=9, min_tokens=2)
-    ids = project(model, Tables.of(model), v, PROMPTS, rows, reading, openings)
+    reading = DecodingConfig(order, 5, every(model), end=9, min_tokens=2)
+    ids = project(model, TokenTables.of(model), v, PROMPTS, rows, reading, openings)
     for i, row in enumerate(rows.tolist()):
         count = len(openings[row])
-        alone = project(model, Tables.of(model), v[i : i + 1, count:], PROMPTS[row : row + 1], torch.zeros(1, dtype=torch.long), reading)
+        alone = project(model, TokenTables.of(model), v[i : i + 1, count:], PROMPTS[row : row + 1], torch.zeros(1, dtype=torch.long), reading)
         assert ids[i].tolist() == [*openings[row], *alone[0].tolist()]
 
 
@@ -255,7 +255,7 @@ def test_every_projection_is_whole_characters_that_begin_with_a_word(order, prom
     model = models.load_model("demo", device="cpu")
     ids = tuple(model.tokenizer(prompt)["input_ids"])
     v = torch.randn(12, 6, model.embedding.shape[1], generator=torch.Generator().manual_seed(0))
-    found = project(model, Tables.of(model), v, [ids], torch.zeros(12, dtype=torch.long), Reading(order, 3000, model.vocabulary))
+    found = project(model, TokenTables.of(model), v, [ids], torch.zeros(12, dtype=torch.long), DecodingConfig(order, 3000, model.vocabulary))
     for row in found.tolist():
         masks, state = literal_masks(model.vocabulary, row, 6, ids[-1])
         assert state == 0 and all(mask[token] for mask, token in zip(masks, row, strict=True))

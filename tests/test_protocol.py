@@ -17,12 +17,12 @@ from gradmm.errors import UserError
 from gradmm.evaluation import perplexity
 from gradmm.examples import Example, Splits, content_hash, refuse_overlap
 from gradmm.experiments import baselines, metrics, protocol
-from gradmm.experiments import trial as trial_room
+from gradmm.experiments import seed_run as trial_room
 from gradmm.experiments.baselines import METHODS, random_directions
 from gradmm.experiments.metrics import MEASURES, longest_shared_spans, similarities, words
 from gradmm.experiments.protocol import compare
 from gradmm.experiments.results import Comparison
-from gradmm.experiments.trial import Bench, ComparisonConfig, Trial, without_gradient
+from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun, without_gradient
 from gradmm.finetuning import finetune
 from gradmm.generation import Sampling
 from gradmm.matching import Matching
@@ -50,8 +50,8 @@ def splits_of(task: Task) -> Splits:
     return Splits(toy(task, 0, 20), toy(task, 20, 6), toy(task, 30, 6), "toy")
 
 
-def bench_of(model, task: Task = TWO, config: ComparisonConfig = CONFIG) -> Bench:
-    return Bench(model, task, splits_of(task), config, {}, "", None, None)
+def bench_of(model, task: Task = TWO, config: ComparisonConfig = CONFIG) -> Experiment:
+    return Experiment(model, task, splits_of(task), config, {}, "", None, None)
 
 
 def records_of(folder) -> dict[str, str]:
@@ -76,7 +76,7 @@ def test_every_method_has_its_budget_and_its_figures(whole):
     assert {name: figures["n"] for name, figures in found.methods.items()} == {name: sizes.get(name, 4) for name in METHODS}
     for name, figures in found.methods.items():
         assert len(figures["accuracy"]["runs"]) == 2 and 0 <= figures["macro_f1"] <= 1
-        assert (figures["match"] is None) == (name == "none") and set(figures["similarity"]) == ({"0", "2"} if name != "none" else set())
+        assert (figures["match_loss"] is None) == (name == "none") and set(figures["similarity"]) == ({"0", "2"} if name != "none" else set())
         assert (figures["minus_gradmm"] is None) == (name == "gradmm")
     assert len(found.labels) == 8 and len(found.table()) == len(METHODS)
     json.dumps(found.methods, allow_nan=False)
@@ -86,11 +86,11 @@ def test_every_method_has_its_budget_and_its_figures(whole):
 
 def test_the_real_examples_match_themselves_at_every_step(whole):
     real = whole[0].methods["real"]
-    assert real["match"] == pytest.approx(0, abs=1e-5)
+    assert real["match_loss"] == pytest.approx(0, abs=1e-5)
     assert list(real["similarity"].values()) == pytest.approx([1, 1], abs=1e-5)
     for record in whole[0].records:
         if record["n"]:
-            assert record["similarity"]["0"] == pytest.approx(1 - record["match"], abs=1e-5)
+            assert record["similarity"]["0"] == pytest.approx(1 - record["match_loss"], abs=1e-5)
 
 
 def test_differences_are_paired_and_summaries_follow_from_the_records(whole):
@@ -188,17 +188,17 @@ def test_another_model_learns_from_the_same_examples(tiny_model, model, whole, t
     assert [r | varying for r in found.records] == [r | varying for name in names for r in whole[0].of(name)]
     there = found.on(learner.name)
     for seed in (0, 1):
-        trial = Trial(bench_of(model), seed)
+        trial = SeedRun(bench_of(model), seed)
         tuning = replace(CONFIG.finetuning, seed=seed)
-        test = metrics.thinned(splits_of(TWO).test, 0, CONFIG.max_test)
+        test = metrics.subsample(splits_of(TWO).test, 0, CONFIG.max_test)
         by_hand = finetune(learner, TWO, METHODS["gradmm"](trial), splits_of(TWO).validation, test, tuning)
         assert there.of("gradmm")[seed]["predictions"] == list(by_hand.test.predictions)
         assert there.of("gradmm")[seed]["curve"] == by_hand.curve
-    assert there.methods["none"]["match"] is None and there.methods["none"]["n"] == 0
-    assert there.methods["real"]["match"] == pytest.approx(0, abs=1e-5)
-    assert there.methods["gradmm"]["match"] != found.methods["gradmm"]["match"]
+    assert there.methods["none"]["match_loss"] is None and there.methods["none"]["n"] == 0
+    assert there.methods["real"]["match_loss"] == pytest.approx(0, abs=1e-5)
+    assert there.methods["gradmm"]["match_loss"] != found.methods["gradmm"]["match_loss"]
     for seed in (0, 1):
-        texts = [example.text for example in METHODS["gradmm"](Trial(bench_of(model), seed))]
+        texts = [example.text for example in METHODS["gradmm"](SeedRun(bench_of(model), seed))]
         assert there.of("gradmm")[seed]["perplexity"] == perplexity(learner, texts).corpus != found.of("gradmm")[seed]["perplexity"]
     assert there.methods["gradmm"]["distinct_2"] == found.methods["gradmm"]["distinct_2"]
     again = compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False, learners=(learner,))
@@ -228,15 +228,15 @@ def test_what_carries_over_is_the_learner_s_gain_as_a_share_of_the_writer_s():
     rows = (("none", 50, 40), ("gradmm", 90, 60), ("real", 50, 60))
     records = [blank | right(own) | {"method": m, "seed": s, "elsewhere": {"b": right(there)}} for m, own, there in rows for s in (0, 1)]
     found = Comparison(TWO, labels, records)
-    carried = found.carried("b", "gradmm")
+    carried = found.transfer_ratio("b", "gradmm")
     assert carried["share"] == pytest.approx(0.5) and carried["low"] < 0.5 < carried["high"]
-    assert found.carried("b", "real") is None  # on the writing model it gains nothing, of which nothing is a share
+    assert found.transfer_ratio("b", "real") is None  # on the writing model it gains nothing, of which nothing is a share
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])
 def test_random_targets_have_the_norms_of_the_real_ones(tiny_model, kind):
     model = tiny_model(kind)
-    trial = Trial(bench_of(model), 0)
+    trial = SeedRun(bench_of(model), 0)
     drawn = random_directions(trial.release, 0)
     for ours, theirs in zip(drawn.targets, trial.release.targets, strict=True):
         assert [float(n) for n in ours.norms] == pytest.approx([float(n) for n in theirs.norms], rel=1e-9)
@@ -249,7 +249,7 @@ def test_random_targets_have_the_norms_of_the_real_ones(tiny_model, kind):
 
 @pytest.mark.parametrize("space", [*LABEL_SPACES, "body"])
 def test_the_controls_know_every_space(model, space):
-    trial = Trial(bench_of(model, config=replace(CONFIG, space=space)), 0)
+    trial = SeedRun(bench_of(model, config=replace(CONFIG, space=space)), 0)
     drawn, none = random_directions(trial.release, 0), without_gradient(trial.release)
     for ours, theirs, zero in zip(drawn.targets, trial.release.targets, none.targets, strict=True):
         assert [float(n) for n in ours.norms] == pytest.approx([float(n) for n in theirs.norms], rel=1e-5)
@@ -265,16 +265,16 @@ def test_the_controls_know_every_space(model, space):
 def test_prompt_only_does_not_depend_on_the_release(model):
     texts = []
     for examples in (toy(TWO, 0, 4), toy(TWO, 9, 7)):
-        trial = Trial(bench_of(model), 3)
+        trial = SeedRun(bench_of(model), 3)
         trial.__dict__["release"] = gradmm.release(model, TWO, examples, space="head")
         texts.append(METHODS["prompt_only"](trial))
     assert texts[0] == texts[1] and len(texts[0]) == 4
-    assert texts[0] != METHODS["prompt_only"](Trial(bench_of(model), 4))
+    assert texts[0] != METHODS["prompt_only"](SeedRun(bench_of(model), 4))
 
 
 def test_a_pool_is_written_once_and_every_target_chooses_from_it(model, monkeypatch):
     synthesis = replace(CONFIG.synthesis, search="pool", ranking="group", filter="calibrated_label", oversample=3.0, length=12)
-    trial = Trial(bench_of(model, config=replace(CONFIG, space="body", synthesis=synthesis)), 3)
+    trial = SeedRun(bench_of(model, config=replace(CONFIG, space="body", synthesis=synthesis)), 3)
     done = []
     monkeypatch.setattr(trial_room, "synthesize", lambda *args, _run=trial_room.synthesize, **how: done.append(1) or _run(*args, **how))
     chosen = {name: METHODS[name](trial) for name in ("gradmm", "random_target", "prompt_only", "shuffled")}
@@ -290,18 +290,18 @@ def test_a_pool_is_written_once_and_every_target_chooses_from_it(model, monkeypa
 
 def test_matched_real_examples_are_unseen_real_ones_that_match_together(model):
     config = replace(CONFIG, space="body", synthesis=replace(CONFIG.synthesis, search="pool", ranking="group", oversample=8.0))
-    trial = Trial(bench_of(model, config=config), 0)
+    trial = SeedRun(bench_of(model, config=config), 0)
     chosen = METHODS["matched_real"](trial)
-    assert [e.label for e in chosen] == [0, 0, 1, 1] and set(chosen) <= set(trial.bench.splits.train) - set(trial.real)
+    assert [e.label for e in chosen] == [0, 0, 1, 1] and set(chosen) <= set(trial.experiment.splits.train) - set(trial.real)
     matching = Matching(model, tokenize_task(TWO, model.tokenizer), trial.release.targets, trial.release.space)
-    sets = [chosen, *(METHODS["random"](Trial(trial.bench, seed)) for seed in range(5))]
+    sets = [chosen, *(METHODS["random"](SeedRun(trial.experiment, seed)) for seed in range(5))]
     best, *others = [sum(matching.of_sets([e.text for e in some], [e.label for e in some])) for some in sets]
     assert best < sum(others) / len(others)
 
 
 def test_prompt_only_is_the_first_projection_of_the_first_draw_in_order_of_writing(model):
     bench = bench_of(model, config=replace(CONFIG, synthesis=replace(CONFIG.synthesis, filter="none")))
-    trial = Trial(bench, 0)
+    trial = SeedRun(bench, 0)
     first = []
     config = replace(trial.synthesis, init_candidates=1, outer_steps=1)
     gradmm.synthesize(model, TWO, trial.release, config, progress=False, on_step=lambda _, result: first.append(result.state.ids))
@@ -314,14 +314,14 @@ def test_prompt_only_is_the_first_projection_of_the_first_draw_in_order_of_writi
 
 
 def test_shuffling_moves_labels_alone(model):
-    trial = Trial(bench_of(model, config=replace(CONFIG, synthesis=replace(CONFIG.synthesis, n_synthetic=12))), 0)
+    trial = SeedRun(bench_of(model, config=replace(CONFIG, synthesis=replace(CONFIG.synthesis, n_synthetic=12))), 0)
     ours, dealt = METHODS["gradmm"](trial), METHODS["shuffled"](trial)
     assert [e.text for e in ours] == [e.text for e in dealt] and ours != dealt
     assert sorted(e.label for e in ours) == sorted(e.label for e in dealt)
 
 
 def test_generated_texts_pass_gradmm_s_own_filter_and_repeat_no_shot(model):
-    trial = Trial(bench_of(model), 0)
+    trial = SeedRun(bench_of(model), 0)
     for name in ("zero_shot", "few_shot"):
         texts = METHODS[name](trial)
         assert [e.label for e in texts] == [0, 0, 1, 1]
@@ -330,15 +330,15 @@ def test_generated_texts_pass_gradmm_s_own_filter_and_repeat_no_shot(model):
 
 def test_shots_that_do_not_fit_the_context_become_fewer(model):
     config = replace(CONFIG, sampling=replace(CONFIG.sampling, shots=40))
-    assert 1 <= baselines._fitting(Trial(bench_of(model, config=config), 0)).shots < 40
-    assert len(METHODS["few_shot"](Trial(bench_of(model, config=config), 0))) == 4
-    assert baselines._fitting(Trial(bench_of(model), 0)).shots == 1
+    assert 1 <= baselines._fitting(SeedRun(bench_of(model, config=config), 0)).shots < 40
+    assert len(METHODS["few_shot"](SeedRun(bench_of(model, config=config), 0))) == 4
+    assert baselines._fitting(SeedRun(bench_of(model), 0)).shots == 1
 
 
 def test_no_method_sees_the_test_set(model):
-    trial = Trial(replace(bench_of(model), coresets={"herding": toy(TWO, 0, 2), "k_center": toy(TWO, 0, 2)}), 0)
+    trial = SeedRun(replace(bench_of(model), coresets={"herding": toy(TWO, 0, 2), "k_center": toy(TWO, 0, 2)}), 0)
     for method in METHODS.values():
-        refuse_overlap(method(trial), trial.bench.splits.test)
+        refuse_overlap(method(trial), trial.experiment.splits.test)
 
 
 def test_a_text_that_stands_in_the_test_set_by_chance_is_left_out_and_counted(model, monkeypatch):
@@ -350,7 +350,7 @@ def test_a_text_that_stands_in_the_test_set_by_chance_is_left_out_and_counted(mo
 
 
 def test_the_longest_shared_span_of_real_examples_is_their_longest(whole, model):
-    real = Trial(bench_of(model), 0).real
+    real = SeedRun(bench_of(model), 0).real
     spans = longest_shared_spans([words(e.text) for e in real], [words(e.text) for e in real])
     assert whole[0].of("real")[0]["longest_shared_span"] == max(spans)
 
@@ -397,7 +397,7 @@ def test_a_worker_ends_when_its_parent_is_gone(monkeypatch):
 
 def test_without_steps_nothing_is_trained_to_compare_gradients(model, monkeypatch):
     monkeypatch.setattr(metrics, "train_at_rate", None)
-    trial = Trial(bench_of(model, config=replace(CONFIG, similarity_steps=())), 0)
+    trial = SeedRun(bench_of(model, config=replace(CONFIG, similarity_steps=())), 0)
     assert similarities(trial, {"real": trial.real, "none": []}) == {"real": {}, "none": {}}
 
 

@@ -20,7 +20,7 @@ from gradmm.experiments import audit
 from gradmm.experiments.baselines import select_coreset
 from gradmm.experiments.metrics import distinct_n
 from gradmm.experiments.protocol import compare
-from gradmm.experiments.trial import ComparisonConfig
+from gradmm.experiments.seed_run import ComparisonConfig
 from gradmm.generation import Sampling, generate_texts
 from gradmm.mechanism import CALIBRATIONS, LedgerEntry
 from gradmm.models import Model

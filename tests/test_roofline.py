@@ -71,7 +71,7 @@ def test_an_inner_step_is_a_few_percent_above_its_floor(deep, plan):
 
 def test_a_projection_is_a_few_percent_above_its_floor(deep, plan):
     v, rows = torch.randn(4, 40, 32, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
-    done = counted(lambda: project(deep, plan.tables, v, plan.tokens.prompts, rows, plan.reading))
+    done = counted(lambda: project(deep, plan.tables, v, plan.tokens.prompts, rows, plan.decoding))
     work = roofline.projection(roofline.Body.of(deep), roofline.Workload.of(plan))
     assert work.operations <= done <= 1.03 * work.operations
 
@@ -90,7 +90,7 @@ def test_judging_texts_costs_at_least_its_floor(deep, plan):
         "music joy sadness love fear world sports business text some words this "
     )
     texts = [long + word for word in ("sat on", "like dog", "saw made", "blue time")]
-    done = counted(lambda: plan.selection.rows(texts, [0, 0, 1, 1]))
+    done = counted(lambda: plan.selector.rows(texts, [0, 0, 1, 1]))
     assert {len(plan.tokens.encode(text)) for text in texts} == {40}
     work = roofline.judgement(roofline.Body.of(deep), roofline.Workload.of(plan))
     assert work.operations <= done <= 1.6 * work.operations
@@ -108,9 +108,9 @@ def test_a_choice_reads_nothing_that_weighs_nothing(deep, plan, monkeypatch):
     ):  # fmt: skip
         asked.clear()
         config = dataclasses.replace(plan.config, filter=filter, perplexity_weight=weight)
-        verdicts, match = dataclasses.replace(plan, config=config).selection.verdicts(texts, classes)
+        verdicts, match = dataclasses.replace(plan, config=config).selector.choose(texts, classes)
         assert asked == expected and len(verdicts) == len(match) == 4
-    assert [row["kept"] for row in dataclasses.replace(plan, config=config).selection.rows(texts, classes)] == [one.kept for one in verdicts]
+    assert [row["kept"] for row in dataclasses.replace(plan, config=config).selector.rows(texts, classes)] == [one.kept for one in verdicts]
 
 
 def test_a_step_of_fine_tuning_is_a_few_percent_above_its_floor(deep, plan):

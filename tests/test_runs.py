@@ -34,7 +34,7 @@ def test_a_saved_result_is_read_back_to_the_last_bit(tmp_path):
     again = runs.RunFolder.open(tmp_path / "run", IDENTITY).load_result(0, torch.device("cpu"))
     for name in ("x", "lam", "ids", "active"):
         assert torch.equal(getattr(again.state, name), getattr(result.state, name))
-    assert torch.equal(again.value, result.value) and torch.equal(again.match, result.match)
+    assert torch.equal(again.value, result.value) and torch.equal(again.match_loss, result.match_loss)
     assert (again.history, again.reason, again.state.step) == (result.history, result.reason, result.state.step)
 
 
@@ -68,13 +68,13 @@ def test_the_end_of_a_run_leaves_results_without_clocks_and_no_unfinished_work(t
     folder = runs.RunFolder.open(tmp_path, IDENTITY)
     folder.save_result(0, some_result())
     history = pandas.DataFrame([{"step": 1, "group": 0, "match_z": float("nan"), "seconds": 0.5}])
-    rows = [{"text": "a", "match": float("inf"), "kept": True}, {"text": "b", "match": 0.5, "kept": False}]
+    rows = [{"text": "a", "match_loss": float("inf"), "kept": True}, {"text": "b", "match_loss": 0.5, "kept": False}]
     folder.finish(rows, history, dict(folder.manifest), "# card\n")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"README.md", "manifest.json", "train.jsonl", "synthetic.jsonl", "history.jsonl", "timings.jsonl"}
     written = [json.loads(line) for line in (tmp_path / "synthetic.jsonl").read_text().splitlines()]
-    assert written == [{**rows[0], "match": None}, rows[1]]
-    assert json.loads((tmp_path / "train.jsonl").read_text()) == {"text": "a", "match": None, "kept": True}
+    assert written == [{**rows[0], "match_loss": None}, rows[1]]
+    assert json.loads((tmp_path / "train.jsonl").read_text()) == {"text": "a", "match_loss": None, "kept": True}
     assert json.loads((tmp_path / "history.jsonl").read_text()) == {"step": 1, "group": 0, "match_z": None}
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["status"] == "complete" and manifest["clock"]["seconds"] >= 0 and manifest["versions"]["torch"]
@@ -91,10 +91,10 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
 def test_a_run_that_was_finished_without_a_file_of_kept_texts_is_read_back(tmp_path):
     folder = runs.RunFolder.open(tmp_path, IDENTITY)
     history = pandas.DataFrame([{"step": 1, "group": 0, "match_z": 0.5}])
-    folder.finish([{"text": "a", "match": 1.0, "kept": True}], history, dict(folder.manifest), "# card\n")
+    folder.finish([{"text": "a", "match_loss": 1.0, "kept": True}], history, dict(folder.manifest), "# card\n")
     (tmp_path / "train.jsonl").unlink()
     again = runs.RunFolder.open(tmp_path, IDENTITY)
-    assert again.finished and again.load()[0] == [{"text": "a", "match": 1.0, "kept": True}]
+    assert again.finished and again.load()[0] == [{"text": "a", "match_loss": 1.0, "kept": True}]
 
 
 # ---------------------------------------------------------------- a notebook's folder

@@ -14,7 +14,7 @@ from gradmm.plan import Plan
 from gradmm.runs import RunFolder
 from gradmm.searches import search
 from gradmm.settings import SEARCHES
-from gradmm.sharding import Crew
+from gradmm.sharding import ProcessGroup
 from gradmm.synthesis import synthesize
 
 
@@ -36,8 +36,8 @@ def test_two_processes_write_what_one_writes(tiny_model, tmp_path):
     config = replace(SMALL, groups_per_batch=2)
     plans = [plan_of(tiny_model("llama", dtype=torch.float32), config) for _ in range(3)]
     folders = [RunFolder.open(tmp_path / name, plan.identity()) for name, plan in zip(("one", "two", "two"), plans, strict=True)]
-    alone = search(plans[0], folders[0], Crew(), False, None)
-    calls = [lambda crew, i=i: search(plans[i], folders[i], crew, False, None) for i in (1, 2)]
+    alone = search(plans[0], folders[0], ProcessGroup(), False, None)
+    calls = [lambda processes, i=i: search(plans[i], folders[i], processes, False, None) for i in (1, 2)]
     for found in together(*calls):
         assert (found.texts, found.classes, found.groups, found.ended) == (alone.texts, alone.classes, alone.groups, alone.ended)
         assert found.history.drop(columns="seconds").equals(alone.history.drop(columns="seconds"))
@@ -45,11 +45,11 @@ def test_two_processes_write_what_one_writes(tiny_model, tmp_path):
 
 def test_a_batch_that_has_ended_holds_no_vectors(setting, monkeypatch):
     model, task, release = setting
-    held, own = [], Crew.share
-    monkeypatch.setattr(Crew, "share", lambda self, *asked: held.append(own(self, *asked)) or held[-1])
+    held, own = [], ProcessGroup.share
+    monkeypatch.setattr(ProcessGroup, "share", lambda self, *asked: held.append(own(self, *asked)) or held[-1])
     ended = synthesize(model, task, release, replace(SMALL, groups_per_batch=1), progress=False).manifest["groups_ended"]
     (results,) = held
-    assert len(results) == len(ended) > 1 and all(row["match"] is not None for row in ended)
+    assert len(results) == len(ended) > 1 and all(row["match_loss"] is not None for row in ended)
     assert [state.x.numel() + state.lam.numel() for state in (result.state for result in results)] == [0] * len(results)
 
 

@@ -75,7 +75,7 @@ def test_plain_words_look_as_they_did():
 
 @pytest.mark.parametrize("text", EVIL)
 def test_tables_show_tags(text):
-    assert not obeyed(plots.table([{"text": text, "match": 0.5}]).to_html())
+    assert not obeyed(plots.table([{"text": text, "match_loss": 0.5}]).to_html())
     assert not obeyed(plots.table([{text: "as a column's name"}]).to_html())
 
 

@@ -61,7 +61,7 @@ def test_the_filter_reads_the_verbalizer_in_the_tasks_own_template(tiny_model, k
     texts = ["a fine movie", "one dull and long story about music"]
     found = label_probabilities(model, tokens, texts)
     for row, text in zip(found, texts, strict=True):
-        ids = torch.tensor([[*tokens.start, *tokens.encode(text), *tokens.tail]])
+        ids = torch.tensor([[*tokens.start, *tokens.encode(text), *tokens.suffix]])
         logits = model.lm(input_ids=ids).logits[0, -1, list(tokens.labels)]
         torch.testing.assert_close(row.double(), logits.softmax(-1), rtol=1e-4, atol=1e-6)
 

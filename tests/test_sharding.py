@@ -17,7 +17,7 @@ import gradmm
 from gradmm import models, shard, sharding
 from gradmm.errors import UserError
 from gradmm.settings import SynthesisConfig
-from gradmm.sharding import Crew
+from gradmm.sharding import ProcessGroup
 from gradmm.synthesis import synthesize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ def files_of(folder: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
+def lock(tmp_path_factory) -> Path:
     """Every search by one process."""
     folder = tmp_path_factory.mktemp("alone")
     for name, config in CONFIGS.items():
@@ -59,9 +59,9 @@ def test_without_a_launcher_there_is_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert sharding.launched() == (0, 1, 0)
-    with sharding.crew(None) as crew:
-        assert crew.leads and crew.share("x", range(3), lambda unit: unit**2, None) == [0, 1, 4]
-        assert crew.after_first("y", lambda: 5) == 5
+    with sharding.processes(None) as processes:
+        assert processes.leads and processes.share("x", range(3), lambda unit: unit**2, None) == [0, 1, 4]
+        assert processes.main_first("y", lambda: 5) == 5
 
 
 def launch(monkeypatch, rank: int, count: int, local: int = 0) -> None:
@@ -107,18 +107,18 @@ def test_the_command_line_gives_what_python_gives(alone, tmp_path, capsys):
     assert capsys.readouterr().err == "search = 'Paper' is not known: did you mean paper?\n"
 
 
-# ---------------------------------------------------------------- a crew of threads
+# ---------------------------------------------------------------- a group of threads
 
 
 def together(*tasks) -> list:
-    """Each task's result or exception, called with a crew member of its own, side by side."""
+    """Each task's result or exception, called with a processes member of its own, side by side."""
     store = torch.distributed.HashStore()
 
     def one(rank: int):
-        crew = Crew(rank, len(tasks), store)
+        processes = ProcessGroup(rank, len(tasks), store)
         try:
-            with crew._at_work():
-                return tasks[rank](crew)
+            with processes._at_work():
+                return tasks[rank](processes)
         except (UserError, ArithmeticError) as error:
             return error
 
@@ -129,12 +129,12 @@ def together(*tasks) -> list:
 def test_units_are_shared_out_and_everyone_has_all_results():
     done: dict[int, int] = {}
 
-    def task(crew):
+    def task(processes):
         def work(unit):
-            done[unit] = crew.rank
+            done[unit] = processes.rank
             return unit**2
 
-        return crew.share("squares", range(5), work, lambda unit: unit**2 if unit in done else None)
+        return processes.share("squares", range(5), work, lambda unit: unit**2 if unit in done else None)
 
     assert together(task, task, task) == [[0, 1, 4, 9, 16]] * 3
     assert done == {0: 0, 1: 1, 2: 2, 3: 0, 4: 1}
@@ -143,21 +143,21 @@ def test_units_are_shared_out_and_everyone_has_all_results():
 def test_the_leader_goes_first():
     calls = []
 
-    def task(crew):
-        return crew.after_first("open", lambda: time.sleep(0.2 if crew.leads else 0) or calls.append(crew.rank))
+    def task(processes):
+        return processes.main_first("open", lambda: time.sleep(0.2 if processes.leads else 0) or calls.append(processes.rank))
 
     together(task, task, task)
     assert len(calls) == 3 and calls[0] == 0
 
 
 def test_a_failure_ends_the_others_with_its_reason():
-    def failing(crew):
+    def failing(processes):
         raise ZeroDivisionError("no such thing")
 
-    first, second = together(lambda crew: crew.meet("end"), failing)
+    first, second = together(lambda processes: processes.meet("end"), failing)
     assert isinstance(second, ZeroDivisionError)
     assert str(first).startswith("process 1 of 2 ended (ZeroDivisionError: no such thing): what was finished is kept")
-    first, second = together(failing, lambda crew: crew.share("x", range(4), lambda unit: time.sleep(0.1), None))
+    first, second = together(failing, lambda processes: processes.share("x", range(4), lambda unit: time.sleep(0.1), None))
     assert isinstance(first, ZeroDivisionError) and "process 0 of 2 ended" in str(second)
 
 
@@ -166,22 +166,22 @@ def test_a_process_without_a_sign_of_life_is_not_waited_for(monkeypatch):
     store = torch.distributed.HashStore()
     store.set("alive/1", "7")
     with pytest.raises(UserError, match="process 1 of 2 gave no sign of life for 0 seconds: what was finished is kept"):
-        Crew(0, 2, store).meet("end")
+        ProcessGroup(0, 2, store).meet("end")
     monkeypatch.setattr(sharding, "ARRIVAL", 0.2)
     with pytest.raises(UserError, match="process 1 of 2 gave no sign of life"):
-        Crew(0, 2, torch.distributed.HashStore()).meet("end")
+        ProcessGroup(0, 2, torch.distributed.HashStore()).meet("end")
 
 
 def test_a_slow_process_is_waited_for(monkeypatch):
     monkeypatch.setattr(sharding, "SILENCE", 0.4)
     monkeypatch.setattr(sharding, "BEAT", 0.05)
-    assert together(lambda crew: crew.meet("end"), lambda crew: time.sleep(1.0) or crew.meet("end")) == [None, None]
+    assert together(lambda processes: processes.meet("end"), lambda processes: time.sleep(1.0) or processes.meet("end")) == [None, None]
 
 
 def test_a_folder_that_is_not_shared_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(sharding, "VISIBLE", 0.2)
     with pytest.raises(UserError, match=r"batch was written by another process and cannot be seen by process 1 of 2 .*share"):
-        Crew(1, 2, torch.distributed.HashStore()).find(tmp_path / "batch")
+        ProcessGroup(1, 2, torch.distributed.HashStore()).find(tmp_path / "batch")
 
 
 # ---------------------------------------------------------------- two processes

@@ -45,7 +45,7 @@ def files_of(folder: Path) -> dict[str, object]:
 def test_a_run_gives_texts_history_and_manifest(setting, tmp_path):
     model, task, release = setting
     result = synthesize(model, task, release, SMALL, tmp_path / "run", progress=False)
-    assert result.dataset.column_names == ["text", "label", "label_name", "match", "perplexity", "group", "kept", "reason"]
+    assert result.dataset.column_names == ["text", "label", "label_name", "match_loss", "perplexity", "group", "kept", "reason"]
     assert len(result.dataset) == 8 and len(result.kept) == 4 and result.kept["label"].count(0) == 2
     assert all(row["reason"].startswith("kept" if row["kept"] else "dropped") for row in result.dataset)
     assert set(result.history.columns) >= {
@@ -64,7 +64,7 @@ def test_the_match_column_is_the_distance_of_the_text_itself(setting):
     result = synthesize(model, task, release, SMALL, progress=False)
     matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
     row = result.dataset[3]
-    assert row["match"] == pytest.approx(matching.of_texts([row["text"]], [row["label"]]).item(), rel=1e-4)
+    assert row["match_loss"] == pytest.approx(matching.of_texts([row["text"]], [row["label"]]).item(), rel=1e-4)
 
 
 def test_ranking_by_group_keeps_what_matches_best_together(setting):
@@ -293,11 +293,11 @@ def test_unreadable_texts_are_never_kept_whatever_the_search_and_ranking(setting
     plan = Plan.of(model, told, release, replace(SMALL, search=search, ranking=ranking))
     good = ["red and blue", "the cat sat", "one dull plot", "we like music"]
     texts = [*UNREADABLE.values(), *good, good[0]]
-    rows = plan.selection.rows(texts, [0] * 8 + [1] * 3)
+    rows = plan.selector.rows(texts, [0] * 8 + [1] * 3)
     assert [row["reason"].startswith("dropped") for row in rows] == [True] * 6 + [False] * 4 + [True]
     assert count_dropped([row["reason"] for row in rows]) == {**dict.fromkeys(UNREADABLE, 1), "duplicate": 1}
     with pytest.warns(UserWarning, match=r"3 of 4 texts are kept: of the 9 written too many were dropped \(.*loop 1.*\); raise oversample, or"):
-        rows = plan.selection.rows(texts[:9], [0] * 8 + [1])
+        rows = plan.selector.rows(texts[:9], [0] * 8 + [1])
     assert [row["text"] for row in rows if row["kept"]] == good[:3]
 
 

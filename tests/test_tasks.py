@@ -99,7 +99,7 @@ def test_a_prompt_in_parts_is_the_prompt_as_a_whole(tokenizer, template):
     for text in TEXTS:
         prompt = template.format(text=text)
         assert tokens.sequence(text) == [*tokens.start, *whole(tokenizer, prompt)]
-        assert tokens.sequence(text) == [*tokens.start, *tokens.head, *tokens.encode(text), *tokens.tail]
+        assert tokens.sequence(text) == [*tokens.start, *tokens.prefix, *tokens.encode(text), *tokens.suffix]
         for verbalizer, label in zip(TWO["verbalizers"], tokens.labels, strict=True):
             assert [*tokens.sequence(text), label] == [*tokens.start, *whole(tokenizer, prompt + verbalizer)]
 
@@ -161,7 +161,7 @@ def test_a_text_begins_as_the_tokenizer_begins_it(case):
     tokens = tokenize_task(Task("t", generation_prompts=("", "the movie"), **TWO), tokenizer)
     assert tokens.start == start == start_tokens(tokenizer)
     assert tokens.prompts == (alone, (*start, *whole(tokenizer, "the movie")))
-    assert tokens.sequence("fun") == [*start, *tokens.encode("fun"), *tokens.tail]
+    assert tokens.sequence("fun") == [*start, *tokens.encode("fun"), *tokens.suffix]
     assert from_start(tokenizer, [[7], [7, 8]], least=2) == [[*alone, 7], [*start, 7, 8]]
 
 

@@ -8,7 +8,7 @@ from gradmm.experiments import reference
 from gradmm.gradients import FactorTarget, Head, Space, head_factors
 from gradmm.initialisation import Shape, best_of
 from gradmm.matching import Matching
-from gradmm.projection import Reading, Tables, project
+from gradmm.projection import DecodingConfig, TokenTables, project
 from gradmm.seeds import generator
 from gradmm.tasks import Task, tokenize_task
 from gradmm.vocabulary import Vocabulary
@@ -28,7 +28,7 @@ def test_the_fast_method_takes_the_same_steps_as_the_literal_one(tiny_model, kin
     explicit = [reference.real_gradient(model.lm, s, y.tolist()) for s, y in zip(sequences, labels, strict=True)]
     matching, classes = Matching(model, tokens, targets, Space()), torch.tensor([0, 1])
     allowed = torch.ones(97, dtype=torch.bool)
-    reading, tables = Reading(order, 6, Vocabulary.free(allowed)), Tables.of(model)
+    reading, tables = DecodingConfig(order, 6, Vocabulary.free(allowed)), TokenTables.of(model)
     config = admm.Config(rho=0.3, outer_steps=3, inner_steps=4, lr=0.05)
     x = best_of("normal", 3, matching, reading, Shape(2, 4), classes, [generator(0, "x", k) for k in range(2)])
 
@@ -37,14 +37,14 @@ def test_the_fast_method_takes_the_same_steps_as_the_literal_one(tiny_model, kin
         return model.embed(ids), ids
 
     fast = admm.solve(lambda x, ids, which: matching.of_vectors(x, ids, classes[which]), projected, admm.start(x), config)
-    before, after = (model.embed(torch.tensor(part, dtype=torch.long)) for part in (tokens.start + tokens.head, tokens.tail))
+    before, after = (model.embed(torch.tensor(part, dtype=torch.long)) for part in (tokens.start + tokens.prefix, tokens.suffix))
     for k in range(2):
         ids, value = reference.solve(
-            lambda x, k=k: reference.match(model.lm, x, before, after, torch.full((2,), tokens.labels[k]), explicit[k], "cosine"),
+            lambda x, k=k: reference.match_loss(model.lm, x, before, after, torch.full((2,), tokens.labels[k]), explicit[k], "cosine"),
             lambda v, k=k: reference.project(model.lm, v, tokens.prompts[k], order, 6, allowed),
             model.embedding,
             x[k],
             rho=0.3, outer_steps=3, inner_steps=4, lr=0.05, clip=1.0,
         )  # fmt: skip
         assert torch.equal(fast.value[k], ids)
-        assert float(fast.match[k]) == pytest.approx(value, rel=1e-9)
+        assert float(fast.match_loss[k]) == pytest.approx(value, rel=1e-9)

@@ -18,13 +18,13 @@ from gradmm.classification import label_preference
 from gradmm.errors import require
 from gradmm.examples import Example, Splits, check_examples
 from gradmm.experiments.protocol import compare
-from gradmm.experiments.trial import ComparisonConfig, written_texts
+from gradmm.experiments.seed_run import ComparisonConfig, written_texts
 from gradmm.gradients import Factors, Head, head_factors
 from gradmm.models import Model, require_model
 from gradmm.settings import PRESETS, SynthesisConfig, preset
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
-QUANTITIES = ("accuracy", "match", "perplexity")
+QUANTITIES = ("accuracy", "match_loss", "perplexity")
 _OF_COMPARISON = {"n_real", "space"}
 _OF_CHOICE = {"space", "ranking", "filter", "distance", "perplexity_weight"}  # of the texts of a pool, which do not depend on these
 _OF_SYNTHESIS = {item.name for item in fields(SynthesisConfig) if item.init} - {"seed", "groups_per_batch"}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradmm.errors import require, require_whole
 from gradmm.examples import Example, check_examples, sample_examples
-from gradmm.experiments.trial import Trial
+from gradmm.experiments.seed_run import SeedRun
 from gradmm.generation import Sampling, generate_counts
 from gradmm.gradients import Factors, FactorTarget, LabelSpace, Target
 from gradmm.mechanism import noised_sums, seeded_bits
@@ -165,111 +165,111 @@ def select_coresets(model: Model, task: Task, examples: Sequence[Example], n: in
 GENERATED = 4.0  # baselines' texts for each that is kept, at most: the label filter alone chooses among them
 
 
-def no_training(trial: Trial) -> list[Example]:
+def no_training(seed_run: SeedRun) -> list[Example]:
     """The model as it came."""
     return []
 
 
-def all_real(trial: Trial) -> list[Example]:
+def all_real(seed_run: SeedRun) -> list[Example]:
     """Every train text of at least `task.min_words` words."""
-    return [e for e in trial.bench.splits.train if len(e.text.split()) >= trial.bench.task.min_words]
+    return [e for e in seed_run.experiment.splits.train if len(e.text.split()) >= seed_run.experiment.task.min_words]
 
 
-def real_seen(trial: Trial) -> list[Example]:
+def real_seen(seed_run: SeedRun) -> list[Example]:
     """The real examples that gradmm saw."""
-    return trial.real
+    return seed_run.real
 
 
-def random_real(trial: Trial) -> list[Example]:
+def random_real(seed_run: SeedRun) -> list[Example]:
     """Random real examples at the synthetic budget, drawn apart from those that gradmm saw."""
-    bench = trial.bench
+    experiment = seed_run.experiment
     return select_coreset(
-        bench.model, bench.task, bench.splits.train, trial.synthesis.n_synthetic, "random", stream(trial.seed, "random coreset")
+        experiment.model, experiment.task, experiment.splits.train, seed_run.synthesis.n_synthetic, "random", stream(seed_run.seed, "random coreset")
     )
 
 
-def matched_real(trial: Trial) -> list[Example]:
+def matched_real(seed_run: SeedRun) -> list[Example]:
     """Other real examples, chosen as gradmm chooses texts and from as many: what the choice is worth where every text is real."""
-    bench, config = trial.bench, replace(trial.synthesis, search="pool", ranking="group")
-    seen = {example.text for example in trial.real}
-    others = [example for example in all_real(trial) if example.text not in seen]
+    experiment, config = seed_run.experiment, replace(seed_run.synthesis, search="pool", ranking="group")
+    seen = {example.text for example in seed_run.real}
+    others = [example for example in all_real(seed_run) if example.text not in seen]
     count = min(len(others), math.ceil(config.n_synthetic * config.oversample))
-    pool = select_coreset(bench.model, bench.task, others, count, "random", stream(trial.seed, "real pool"))
-    return trial.choose(pool, config)
+    pool = select_coreset(experiment.model, experiment.task, others, count, "random", stream(seed_run.seed, "real pool"))
+    return seed_run.choose(pool, config)
 
 
-def herding(trial: Trial) -> list[Example]:
+def herding(seed_run: SeedRun) -> list[Example]:
     """Real examples by `coresets.herding` at the synthetic budget."""
-    return trial.bench.coresets["herding"]
+    return seed_run.experiment.coresets["herding"]
 
 
-def k_center(trial: Trial) -> list[Example]:
+def k_center(seed_run: SeedRun) -> list[Example]:
     """Real examples by `coresets.k_center` at the synthetic budget."""
-    return trial.bench.coresets["k_center"]
+    return seed_run.experiment.coresets["k_center"]
 
 
-def zero_shot(trial: Trial) -> list[Example]:
+def zero_shot(seed_run: SeedRun) -> list[Example]:
     """Texts that the model writes from the public prompts, kept by gradmm's own label filter: no real example is looked at."""
-    return _generated(trial, trial.bench.config.sampling, ())
+    return _generated(seed_run, seed_run.experiment.config.sampling, ())
 
 
-def few_shot(trial: Trial) -> list[Example]:
+def few_shot(seed_run: SeedRun) -> list[Example]:
     """As `zero_shot`, with real examples before each text: as many as the settings say, or fewer if these do not fit."""
-    return _generated(trial, _fitting(trial), trial.real)
+    return _generated(seed_run, _fitting(seed_run), seed_run.real)
 
 
-def _fitting(trial: Trial) -> Sampling:
+def _fitting(seed_run: SeedRun) -> Sampling:
     """The sampling with the most shots, at least one, of which even the longest leave room for a text in the context."""
-    bench, sampling = trial.bench, trial.bench.config.sampling
-    tokens = tokenize_task(bench.task, bench.model.tokenizer)
+    experiment, sampling = seed_run.experiment, seed_run.experiment.config.sampling
+    tokens = tokenize_task(experiment.task, experiment.model.tokenizer)
     # Each shot stands behind a prompt and before a separator, which may meet the text in an odd token.
     around = max(map(len, tokens.prompts)) + len(tokens.encode(sampling.separator)) + 1
-    room = bench.model.context - sampling.max_tokens - around
-    classes = [[e.text for e in trial.real if e.label == label] for label in range(len(bench.task.labels))]
+    room = experiment.model.context - sampling.max_tokens - around
+    classes = [[e.text for e in seed_run.real if e.label == label] for label in range(len(experiment.task.labels))]
     lengths = [sorted((len(tokens.encode(text)) + around for text in texts), reverse=True) for texts in classes]
     fitting = [count for count in range(1, sampling.shots + 1) if max(sum(longest[:count]) for longest in lengths) <= room]
     return replace(sampling, shots=max(fitting, default=1))
 
 
-def _generated(trial: Trial, sampling: Sampling, shots: Sequence[Example]) -> list[Example]:
-    bench, config = trial.bench, replace(trial.synthesis, search="pool", distance="cosine", ranking="text", perplexity_weight=0.0)
+def _generated(seed_run: SeedRun, sampling: Sampling, shots: Sequence[Example]) -> list[Example]:
+    experiment, config = seed_run.experiment, replace(seed_run.synthesis, search="pool", distance="cosine", ranking="text", perplexity_weight=0.0)
     config = replace(config, oversample=min(config.oversample, GENERATED))
-    plan = Plan.of(bench.model, bench.task, trial.blank, config)
-    texts = generate_counts(bench.model, bench.task, plan.written_per_class, trial.seed, sampling, shots)
-    return plan.selection.keep(texts)
+    plan = Plan.of(experiment.model, experiment.task, seed_run.blank, config)
+    texts = generate_counts(experiment.model, experiment.task, plan.written_per_class, seed_run.seed, sampling, shots)
+    return plan.selector.keep(texts)
 
 
-def prompt_only(trial: Trial) -> list[Example]:
+def prompt_only(seed_run: SeedRun) -> list[Example]:
     """The projection and its prompts without matching: gradmm with targets of zero, which know nothing of the real texts.
 
     A zero gradient has cosine 0 with everything, so every loss is 1: the first draw is projected, the first projection
     stays the best, and ranking falls back to the order of writing. The label filter, which reads no target, stays.
     """
     config = replace(
-        trial.synthesis, ranking="text", outer_steps=1, inner_steps=1, init_candidates=1, distance="cosine", perplexity_weight=0.0
+        seed_run.synthesis, ranking="text", outer_steps=1, inner_steps=1, init_candidates=1, distance="cosine", perplexity_weight=0.0
     )
-    return trial.write("prompt_only", trial.blank, config)
+    return seed_run.write("prompt_only", seed_run.blank, config)
 
 
-def random_target(trial: Trial) -> list[Example]:
+def random_target(seed_run: SeedRun) -> list[Example]:
     """gradmm with targets of random directions: what the search does when there is nothing to find."""
-    return trial.write("random_target", random_directions(trial.release, trial.seed), trial.synthesis)
+    return seed_run.write("random_target", random_directions(seed_run.release, seed_run.seed), seed_run.synthesis)
 
 
-def gradmm(trial: Trial) -> list[Example]:
+def gradmm(seed_run: SeedRun) -> list[Example]:
     """The method."""
-    return trial.matched
+    return seed_run.matched
 
 
-def shuffled(trial: Trial) -> list[Example]:
+def shuffled(seed_run: SeedRun) -> list[Example]:
     """gradmm's texts with labels dealt out at random: what their style alone teaches."""
-    order = torch.randperm(len(trial.matched), generator=generator(trial.seed, "shuffled labels")).tolist()
-    return [Example(example.text, trial.matched[row].label) for example, row in zip(trial.matched, order, strict=True)]
+    order = torch.randperm(len(seed_run.matched), generator=generator(seed_run.seed, "shuffled labels")).tolist()
+    return [Example(example.text, seed_run.matched[row].label) for example, row in zip(seed_run.matched, order, strict=True)]
 
 
-WRITING = ("prompt_only", "random_target", "shuffled", "gradmm")  # what they share is worth more than all else: `Trial.written`
+WRITING = ("prompt_only", "random_target", "shuffled", "gradmm")  # what they share is worth more than all else: `SeedRun.written`
 
-METHODS: dict[str, Callable[[Trial], list[Example]]] = {
+METHODS: dict[str, Callable[[SeedRun], list[Example]]] = {
     "none": no_training,
     "all_real": all_real,
     "real": real_seen,

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from gradmm import files, runs
 from gradmm.errors import UserError, first_line, near, require
-from gradmm.locks import alone
+from gradmm.locks import lock
 
 BACKENDS = ("loky", "threading", "dask")
 PACKAGE = Path(__file__).parents[1]
@@ -334,7 +334,7 @@ def run(jobs: Sequence[Job], processes: int | None = None, backend: str = "loky"
     joblib = _joblib()
     with ExitStack() as held:
         for folder in sorted({job.target.parent for job in jobs}):
-            held.enter_context(alone(folder))
+            held.enter_context(lock(folder))
         return _run_changed(joblib, jobs, processes, backend, progress)
 
 

@@ -16,7 +16,7 @@ from gradmm.classification import Encoded
 from gradmm.errors import require, require_whole
 from gradmm.evaluation import perplexity
 from gradmm.examples import Example, content_hash
-from gradmm.experiments.trial import Trial
+from gradmm.experiments.seed_run import SeedRun
 from gradmm.gradients import FactorTarget, Target
 from gradmm.matching import Matching
 from gradmm.models import Model
@@ -25,41 +25,41 @@ from gradmm.tasks import tokenize_task
 from gradmm.training import adamw, train_at_rate, trainable_copy
 
 METRIC_TEXTS = 500  # texts of a set that are measured at most, a seeded sample; training reads them all
-MEASURES = ("perplexity", "second_perplexity", "match", "distinct_2", "self_bleu", "duplicates", "longest_shared_span", "tokens")
+MEASURES = ("perplexity", "second_perplexity", "match_loss", "distinct_2", "self_bleu", "duplicates", "longest_shared_span", "tokens")
 
 
-# ---------------------------------------------------------------- of a trial
+# ---------------------------------------------------------------- of one seed's run
 
 
-def measure(trial: Trial, examples: Sequence[Example]) -> dict:
+def measure(seed_run: SeedRun, examples: Sequence[Example]) -> dict:
     """What a set is like, see MEASURES; None for each where there are no examples."""
     if not examples:
         return dict.fromkeys(MEASURES)
-    bench, texts = trial.bench, [example.text for example in examples]
-    read = perplexity(bench.model, texts)
-    matching = Matching(bench.model, tokenize_task(bench.task, bench.model.tokenizer), trial.release.targets, trial.release.space)
-    sequences, real = ([words(text) for text in some] for some in (texts, [example.text for example in trial.real]))
+    experiment, texts = seed_run.experiment, [example.text for example in examples]
+    read = perplexity(experiment.model, texts)
+    matching = Matching(experiment.model, tokenize_task(experiment.task, experiment.model.tokenizer), seed_run.release.targets, seed_run.release.space)
+    sequences, real = ([words(text) for text in some] for some in (texts, [example.text for example in seed_run.real]))
     return {
         "perplexity": read.corpus,
-        "second_perplexity": None if bench.second is None else perplexity(bench.second, texts).corpus,
-        "match": _match(matching, examples),
+        "second_perplexity": None if experiment.second is None else perplexity(experiment.second, texts).corpus,
+        "match_loss": _match(matching, examples),
         "distinct_2": distinct_n(texts, 2),
-        "self_bleu": self_bleu(texts, trial.seed, limit=bench.config.n_real) if len(texts) > 1 else None,
+        "self_bleu": self_bleu(texts, seed_run.seed, limit=experiment.config.n_real) if len(texts) > 1 else None,
         "duplicates": duplicate_share(texts),
         "longest_shared_span": max(longest_shared_spans(sequences, real)),
         "tokens": statistics.fmean(read.tokens),
     }
 
 
-def thinned(examples: Sequence[Example], seed: int, limit: int | None = METRIC_TEXTS) -> list[Example]:
+def subsample(examples: Sequence[Example], seed: int, limit: int | None = METRIC_TEXTS) -> list[Example]:
     """At most `limit` of the examples, drawn with the seed, in the order in which they stand; None takes all."""
     order = torch.randperm(len(examples), generator=generator(seed, "measured examples"))[:limit].tolist()
     return [examples[row] for row in sorted(order)]
 
 
-def _matching(trial: Trial, model: Model, targets: Sequence[Target]) -> Matching:
+def _matching(seed_run: SeedRun, model: Model, targets: Sequence[Target]) -> Matching:
     """At another model than the Release's, in its space."""
-    return Matching(model, tokenize_task(trial.bench.task, model.tokenizer), targets, trial.release.space)
+    return Matching(model, tokenize_task(seed_run.experiment.task, model.tokenizer), targets, seed_run.release.space)
 
 
 def _match(matching: Matching, examples: Sequence[Example]) -> float:
@@ -67,20 +67,20 @@ def _match(matching: Matching, examples: Sequence[Example]) -> float:
     return statistics.fmean(matching.of_sets([e.text for e in examples], [e.label for e in examples]))
 
 
-def measure_on(learner: Model, trial: Trial, examples: Sequence[Example]) -> dict:
-    """What of MEASURES depends on the model that reads: another's perplexity, tokens, and `match` between its own gradients."""
+def measure_on(learner: Model, seed_run: SeedRun, examples: Sequence[Example]) -> dict:
+    """What of MEASURES depends on the model that reads: another's perplexity, tokens, and `match_loss` between its own gradients."""
     if not examples:
-        return dict.fromkeys(("perplexity", "match", "tokens"))
+        return dict.fromkeys(("perplexity", "match_loss", "tokens"))
     read = perplexity(learner, [example.text for example in examples])
-    targets = [_target(trial, learner, label) for label in range(len(trial.bench.task.labels))]
+    targets = [_target(seed_run, learner, label) for label in range(len(seed_run.experiment.task.labels))]
     return {
         "perplexity": read.corpus,
-        "match": _match(_matching(trial, learner, targets), examples),
+        "match_loss": _match(_matching(seed_run, learner, targets), examples),
         "tokens": statistics.fmean(read.tokens),
     }
 
 
-def similarities(trial: Trial, sets: dict[str, list[Example]]) -> dict[str, dict[str, float]]:
+def similarities(seed_run: SeedRun, sets: dict[str, list[Example]]) -> dict[str, dict[str, float]]:
     """How alike the gradients of each set and of the real examples are while a model trains on the real ones.
 
     Cosine of the gradients in the Release's space, mean over classes, at the weights after each of `similarity_steps`:
@@ -90,26 +90,26 @@ def similarities(trial: Trial, sets: dict[str, list[Example]]) -> dict[str, dict
         For each set {step: cosine}; an empty set has none, and without steps nothing is trained.
     """
     found: dict[str, dict[str, float]] = {name: {} for name in sets}
-    for step, model in _training(trial) if any(sets.values()) and trial.bench.config.similarity_steps else ():
-        targets = [_target(trial, model, label) for label in range(len(trial.bench.task.labels))]
+    for step, model in _training(seed_run) if any(sets.values()) and seed_run.experiment.config.similarity_steps else ():
+        targets = [_target(seed_run, model, label) for label in range(len(seed_run.experiment.task.labels))]
         for name, examples in sets.items():
             if examples:
-                found[name][str(step)] = 1 - _match(_matching(trial, model, targets), examples)
+                found[name][str(step)] = 1 - _match(_matching(seed_run, model, targets), examples)
     return found
 
 
 @torch.no_grad()
-def _target(trial: Trial, model: Model, label: int) -> FactorTarget:
-    texts = [example.text for example in trial.real if example.label == label]
-    return FactorTarget(_matching(trial, model, ()).factors(texts, [label] * len(texts)))
+def _target(seed_run: SeedRun, model: Model, label: int) -> FactorTarget:
+    texts = [example.text for example in seed_run.real if example.label == label]
+    return FactorTarget(_matching(seed_run, model, ()).factors(texts, [label] * len(texts)))
 
 
-def _training(trial: Trial) -> Iterator[tuple[int, Model]]:
+def _training(seed_run: SeedRun) -> Iterator[tuple[int, Model]]:
     """(step, the model as it is then) of the fine-tuning on the real examples."""
-    bench, steps = trial.bench, trial.bench.config.similarity_steps
-    config = replace(bench.config.finetuning, seed=trial.seed, patience=None, eval_every=math.gcd(*steps) or 1)
-    tokens, model = tokenize_task(bench.task, bench.model.tokenizer), trainable_copy(bench.model, config)
-    data = Encoded.of(bench.model, bench.task, tokens, trial.real, "real")
+    experiment, steps = seed_run.experiment, seed_run.experiment.config.similarity_steps
+    config = replace(experiment.config.finetuning, seed=seed_run.seed, patience=None, eval_every=math.gcd(*steps) or 1)
+    tokens, model = tokenize_task(experiment.task, experiment.model.tokenizer), trainable_copy(experiment.model, config)
+    data = Encoded.of(experiment.model, experiment.task, tokens, seed_run.real, "real")
     optimizer = adamw(model, config.learning_rates[-1], config)
     for row in train_at_rate(model, tokens, data, data, optimizer, config):
         if row["step"] in steps:
@@ -140,7 +140,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 def self_bleu(texts: Sequence[str], seed: int = 0, limit: int = 200) -> float:
     """How alike texts are: the mean BLEU-4 of a text against all others as references (Zhu et al. 2018), 0 to 100.
 
-    Sentence BLEU of sacrebleu with its own tokenizer and effective order. More than `limit` texts are first thinned to a
+    Sentence BLEU of sacrebleu with its own tokenizer and effective order. More than `limit` texts are first cut to a
     seeded sample of that size, because the work grows with its square and the value with its size: compare equal sizes.
 
     Raises:

@@ -19,7 +19,7 @@ from gradmm.examples import Example
 from gradmm.experiments.roofline import Cost
 from gradmm.models import DTYPES, Model
 from gradmm.privacy import release
-from gradmm.selection import Selection
+from gradmm.selection import Selector
 from gradmm.settings import SynthesisConfig
 from gradmm.synthesis import SynthesisResult, synthesize
 from gradmm.tasks import Task
@@ -31,7 +31,7 @@ CLOCKED = {
     "initialisation": (searches, "_initial"),
     "inner steps": (admm, "_minimise"),
     "projection": (searches, "project"),
-    "filter": (Selection, "rows"),
+    "filter": (Selector, "rows"),
 }
 
 

@@ -109,7 +109,7 @@ def selection(dataset: datasets.Dataset) -> Figure:
         for kept, part in rows.groupby("kept"):
             face = COLOURS[place] if kept else "none"
             label = f"{name}, {'kept' if kept else 'dropped'}"
-            axes.scatter(part["perplexity"], part["match"], s=28, marker=MARKERS[place], facecolor=face, edgecolor=COLOURS[place], label=label)
+            axes.scatter(part["perplexity"], part["match_loss"], s=28, marker=MARKERS[place], facecolor=face, edgecolor=COLOURS[place], label=label)
     axes.set(xscale="log", xlabel="perplexity under the model", ylabel="matching loss of the text alone")
     axes.legend()
     return figure

@@ -20,15 +20,15 @@ from tqdm.auto import tqdm
 
 from gradmm import files
 from gradmm.classification import check_fit, evaluate
-from gradmm.errors import UserError, is_whole, require, require_flag, require_type, shown
+from gradmm.errors import UserError, is_whole, require, require_flag, require_type, short_repr
 from gradmm.examples import Example, Splits, check_examples, without_overlap
 from gradmm.experiments.baselines import CORESETS, METHODS, WRITING, select_coresets
-from gradmm.experiments.metrics import measure, measure_on, similarities, thinned
+from gradmm.experiments.metrics import measure, measure_on, similarities, subsample
 from gradmm.experiments.records import memory_bytes
 from gradmm.experiments.results import Comparison
-from gradmm.experiments.trial import Bench, ComparisonConfig, Trial
+from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun
 from gradmm.finetuning import finetune
-from gradmm.locks import alone
+from gradmm.locks import lock
 from gradmm.models import Model, require_model
 from gradmm.rows import SPLITS
 from gradmm.runs import RunFolder, finite_or_none
@@ -83,18 +83,18 @@ def compare(
     _check(model, methods, seeds, workers)
     seeds = [int(seed) for seed in seeds]
     pools = {seed: _candidates(rows, task) for seed, rows in (pools or {}).items()}
-    splits = replace(splits, test=thinned(splits.test, 0, config.max_test))
+    splits = replace(splits, test=subsample(splits.test, 0, config.max_test))
     check_fit(model, task, splits, SPLITS)
     _check_learners(model, task, splits, learners)
-    with alone(output):
+    with lock(output):
         folder = RunFolder.open(output, _identity(model, task, splits, config, second, learners))
         settings = hashlib.sha256(json.dumps(folder.manifest, sort_keys=True).encode()).hexdigest()
-        bench = Bench(model, task, splits, config, {}, settings, folder.path, second, tuple(learners), pools)
+        experiment = Experiment(model, task, splits, config, {}, settings, folder.path, second, tuple(learners), pools)
         if folder.path is not None:
             files.remove_unfinished(folder.path / "records")
-        records = {(name, seed): bench.load(name, seed) for seed in seeds for name in methods}
+        records = {(name, seed): experiment.load(name, seed) for seed in seeds for name in methods}
         missing = {seed: [name for name in methods if records[name, seed] is None] for seed in seeds}
-        for record in _run(_with_coresets(bench, missing), {seed: names for seed, names in missing.items() if names}, len(records), progress, workers):
+        for record in _run(_with_coresets(experiment, missing), {seed: names for seed, names in missing.items() if names}, len(records), progress, workers):
             records[record["method"], record["seed"]] = record
         if folder.path is not None and (any(missing.values()) or not folder.finished):
             clock = {"seconds": round(time.time() - begun, 3)}
@@ -113,12 +113,12 @@ def usual_workers(model: Model) -> int:
     return 2 if 2 * TUNING_COPIES * shape.weights * shape.wide <= (memory_bytes() or math.inf) else 1
 
 
-def _with_coresets(bench: Bench, missing: dict[int, list[str]]) -> Bench:
-    """The bench with the coresets that are needed, chosen once for all seeds."""
+def _with_coresets(experiment: Experiment, missing: dict[int, list[str]]) -> Experiment:
+    """The experiment with the coresets that are needed, chosen once for all seeds."""
     wanted = [name for name in CORESETS if any(name in names for names in missing.values())]
     if not wanted:
-        return bench
-    return replace(bench, coresets=select_coresets(bench.model, bench.task, bench.splits.train, bench.config.synthesis.n_synthetic, wanted))
+        return experiment
+    return replace(experiment, coresets=select_coresets(experiment.model, experiment.task, experiment.splits.train, experiment.config.synthesis.n_synthetic, wanted))
 
 
 def _check_types(model, splits, config, methods, seeds, progress, second, learners, pools) -> None:
@@ -143,7 +143,7 @@ def _check(model: Model, methods: Sequence[str], seeds: Sequence[int], workers: 
     unknown = [name for name in methods if not isinstance(name, str) or name not in METHODS]
     require(not unknown and len(methods) > 0, f"the methods {unknown} are not known: use some of {', '.join(METHODS)}")
     require(len(set(methods)) == len(methods), f"methods = {list(methods)} names one twice: give each once")
-    require(all(map(is_whole, seeds)), f"seeds = {shown(list(seeds))}, they must be whole numbers: give such as [0, 1, 2]")
+    require(all(map(is_whole, seeds)), f"seeds = {short_repr(list(seeds))}, they must be whole numbers: give such as [0, 1, 2]")
     require(len(set(seeds)) == len(seeds) > 0, f"seeds = {list(seeds)}, they must differ and be at least one: give such as [0, 1, 2]")
     require(is_whole(workers) and workers >= 1, f"workers = {workers!r}, it must be a whole number of at least 1: give 1 or 2")
     require(workers == 1 or model.device.type == "cpu", f"workers = {workers} on {model.device}: several are for the CPU, give 1")
@@ -173,27 +173,27 @@ def _identity(model: Model, task: Task, splits: Splits, config: ComparisonConfig
     }
 
 
-def _run(bench: Bench, pending: dict[int, list[str]], total: int, progress: bool, workers: int) -> Iterator[dict]:
+def _run(experiment: Experiment, pending: dict[int, list[str]], total: int, progress: bool, workers: int) -> Iterator[dict]:
     """The records that are missing, as they are finished."""
     missing = sum(map(len, pending.values()))
     with tqdm(total=total, initial=total - missing, desc="comparing", unit="run", disable=not progress) as bar:
-        for records in _seeds(bench, pending, workers) if missing else ():
+        for records in _seeds(experiment, pending, workers) if missing else ():
             for record in records:
                 bar.update(1)
                 bar.set_postfix(method=record["method"], seed=record["seed"], accuracy=f"{record['accuracy']:.3f}")
                 yield record
 
 
-def _seeds(bench: Bench, pending: dict[int, list[str]], workers: int) -> Iterator[Iterator[dict] | list[dict]]:
+def _seeds(experiment: Experiment, pending: dict[int, list[str]], workers: int) -> Iterator[Iterator[dict] | list[dict]]:
     """The records of one seed after the other, or of a seed's methods that share a synthesis, and of its others."""
     if workers == 1:
-        yield from (_run_seed(bench, names, seed) for seed, names in pending.items())
+        yield from (_run_seed(experiment, names, seed) for seed, names in pending.items())
         return
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (threads,)) as pool:
         pieces = [(part, seed) for seed, names in pending.items() for part in _apart(names) if part]
         pieces.sort(key=lambda piece: -len(piece[0]))  # the longest first, so that no process waits long for the last one
-        started = [pool.submit(_run_all, bench, part, seed) for part, seed in pieces]
+        started = [pool.submit(_run_all, experiment, part, seed) for part, seed in pieces]
         for future in as_completed(started):
             yield future.result()
 
@@ -214,28 +214,28 @@ def _apart(methods: Sequence[str]) -> tuple[list[str], list[str]]:
     return [name for name in methods if name in WRITING], [name for name in methods if name not in WRITING]
 
 
-def _run_all(bench: Bench, methods: Sequence[str], seed: int) -> list[dict]:
-    return list(_run_seed(bench, methods, seed))
+def _run_all(experiment: Experiment, methods: Sequence[str], seed: int) -> list[dict]:
+    return list(_run_seed(experiment, methods, seed))
 
 
-def _run_seed(bench: Bench, methods: Sequence[str], seed: int) -> Iterator[dict]:
+def _run_seed(experiment: Experiment, methods: Sequence[str], seed: int) -> Iterator[dict]:
     """All examples first, so that one training serves every gradient similarity; then one method after the other."""
-    trial = Trial(bench, seed)
-    made = {name: METHODS[name](trial) for name in methods}
-    sets = {name: without_overlap(examples, bench.splits.test) for name, examples in made.items()}
-    measured = {name: thinned(examples, seed) for name, examples in sets.items()}
-    alike = similarities(trial, measured)
+    seed_run = SeedRun(experiment, seed)
+    made = {name: METHODS[name](seed_run) for name in methods}
+    sets = {name: without_overlap(examples, experiment.splits.test) for name, examples in made.items()}
+    measured = {name: subsample(examples, seed) for name, examples in sets.items()}
+    alike = similarities(seed_run, measured)
     for name, examples in sets.items():
-        record = {"method": name, "seed": seed, "settings": bench.settings, "n": len(examples)}
+        record = {"method": name, "seed": seed, "settings": experiment.settings, "n": len(examples)}
         record["in_test"] = len(made[name]) - len(examples)  # written by chance as they stand in the test set, and left out
-        record |= _trained(trial, bench.model, examples)
-        record |= _finite(measure(trial, measured[name]))
+        record |= _trained(seed_run, experiment.model, examples)
+        record |= _finite(measure(seed_run, measured[name]))
         record["similarity"] = _finite(alike[name])
         record["elsewhere"] = {
-            one.name: _trained(trial, one, examples) | _finite(measure_on(one, trial, measured[name])) for one in bench.learners
+            one.name: _trained(seed_run, one, examples) | _finite(measure_on(one, seed_run, measured[name])) for one in experiment.learners
         }
-        if bench.folder is not None:
-            files.write_json(bench.place(name, seed), record)
+        if experiment.folder is not None:
+            files.write_json(experiment.place(name, seed), record)
         yield record
 
 
@@ -243,15 +243,15 @@ def _finite(values: dict) -> dict:
     return {key: finite_or_none(value) for key, value in values.items()}
 
 
-def _trained(trial: Trial, model: Model, examples: Sequence[Example]) -> dict:
+def _trained(seed_run: SeedRun, model: Model, examples: Sequence[Example]) -> dict:
     """The figures of a model's fine-tuning, or of the model as it came where there are no examples."""
-    bench, splits = trial.bench, trial.bench.splits
+    experiment, splits = seed_run.experiment, seed_run.experiment.splits
     if not examples:
-        test = evaluate(model, bench.task, splits.test)
+        test = evaluate(model, experiment.task, splits.test)
         chosen = {"learning_rate": None, "step": 0, "validation_accuracy": None, "curve": []}
     else:
-        config = replace(bench.config.finetuning, seed=trial.seed)
-        found = finetune(model, bench.task, examples, splits.validation, splits.test, config, progress=False)
+        config = replace(experiment.config.finetuning, seed=seed_run.seed)
+        found = finetune(model, experiment.task, examples, splits.validation, splits.test, config, progress=False)
         test, curve = found.test, [_finite(row) for row in found.curve]
         chosen = {"learning_rate": found.learning_rate, "step": found.step}
         chosen |= {"validation_accuracy": found.validation_accuracy, "curve": curve}

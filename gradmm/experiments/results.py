@@ -36,7 +36,7 @@ class Comparison:
         return [record for record in self.records if record["method"] == method]
 
     def on(self, learner: str) -> "Comparison":
-        """The same examples judged by another model: accuracies, curves, `match`, perplexity and tokens are the learner's.
+        """The same examples judged by another model: accuracies, curves, `match_loss`, perplexity and tokens are the learner's.
 
         What tells of the texts alone stays; the similarity, which is the writer's training, is left out.
         """
@@ -69,7 +69,7 @@ class Comparison:
         """The accuracy of `first` minus that of `second`, see `evaluation.paired_bootstrap`."""
         return asdict(paired_bootstrap(self._correct(first), self._correct(second)))
 
-    def carried(self, learner: str, method: str, base: str = "none") -> dict[str, float] | None:
+    def transfer_ratio(self, learner: str, method: str, base: str = "none") -> dict[str, float] | None:
         """The share of a method's gain over `base` that another model makes too, see `evaluation.paired_share`.
 
         None where the gain on the model that wrote or chose the examples cannot be told from none.

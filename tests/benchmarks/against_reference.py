@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gradmm.experiments import records, reference
 from gradmm.gradients import FactorTarget, Head, Space, head_factors
 from gradmm.matching import Matching
-from gradmm.models import DTYPES, Model, quicken
-from gradmm.projection import Reading, Tables, project
+from gradmm.models import DTYPES, Model, use_fast_kernels
+from gradmm.projection import DecodingConfig, TokenTables, project
 from gradmm.tasks import TaskTokens
 from gradmm.vocabulary import Vocabulary
 
@@ -49,7 +49,7 @@ def random_model(shape: str, device: str, dtype: str = "float32") -> Model:
         eos_token_id=0,
     )
     lm = transformers.AutoModelForCausalLM.from_config(config).to(device, DTYPES[dtype]).eval().requires_grad_(False)
-    quicken(lm)
+    use_fast_kernels(lm)
     return Model(lm, None, shape, None, "random")
 
 
@@ -82,7 +82,7 @@ def pairs(model: Model, literal: Model, groups: int, count: int, length: int, k:
     ids, classes = torch.zeros(x.shape[:3], dtype=torch.long, device=x.device), torch.zeros(groups, dtype=torch.long, device=model.device)
     before, after = (literal.embed(torch.tensor(part, device=model.device)) for part in (PROMPT[:1], TAIL))
     labels, allowed = torch.full((count,), LABEL, device=model.device), torch.ones(model.embedding.shape[0], dtype=torch.bool)
-    tables, rows = Tables.of(model), torch.zeros(groups * count, dtype=torch.long, device=model.device)
+    tables, rows = TokenTables.of(model), torch.zeros(groups * count, dtype=torch.long, device=model.device)
 
     def slope(f, start):
         variable = start.clone().requires_grad_(True)
@@ -91,11 +91,11 @@ def pairs(model: Model, literal: Model, groups: int, count: int, length: int, k:
     work = {
         "inner step": (
             lambda: slope(lambda v: matching.of_vectors(v, ids, classes), x),
-            lambda: slope(lambda v: reference.match(literal.lm, v, before, after, labels, explicit, "cosine"), x[0]),
+            lambda: slope(lambda v: reference.match_loss(literal.lm, v, before, after, labels, explicit, "cosine"), x[0]),
         )
     }
     for order in ("lm_then_nearest", "nearest_then_lm"):
-        reading = Reading(order, k, Vocabulary.free(allowed.to(model.device)))
+        reading = DecodingConfig(order, k, Vocabulary.free(allowed.to(model.device)))
         work[f"projection, {order}"] = (
             lambda reading=reading: project(model, tables, x.flatten(0, 1), [PROMPT], rows, reading),
             lambda reading=reading: reference.project(literal.lm, x[0], PROMPT, reading.order, k, reading.vocabulary.whole),

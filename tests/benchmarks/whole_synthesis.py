@@ -102,19 +102,19 @@ def literal_group(model: Model, plan: Plan, examples: list[Example], steps: dict
         return value
 
     tokens, config, label = plan.tokens, plan.config, plan.tokens.labels[0]
-    before, after = (model.embed(torch.tensor(part, dtype=torch.long, device=model.device)) for part in (tokens.start + tokens.head, tokens.tail))
+    before, after = (model.embed(torch.tensor(part, dtype=torch.long, device=model.device)) for part in (tokens.start + tokens.prefix, tokens.suffix))
     labels = torch.full((config.group_size,), label, device=model.device)
     sequences = [tokens.sequence(example.text) for example in examples if example.label == 0]
     explicit = clocked("target", lambda: reference.real_gradient(model.lm, sequences, [label] * len(sequences)))
 
     def match(x, labels=labels):
         if x.requires_grad:
-            return reference.match(model.lm, x, before, after, labels, explicit, config.distance)
+            return reference.match_loss(model.lm, x, before, after, labels, explicit, config.distance)
         around = torch.cat([before.expand(len(x), -1, -1), x, after.expand(len(x), -1, -1)], dim=1)
         return reference.distance(reference.head_gradient(model.lm, around, labels), explicit, config.distance)
 
     def project(v):
-        return clocked("projection", lambda: reference.project(model.lm, v, tokens.prompts[0], config.projection, config.top_k, plan.reading.vocabulary.whole))
+        return clocked("projection", lambda: reference.project(model.lm, v, tokens.prompts[0], config.projection, config.top_k, plan.decoding.vocabulary.whole))
 
     x = clocked("initialisation", lambda: best_start(model, plan, match))
     begun = time.perf_counter()
@@ -129,7 +129,7 @@ def literal_group(model: Model, plan: Plan, examples: list[Example], steps: dict
 def best_start(model: Model, plan: Plan, match) -> torch.Tensor:
     """The best of the first group's draws, evaluated one after the other."""
     source, shape = generator(plan.config.seed, "initial x", 0), Shape(plan.config.group_size, plan.length)
-    draws = [normal(plan.matching, plan.reading, shape, [0], [source])[0][0].float() for _ in range(plan.config.init_candidates)]
+    draws = [normal(plan.matching, plan.decoding, shape, [0], [source])[0][0].float() for _ in range(plan.config.init_candidates)]
     return draws[0] if len(draws) == 1 else min(draws, key=lambda x: float(match(x)))
 
 
@@ -138,7 +138,7 @@ def judge(model: Model, plan: Plan, ids: torch.Tensor, match) -> list[tuple[floa
     found = []
     for row in ids:
         alone = match(model.embed(row)[None], torch.tensor([plan.tokens.labels[0]], device=row.device))
-        around = [*plan.tokens.start, *plan.tokens.head, *row.tolist(), *plan.tokens.tail]
+        around = [*plan.tokens.start, *plan.tokens.prefix, *row.tolist(), *plan.tokens.suffix]
         with torch.no_grad():
             logits = model.lm(input_ids=torch.tensor([around], device=row.device), use_cache=False).logits[0, -1]
         found.append((float(alone), int(logits[list(plan.tokens.labels)].argmax())))

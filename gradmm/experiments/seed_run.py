@@ -1,4 +1,4 @@
-"""What a comparison of training sets shares: its settings, its bench, and the trial of one seed.
+"""What a comparison of training sets shares: its settings, its experiment, and the seed_run of one seed.
 
 Reads real examples; knows no method. Letters: M test examples.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gradmm import files
-from gradmm.errors import is_whole, plain_fields, require, require_type, shown
+from gradmm.errors import is_whole, plain_fields, require, require_type, short_repr
 from gradmm.examples import Example, Splits, check_examples, sample_examples
 from gradmm.generation import Sampling
 from gradmm.gradients import Factors, FactorTarget, Target
@@ -53,19 +53,19 @@ class ComparisonConfig:
         plain_fields(self)
         for name, kind in (("synthesis", SynthesisConfig), ("finetuning", FinetuneConfig), ("sampling", Sampling)):
             require_type(getattr(self, name), kind, f"a comparison's {name}", f"give a {kind.__name__}")
-        require(is_whole(self.n_real) and self.n_real >= 1, f"n_real = {shown(self.n_real)}, it must be a whole number of at least 1: give such as 50")
+        require(is_whole(self.n_real) and self.n_real >= 1, f"n_real = {short_repr(self.n_real)}, it must be a whole number of at least 1: give such as 50")
         require(
             self.space is None or (isinstance(self.space, str) and self.space in SPACES),
-            f"the space {shown(self.space)} is not known: use one of {', '.join(SPACES)}",
+            f"the space {short_repr(self.space)} is not known: use one of {', '.join(SPACES)}",
         )
         steps, last = self.similarity_steps, self.finetuning.steps
         require(
             isinstance(steps, list | tuple) and all(is_whole(step) and 0 <= step <= last for step in steps),
-            f"similarity_steps = {shown(steps)}, each must be a whole number from 0 to the fine-tuning's {last} steps: give such as (0, {last})",
+            f"similarity_steps = {short_repr(steps)}, each must be a whole number from 0 to the fine-tuning's {last} steps: give such as (0, {last})",
         )
         require(
             self.max_test is None or (is_whole(self.max_test) and self.max_test >= 1),
-            f"max_test = {shown(self.max_test)}, it must be a whole number of at least 1, or None for all",
+            f"max_test = {short_repr(self.max_test)}, it must be a whole number of at least 1, or None for all",
         )
         object.__setattr__(self, "similarity_steps", tuple(steps))
 
@@ -76,7 +76,7 @@ class ComparisonConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class Experiment:
     """What all methods and seeds share.
 
     Attributes:
@@ -120,32 +120,32 @@ class Bench:
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
+class SeedRun:
     """What every method of one seed is given; real examples, Releases and gradmm's texts are made once, when asked for."""
 
-    bench: Bench
+    experiment: Experiment
     seed: int
 
     @property
     def synthesis(self) -> SynthesisConfig:
         """The settings with this seed."""
-        return replace(self.bench.config.synthesis, seed=self.seed)
+        return replace(self.experiment.config.synthesis, seed=self.seed)
 
     @cached_property
     def real(self) -> list[Example]:
         """The real examples."""
-        return sample_examples(self.bench.splits.train, self.bench.config.n_real, self.bench.task, self.seed)
+        return sample_examples(self.experiment.splits.train, self.experiment.config.n_real, self.experiment.task, self.seed)
 
     @cached_property
     def release(self) -> Release:
         """Their exact gradients."""
-        space, cache = self.bench.config.release_space, self.bench.folder
-        return release(self.bench.model, self.bench.task, self.real, space=space, cache=cache, progress=False)
+        space, cache = self.experiment.config.release_space, self.experiment.folder
+        return release(self.experiment.model, self.experiment.task, self.real, space=space, cache=cache, progress=False)
 
     @cached_property
     def blank(self) -> Release:
         """A Release of zeros, which knows nothing of the real examples; of the head, whose gradients cost least."""
-        return without_gradient(release(self.bench.model, self.bench.task, self.real, space="head"))
+        return without_gradient(release(self.experiment.model, self.experiment.task, self.real, space="head"))
 
     @cached_property
     def written(self) -> SynthesisResult:
@@ -155,12 +155,12 @@ class Trial:
     @cached_property
     def matched(self) -> list[Example]:
         """The texts whose gradients match the Release."""
-        return self.choose(self.pool, self.synthesis) if self.seed in self.bench.pools else self._kept(self.written)
+        return self.choose(self.pool, self.synthesis) if self.seed in self.experiment.pools else self._kept(self.written)
 
     @cached_property
     def pool(self) -> Sequence[Example]:
-        """All texts that gradmm wrote, or what the bench was given for them."""
-        written = self.bench.pools.get(self.seed)
+        """All texts that gradmm wrote, or what the experiment was given for them."""
+        written = self.experiment.pools.get(self.seed)
         return [Example(row["text"], row["label"]) for row in self.written.dataset.to_list()] if written is None else written
 
     def write(self, name: str, target: Release, config: SynthesisConfig) -> list[Example]:
@@ -174,20 +174,20 @@ class Trial:
         return self._chosen(pool, self.release, config)
 
     def _chosen(self, pool: Sequence[Example], target: Release, config: SynthesisConfig) -> list[Example]:
-        plan = Plan.of(self.bench.model, self.bench.task, target, config)
-        return check_examples(plan.selection.keep(pool), self.bench.task)
+        plan = Plan.of(self.experiment.model, self.experiment.task, target, config)
+        return check_examples(plan.selector.keep(pool), self.experiment.task)
 
     def _synthesize(self, name: str, target: Release, config: SynthesisConfig) -> SynthesisResult:
         """A synthesis; continued where it was interrupted."""
-        folder = None if self.bench.folder is None else _synthesis_folder(self.bench.folder, name, self.seed)
-        return synthesize(self.bench.model, self.bench.task, target, config, folder, progress=False)
+        folder = None if self.experiment.folder is None else _synthesis_folder(self.experiment.folder, name, self.seed)
+        return synthesize(self.experiment.model, self.experiment.task, target, config, folder, progress=False)
 
     def _kept(self, found: SynthesisResult) -> list[Example]:
-        return check_examples([row for row in found.dataset.to_list() if row["kept"]], self.bench.task)
+        return check_examples([row for row in found.dataset.to_list() if row["kept"]], self.experiment.task)
 
 
 def written_texts(folder: Path, seeds: Sequence[int]) -> dict[int, list[Example]]:
-    """What gradmm wrote in a finished comparison's folder with each seed, kept or not: see `Bench.pools`."""
+    """What gradmm wrote in a finished comparison's folder with each seed, kept or not: see `Experiment.pools`."""
     places = {seed: _synthesis_folder(folder, "gradmm", seed) / "synthetic.jsonl" for seed in seeds}
     return {seed: [Example(row["text"], row["label"]) for row in files.read_json_lines(place)] for seed, place in places.items()}
 

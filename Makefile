@@ -52,6 +52,7 @@ mutants: $(VENV)/.installed-checks
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check gradmm tests book
 	$(BIN)/mypy
 
 lab: $(VENV)/.installed-notebooks

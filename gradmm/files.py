@@ -31,7 +31,9 @@ def as_path(value: Any, what: str) -> Path:
         UserError: no text, or a path that is too long, holds a null character or may not be looked at.
     """
     if not isinstance(value, str | Path):  # of other values only the type is shown: they may hold private text
-        said = short_repr(value) if value is None or isinstance(value, int | float) else f"of type {type(value).__name__}"
+        said = (
+            short_repr(value) if value is None or isinstance(value, int | float) else f"of type {type(value).__name__}"
+        )
         raise UserError(f"{what} is {said}: give a path or a name as text")
     try:
         os.lstat(value)

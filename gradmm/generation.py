@@ -32,7 +32,8 @@ class Sampling:
     Attributes:
         temperature: divides the logits; 1 samples from the model.
         top_p: the smallest set of tokens of this probability is drawn from (Holtzman et al. 2020); 1 keeps all.
-        max_tokens: tokens of a text at most, behind what its prompt begins it with; it is then cut back to its last sentence end.
+        max_tokens: tokens of a text at most, behind what its prompt begins it with; it is then cut back to its last
+            sentence end.
         min_tokens: no text ends before it has this many tokens.
         shots: real examples of the class before each text, drawn anew for each; used when examples are given.
         separator: what stands between shots.
@@ -52,13 +53,20 @@ class Sampling:
     def __post_init__(self) -> None:
         plain_fields(self)
         warmth = self.temperature
-        require(is_number(warmth) and warmth > 0, f"temperature = {short_repr(warmth)}, it must be above 0: 1 samples from the model")
-        require(is_number(self.top_p) and 0 < self.top_p <= 1, f"top_p = {short_repr(self.top_p)}, it must be above 0 and at most 1: 0.95 is usual")
+        require(
+            is_number(warmth) and warmth > 0,
+            f"temperature = {short_repr(warmth)}, it must be above 0: 1 samples from the model",
+        )
+        require(
+            is_number(self.top_p) and 0 < self.top_p <= 1,
+            f"top_p = {short_repr(self.top_p)}, it must be above 0 and at most 1: 0.95 is usual",
+        )
         for name in ("max_tokens", "min_tokens", "shots", "batch_size", "rounds"):
             value = getattr(self, name)
             require(
                 is_whole(value) and value >= 1,
-                f"{name} = {short_repr(value)}, it must be a whole number of at least 1: the default is {Sampling.__dict__[name]}",
+                f"{name} = {short_repr(value)}, it must be a whole number of at least 1: the default is "
+                f"{Sampling.__dict__[name]}",
             )
         require(
             self.min_tokens <= self.max_tokens,
@@ -95,18 +103,18 @@ def generate_texts(
 ) -> list[Example]:
     """Write `n_per_class` distinct, finished texts of each class.
 
-    Zero-shot: the model continues the class's generation prompt; words at its end that begin a sentence belong to the text.
-    Few-shot: real examples of the class, each behind the same instruction, stand before it; such texts can repeat real ones
-    and are not private. A text begins with a word. It ends at an end token, at a line break, or with a sentence once it has
-    `min_tokens` (see `sentences.ends_sentence`); one that is cut off goes back to its last certain sentence end.
-    Texts without a sentence end, shorter than `min_tokens` after the cut, with a `readability.flaw`, equal to a shot or to
-    another text are dropped, and more are written. Classes with the same prompt are warned of.
+    Zero-shot: the model continues the class's generation prompt; words at its end that begin a sentence belong to the
+    text. Few-shot: real examples of the class, each behind the same instruction, stand before it; such texts can repeat
+    real ones and are not private. A text begins with a word. It ends at an end token, at a line break, or with a
+    sentence once it has `min_tokens` (see `sentences.ends_sentence`); one that is cut off goes back to its last certain
+    sentence end. Texts without a sentence end, shorter than `min_tokens` after the cut, with a `readability.flaw`,
+    equal to a shot or to another text are dropped, and more are written. Classes with the same prompt are warned of.
 
     Args:
         shots: labelled real examples to draw shots from, whatever `check_examples` takes; none for zero-shot.
         allowed: (V,) bool, the only tokens that a text may hold, of those of `Model.vocabulary`; None: all of these.
-        share: writes the batches of a round, all classes' together; they do not depend on one another, so it may share them
-            out. The batches follow from the settings and from what earlier rounds gave.
+        share: writes the batches of a round, all classes' together; they do not depend on one another, so it may share
+            them out. The batches follow from the settings and from what earlier rounds gave.
 
     Returns:
         C * n_per_class examples, class by class, in the order of their numbers.
@@ -124,10 +132,14 @@ def generate_texts(
     require(not bare, f"the labels {bare} have 0 of the {len(shots)} shots: give at least one of each class")
     tokens = tokenize_task(task, model.tokenizer)
     warn_of_prompts(tokens, model.vocabulary)
-    writer = _Writer(model, tokens, sampling, _ending(model.vocabulary if allowed is None else model.vocabulary.only(allowed)))
+    writer = _Writer(
+        model, tokens, sampling, _ending(model.vocabulary if allowed is None else model.vocabulary.only(allowed))
+    )
 
     def write(batch: Batch) -> list[str]:
-        draws = [generator(seed, f"generation {batch.label}", unit) for unit in range(batch.first, batch.first + batch.size)]
+        draws = [
+            generator(seed, f"generation {batch.label}", unit) for unit in range(batch.first, batch.first + batch.size)
+        ]
         return writer.write(batch.label, pools[batch.label], draws)
 
     tries: list[list[str]] = [[] for _ in pools]
@@ -146,7 +158,8 @@ def generate_texts(
     for name, texts, found in zip(task.labels, tries, kept, strict=True):
         require(
             len(found) == n_per_class,
-            f"{len(found)} of {n_per_class} texts of {name!r} came out finished, distinct and readable after {len(texts)} tries: "
+            f"{len(found)} of {n_per_class} texts of {name!r} came out finished, distinct and readable after "
+            f"{len(texts)} tries: "
             "raise max_tokens, temperature or rounds, or ask for fewer",
         )
     return [example for found in kept for example in found]
@@ -166,12 +179,18 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
         return probabilities
     high = logits.amax(-1, keepdim=True)
     low = torch.where(logits.isneginf(), high, logits).amin(-1, keepdim=True)
-    levels = ((logits - low) * ((LEVELS - 1) / (high - low).clamp_min(1e-30))).clamp(0, LEVELS - 1).nan_to_num(0.0).long()
-    held = torch.zeros(len(logits), LEVELS, dtype=probabilities.dtype, device=logits.device).scatter_add_(-1, levels, probabilities)
+    levels = (
+        ((logits - low) * ((LEVELS - 1) / (high - low).clamp_min(1e-30))).clamp(0, LEVELS - 1).nan_to_num(0.0).long()
+    )
+    held = torch.zeros(len(logits), LEVELS, dtype=probabilities.dtype, device=logits.device).scatter_add_(
+        -1, levels, probabilities
+    )
     border = LEVELS - 1 - (held.flip(-1).cumsum(-1) < top_p).sum(-1, keepdim=True).clamp_max(LEVELS - 1)
     there = levels == border
     near, places = torch.where(there, logits, -torch.inf).topk(max(1, int(there.sum(-1).max())), -1)
-    mass = torch.where(levels > border, probabilities, 0).sum(-1, keepdim=True) + probabilities.gather(-1, places).cumsum(-1)
+    mass = torch.where(levels > border, probabilities, 0).sum(-1, keepdim=True) + probabilities.gather(
+        -1, places
+    ).cumsum(-1)
     last = (mass < top_p).sum(-1, keepdim=True).clamp_max(near.shape[-1] - 1)
     return torch.where(logits >= near.gather(-1, last), probabilities, 0)
 
@@ -199,15 +218,22 @@ def warn_of_prompts(tokens: TaskTokens, vocabulary: Vocabulary) -> None:
         found = tokens.tokenizer.decode([token for token in asked if token in vocabulary.markup][:1])
         if found:
             warnings.warn(
-                f"the generation prompt of label {label!r} of task {tokens.task.name!r} holds {found!r}, a token of the model's own "
-                "markup, which no text may hold: leave it out, or set prompt_style: chat, which sets such tokens itself",
+                f"the generation prompt of label {label!r} of task {tokens.task.name!r} holds {found!r}, a token "
+                "of the model's own "
+                "markup, which no text may hold: leave it out, or set prompt_style: chat, which sets such tokens "
+                "itself",
                 stacklevel=2,
             )
 
 
 @torch.no_grad()
 def continue_prompts(
-    model: Model, tokens: TaskTokens, classes: Sequence[int], uniform: Tensor, sampling: Sampling, vocabulary: Vocabulary
+    model: Model,
+    tokens: TaskTokens,
+    classes: Sequence[int],
+    uniform: Tensor,
+    sampling: Sampling,
+    vocabulary: Vocabulary,
 ) -> Tensor:
     """Raw texts behind the classes' prompts, finished or not, in batches that change nothing but speed.
 
@@ -239,10 +265,15 @@ def prompted_texts(model: Model, tokens: TaskTokens, per_class: int, length: int
         per_class: texts of each class.
         length: tokens of a text at most; fewer where the context is shorter.
     """
-    around, opened = max(map(len, (tokens.start + tokens.prefix + tokens.suffix, *tokens.prompts))), max(map(len, tokens.openings))
+    around, opened = (
+        max(map(len, (tokens.start + tokens.prefix + tokens.suffix, *tokens.prompts))),
+        max(map(len, tokens.openings)),
+    )
     length = max(1 + opened, min(length + opened, model.context - around))
     classes = [label for label in range(len(tokens.labels)) for _ in range(per_class)]
-    uniform = torch.stack([torch.rand(length, generator=generator(seed, "prompted texts", row)) for row in range(len(classes))])
+    uniform = torch.stack(
+        [torch.rand(length, generator=generator(seed, "prompted texts", row)) for row in range(len(classes))]
+    )
     sampling = Sampling(max_tokens=length, min_tokens=1)
     ids = continue_prompts(model, tokens, classes, uniform, sampling, model.vocabulary)
     return [tokens.decode(token for token in row if token >= 0) for row in ids.tolist()]
@@ -293,7 +324,9 @@ class _Writer:
         """One text for each generator; an empty string where it came to nothing."""
         prompts = [self._prompt(label, pool, draw) for draw in draws]
         longest = max(map(len, prompts))
-        require(longest > 0, "a generation prompt has no tokens and the tokenizer no begin-of-text token: give a prompt")
+        require(
+            longest > 0, "a generation prompt has no tokens and the tokenizer no begin-of-text token: give a prompt"
+        )
         require(
             longest + self.sampling.max_tokens <= self.model.context,
             f"a prompt of {longest} and a text of {self.sampling.max_tokens} tokens exceed the context of "
@@ -318,7 +351,10 @@ class _Writer:
         Args:
             room: (N,) how many tokens each text may have, at most T.
         """
-        reader, ids = CachedDecoder.of(self.model, prompts), torch.full(uniform.shape, -1, dtype=torch.long, device=self.model.device)
+        reader, ids = (
+            CachedDecoder.of(self.model, prompts),
+            torch.full(uniform.shape, -1, dtype=torch.long, device=self.model.device),
+        )
         rows = torch.arange(len(prompts), device=self.model.device)  # the texts that go on: no pass reads another
         before = torch.tensor([prompt[-1] for prompt in prompts], device=self.model.device)
         state, closed = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
@@ -353,7 +389,9 @@ class _Writer:
         return allowed | (vocabulary.stops & (state == 0).unsqueeze(1) if allowed.ndim > 1 else vocabulary.stops)
 
     def _closed(self, token: Tensor, closed: Tensor) -> Tensor:
-        """Which texts may have ended with this token of each: it closes a sentence, or is a quote or bracket behind one that does."""
+        """Which texts may have ended with this token of each: it closes a sentence, or is a quote or bracket
+        behind one that does.
+        """
         return self.vocabulary.closes[token] | (closed & self.vocabulary.closers[token])
 
     def _ended(self, ids: Tensor, rows: Tensor, token: Tensor, closed: Tensor, step: int) -> Tensor:
@@ -375,7 +413,9 @@ class _Writer:
         cumulated = nucleus(logits.masked_fill(~open_to, -torch.inf), self.sampling.top_p).cumsum(-1)  # (N, V)
         whole = cumulated[:, -1:].contiguous()
         place = torch.searchsorted(cumulated, uniform[:, None].to(cumulated.dtype) * whole, right=True)
-        return torch.minimum(place, torch.searchsorted(cumulated, whole)).squeeze(-1)  # a product may round up to the whole
+        return torch.minimum(place, torch.searchsorted(cumulated, whole)).squeeze(
+            -1
+        )  # a product may round up to the whole
 
     def _finish(self, label: int, row: list[int]) -> str:
         """The text of a row of tokens behind its class's opening, back to its last certain sentence end.

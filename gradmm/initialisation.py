@@ -24,7 +24,13 @@ class Shape:
     length: int
 
 
-def normal(matching: Matching, decoding: DecodingConfig, shape: Shape, classes: Sequence[int], sources: Sequence[torch.Generator]):
+def normal(
+    matching: Matching,
+    decoding: DecodingConfig,
+    shape: Shape,
+    classes: Sequence[int],
+    sources: Sequence[torch.Generator],
+):
     """Random vectors of norm NORM.
 
     Args:
@@ -40,7 +46,13 @@ def normal(matching: Matching, decoding: DecodingConfig, shape: Shape, classes: 
     return draw * (NORM / draw.norm(dim=-1, keepdim=True)), torch.full(draw.shape[:3], -1, device=table.device)
 
 
-def generated(matching: Matching, decoding: DecodingConfig, shape: Shape, classes: Sequence[int], sources: Sequence[torch.Generator]):
+def generated(
+    matching: Matching,
+    decoding: DecodingConfig,
+    shape: Shape,
+    classes: Sequence[int],
+    sources: Sequence[torch.Generator],
+):
     """The embeddings of sampled texts, as `normal`; tokens after a text's end are the end token."""
     model, tokens = matching.model, matching.tokens
     uniform = torch.cat([torch.rand(shape.count, shape.length, generator=source) for source in sources])
@@ -56,7 +68,14 @@ INITIALISATIONS = {"generated": generated, "normal": normal}
 
 @torch.no_grad()
 def best_of(
-    name: str, candidates: int, matching: Matching, decoding: DecodingConfig, shape: Shape, classes: Tensor, sources, groups_per_pass: int | None = None
+    name: str,
+    candidates: int,
+    matching: Matching,
+    decoding: DecodingConfig,
+    shape: Shape,
+    classes: Tensor,
+    sources,
+    groups_per_pass: int | None = None,
 ) -> Tensor:
     """Each group's best of several draws by matching loss: (K, B, L, D).
 

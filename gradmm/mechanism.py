@@ -146,7 +146,8 @@ def plan_entry(
     if delta is None:
         raise UserError(f"epsilon = {epsilon} without delta: give delta too, well below 1 / number of examples")
     require(
-        is_number(delta) and 0 < delta < 1, f"delta = {short_repr(delta)}, it must lie between 0 and 1: give such as 1e-5"
+        is_number(delta) and 0 < delta < 1,
+        f"delta = {short_repr(delta)}, it must lie between 0 and 1: give such as 1e-5",
     )
     check_clipping(clip, relation, calibration)
     sensitivity = RELATIONS[relation] * clip
@@ -163,7 +164,8 @@ def check_delta(delta: float) -> None:
     """
     require(
         not is_number(delta) or delta <= LARGEST_DELTA,
-        f"delta = {short_repr(delta)}, it must be at most {LARGEST_DELTA} (whoever hands out each example as it is with the "
+        f"delta = {short_repr(delta)}, it must be at most {LARGEST_DELTA} (whoever hands out each example as it is "
+        "with the "
         "chance delta keeps to it): give such as 1e-5, well below 1 / number of examples",
     )
 

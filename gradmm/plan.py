@@ -20,7 +20,8 @@ from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.sketch import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
-# By the kind of device: rows of a projection. More of them share what a step costs whatever its size, the reading of the weights
+# By the kind of device: rows of a projection. More of them share what a step costs whatever its size, the reading of
+# the weights
 # and the calls, but hold more of the solver's state and more keys and values.
 TEXTS_PER_BATCH = {"cpu": 100, "other": 256}
 MIN_TOKENS = 4  # of a text that may end early
@@ -59,25 +60,34 @@ class Plan:
         """Derive it.
 
         Raises:
-            UserError: fewer texts than classes, a length beyond the model's context, or no end token where one is needed.
+            UserError: fewer texts than classes, a length beyond the model's context, or no end token where one is
+                needed.
         """
         tokens = tokenize_task(task, model.tokenizer)
         count = len(task.labels)
-        require(config.n_synthetic >= count, f"n_synthetic = {config.n_synthetic}, but {count} classes need one text each: ask for {count} or more")
+        require(
+            config.n_synthetic >= count,
+            f"n_synthetic = {config.n_synthetic}, but {count} classes need one text each: ask for {count} or more",
+        )
         per_class = tuple(config.n_synthetic // count + (label < config.n_synthetic % count) for label in range(count))
         classes = tuple(
-            label for label in range(count) for _ in range(math.ceil(per_class[label] * config.oversample / config.group_size))
+            label
+            for label in range(count)
+            for _ in range(math.ceil(per_class[label] * config.oversample / config.group_size))
         )
         require(
             config.search == "pool" or not isinstance(release.space, BodySketch),
-            f"targets in the space {release.space_name!r} are matched by choosing texts: set search = 'pool', or release in another space",
+            f"targets in the space {release.space_name!r} are matched by choosing texts: set search = 'pool', or "
+            "release in another space",
         )
         # Texts that are moved have in them what their prompts begin them with.
         opened = max(map(len, tokens.openings)) if config.search == "admm" else 0
         length = opened + (config.length or release.length)
         _check_context(model, tokens, length, opened)
         end = _end_token(model, config)
-        batch, together = work_units(model, len(tokens.start + tokens.prefix + tokens.suffix) + length, config, len(classes))
+        batch, together = work_units(
+            model, len(tokens.start + tokens.prefix + tokens.suffix) + length, config, len(classes)
+        )
         return Plan(
             model=model,
             task=task,
@@ -102,7 +112,8 @@ class Plan:
             "model": {"name": self.model.name, "revision": self.model.revision, "fingerprint": self.model.fingerprint,
                       "dtype": str(self.model.dtype).removeprefix("torch.")},
             "release": {"fingerprint": self.release.fingerprint, "private": self.release.private,
-                        "statement": self.release.statement, "ledger": [asdict(entry) for entry in self.release.ledger]},
+                        "statement": self.release.statement,
+                            "ledger": [asdict(entry) for entry in self.release.ledger]},
             "length": self.length,
             "groups": len(self.classes),
             "groups_per_batch": self.batch,
@@ -134,7 +145,8 @@ class Plan:
         count, units = sharding.launched()[1], len(self.batches())
         require(
             self.config.search == "pool" or count <= units,
-            f"{count} processes would share {units} units of work of up to {self.batch} groups: set groups_per_batch to at most "
+            f"{count} processes would share {units} units of work of up to {self.batch} groups: set "
+            "groups_per_batch to at most "
             f"{max(1, len(self.classes) // count)}, or launch {units} at most",
         )
 
@@ -143,7 +155,13 @@ class Plan:
         """By what the texts are chosen."""
         config = self.config
         return Selector(
-            self.model, self.tokens, self.matching, self.per_class, config.filter, config.ranking, config.perplexity_weight
+            self.model,
+            self.tokens,
+            self.matching,
+            self.per_class,
+            config.filter,
+            config.ranking,
+            config.perplexity_weight,
         )
 
     @property
@@ -153,7 +171,10 @@ class Plan:
 
     def batches(self) -> list[range]:
         """The numbers of the groups of each batch."""
-        return [range(first, min(first + self.batch, len(self.classes))) for first in range(0, len(self.classes), self.batch)]
+        return [
+            range(first, min(first + self.batch, len(self.classes)))
+            for first in range(0, len(self.classes), self.batch)
+        ]
 
 
 def _end_token(model: Model, config: SynthesisConfig) -> int | None:
@@ -175,10 +196,10 @@ def _check_context(model: Model, tokens: TaskTokens, length: int, opened: int) -
 def work_units(model: Model, positions: int, config: SynthesisConfig, groups: int) -> tuple[int, int]:
     """The groups of a batch, and the groups that the model sees at once in the solver's inner steps.
 
-    Both follow from settings and shapes alone. Batches are as equal as can be, with about `TEXTS_PER_BATCH` at most. On a CPU an
-    inner step sees one group, so that nothing that is computed of a group depends on the others, to the last bit; in bfloat16,
-    where that does not hold anyway, two, and a batch has no half pass but the last one. Elsewhere it sees as many groups as keep
-    the activations within the size of the weights, and at least one.
+    Both follow from settings and shapes alone. Batches are as equal as can be, with about `TEXTS_PER_BATCH` at most. On
+    a CPU an inner step sees one group, so that nothing that is computed of a group depends on the others, to the last
+    bit; in bfloat16, where that does not hold anyway, two, and a batch has no half pass but the last one. Elsewhere it
+    sees as many groups as keep the activations within the size of the weights, and at least one.
 
     Args:
         positions: tokens of a text with its template.

@@ -1,8 +1,8 @@
 """Projection of continuous sequences on readable text, left to right with the language model's cache.
 
 Knows no gradients and no labels. Letters: N sequences, L positions, D embedding width, V vocabulary, k candidates.
-Two published orders (Nguyen et al. 2025): the paper's text takes the nearest of the likely tokens, the authors' code the
-likeliest of the near ones.
+Two published orders (Nguyen et al. 2025): the paper's text takes the nearest of the likely tokens, the authors' code
+the likeliest of the near ones.
 """
 
 import math
@@ -18,12 +18,17 @@ from gradmm.models import CachedDecoder, Model, kind_of
 from gradmm.vocabulary import Vocabulary
 
 ROWS_PER_BLOCK = 4096
-GATHERED_NUMBERS = {"cpu": 1 << 20, "other": 1 << 26}  # candidates' rows held at once: what a cache holds, or few launches
+GATHERED_NUMBERS = {
+    "cpu": 1 << 20,
+    "other": 1 << 26,
+}  # candidates' rows held at once: what a cache holds, or few launches
 
 
 @dataclass(frozen=True)
 class TokenTables:
-    """What a projection looks tokens up in: head (V, D') and bias (V,), embeddings (V, D) and their squared norms (V,)."""
+    """What a projection looks tokens up in: head (V, D') and bias (V,), embeddings (V, D) and their squared norms
+    (V,).
+    """
 
     head: Tensor
     bias: Tensor | None
@@ -68,7 +73,9 @@ def lm_then_nearest(tables: TokenTables, state: Tensor, target: Tensor, allowed:
 
 
 def nearest_then_lm(tables: TokenTables, state: Tensor, target: Tensor, allowed: Tensor, k: int) -> Tensor:
-    """Among the k tokens nearest to the target, the most likely one (the authors' code); arguments as `lm_then_nearest`."""
+    """Among the k tokens nearest to the target, the most likely one (the authors' code); arguments as
+    `lm_then_nearest`.
+    """
     near = 2 * linear(target.to(tables.embedding.dtype), tables.embedding) - tables.squares
     nearness, candidates = top(near.masked_fill_(~allowed, -torch.inf), k)
     logits = inner_products(tables.head, candidates, state)
@@ -83,8 +90,8 @@ PROJECTIONS: dict[str, Choose] = {"lm_then_nearest": lm_then_nearest, "nearest_t
 def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`scores.topk(k)` by two smaller searches: (N, V) -> values, the largest first, and their places, (N, k).
 
-    The V scores stand in c rows of n columns. The k largest are in the k columns with the largest maxima, or equalled there;
-    with c near sqrt(V / k), both searches are of about sqrt(V k) numbers.
+    The V scores stand in c rows of n columns. The k largest are in the k columns with the largest maxima, or equalled
+    there; with c near sqrt(V / k), both searches are of about sqrt(V k) numbers.
 
     >>> import torch
     >>> values, places = top(torch.tensor([[3.0, 9.0, 1.0, 7.0, 5.0, 8.0, 2.0, 6.0]]), 2)  # 2 rows of 4 columns
@@ -152,7 +159,10 @@ class DecodingConfig:
     min_tokens: int = 1
 
     def __post_init__(self) -> None:
-        require(self.order in PROJECTIONS, f"the projection {self.order!r} is not known: use one of {', '.join(PROJECTIONS)}")
+        require(
+            self.order in PROJECTIONS,
+            f"the projection {self.order!r} is not known: use one of {', '.join(PROJECTIONS)}",
+        )
         allowed = self.vocabulary.whole
         count = int(allowed.sum())
         require(
@@ -188,20 +198,34 @@ def project(
         UserError: an empty prompt, or prompt and text longer than the context.
     """
     longest = max(map(len, prompts))
-    require(min(map(len, prompts)) > 0, "a generation prompt has no tokens and the tokenizer no begin-of-text token: give a prompt")
+    require(
+        min(map(len, prompts)) > 0,
+        "a generation prompt has no tokens and the tokenizer no begin-of-text token: give a prompt",
+    )
     require(
         longest + v.shape[1] <= model.context,
-        f"a prompt of {longest} and a text of {v.shape[1]} tokens exceed the context of {model.context}: shorten one of them",
+        f"a prompt of {longest} and a text of {v.shape[1]} tokens exceed the context of {model.context}: shorten "
+        "one of them",
     )
     ids = torch.full(v.shape[:2], -1 if decoding.end is None else decoding.end, device=v.device)
     for number, opening in enumerate(openings):
         ids[rows == number, : len(opening)] = torch.tensor(opening, dtype=torch.long, device=v.device)
     opened = torch.tensor([len(opening) for opening in openings] or [0] * len(prompts), device=v.device)[rows]
     before = torch.tensor([prompt[-1] for prompt in prompts], device=v.device)[rows]
-    return _decode(tables, v, CachedDecoder.of(model, [prompts[row] for row in rows.tolist()]), decoding, ids, opened, before)
+    return _decode(
+        tables, v, CachedDecoder.of(model, [prompts[row] for row in rows.tolist()]), decoding, ids, opened, before
+    )
 
 
-def _decode(tables: TokenTables, v: Tensor, reader: CachedDecoder, decoding: DecodingConfig, ids: Tensor, opened: Tensor, before: Tensor) -> Tensor:
+def _decode(
+    tables: TokenTables,
+    v: Tensor,
+    reader: CachedDecoder,
+    decoding: DecodingConfig,
+    ids: Tensor,
+    opened: Tensor,
+    before: Tensor,
+) -> Tensor:
     """Token by token: v (N, L, D) -> ids (N, L).
 
     Args:
@@ -235,7 +259,9 @@ def _allowed_at(decoding: DecodingConfig, state: Tensor, left: Tensor, step: int
     if decoding.end is None:
         return allowed
     allowed = allowed.clone()
-    allowed[..., decoding.end] = (state == 0) & (step >= decoding.min_tokens) if allowed.ndim > 1 else step >= decoding.min_tokens
+    allowed[..., decoding.end] = (
+        (state == 0) & (step >= decoding.min_tokens) if allowed.ndim > 1 else step >= decoding.min_tokens
+    )
     return allowed
 
 

@@ -1,7 +1,8 @@
 """The searches: ways to write texts for a Release, in units of work that any number of processes may share.
 
-Each takes a plan and the circumstances of a run, and gives what it has written. It draws by (seed, purpose, group) alone and
-saves as it goes, so that an interrupted run continues to the same bytes. Letters: B examples of a group, L tokens, D width.
+Each takes a plan and the circumstances of a run, and gives what it has written. It draws by (seed, purpose, group)
+alone and saves as it goes, so that an interrupted run continues to the same bytes. Letters: B examples of a group, L
+tokens, D width.
 """
 
 import math
@@ -27,7 +28,9 @@ OnStep = Callable[[int, admm.Result], None]
 
 @dataclass(frozen=True)
 class SearchOutput:
-    """What a search gives: N texts in the order of writing with labels and groups, its history if it has steps, how groups ended."""
+    """What a search gives: N texts in the order of writing with labels and groups, its history if it has steps,
+    how groups ended.
+    """
 
     texts: list[str]
     classes: list[int]
@@ -46,7 +49,9 @@ class RunContext:
     on_step: OnStep | None
 
 
-def search(plan: Plan, folder: RunFolder, processes: ProcessGroup, progress: bool, on_step: OnStep | None) -> SearchOutput:
+def search(
+    plan: Plan, folder: RunFolder, processes: ProcessGroup, progress: bool, on_step: OnStep | None
+) -> SearchOutput:
     """What the search of the plan's name writes."""
     return _BY_NAME[plan.config.search](plan, RunContext(folder, processes, progress, on_step))
 
@@ -107,7 +112,9 @@ def _projected(plan: Plan, v: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """v (k, B, L, D) -> the readable texts' embeddings and tokens."""
     rows = classes.repeat_interleave(v.shape[1])
     tokens = plan.tokens
-    ids = project(plan.model, plan.tables, v.flatten(0, 1), tokens.prompts, rows, plan.decoding, tokens.openings).view(v.shape[:3])
+    ids = project(plan.model, plan.tables, v.flatten(0, 1), tokens.prompts, rows, plan.decoding, tokens.openings).view(
+        v.shape[:3]
+    )
     return plan.model.embed(ids).to(v.dtype), ids
 
 
@@ -116,7 +123,14 @@ def _initial(plan: Plan, groups: range, classes: Tensor) -> Tensor:
     sources = [generator(config.seed, "initial x", group) for group in groups]
     shape = Shape(config.group_size, plan.length)
     return best_of(
-        config.init, config.init_candidates, plan.matching, plan.decoding, shape, classes, sources, plan.solver.groups_per_pass
+        config.init,
+        config.init_candidates,
+        plan.matching,
+        plan.decoding,
+        shape,
+        classes,
+        sources,
+        plan.solver.groups_per_pass,
     )
 
 
@@ -140,7 +154,11 @@ def _text(plan: Plan, ids: Tensor) -> str:
 
 def _history(plan: Plan, results: Sequence[admm.Result]) -> list[dict]:
     return [
-        {"label": plan.task.labels[plan.classes[row["group"] + groups.start]], **row, "group": row["group"] + groups.start}
+        {
+            "label": plan.task.labels[plan.classes[row["group"] + groups.start]],
+            **row,
+            "group": row["group"] + groups.start,
+        }
         for groups, result in zip(plan.batches(), results, strict=True)
         for row in result.history
     ]
@@ -151,7 +169,12 @@ def _ended(plan: Plan, results: Sequence[admm.Result]) -> list[dict]:
     reasons = [reason for result in results for reason in result.reason]
     matches = [value for result in results for value in result.match_loss.tolist()]
     return [
-        {"group": group, "label": plan.task.labels[label], "reason": reason, "match_loss": match if math.isfinite(match) else None}
+        {
+            "group": group,
+            "label": plan.task.labels[label],
+            "reason": reason,
+            "match_loss": match if math.isfinite(match) else None,
+        }
         for group, (label, reason, match) in enumerate(zip(plan.classes, reasons, matches, strict=True))
     ]
 
@@ -162,19 +185,28 @@ def _ended(plan: Plan, results: Sequence[admm.Result]) -> list[dict]:
 def _search_pool(plan: Plan, here: RunContext) -> SearchOutput:
     """Finished texts that the model writes freely; each class is one group."""
     tokens = plan.tokens
-    around = max(*map(len, tokens.prompts), len(tokens.start + tokens.prefix + tokens.suffix) + max(map(len, tokens.openings)))
+    around = max(
+        *map(len, tokens.prompts), len(tokens.start + tokens.prefix + tokens.suffix) + max(map(len, tokens.openings))
+    )
     longest = max(MIN_TOKENS, min(2 * plan.length, plan.model.context - around))
     sampling = Sampling(max_tokens=longest, min_tokens=MIN_TOKENS)
     share = _TextUnits(here.folder, here.processes)
-    pool = generate_counts(plan.model, plan.task, plan.written_per_class, stream(plan.config.seed, "pool"), sampling, share=share)
+    pool = generate_counts(
+        plan.model, plan.task, plan.written_per_class, stream(plan.config.seed, "pool"), sampling, share=share
+    )
     classes = [example.label for example in pool]
-    ended = [{"group": number, "label": label, "reason": "the pool is written", "match_loss": None} for number, label in enumerate(plan.task.labels)]
+    ended = [
+        {"group": number, "label": label, "reason": "the pool is written", "match_loss": None}
+        for number, label in enumerate(plan.task.labels)
+    ]
     return SearchOutput([example.text for example in pool], classes, classes, None, ended)
 
 
 @dataclass
 class _TextUnits:
-    """Shares the batches of texts of each round out to the processes; a unit is a batch, numbered through all rounds."""
+    """Shares the batches of texts of each round out to the processes; a unit is a batch, numbered through all
+    rounds.
+    """
 
     folder: RunFolder
     processes: ProcessGroup

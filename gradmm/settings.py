@@ -106,7 +106,8 @@ class SynthesisConfig:
         ):
             value = getattr(self, name)
             require(
-                is_number(value) and value >= least, f"{name} = {short_repr(value)}, it must be at least {least}: {mend}"
+                is_number(value) and value >= least,
+                f"{name} = {short_repr(value)}, it must be at least {least}: {mend}",
             )
         require_flag(self.early_end, "early_end")
         require_whole(self.seed, "seed")
@@ -146,7 +147,8 @@ def _settings(config: SynthesisConfig) -> dict:
 def _require_count(name: str, value) -> None:
     require(
         is_whole(value) and value >= 1,
-        f"{name} = {short_repr(value)}, it must be a whole number of at least 1: give {SynthesisConfig.__dict__[name] or 1}",
+        f"{name} = {short_repr(value)}, it must be a whole number of at least 1: give "
+        f"{SynthesisConfig.__dict__[name] or 1}",
     )
 
 

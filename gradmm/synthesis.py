@@ -187,6 +187,7 @@ def _choice(plan: Plan, kept: list[dict]) -> pandas.DataFrame:
 
 
 def _features() -> datasets.Features:
-    kinds = {"text": "string", "label": "int64", "label_name": "string", "match_loss": "float64", "perplexity": "float64",
+    kinds = {"text": "string", "label": "int64", "label_name": "string", "match_loss": "float64",
+        "perplexity": "float64",
              "group": "int64", "kept": "bool", "reason": "string"}  # fmt: skip
     return datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})

@@ -53,15 +53,22 @@ class HubSource:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        require(isinstance(self.path, str), f"a hub source has the path {short_repr(self.path)}: give the data set's id, a text")
         require(
-            isinstance(self.splits, Mapping) and "train" in self.splits and set(self.splits) <= {"train", "validation", "test"},
-            f"the hub source {self.path!r} has splits = {short_repr(self.splits)}: name the hub's train split, and validation and "
+            isinstance(self.path, str),
+            f"a hub source has the path {short_repr(self.path)}: give the data set's id, a text",
+        )
+        require(
+            isinstance(self.splits, Mapping)
+            and "train" in self.splits
+            and set(self.splits) <= {"train", "validation", "test"},
+            f"the hub source {self.path!r} has splits = {short_repr(self.splits)}: name the hub's train split, and "
+            "validation and "
             "test if it has them",
         )
         require(
             self.classes is None or isinstance(self.classes, list | tuple),
-            f"the hub source {self.path!r} has classes = {short_repr(self.classes)}: give a list of the hub's label numbers",
+            f"the hub source {self.path!r} has classes = {short_repr(self.classes)}: give a list of the hub's "
+            "label numbers",
         )
 
 
@@ -74,16 +81,17 @@ class Task:
         labels: C label names; a label's number is its place here.
         verbalizers: C strings as they stand right after the template, leading space included; one token each.
         template: the prompt around one text; contains `{text}` once and does not end with a space.
-        generation_prompts: C public prefixes after which a model writes a text of that class; a model writes the same for
-            classes whose prompts are equal, so synthesis then warns.
-        prompt_style: "plain": a text continues its prompt; "chat": the prompts are instructions, which a model is given as a
-            user's turn in its tokenizer's chat template. It concerns writing alone, not the prompt that is classified.
+        generation_prompts: C public prefixes after which a model writes a text of that class; a model writes the same
+            for classes whose prompts are equal, so synthesis then warns.
+        prompt_style: "plain": a text continues its prompt; "chat": the prompts are instructions, which a model is given
+            as a user's turn in its tokenizer's chat template. It concerns writing alone, not the prompt that is
+            classified.
         min_words: real texts with fewer words are not drawn (phrase data sets such as SST-2 need it); at least 1.
         hub: where the rows are on the hub, if they are there.
 
     Raises:
-        UserError: fewer than two labels, lengths that differ, repeated labels, a template without `{text}`, a verbalizer
-            that runs into the template's last word.
+        UserError: fewer than two labels, lengths that differ, repeated labels, a template without `{text}`, a
+            verbalizer that runs into the template's last word.
     """
 
     name: str
@@ -113,7 +121,10 @@ class Task:
         object.__setattr__(self, name, tuple(values) or default)
 
     def _check_labels(self) -> None:
-        require(isinstance(self.name, str) and self.name != "", f"a task has the name {short_repr(self.name)}: give a short text")
+        require(
+            isinstance(self.name, str) and self.name != "",
+            f"a task has the name {short_repr(self.name)}: give a short text",
+        )
         check_name(self.name, "the task's name")
         count = len(self.labels)
         require(count >= 2, f"task {self.name!r} has {count} class(es), at least 2 are needed: name the other labels")
@@ -132,7 +143,8 @@ class Task:
         )
         require(
             self.prompt_style in PROMPT_STYLES,
-            f"task {self.name!r} has prompt_style = {short_repr(self.prompt_style)}: use one of {', '.join(PROMPT_STYLES)}",
+            f"task {self.name!r} has prompt_style = {short_repr(self.prompt_style)}: use one of "
+            f"{', '.join(PROMPT_STYLES)}",
         )
         require(
             is_whole(self.min_words) and self.min_words >= 1,
@@ -146,10 +158,14 @@ class Task:
         )
         require(
             not self.template.endswith(" "),
-            f"task {self.name!r} has a space at the end of its template {self.template!r}: begin the verbalizers with it instead",
+            f"task {self.name!r} has a space at the end of its template {self.template!r}: begin the verbalizers "
+            "with it instead",
         )
         for label, verbalizer in zip(self.labels, self.verbalizers, strict=True):
-            require(verbalizer.strip() != "", f"task {self.name!r} has an empty verbalizer for label {label!r}: give it a word")
+            require(
+                verbalizer.strip() != "",
+                f"task {self.name!r} has an empty verbalizer for label {label!r}: give it a word",
+            )
             require(
                 not _runs_on(self.template.replace(SLOT, PROBE), verbalizer),
                 f"task {self.name!r} has the verbalizer {verbalizer!r}, which runs into the template's last word: "
@@ -166,8 +182,8 @@ class Task:
     def instructions(self) -> tuple[str, ...]:
         """The C generation prompts without the words at their end that begin the text itself: all of a chat's.
 
-        >>> Task("x", ("no", "yes"), (" no", " yes"), generation_prompts=("A sad text: i feel", "Be happy.")).instructions
-        ('A sad text:', 'Be happy.')
+        >>> Task("x", ("no", "yes"), (" no", " yes"), generation_prompts=("A sad text: i feel", "Be
+        happy.")).instructions ('A sad text:', 'Be happy.')
         """
         if self.prompt_style == "chat":
             return self.generation_prompts
@@ -190,8 +206,12 @@ class Task:
 
 
 def _runs_on(before: str, after: str) -> bool:
-    """Whether two texts would join into one word, in a script that sets words apart (it then has upper and lower case)."""
-    return all(mark.isdigit() or mark.lower() != mark.upper() for mark in (before[-1:], after[:1]) if mark) and bool(after)
+    """Whether two texts would join into one word, in a script that sets words apart (it then has upper and lower
+    case).
+    """
+    return all(mark.isdigit() or mark.lower() != mark.upper() for mark in (before[-1:], after[:1]) if mark) and bool(
+        after
+    )
 
 
 def require_task(task) -> None:
@@ -235,8 +255,8 @@ class TaskTokens:
 
         Args:
             label: the class's number.
-            shots: example texts. In the plain style each reads instruction, text, separator, and the prompt follows once more; in
-                a chat they stand before the instruction in the user's turn.
+            shots: example texts. In the plain style each reads instruction, text, separator, and the prompt follows
+                once more; in a chat they stand before the instruction in the user's turn.
 
         Raises:
             UserError: a chat with a tokenizer that has no chat template.
@@ -264,7 +284,9 @@ class TaskTokens:
         )
         turns = [{"role": "user", "content": instruction}]
         # Without thinking where a template knows the word (Qwen3): the text is wanted, not the way to it.
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
 
     def encode(self, text: str) -> list[int]:
         """The tokens of one text as it stands in the template; special tokens spelt out in it are plain text."""
@@ -294,7 +316,8 @@ def tokenize_task(task: Task, tokenizer) -> TaskTokens:
     tail = _continuation(tokenizer, before + PROBE, after)
     require(
         tail is not None,
-        f"what follows the text in the template {task.template!r} joins the text's last token: begin it with a space or a line break",
+        f"what follows the text in the template {task.template!r} joins the text's last token: begin it with a "
+        "space or a line break",
     )
     return TaskTokens(
         task=task,
@@ -308,14 +331,17 @@ def tokenize_task(task: Task, tokenizer) -> TaskTokens:
 
 
 def start_tokens(tokenizer) -> tuple[int, ...]:
-    """What a tokenizer itself puts before a text: a begin-of-text token or nothing. What it puts behind one is not used."""
+    """What a tokenizer itself puts before a text: a begin-of-text token or nothing. What it puts behind one is not
+    used.
+    """
     whole, plain = (list(tokenizer(PROBE, add_special_tokens=special)["input_ids"]) for special in (True, False))
     places = [place for place in range(len(whole)) if whole[place : place + len(plain)] == plain]
     return tuple(whole[: places[0]]) if places else ()
 
 
 def from_start(tokenizer, sequences: Sequence[Sequence[int]], least: int = 1) -> list[list[int]]:
-    """Token sequences as a language model reads them from the beginning: behind `start_tokens`, unless they begin with these.
+    """Token sequences as a language model reads them from the beginning: behind `start_tokens`, unless they begin with
+    these.
 
     Where there are none and a sequence has fewer than `least` tokens (an empty prompt; a text of one token of which the
     perplexity is asked for), the tokenizer's begin-of-text token stands before it, or else its end-of-text token.
@@ -323,17 +349,25 @@ def from_start(tokenizer, sequences: Sequence[Sequence[int]], least: int = 1) ->
     start, ends = start_tokens(tokenizer), (tokenizer.bos_token_id, tokenizer.eos_token_id)
     alone = start or tuple(token for token in ends if token is not None)[:1]
     before = (alone if len(ids) < least else start for ids in sequences)
-    return [[*(() if tuple(ids[: len(some)]) == some else some), *ids] for some, ids in zip(before, sequences, strict=True)]
+    return [
+        [*(() if tuple(ids[: len(some)]) == some else some), *ids] for some, ids in zip(before, sequences, strict=True)
+    ]
 
 
 def _encode(tokenizer, text: str, plain: bool = False) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)["input_ids"]) if text else []
+    return (
+        list(tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)["input_ids"])
+        if text
+        else []
+    )
 
 
 def _split(tokenizer, prompt: Sequence[int], opening: str) -> int:
     """Where the tokens of an opening begin in a prompt's: the last place from which the tokens hold all of it."""
     for place in range(len(prompt), -1, -1):
-        if len(tokenizer.decode(list(prompt[place:]), clean_up_tokenization_spaces=False).strip()) >= len(opening.strip()):
+        if len(tokenizer.decode(list(prompt[place:]), clean_up_tokenization_spaces=False).strip()) >= len(
+            opening.strip()
+        ):
             return place
     return 0
 
@@ -428,17 +462,26 @@ def _shared_start(one: str, other: str) -> int:
 
 
 def warn_of_equal_prompts(task: Task) -> None:
-    """Warn where classes have the same generation prompt, most often none: nothing tells a model what to write for which."""
+    """Warn where classes have the same generation prompt, most often none: nothing tells a model what to write for
+    which.
+    """
     asked = [" ".join(prompt.lower().split()) for prompt in task.generation_prompts]
     alike = [label for label, prompt in zip(task.labels, asked, strict=True) if asked.count(prompt) > 1]
     if not alike:
         return
     verbalizers = ["" if verbalizer.strip() in LETTERS else verbalizer for verbalizer in task.verbalizers]
-    words = [_name_of(label) or _name_of(verbalizer) for label, verbalizer in zip(task.labels, verbalizers, strict=True)]
-    line = [NAMED_PROMPT.format(word or f"({label}: say what it is)") for label, word in zip(task.labels, words, strict=True)]
+    words = [
+        _name_of(label) or _name_of(verbalizer) for label, verbalizer in zip(task.labels, verbalizers, strict=True)
+    ]
+    line = [
+        NAMED_PROMPT.format(word or f"({label}: say what it is)")
+        for label, word in zip(task.labels, words, strict=True)
+    ]
     warnings.warn(
-        f"task {task.name!r} has the same generation prompt for the labels {', '.join(map(short_repr, alike))}, so a model writes them "
-        f"the same kind of text: write into task.yaml such as generation_prompts: {json.dumps(line, ensure_ascii=False)}",
+        f"task {task.name!r} has the same generation prompt for the labels {', '.join(map(short_repr, alike))}, so "
+        "a model writes them "
+        "the same kind of text: write into task.yaml such as generation_prompts: "
+        f"{json.dumps(line, ensure_ascii=False)}",
         stacklevel=2,
     )
 
@@ -510,9 +553,9 @@ TASKS: dict[str, Task] = {
 def load_task(task: "str | Path | Task | Mapping") -> Task:
     """Find a task: a `Task`, a mapping of its fields, a registered name, a YAML file, or a folder of JSON lines.
 
-    A folder's task is its `task.yaml`; without one, a registered task of the folder's name with the same labels; without
-    that, its labels (from `labels.json` or its rows) serve as verbalizers, or letters where they are numbers; labels that are
-    names give the generation prompts too.
+    A folder's task is its `task.yaml`; without one, a registered task of the folder's name with the same labels;
+    without that, its labels (from `labels.json` or its rows) serve as verbalizers, or letters where they are numbers;
+    labels that are names give the generation prompts too.
 
     Raises:
         UserError: nothing of that name, an unknown field, fields that do not fit together, or rows whose labels make no
@@ -535,7 +578,8 @@ def load_task(task: "str | Path | Task | Mapping") -> Task:
         return _task_from_mapping(files.read_yaml(path), plain_name(path.stem))
     require(
         str(task) in TASKS,
-        f"there is no task {short_repr(str(task))}: give one of {', '.join(['demo', *TASKS])}, a YAML file, or a folder with train.jsonl",
+        f"there is no task {short_repr(str(task))}: give one of {', '.join(['demo', *TASKS])}, a YAML file, or a "
+        "folder with train.jsonl",
     )
     return TASKS[str(task)]
 
@@ -553,7 +597,9 @@ def _known_fields(values, kind: type, needed: tuple[str, ...], what: str) -> dic
     require(isinstance(values, Mapping), f"{what} is {short_repr(values)}: give a mapping with {' and '.join(needed)}")
     known = {item.name for item in fields(kind)}
     unknown = [short_repr(key) for key in values if key not in known]
-    require(not unknown, f"{what} has the unknown field {', '.join(unknown)}: the fields are {', '.join(sorted(known))}")
+    require(
+        not unknown, f"{what} has the unknown field {', '.join(unknown)}: the fields are {', '.join(sorted(known))}"
+    )
     missing = [name for name in needed if name not in values]
     require(not missing, f"{what} lacks {' and '.join(missing)}: add what is missing")
     return dict(values)
@@ -585,7 +631,9 @@ def _task_from_folder(folder: Path) -> Task:
 def _with_labels(task: Task, labels: tuple[str, ...]) -> Task:
     """A registered task with some of its labels, in the folder's order: the rows' numbers count in that order."""
     places = [task.labels.index(label) for label in labels]
-    verbalizers, prompts = ([values[place] for place in places] for values in (task.verbalizers, task.generation_prompts))
+    verbalizers, prompts = (
+        [values[place] for place in places] for values in (task.verbalizers, task.generation_prompts)
+    )
     return replace(task, labels=labels, verbalizers=verbalizers, generation_prompts=prompts, hub=None)
 
 

@@ -79,7 +79,8 @@ class FinetuneConfig:
             isinstance(rates, list | tuple)
             and len(rates) > 0
             and all(is_number(rate) and 0 < rate < 1 for rate in rates),
-            f"learning_rates = {short_repr(rates)}, each must be above 0 and below 1: give a list such as [0.00005, 0.0002]",
+            f"learning_rates = {short_repr(rates)}, each must be above 0 and below 1: give a list such as "
+            "[0.00005, 0.0002]",
         )
         object.__setattr__(self, "learning_rates", tuple(float(rate) for rate in rates))
         for name in COUNTS:
@@ -87,7 +88,8 @@ class FinetuneConfig:
             optional = name in ("patience", "max_validation") and value is None
             require(
                 optional or (is_whole(value) and value >= 1),
-                f"{name} = {short_repr(value)}, it must be a whole number of at least 1: the default is {_default(name)}",
+                f"{name} = {short_repr(value)}, it must be a whole number of at least 1: the default is "
+                f"{_default(name)}",
             )
         for name in ("warmup", "weight_decay"):
             value = getattr(self, name)

@@ -28,8 +28,8 @@ KINDS = ("gpt2", "opt", "llama", "phi", "gpt_neox", "qwen2")
 TIED = ("gpt2", "opt")
 WORDS = """
     great good bad terrible fine dull it was is the a and but not very movie film story actor actors plot scene ending
-    music joy sadness love fear world sports business text some words this that of in to i feel we you they about one two
-    three red blue cat dog sat on saw like made all time
+    music joy sadness love fear world sports business text some words this that of in to i feel we you they about one
+    two three red blue cat dog sat on saw like made all time
 """.split()
 
 
@@ -39,7 +39,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Files with long tests first and notebooks before all, since one begun as the last keeps the other workers waiting."""
+    """Files with long tests first and notebooks before all, since one begun as the last keeps the other workers
+    waiting.
+    """
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path not in long, item.path.stem != "test_notebooks"))
     if not torch.cuda.is_available():
@@ -101,7 +103,8 @@ def _configuration(kind: str, tied: bool) -> transformers.PretrainedConfig:
 def make_tiny_lm(kind: str, seed: int = 0, tied: bool | None = None, dtype: torch.dtype = torch.float64):
     """A random causal language model: V = 97, D = 32, 2 layers, 4 heads, context 64, end token 0.
 
-    Weights are drawn wide enough (standard deviation 0.2) that the logits are far from uniform, and biases are not zero.
+    Weights are drawn wide enough (standard deviation 0.2) that the logits are far from uniform, and biases are not
+    zero.
 
     Args:
         kind: one of `KINDS`.
@@ -125,8 +128,8 @@ def make_tiny_lm(kind: str, seed: int = 0, tied: bool | None = None, dtype: torc
 def make_toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A byte-level tokenizer of at most 97 tokens: letters, some punctuation, and whole words with their leading space.
 
-    Lower-cases; the longest known piece wins, so " great" is one token while its letters can also spell it: decoding and
-    encoding again need not give the same tokens, and the models' last rows belong to no token, as with real ones.
+    Lower-cases; the longest known piece wins, so " great" is one token while its letters can also spell it: decoding
+    and encoding again need not give the same tokens, and the models' last rows belong to no token, as with real ones.
     """
     pieces = [END, UNKNOWN, "Ġ", *string.ascii_lowercase, *".,':", *(f"Ġ{word}" for word in WORDS)]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
@@ -136,13 +139,20 @@ def make_toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, unk_token=UNKNOWN, model_max_length=CONTEXT
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        unk_token=UNKNOWN,
+        model_max_length=CONTEXT,
     )
 
 
 @pytest.fixture(scope="session")
 def tiny_lm():
-    """The factory `tiny_lm(kind, seed=0, tied=None, dtype=torch.float64)` of transformers models, see `make_tiny_lm`."""
+    """The factory `tiny_lm(kind, seed=0, tied=None, dtype=torch.float64)` of transformers models, see
+    `make_tiny_lm`.
+    """
     return make_tiny_lm
 
 

@@ -2,9 +2,10 @@
 
     python tests/crash.py KIND FOLDER MOMENTS SEED      prints one JSON object
 
-KIND is synthesis, comparison (with fine-tuning) or batch (of notebooks). Every second moment is a point in time, drawn from
-most of the uninterrupted run; the others are writes: the run is killed when its n-th file is half written, before it is renamed.
-Runs are forked from one process that has imported everything, so that a moment costs no more than the run.
+KIND is synthesis, comparison (with fine-tuning) or batch (of notebooks). Every second moment is a point in time, drawn
+from most of the uninterrupted run; the others are writes: the run is killed when its n-th file is half written, before
+it is renamed. Runs are forked from one process that has imported everything, so that a moment costs no more than the
+run.
 """
 
 import json
@@ -101,7 +102,9 @@ def finish(child: int) -> None:
 
 
 def kill(child: int, after: float | None) -> bool:
-    """Kill a run and all that it started, after some seconds or when it has killed itself; whether it had not ended before."""
+    """Kill a run and all that it started, after some seconds or when it has killed itself; whether it had not
+    ended before.
+    """
     if after is not None:
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
@@ -117,7 +120,9 @@ def check_whole(output: Path) -> int:
     """Read every file that has its own name, as whole as it must be; how many there are."""
     readers = {".json": files.read_json, ".jsonl": files.read_json_lines, ".safetensors": files.read_tensors}
     readers |= {".ipynb": lambda path: nbformat.validate(nbformat.read(path, as_version=4))}
-    held = [path for path in output.rglob("*") if path.is_file() and files.UNFINISHED not in str(path.relative_to(output))]
+    held = [
+        path for path in output.rglob("*") if path.is_file() and files.UNFINISHED not in str(path.relative_to(output))
+    ]
     for path in held:
         readers.get(path.suffix, Path.read_bytes)(path)
     return len(held)
@@ -144,7 +149,15 @@ def main(kind: str, folder: Path, moments: int, seed: int) -> dict:
     begun = time.monotonic()
     finish(start(run, folder / "whole"))
     seconds, whole = time.monotonic() - begun, held(folder / "whole" / "run")
-    found = {"kind": kind, "moments": moments, "killed": 0, "unfinished_seen": 0, "files_read": 0, "differing": {}, "seconds": seconds}
+    found = {
+        "kind": kind,
+        "moments": moments,
+        "killed": 0,
+        "unfinished_seen": 0,
+        "files_read": 0,
+        "differing": {},
+        "seconds": seconds,
+    }
     for number in range(moments):
         place = folder / f"cut{number:03d}"
         output, at_write = place / "run", draw.randint(1, WRITES[kind]) if number % 2 else None

@@ -1,4 +1,6 @@
-"""Notebooks executed and the book built for the tests: once, whatever the number of tests and worker processes that ask."""
+"""Notebooks executed and the book built for the tests: once, whatever the number of tests and worker processes
+that ask.
+"""
 
 import importlib.util
 import os
@@ -95,8 +97,24 @@ def build(root: Path) -> Path:
 
     A warning is an error: RuntimeError with the build's last lines.
     """
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(root), "--path-output", str(root / "book")]
-    command += ["--config", str(root / "book" / "_config.yml"), "--toc", str(root / "book" / "_toc.yml"), "-W", "--keep-going", "-n"]
+    command = [
+        sys.executable,
+        "-c",
+        "from jupyter_book.cli.main import main; main()",
+        "build",
+        str(root),
+        "--path-output",
+        str(root / "book"),
+    ]
+    command += [
+        "--config",
+        str(root / "book" / "_config.yml"),
+        "--toc",
+        str(root / "book" / "_toc.yml"),
+        "-W",
+        "--keep-going",
+        "-n",
+    ]
     environment = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
@@ -105,7 +123,9 @@ def build(root: Path) -> Path:
 
 
 def smoke_book(shared: Path) -> Path:
-    """The folder of the built pages: those of `make book` where they are current, else built here from the smoke runs."""
+    """The folder of the built pages: those of `make book` where they are current, else built here from the smoke
+    runs.
+    """
     if is_current():
         return BUILT
     root = shared / "book"

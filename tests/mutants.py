@@ -1,7 +1,8 @@
 """Mutation testing: which changes of the code does no test notice, and why may they stay?
 
-    make mutants      changes the files that pyproject.toml names in every way that mutmut knows, one change at a time, and runs
-                      the tests that reach it; then this file prints the changes that stayed unnoticed without a reason
+    make mutants      changes the files that pyproject.toml names in every way that mutmut knows, one change at a time,
+                      and runs the tests that reach it; then this file prints the changes that stayed unnoticed without
+                      a reason
 
 `mutants.toml` holds the reasons. A change is named by its function and by the line as it is after the change.
 """
@@ -41,7 +42,9 @@ def _changed_line(name: str) -> str:
 
 
 def _mutmut(*arguments: str) -> str:
-    return subprocess.run([sys.executable, "-P", "-m", "mutmut", *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "mutmut", *arguments], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from test_protocol import CONFIG, FOUR, TWO, splits_of, toy
 
 from gradmm.errors import UserError
 from gradmm.examples import Example
+from gradmm.experiments import seed_run
 from gradmm.experiments.ablation import against_base, agreement, changed, effects, value_of, vary
 from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.synthesis import synthesize
@@ -22,7 +23,12 @@ FACTORS = {"rho": [0.5], "n_real": [4], "projection": ["lm_then_nearest", "neare
 def test_one_factor_changes_at_a_time_and_the_base_is_run_once(tiny_model, tmp_path):
     model = tiny_model("llama", dtype=torch.float32)
     frame = vary(model, TWO, splits_of(TWO), CONFIG, FACTORS, (0, 1), tmp_path, progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "n_real=4", "projection=nearest_then_lm", "rho=0.5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "base",
+        "n_real=4",
+        "projection=nearest_then_lm",
+        "rho=0.5",
+    ]
     assert [tuple(row) for row in frame[["factor", "value", "base"]].drop_duplicates().itertuples(index=False)] == [
         ("rho", 0.003, True), ("rho", 0.5, False), ("n_real", 4, False), ("n_real", 8, True),
         ("projection", "lm_then_nearest", True), ("projection", "nearest_then_lm", False),
@@ -38,11 +44,15 @@ def test_a_pool_is_written_once_and_chosen_from_as_if_it_were_written_again(tiny
     base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, oversample=2.0, length=5))
     factors = {"space": ["label_rows"], "ranking": ["text"], "oversample": [1.5]}
     apart = vary(model, TWO, splits_of(TWO), base, factors, (0,), progress=False)
-    monkeypatch.setattr(seed_run, "synthesize", lambda *given, **named: written.append(given) or synthesize(*given, **named))
+    monkeypatch.setattr(
+        seed_run, "synthesize", lambda *given, **named: written.append(given) or synthesize(*given, **named)
+    )
     shared = vary(model, TWO, splits_of(TWO), base, factors, (0,), tmp_path, progress=False)
     pandas.testing.assert_frame_equal(apart, shared)
     assert len(written) == 2  # the base's and the smaller one
-    pandas.testing.assert_frame_equal(shared, vary(model, TWO, splits_of(TWO), base, factors, (0,), tmp_path, progress=False))
+    pandas.testing.assert_frame_equal(
+        shared, vary(model, TWO, splits_of(TWO), base, factors, (0,), tmp_path, progress=False)
+    )
     assert len(written) == 2
 
 
@@ -56,12 +66,21 @@ def test_an_unknown_preset_is_refused_and_a_base_is_called_after_a_preset_that_i
     base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, seed=5))
     with pytest.raises(UserError, match="'Paper' is not known: did you mean paper"):
         changed(base, "preset", "Paper")
-    assert value_of(base, "preset") == "pool" and value_of(replace(base, synthesis=replace(base.synthesis, top_k=3)), "preset") == "the base"
+    assert (
+        value_of(base, "preset") == "pool"
+        and value_of(replace(base, synthesis=replace(base.synthesis, top_k=3)), "preset") == "the base"
+    )
 
 
 def test_settings_are_compared_with_the_base_by_seed():
-    rows = [("a", value, value == 1, seed, 0.5 + 0.1 * value + 0.01 * seed) for value in (0, 1, 2) for seed in (0, 1, 2)]
-    rows += [("b", value, value == "x", seed, 0.6 if (seed + len(value)) % 2 else 0.5) for value in ("x", "yy") for seed in (0, 1, 2)]
+    rows = [
+        ("a", value, value == 1, seed, 0.5 + 0.1 * value + 0.01 * seed) for value in (0, 1, 2) for seed in (0, 1, 2)
+    ]
+    rows += [
+        ("b", value, value == "x", seed, 0.6 if (seed + len(value)) % 2 else 0.5)
+        for value in ("x", "yy")
+        for seed in (0, 1, 2)
+    ]
     frame = pandas.DataFrame(rows, columns=["factor", "value", "base", "seed", "accuracy"])
     found = against_base(frame)
     assert list(zip(found["factor"], found["value"], strict=True)) == [("a", 0), ("a", 2), ("b", "yy")]
@@ -75,7 +94,10 @@ def test_settings_are_compared_with_the_base_by_seed():
 
 def test_unknown_factors_and_values_that_do_not_fit_are_refused_before_anything_runs(tiny_model, tmp_path):
     model = tiny_model("llama", dtype=torch.float32)
-    for factors, message in (({"rh0": [1]}, "the factor 'rh0' is not known: use some of"), ({"rho": [0.5], "top_k": [0]}, "top_k = 0")):
+    for factors, message in (
+        ({"rh0": [1]}, "the factor 'rh0' is not known: use some of"),
+        ({"rho": [0.5], "top_k": [0]}, "top_k = 0"),
+    ):
         with pytest.raises(UserError, match=message):
             vary(model, TWO, splits_of(TWO), CONFIG, factors, (0,), tmp_path / "none", progress=False)
     assert not (tmp_path / "none").exists()

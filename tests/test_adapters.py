@@ -14,8 +14,14 @@ from gradmm.tasks import Task
 from gradmm.training import FinetuneConfig, trainable_copy
 
 TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was", ("a", "the"))
-CONFIG = FinetuneConfig(steps=8, batch_size=4, learning_rates=(1e-2, 5e-2), eval_every=2, warmup=1, adapter="lora", adapter_rank=2)
-TRAIN = [Example(f"the {word} {noun}", label) for label, word in enumerate(("red", "blue")) for noun in ("cat", "dog", "movie")]
+CONFIG = FinetuneConfig(
+    steps=8, batch_size=4, learning_rates=(1e-2, 5e-2), eval_every=2, warmup=1, adapter="lora", adapter_rank=2
+)
+TRAIN = [
+    Example(f"the {word} {noun}", label)
+    for label, word in enumerate(("red", "blue"))
+    for noun in ("cat", "dog", "movie")
+]
 
 
 def state(lm) -> dict[str, torch.Tensor]:
@@ -28,11 +34,16 @@ def same(one: dict, other: dict) -> bool:
 
 def test_without_peft_the_extra_is_named(tiny_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"adapter = 'lora' needs the package peft: install it with pip install 'gradmm\[lora\]'"):
+    with pytest.raises(
+        UserError, match=r"adapter = 'lora' needs the package peft: install it with pip install 'gradmm\[lora\]'"
+    ):
         trainable_copy(tiny_model("llama"), CONFIG)
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"adapter": "lorra"}, "use None or one of lora"), ({"adapter_rank": 0}, "adapter_rank = 0")])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"adapter": "lorra"}, "use None or one of lora"), ({"adapter_rank": 0}, "adapter_rank = 0")],
+)
 def test_settings_out_of_range(settings, message):
     with pytest.raises(UserError, match=message):
         replace(CONFIG, **settings)
@@ -61,7 +72,10 @@ def test_training_leaves_the_model_and_gives_one_like_it(tiny_model, kind):
     after = state(found.model.lm)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert found.step > 0 and after.keys() == before.keys() and changed
-    assert all(before[name].ndim == 2 and not {"wte", "wpe", "embed_tokens", "embed_in", "lm_head"} & set(name.split(".")) for name in changed)
+    assert all(
+        before[name].ndim == 2 and not {"wte", "wpe", "embed_tokens", "embed_in", "lm_head"} & set(name.split("."))
+        for name in changed
+    )
     assert evaluate(found.model, TASK, train).accuracy == pytest.approx(found.validation_accuracy)
 
 
@@ -78,7 +92,9 @@ def test_a_bfloat16_model_learns_as_the_float32_model_of_its_weights(tiny_model,
         pytest.importorskip("peft", reason="the extra lora is not installed", exc_type=ImportError)
     half, single = (tiny_model(kind, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     single.lm.set_attn_implementation(half.lm.config._attn_implementation)  # plain products, in another order of sums
-    for ours, theirs in zip([*single.lm.parameters(), *single.lm.buffers()], [*half.lm.parameters(), *half.lm.buffers()], strict=True):
+    for ours, theirs in zip(
+        [*single.lm.parameters(), *single.lm.buffers()], [*half.lm.parameters(), *half.lm.buffers()], strict=True
+    ):
         ours.copy_(theirs)
     found, expected = (fit(model, TASK, TRAIN, TRAIN, replace(CONFIG, adapter=adapter)) for model in (half, single))
     assert found.curve == expected.curve and same(state(found.model.lm), state(expected.model.lm))

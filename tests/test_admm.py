@@ -31,7 +31,9 @@ def nearest(codes):
 
 
 def coupled(matrix, centre):
-    """A convex quadratic that couples the positions: f(x) = ||M vec(x) - centre||^2, so nearest-by-position is not optimal."""
+    """A convex quadratic that couples the positions: f(x) = ||M vec(x) - centre||^2, so nearest-by-position is not
+    optimal.
+    """
     return lambda x, ids, groups: (x.flatten(1) @ matrix.T - centre[groups]).square().sum(-1)
 
 
@@ -80,7 +82,9 @@ def test_a_convex_set_is_solved_to_its_known_optimum_with_vanishing_residuals():
 
 @pytest.mark.parametrize("clip", [1.0, 0.25])
 def test_the_golden_trajectory(clip):
-    """Guards order, signs and scaling of the three updates. It may change only with a deliberate change of algorithm."""
+    """Guards order, signs and scaling of the three updates. It may change only with a deliberate change of
+    algorithm.
+    """
     centres, codes = draw(1, 1, 2, 2), draw(5, 2, seed=3)
     config = admm.Config(rho=0.5, outer_steps=4, inner_steps=5, lr=0.1, clip=clip)
     result = admm.solve(quadratic(centres), nearest(codes), admm.start(draw(1, 1, 2, 2, seed=4)), config)
@@ -105,7 +109,9 @@ def test_the_golden_trajectory(clip):
             "stationarity": (gradient + lam).norm(),
         }
         x = new
-        assert {name: row[name] for name in expected} == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-4)
+        assert {name: row[name] for name in expected} == pytest.approx(
+            {k: float(v) for k, v in expected.items()}, rel=1e-4
+        )
     torch.testing.assert_close(result.state.lam, lam, rtol=1e-4, atol=1e-6)
 
 
@@ -174,7 +180,9 @@ def test_a_group_that_turns_non_finite_stops_with_a_reason_and_leaves_the_others
 def test_a_callback_stops_all_groups():
     codes, centres = draw(3, 2), draw(1, 1, 2, 2, seed=1)
     config = admm.Config(rho=5.0, outer_steps=50, inner_steps=4, lr=0.01)
-    stopped = admm.solve(quadratic(centres), nearest(codes), admm.start(draw(1, 1, 2, 2)), config, lambda r: r.state.step == 2)
+    stopped = admm.solve(
+        quadratic(centres), nearest(codes), admm.start(draw(1, 1, 2, 2)), config, lambda r: r.state.step == 2
+    )
     assert stopped.reason == (admm.STOPPED.format(2),) and len(stopped.history) == 2
 
 
@@ -289,8 +297,17 @@ def test_a_step_holds_four_vectors_of_each_group_while_the_objective_is_asked():
 
     def objective(x, ids, groups):
         if x.requires_grad and groups == 2:  # the last pass holds most, and to look through all objects takes its time
-            found = (some.untyped_storage() for some in gc.get_objects() if type(some) is torch.Tensor and some.shape == begin.state.x.shape)
-            held.add(len({some.data_ptr() for some in found if some.nbytes() == 8 * begin.state.x.numel()} - {begin.state.x.data_ptr()}))
+            found = (
+                some.untyped_storage()
+                for some in gc.get_objects()
+                if type(some) is torch.Tensor and some.shape == begin.state.x.shape
+            )
+            held.add(
+                len(
+                    {some.data_ptr() for some in found if some.nbytes() == 8 * begin.state.x.numel()}
+                    - {begin.state.x.data_ptr()}
+                )
+            )
         return x.square().sum((1, 2, 3))
 
     admm.solve(objective, nearest(codes), begin, config)
@@ -340,7 +357,9 @@ def test_a_callback_sees_every_step_and_keeps_earlier_reasons():
 
     config, seen = admm.Config(outer_steps=5, inner_steps=1), []
     start = admm.start(torch.zeros(2, 1, 1, 1, dtype=WIDE))
-    result = admm.solve(poisoned, scripted(*[[1]] * 9), start, config, lambda r: seen.append(r.state.step) or len(seen) == 3)
+    result = admm.solve(
+        poisoned, scripted(*[[1]] * 9), start, config, lambda r: seen.append(r.state.step) or len(seen) == 3
+    )
     assert seen == [1, 2, 3] and result.reason == (admm.NON_FINITE.format(1), admm.STOPPED.format(3))
     assert not result.state.active.any()
     assert [row["group"] for row in result.history] == [0, 1, 1, 1]
@@ -382,8 +401,18 @@ def test_what_is_made_lies_where_x_lies():
 
 
 def test_a_group_stops_at_its_limits_and_not_before():
-    row = {"match_x": 1.0, "match_z": 1.0, "primal": 0.2, "dual": 0.1, "inner_gradient": 1.0, "stationarity": 1.0, "step": 3}
-    assert admm._reason(row, admm.Config()) == "" and admm._reason(row, admm.Config(outer_steps=3)) == admm.STEP_LIMIT.format(3)
+    row = {
+        "match_x": 1.0,
+        "match_z": 1.0,
+        "primal": 0.2,
+        "dual": 0.1,
+        "inner_gradient": 1.0,
+        "stationarity": 1.0,
+        "step": 3,
+    }
+    assert admm._reason(row, admm.Config()) == "" and admm._reason(
+        row, admm.Config(outer_steps=3)
+    ) == admm.STEP_LIMIT.format(3)
     for name in ("match_x", "match_z", "primal", "inner_gradient", "stationarity"):
         assert admm._reason(row | {name: math.nan}, admm.Config()) == admm.NON_FINITE.format(3)
 

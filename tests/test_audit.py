@@ -47,7 +47,9 @@ def test_the_lower_bound_grows_with_right_guesses_and_is_tight():
 def test_true_claims_are_refuted_no_more_often_than_the_confidence_allows(epsilon, relation):
     runs = 200
     audits = [
-        audit.audit_mechanism(entry(epsilon, relation), 400, confidence=CONFIDENCE, seed=run, bits=mechanism.seeded_bits(run))
+        audit.audit_mechanism(
+            entry(epsilon, relation), 400, confidence=CONFIDENCE, seed=run, bits=mechanism.seeded_bits(run)
+        )
         for run in range(runs)
     ]
     refuted = sum(result.refuted for result in audits)
@@ -66,14 +68,18 @@ BROKEN = {
 @pytest.mark.parametrize(("epsilon", "guesses"), [(1.0, 400), (4.0, 2000)])
 def test_broken_mechanisms_are_caught(epsilon, guesses, fault, relation):
     sound = entry(epsilon, relation)
-    broken = dataclasses.replace(sound, **{name: getattr(sound, name) * factor for name, factor in BROKEN[fault].items()})
+    broken = dataclasses.replace(
+        sound, **{name: getattr(sound, name) * factor for name, factor in BROKEN[fault].items()}
+    )
     for claim, refuted in ((sound, False), (broken, True)):
         found = audit.audit_mechanism(claim, 40_000, guesses, CONFIDENCE, seed=1, bits=mechanism.seeded_bits(1))
         assert found.refuted == refuted
 
 
 def test_forgotten_clipping_is_caught(monkeypatch):
-    monkeypatch.setattr(mechanism, "clip_scale", lambda factors, clip: torch.ones(len(factors.delta), dtype=torch.float64))
+    monkeypatch.setattr(
+        mechanism, "clip_scale", lambda factors, clip: torch.ones(len(factors.delta), dtype=torch.float64)
+    )
     assert audit.audit_mechanism(entry(1.0), 1000, bits=mechanism.seeded_bits(0)).refuted
 
 
@@ -147,7 +153,9 @@ def test_copied_texts_are_found_by_every_attack_on_texts():
     members = ["the film was a great story about a dog", "we saw a dull movie about the world"]
     others = ["music and sports make people happy today", "one two three red blue cats on the wall"]
     synthetic = [members[0] + " and more", members[1], "something else again here"]
-    assert {name: found.auc for name, found in audit.attack_texts(synthetic, members, others).items()} == dict.fromkeys(audit.TEXT_ATTACKS, 1.0)
+    assert {name: found.auc for name, found in audit.attack_texts(synthetic, members, others).items()} == dict.fromkeys(
+        audit.TEXT_ATTACKS, 1.0
+    )
     assert audit.span_scores(members, synthetic) == [9, 8]
     assert audit.span_scores(["a dog"], synthetic, encode=list) == [5]
     assert audit.ngram_scores(["too short"], synthetic) == [0.0]

@@ -95,7 +95,9 @@ def test_points_are_hidden_states_under_the_prompt_and_classes_do_not_mix(tiny_m
 def test_several_methods_choose_as_each_alone_and_texts_are_read_once(tiny_model, monkeypatch):
     model, read = tiny_model(), []
     whole = type(model).hidden_of
-    monkeypatch.setattr(type(model), "hidden_of", lambda self, some, *rest: read.append(len(some)) or whole(self, some, *rest))
+    monkeypatch.setattr(
+        type(model), "hidden_of", lambda self, some, *rest: read.append(len(some)) or whole(self, some, *rest)
+    )
     found = select_coresets(model, FOUR, EXAMPLES, 10, list(CORESETS))
     assert sum(read) == len(EXAMPLES) and len(read) == 4
     assert found == {method: select_coreset(model, FOUR, EXAMPLES, 10, method) for method in CORESETS}
@@ -106,7 +108,10 @@ def test_short_texts_are_left_out(tiny_model):
     assert all(len(example.text.split()) >= 4 for example in chosen)
 
 
-@pytest.mark.parametrize(("n", "method", "match"), [(3, "random", "at least 4"), (400, "herding", "lower n"), (8, "best", "'best'"), (8, "gradmm", "'gradmm'")])
+@pytest.mark.parametrize(
+    ("n", "method", "match"),
+    [(3, "random", "at least 4"), (400, "herding", "lower n"), (8, "best", "'best'"), (8, "gradmm", "'gradmm'")],
+)
 def test_unusable_requests_are_refused(tiny_model, n, method, match):
     with pytest.raises(UserError, match=match):
         select_coreset(tiny_model(), FOUR, EXAMPLES, n, method)

@@ -24,7 +24,9 @@ WRITE += "(folder / 'numbers.json').write_text(json.dumps({'seed': seed, 'rho': 
 
 def store(path: Path, *cells: str) -> Path:
     """A notebook whose first code cell holds the parameters."""
-    book = nbformat.v4.new_notebook(metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}})
+    book = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    )
     book.cells = [nbformat.v4.new_markdown_cell("# A title"), *map(nbformat.v4.new_code_cell, cells)]
     book.cells[1].metadata["tags"] = ["parameters"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +41,12 @@ def set_preset(notebook: Path, preset: str, values: dict) -> None:
 
 
 def outputs(path: Path) -> list[dict]:
-    return [output for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" for output in cell.outputs]
+    return [
+        output
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    ]
 
 
 @pytest.fixture
@@ -104,15 +111,22 @@ def test_a_sweep_gives_each_combination_its_own_files(here):
     notebook = store(here / "one.ipynb", PARAMETERS)
     set_preset(notebook, "demo", {"output": "results/one", "sweep": {"seed": [1, 2], "rho": [0.1, 0.5]}})
     jobs = batch.plan([notebook], "executed", "demo")
-    assert [job.target.name for job in jobs][:2] == ["one--seed=1,rho=0.1.ipynb", "one--seed=1,rho=0.5.ipynb"] and len(jobs) == 4
-    assert [job.parameters["output"] for job in jobs][2:] == ["results/one/seed=2,rho=0.1", "results/one/seed=2,rho=0.5"]
+    assert [job.target.name for job in jobs][:2] == ["one--seed=1,rho=0.1.ipynb", "one--seed=1,rho=0.5.ipynb"] and len(
+        jobs
+    ) == 4
+    assert [job.parameters["output"] for job in jobs][2:] == [
+        "results/one/seed=2,rho=0.1",
+        "results/one/seed=2,rho=0.5",
+    ]
     names = [job.target.name for job in batch.plan([notebook], "executed", sweep={"data": ["a/b", "a b", "x" * 200]})]
     assert len(set(names)) == 3 and not [name for name in names if "/" in name or " " in name or len(name) > 120]
 
 
 def test_a_fresh_folder_follows_what_the_result_depends_on(here):
     notebook = store(here / "one.ipynb", PARAMETERS)
-    folders = [batch.plan([notebook], "x", parameters={"seed": s}, fresh=True)[0].parameters["output"] for s in (1, 1, 2)]
+    folders = [
+        batch.plan([notebook], "x", parameters={"seed": s}, fresh=True)[0].parameters["output"] for s in (1, 1, 2)
+    ]
     assert folders[0] == folders[1] != folders[2] and all(folder.startswith("results/") for folder in folders)
 
 
@@ -167,7 +181,14 @@ def test_notebooks_run_in_parallel_are_skipped_when_unchanged_and_fail_alone(her
     assert json.loads((here / "a" / "numbers.json").read_text()) == {"seed": 0, "rho": 0.1}
     stamp = json.loads((here / "executed" / "good.json").read_text())
     assert stamp["state"] == "executed" and stamp["parameters"] == {"output": "a"} and stamp["versions"]["papermill"]
-    assert sorted(path.name for path in (here / "executed").iterdir()) == ["bad.ipynb", "bad.json", "good.ipynb", "good.json", "other.ipynb", "other.json"]
+    assert sorted(path.name for path in (here / "executed").iterdir()) == [
+        "bad.ipynb",
+        "bad.json",
+        "good.ipynb",
+        "good.json",
+        "other.ipynb",
+        "other.json",
+    ]
 
     store(bad, PARAMETERS, "1")
     (here / "executed" / "other.ipynb").write_text("{}")  # not what the stamp speaks of
@@ -178,18 +199,37 @@ def test_notebooks_run_in_parallel_are_skipped_when_unchanged_and_fail_alone(her
 
 @pytest.mark.slow
 def test_the_command_line_s_exit_codes_and_table(here, capsys):
-    good, bad = store(here / "good.ipynb", PARAMETERS, WRITE), store(here / "bad.ipynb", PARAMETERS, "raise ValueError('no such thing')")
+    good, bad = (
+        store(here / "good.ipynb", PARAMETERS, WRITE),
+        store(here / "bad.ipynb", PARAMETERS, "raise ValueError('no such thing')"),
+    )
     (here / "sweep.yaml").write_text("sweep:\n  seed: [1, 2]\n")
 
     command = [sys.executable, "-m", "gradmm.experiments.batch", "--output", "out", "--jobs", "2", good, bad]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    failed = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment)
+    failed = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment
+    )
     assert failed.returncode == 1 and "1 of 2 failed; the failing cells are in out" in failed.stdout
     assert "In [2]: ValueError: no such thing" in failed.stdout and "Traceback" not in failed.stdout + failed.stderr
 
     assert batch.main([str(good), "-p", "sede", "1"]) == 2
     assert "did you mean seed?" in capsys.readouterr().err
-    swept = [str(good), "--output", "out", "--jobs", "1", "--sweep", "sweep.yaml", "-p", "rho", "1e-5", "-p", "output", "swept"]
+    swept = [
+        str(good),
+        "--output",
+        "out",
+        "--jobs",
+        "1",
+        "--sweep",
+        "sweep.yaml",
+        "-p",
+        "rho",
+        "1e-5",
+        "-p",
+        "output",
+        "swept",
+    ]
     assert batch.main(swept) == 0
     found = {path.parent.name: json.loads(path.read_text()) for path in here.glob("swept/*/numbers.json")}
     assert found == {"seed=1": {"seed": 1, "rho": 1e-5}, "seed=2": {"seed": 2, "rho": 1e-5}}
@@ -219,9 +259,13 @@ def test_a_sweep_on_a_dask_cluster_of_two_workers(here):
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster,
         dask.config.set({"scheduler-address": cluster.scheduler_address}),  # what DASK_SCHEDULER_ADDRESS sets
     ):
-        jobs = batch.plan([notebook], here / "executed", parameters={"output": str(here / "out")}, sweep={"seed": [1, 2, 3]})
+        jobs = batch.plan(
+            [notebook], here / "executed", parameters={"output": str(here / "out")}, sweep={"seed": [1, 2, 3]}
+        )
         outcomes = batch.run(jobs, 2, "dask", progress=False)
-        assert [(outcome.name, outcome.state, outcome.note) for outcome in outcomes] == [(f"one--seed={seed}", "executed", "") for seed in (1, 2, 3)]
+        assert [(outcome.name, outcome.state, outcome.note) for outcome in outcomes] == [
+            (f"one--seed={seed}", "executed", "") for seed in (1, 2, 3)
+        ]
         assert [outcome.state for outcome in batch.run(jobs, 2, "dask", progress=False)] == ["unchanged"] * 3
     found = {path.parent.name: json.loads(path.read_text()) for path in here.glob("out/*/numbers.json")}
     assert found == {f"seed={seed}": {"seed": seed, "rho": 0.1} for seed in (1, 2, 3)}

@@ -16,11 +16,17 @@ def test_the_table_of_contents_lists_every_notebook_in_order():
 
 
 def test_every_other_page_exists():
-    assert not [page for page in executing.pages() if not page.startswith("book/executed/") and not (ROOT / f"{page}.md").is_file()]
+    assert not [
+        page
+        for page in executing.pages()
+        if not page.startswith("book/executed/") and not (ROOT / f"{page}.md").is_file()
+    ]
 
 
 def test_every_room_is_in_the_api_reference():
-    listed = re.findall(r"^\.\. automodule:: gradmm\.([\w.]+)$", (BOOK / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(
+        r"^\.\. automodule:: gradmm\.([\w.]+)$", (BOOK / "api.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     files = [path.relative_to(ROOT / "gradmm") for path in (ROOT / "gradmm").rglob("*.py") if path.stem != "__init__"]
     rooms = sorted(".".join(path.with_suffix("").parts) for path in files)
     assert sorted(listed) == rooms, "each room needs an automodule in book/api.md"

@@ -1,4 +1,6 @@
-"""The built pages as a reader sees them: a real browser opens each from disk, without a network, wide and narrow, light and dark."""
+"""The built pages as a reader sees them: a real browser opens each from disk, without a network, wide and narrow,
+light and dark.
+"""
 
 import ast
 import importlib
@@ -46,20 +48,25 @@ LOOK = """
         return false;
     };
     const wide = [...document.querySelectorAll("article *")]
-        .filter(element => shown(element) && element.getBoundingClientRect().right > arguments[0] + 1 && !boxed(element));
+        .filter(element => shown(element) && element.getBoundingClientRect().right > arguments[0] + 1 &&
+        !boxed(element));
     return {
         theme: document.documentElement.dataset.theme,
         heading: [...document.querySelectorAll("main h1")].find(shown)?.innerText ?? "",
         formulas: formulas.length,
-        unset: formulas.filter(element => !element.querySelector("mjx-container")).map(element => element.textContent.slice(0, 80)),
-        broken: [...document.querySelectorAll("mjx-merror, [data-mjx-error]")].map(element => element.textContent.slice(0, 80)),
+        unset: formulas.filter(element => !element.querySelector("mjx-container")).map(element =>
+            element.textContent.slice(0, 80)),
+        broken: [...document.querySelectorAll("mjx-merror, [data-mjx-error]")].map(element =>
+            element.textContent.slice(0, 80)),
         loose: (document.querySelector("article")?.innerText.match(/\\\\[([][^\\n]{0,60}|\\$\\$[^\\n]{0,60}/g) ?? []),
         images: document.images.length,
         figures: document.querySelectorAll(".cell_output img").length,
         empty: [...document.images].filter(image => !image.naturalWidth).map(image => image.src.slice(0, 120)),
-        drawings: [...document.querySelectorAll("article figure svg")].filter(shown).map(svg => svg.getBoundingClientRect().width),
+        drawings: [...document.querySelectorAll("article figure svg")].filter(shown).map(svg =>
+            svg.getBoundingClientRect().width),
         width: document.documentElement.scrollWidth,
-        wide: wide.slice(0, 5).map(element => `${element.tagName}.${element.className}: ${element.textContent.slice(0, 60)}`),
+        wide: wide.slice(0, 5).map(element => `${element.tagName}.${element.className}: ${element.textContent.slice(0,
+            60)}`),
     };
 """
 
@@ -81,13 +88,20 @@ def browser(tmp_path_factory):
         pytest.skip("chromium and chromedriver are not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}", "--host-resolver-rules=MAP * ~NOTFOUND"):
+    for flag in (
+        *FLAGS,
+        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     found = webdriver.Chrome(options, webdriver.ChromeService(driver, env={**os.environ, "SE_OFFLINE": "true"}))
     try:
         found.execute_cdp_cmd("Network.enable", {})
-        found.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0})
+        found.execute_cdp_cmd(
+            "Network.emulateNetworkConditions",
+            {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
+        )
         yield found
     finally:
         found.quit()
@@ -98,19 +112,29 @@ def visit(browser, page: Path, size: tuple[int, int], theme: str = "light") -> t
     width, height = size
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    )
     for kind in ("browser", "performance"):
         browser.get_log(kind)  # what an earlier page left
     browser.get(page.as_uri())
     browser.execute_async_script(SETTLE)
     seen = browser.execute_script(LOOK, width)
-    wrong = [f"console: {entry['message']}" for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+    wrong = [
+        f"console: {entry['message']}"
+        for entry in browser.get_log("browser")
+        if entry["level"] in ("SEVERE", "WARNING")
+    ]
     return seen, wrong + failures([json.loads(entry["message"])["message"] for entry in browser.get_log("performance")])
 
 
 def failures(events: list[dict]) -> list[str]:
     """Requests that left the machine or failed."""
-    urls = {e["params"]["requestId"]: e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    urls = {
+        e["params"]["requestId"]: e["params"]["request"]["url"]
+        for e in events
+        if e["method"] == "Network.requestWillBeSent"
+    }
     left = [f"left the machine: {url}" for url in urls.values() if urlsplit(url).scheme not in LOCAL]
     broken = [e["params"] for e in events if e["method"] == "Network.loadingFailed"]
     return left + [f"failed: {urls.get(e['requestId'], '?')} ({e['errorText']})" for e in broken]
@@ -167,11 +191,17 @@ def test_the_checks_see_what_they_forbid(browser, tmp_path):
     assert seen["unset"] == ["\\(x\\)"] and len(seen["loose"]) == 1 and len(seen["empty"]) == 2
     assert seen["wide"] and seen["width"] >= 2000
     assert any("left the machine: http://example.org/a.png" in line for line in wrong)
-    assert any(line.startswith("failed: file://") for line in wrong) and any(line.startswith("console: ") for line in wrong)
+    assert any(line.startswith("failed: file://") for line in wrong) and any(
+        line.startswith("console: ") for line in wrong
+    )
 
 
 def test_every_built_page_is_tested(book):
-    built = {path.relative_to(book).with_suffix("").as_posix() for path in book.rglob("*.html") if "_static" not in path.parts}
+    built = {
+        path.relative_to(book).with_suffix("").as_posix()
+        for path in book.rglob("*.html")
+        if "_static" not in path.parts
+    }
     assert built - {"index"} == set(PAGES)
 
 
@@ -179,7 +209,11 @@ def test_every_public_name_is_on_the_api_page(book):
     anchors, missing = Links((book / "book" / "api.html").read_text(encoding="utf-8")).anchors, []
     for path in (executing.ROOT / "gradmm").glob("[!_]*.py"):
         room = importlib.import_module(f"gradmm.{path.stem}")
-        defined = [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        defined = [
+            node.name
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        ]
         public = [name for name in defined if name in getattr(room, "__all__", defined) and not name.startswith("_")]
         missing += [f"gradmm.{path.stem}.{name}" for name in public if f"gradmm.{path.stem}.{name}" not in anchors]
     assert not missing
@@ -211,6 +245,8 @@ def test_every_local_link_leads_somewhere(book):
                 continue
             place = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             anchors = found[place].anchors if place in found else None
-            if not place.is_file() or (parts.fragment and anchors is not None and unquote(parts.fragment) not in anchors):
+            if not place.is_file() or (
+                parts.fragment and anchors is not None and unquote(parts.fragment) not in anchors
+            ):
                 broken.append(f"{path.relative_to(book)}: {target}")
     assert not broken

@@ -43,7 +43,9 @@ def refused(act) -> str:
 def with_long(split: str, places: list[int]) -> Splits:
     """Splits in whose split some lines are too long."""
     splits = splits_of(TWO)
-    rows = [replace(example, origin=f"mine/{split}.jsonl, line {n}") for n, example in enumerate(getattr(splits, split), 1)]
+    rows = [
+        replace(example, origin=f"mine/{split}.jsonl, line {n}") for n, example in enumerate(getattr(splits, split), 1)
+    ]
     rows = [replace(example, text=f"{LONG} {n}") if n in places else example for n, example in enumerate(rows, 1)]
     return replace(splits, **{split: rows})
 
@@ -73,10 +75,26 @@ def test_learners_are_checked_too(learner, still):
 
 SAME = {
     # rows of each split -> which is needed, what is said
-    "validation is test": ({"train": (0, 4), "validation": (20, 2), "test": (20, 2)}, "validation", "all 4 validation rows are left out, since their texts are in test too"),
-    "validation within test": ({"train": (0, 4), "validation": (20, 1), "test": (20, 3)}, "validation", "all 2 validation rows are left out"),
-    "train is validation": ({"train": (0, 4), "validation": (0, 4), "test": (20, 2)}, "train", "all 8 train rows are left out, since their texts are in validation too"),
-    "train is test": ({"train": (0, 4), "validation": (20, 2), "test": (0, 4)}, "train", "all 8 train rows are left out, since their texts are in test too"),
+    "validation is test": (
+        {"train": (0, 4), "validation": (20, 2), "test": (20, 2)},
+        "validation",
+        "all 4 validation rows are left out, since their texts are in test too",
+    ),
+    "validation within test": (
+        {"train": (0, 4), "validation": (20, 1), "test": (20, 3)},
+        "validation",
+        "all 2 validation rows are left out",
+    ),
+    "train is validation": (
+        {"train": (0, 4), "validation": (0, 4), "test": (20, 2)},
+        "train",
+        "all 8 train rows are left out, since their texts are in validation too",
+    ),
+    "train is test": (
+        {"train": (0, 4), "validation": (20, 2), "test": (0, 4)},
+        "train",
+        "all 8 train rows are left out, since their texts are in test too",
+    ),
     "one row a class": ({"train": (0, 1)}, "validation", "toy has no validation text"),
 }
 
@@ -95,12 +113,16 @@ def test_texts_too_short_for_the_task_are_none(still, split):
     short, splits = replace(TWO, min_words=5), splits_of(TWO)
     check_fit(still, short, splits, SPLITS)
     splits = replace(splits, **{split: [Example("cat", 0), Example("a dog", 1)]})
-    assert f"toy has no {split} text of the 5 words that task 'two' asks for" in refused(lambda: check_fit(still, short, splits, SPLITS))
+    assert f"toy has no {split} text of the 5 words that task 'two' asks for" in refused(
+        lambda: check_fit(still, short, splits, SPLITS)
+    )
     check_fit(still, short, replace(splits_of(TWO), test=[Example("cat", 0)]), SPLITS)
 
 
 def test_a_verbalizer_and_a_split_that_are_none_are_refused(still):
-    assert "the verbalizer ' zebra' of label 'positive' is" in refused(lambda: check_fit(still, replace(TWO, verbalizers=(" bad", " zebra")), splits_of(TWO)))
+    assert "the verbalizer ' zebra' of label 'positive' is" in refused(
+        lambda: check_fit(still, replace(TWO, verbalizers=(" bad", " zebra")), splits_of(TWO))
+    )
     assert "the splits ['dev'] are not known" in refused(lambda: check_fit(still, TWO, splits_of(TWO), ("dev",)))
     assert gradmm.check_fit is check_fit
 
@@ -108,7 +130,10 @@ def test_a_verbalizer_and_a_split_that_are_none_are_refused(still):
 @pytest.mark.parametrize("place", [1, 2, 3])
 def test_rows_are_counted_as_they_were_given(still, place):
     def rows(what):
-        some = [{"text": example.text, "label": example.label} for example in toy(TWO, {"train": 0, "validation": 20, "test": 30}[what], 3)]
+        some = [
+            {"text": example.text, "label": example.label}
+            for example in toy(TWO, {"train": 0, "validation": 20, "test": 30}[what], 3)
+        ]
         return some[: place - 1] + [{"text": LONG, "label": 0}] + some[place - 1 :]
 
     assert f"test example {place} has " in refused(lambda: evaluate(still, TWO, rows("test")))

@@ -1,4 +1,5 @@
-"""Kill -9 and a full disk lose nothing: what is left reads as whole, and the continued run equals the uninterrupted one.
+"""Kill -9 and a full disk lose nothing: what is left reads as whole, and the continued run equals the uninterrupted
+one.
 
 `GRADMM_KILLS=50 pytest tests/test_crash.py` tries fifty moments of each kind of run; see `crash.py`.
 """
@@ -33,7 +34,9 @@ MOMENTS = int(os.environ.get("GRADMM_KILLS", "4"))
 def test_a_run_killed_at_any_moment_continues_to_the_same_bytes(kind, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "tests" / "crash.py"), kind, str(tmp_path / "runs"), str(MOMENTS), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(found))  # shown with `pytest -rP`
@@ -41,7 +44,10 @@ def test_a_run_killed_at_any_moment_continues_to_the_same_bytes(kind, tmp_path):
     assert found["killed"] >= MOMENTS / 2 and found["unfinished_seen"] >= 1 and found["files_read"] >= MOMENTS / 2
 
 
-FULL = re.compile(r".* could not be written \(No space left on device\): free space or choose another output folder; what was finished before is kept")
+FULL = re.compile(
+    r".* could not be written \(No space left on device\): free space or choose another output folder; what was "
+    r"finished before is kept"
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +69,12 @@ def fill(monkeypatch, after: int) -> None:
     monkeypatch.setattr(files.os, "fsync", fsync)
 
 
-@pytest.mark.parametrize(("after", "kept"), [(0, 0), (1, 1), (3, 2), (6, 3), (9, 5)])  # manifest, 2 batches of 3 writes, results
-def test_a_synthesis_on_a_full_disk_says_so_keeps_what_it_has_and_continues(setting, tmp_path, monkeypatch, after, kept):
+@pytest.mark.parametrize(
+    ("after", "kept"), [(0, 0), (1, 1), (3, 2), (6, 3), (9, 5)]
+)  # manifest, 2 batches of 3 writes, results
+def test_a_synthesis_on_a_full_disk_says_so_keeps_what_it_has_and_continues(
+    setting, tmp_path, monkeypatch, after, kept
+):
     model, release = setting
     config = replace(SMALL, groups_per_batch=2)
     gradmm.synthesize(model, TASK, release, config, tmp_path / "whole", progress=False)
@@ -101,5 +111,7 @@ def test_a_batch_on_a_full_disk_ends_with_the_reason_and_keeps_the_old_notebook(
     monkeypatch.setattr(batch, "_run_papermill", lambda job, draft: draft.write_text("new") and "")
     fill(monkeypatch, 0)
     (outcome,) = batch.run([job], 1, progress=False)
-    assert outcome.state == "failed" and FULL.fullmatch(outcome.note.removeprefix("UserError: ").replace(os.linesep, " "))
+    assert outcome.state == "failed" and FULL.fullmatch(
+        outcome.note.removeprefix("UserError: ").replace(os.linesep, " ")
+    )
     assert job.target.read_text() == "old" and os.listdir(tmp_path / "run") == ["one.ipynb"]

@@ -12,8 +12,12 @@ import gradmm
 from gradmm.experiments import demo_text
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = {".".join(path.relative_to(ROOT / "gradmm").with_suffix("").parts): path for path in (ROOT / "gradmm").rglob("*.py")}
-ROOMS = sorted(room for room, path in FILES.items() if ">>>" in path.read_text(encoding="utf-8") and "__init__" not in room)
+FILES = {
+    ".".join(path.relative_to(ROOT / "gradmm").with_suffix("").parts): path for path in (ROOT / "gradmm").rglob("*.py")
+}
+ROOMS = sorted(
+    room for room, path in FILES.items() if ">>>" in path.read_text(encoding="utf-8") and "__init__" not in room
+)
 SAYS = re.compile(r"Raises:|Raise |refused")
 CENTRAL = ("admm", "gradients", "projection", "privacy", "mechanism", "tasks", "selection", "experiments.batch")
 FIRST = ("load_model", "load_data", "release", "synthesize", "finetune")
@@ -22,7 +26,9 @@ FIRST = ("load_model", "load_data", "release", "synthesize", "finetune")
 @pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
 @pytest.mark.parametrize("room", ROOMS)
 def test_the_examples_of_a_room_run(room):
-    found = doctest.testmod(importlib.import_module(f"gradmm.{room}"), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    found = doctest.testmod(
+        importlib.import_module(f"gradmm.{room}"), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
     assert found.attempted > 0 and found.failed == 0
 
 
@@ -49,7 +55,9 @@ def public(body: list[ast.stmt], prefix: str = "") -> dict[str, ast.FunctionDef 
 def refuses(node: ast.FunctionDef | ast.ClassDef) -> bool:
     """Whether a function itself raises an error of the caller's."""
     called = {getattr(inner.func, "id", "") for inner in ast.walk(node) if isinstance(inner, ast.Call)}
-    return isinstance(node, ast.FunctionDef) and ("require" in called or any(isinstance(inner, ast.Raise) for inner in ast.walk(node)))
+    return isinstance(node, ast.FunctionDef) and (
+        "require" in called or any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+    )
 
 
 @pytest.mark.parametrize("room", sorted(room for room in FILES if "__init__" not in room))

@@ -1,4 +1,6 @@
-"""Every command line of the README, the book and the presets' README, in the order in which a reader types them, in one folder."""
+"""Every command line of the README, the book and the presets' README, in the order in which a reader types them,
+in one folder.
+"""
 
 import os
 import re
@@ -25,20 +27,29 @@ SUBSTITUTES = {
     "--task sst2": "--task demo",
     "n_synthetic 100": "n_synthetic 6",  # minutes
 }
-SMALL = "-f notebooks/params/smoke/00-quickstart.yaml"  # ends a papermill line; what the line sets with -p stands above it
+SMALL = (
+    "-f notebooks/params/smoke/00-quickstart.yaml"  # ends a papermill line; what the line sets with -p stands above it
+)
 # By how a command begins: how it is checked, with the reason where it is not run in full.
 CHECKED = {
     "papermill": "run, small",
-    "make": "its recipe is looked up with make -n: it installs an environment of its own; the notebook that quickstart runs is run here",
-    "python -m gradmm.experiments.batch": "planned and not executed, which takes from minutes to days; tests/test_batch.py executes",
+    "make": "its recipe is looked up with make -n: it installs an environment of its own; the notebook that "
+    "quickstart runs is run here",
+    "python -m gradmm.experiments.batch": "planned and not executed, which takes from minutes to days; "
+    "tests/test_batch.py executes",
     "accelerate launch": "run by one process, on the demo, small; tests/test_sharding.py launches several",
-    "python tests/benchmarks/": "its options are looked up: it wants a quiet machine; tests/test_benchmarks.py runs it small",
+    "python tests/benchmarks/": "its options are looked up: it wants a quiet machine; tests/test_benchmarks.py "
+    "runs it small",
 }
 
 
 def commands() -> list[str]:
     """The lines of every bash block in the order of the pages, with continued lines joined and comments left out."""
-    blocks = [block for page in PAGES for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)]
+    blocks = [
+        block
+        for page in PAGES
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    ]
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in (" ".join(line.split(" #")[0].split()) for line in lines) if line]
 
@@ -61,15 +72,22 @@ def here(tmp_path, monkeypatch) -> Path:
     demo = gradmm.load_data("demo")[1]
     for name, start in (("reviews", 0), ("films", 300)):
         for split, count in (("train", 40), ("validation", 20), ("test", 20)):
-            rows = [{"text": example.text, "label": example.label} for example in getattr(demo, split)[start : start + count]]
+            rows = [
+                {"text": example.text, "label": example.label}
+                for example in getattr(demo, split)[start : start + count]
+            ]
             files.write_json_lines(tmp_path / "path" / "to" / name / f"{split}.jsonl", rows)
-        (tmp_path / "path" / "to" / name / "task.yaml").write_text(yaml.safe_dump(gradmm.load_task("demo").to_dict()), encoding="utf-8")
+        (tmp_path / "path" / "to" / name / "task.yaml").write_text(
+            yaml.safe_dump(gradmm.load_task("demo").to_dict()), encoding="utf-8"
+        )
     return tmp_path
 
 
 def test_every_command_has_a_way_to_be_checked():
     assert len(commands()) > 15 and not [command for command in commands() if not command.startswith(tuple(CHECKED))]
-    assert all(of_kind(start) for start in CHECKED) and not [name for name in SUBSTITUTES if name not in " ".join(commands())]
+    assert all(of_kind(start) for start in CHECKED) and not [
+        name for name in SUBSTITUTES if name not in " ".join(commands())
+    ]
 
 
 @pytest.mark.parametrize("command", of_kind("make"))
@@ -90,13 +108,21 @@ def test_the_notebooks_of_the_documentation_run_one_after_the_other(here):
         kernel = ["--kernel", "python3", "--start-timeout", str(batch.KERNEL_SECONDS)]
         with executing.quiet(here):
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            done = subprocess.run([sys.executable, "-m", "papermill", *given, *kernel], env=environment, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [sys.executable, "-m", "papermill", *given, *kernel],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
     assert len(list(here.glob("results/00-quickstart/*/00-quickstart.json"))) == len(typed)
 
 
 def test_the_batches_of_the_documentation_can_be_planned(here):
-    (here / "grid.yaml").write_text(re.search(r"```yaml\n(rho: .*?)```", (ROOT / "book" / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)[1])
+    (here / "grid.yaml").write_text(
+        re.search(r"```yaml\n(rho: .*?)```", (ROOT / "book" / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    )
     planned = []
     for command in of_kind("python -m gradmm.experiments.batch"):
         words = [sorted(map(str, Path().glob(word))) if "*" in word else [word] for word in shlex.split(command)[3:]]
@@ -111,7 +137,9 @@ def test_the_batches_of_the_documentation_can_be_planned(here):
 def test_the_launched_synthesis_of_the_documentation_runs(here, capsys):
     (command,) = of_kind("accelerate launch")
     task, data = gradmm.load_data("demo")
-    gradmm.release(gradmm.load_model("demo"), task, gradmm.sample_examples(data.train, 4, task, 0), space="head").save("sst2.safetensors")
+    gradmm.release(gradmm.load_model("demo"), task, gradmm.sample_examples(data.train, 4, task, 0), space="head").save(
+        "sst2.safetensors"
+    )
     small = {"groups_per_batch": 1, "n_synthetic": 2, "outer_steps": 1, "inner_steps": 1, "init_candidates": 2}
     (here / "settings.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
     assert shard.main(shlex.split(substituted(command).split("gradmm.shard")[1])) == 0
@@ -121,5 +149,7 @@ def test_the_launched_synthesis_of_the_documentation_runs(here, capsys):
 @pytest.mark.parametrize("command", of_kind("python tests/benchmarks/"))
 def test_a_benchmark_has_the_options_that_are_named(command):
     script, *given = shlex.split(command)[1:]
-    text = (ROOT / script).read_text(encoding="utf-8") + (ROOT / "tests" / "benchmarks" / "whole_synthesis.py").read_text(encoding="utf-8")
+    text = (ROOT / script).read_text(encoding="utf-8") + (
+        ROOT / "tests" / "benchmarks" / "whole_synthesis.py"
+    ).read_text(encoding="utf-8")
     assert not [option for option in given if option.startswith("--") and f'"{option}"' not in text]

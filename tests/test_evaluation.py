@@ -27,7 +27,13 @@ from gradmm.experiments.metrics import (
 )
 from gradmm.models import load_model
 
-TEXTS = ["the movie was great.", "a", "we saw the dull film and the actor sat on the red cat", "bad music", "the movie was great."]
+TEXTS = [
+    "the movie was great.",
+    "a",
+    "we saw the dull film and the actor sat on the red cat",
+    "bad music",
+    "the movie was great.",
+]
 
 
 def test_perplexity_is_the_exponential_of_the_models_own_loss(tiny_model, kind, monkeypatch):
@@ -37,7 +43,9 @@ def test_perplexity_is_the_exponential_of_the_models_own_loss(tiny_model, kind, 
     losses, counts = [], []
     for text in TEXTS:
         own = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([[0, *own] if len(own) == 1 else own])  # the tokenizer begins no text: only a lone token needs a context
+        ids = torch.tensor(
+            [[0, *own] if len(own) == 1 else own]
+        )  # the tokenizer begins no text: only a lone token needs a context
         losses.append(torch.nn.functional.cross_entropy(model.lm(ids).logits[0, :-1], ids[0, 1:]).item())
         counts.append(ids.shape[1] - 1)
     assert found.tokens == tuple(counts)
@@ -96,7 +104,10 @@ def test_duplicates_are_blind_to_case_and_spaces():
 
 def longest_by_force(sequence, references) -> int:
     runs = {tuple(r[i:j]) for r in references for i in range(len(r)) for j in range(i + 1, len(r) + 1)}
-    return max((j - i for i in range(len(sequence)) for j in range(i + 1, len(sequence) + 1) if tuple(sequence[i:j]) in runs), default=0)
+    return max(
+        (j - i for i in range(len(sequence)) for j in range(i + 1, len(sequence) + 1) if tuple(sequence[i:j]) in runs),
+        default=0,
+    )
 
 
 letters = st.lists(st.lists(st.integers(0, 2), max_size=9), max_size=5)
@@ -110,7 +121,10 @@ def test_longest_shared_spans_equal_brute_force(sequences, references):
 
 def test_a_whole_copy_is_found_and_runs_do_not_cross_references():
     long = [str(i) for i in range(400)]
-    assert longest_shared_spans([long, words("the Red cat")], [long, words("was the red"), words("cat sat")]) == [400, 2]
+    assert longest_shared_spans([long, words("the Red cat")], [long, words("was the red"), words("cat sat")]) == [
+        400,
+        2,
+    ]
 
 
 def outcomes(seed: int, runs: int, examples: int, rate: float) -> numpy.ndarray:
@@ -158,7 +172,8 @@ def test_a_share_has_the_interval_that_scipy_gives_a_ratio():
     whole, part = outcomes(7, 1, 400, 0.6) * 1.0, outcomes(8, 1, 400, 0.3) * 1.0
     found = paired_share(part, whole, resamples=5000)
     reference = scipy.stats.bootstrap(
-        (part[0], whole[0]), lambda x, y, axis: x.mean(axis) / y.mean(axis), paired=True, vectorized=True, method="percentile",
+        (part[0], whole[0]), lambda x, y, axis: x.mean(axis) / y.mean(axis), paired=True, vectorized=True,
+        method="percentile",
         n_resamples=5000, rng=numpy.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     assert found.share == pytest.approx(part.mean() / whole.mean())
@@ -194,4 +209,6 @@ def test_the_bench_model_reads_film_reviews_as_recorded(bench):
     texts = [json.loads(line)["text"] for line in lines]
     model = load_model(bench / "imdb-lm")
     # The record has an end-of-text token before each text, which this tokenizer does not put there itself.
-    assert perplexity(model, [model.tokenizer.eos_token + text for text in texts]).corpus == pytest.approx(122, rel=0.03)
+    assert perplexity(model, [model.tokenizer.eos_token + text for text in texts]).corpus == pytest.approx(
+        122, rel=0.03
+    )

@@ -29,12 +29,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def rows_of(count: int, classes: int = 2, word: str = "text", start: int = 0) -> list[dict]:
-    return [{"text": f"{word} number {i} of some more words", "label": i % classes} for i in range(start, start + count)]
+    return [
+        {"text": f"{word} number {i} of some more words", "label": i % classes} for i in range(start, start + count)
+    ]
 
 
 def write_rows(path: Path, rows) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return path
 
 
@@ -113,15 +117,20 @@ def test_a_text_in_several_splits_stays_in_the_last(folder):
     assert [len(getattr(splits, split)) for split in SPLITS] == [39, 10, 11]
     assert splits.dropped == 3
     assert splits.notes == (
-        "1 row(s) repeat another row's text and label, of which the last stays (first: mine/test.jsonl, line 11 and mine/test.jsonl, line 12)",
-        "1 of 40 train rows are left out, since their texts are in test too (first: mine/train.jsonl, line 4 and mine/test.jsonl, line 12)",
-        "1 of 11 validation rows are left out, since their texts are in test too (first: mine/validation.jsonl, line 11 and mine/test.jsonl, line 12)",
+        "1 row(s) repeat another row's text and label, of which the last stays (first: mine/test.jsonl, line 11 "
+        "and mine/test.jsonl, line 12)",
+        "1 of 40 train rows are left out, since their texts are in test too (first: mine/train.jsonl, line 4 and "
+        "mine/test.jsonl, line 12)",
+        "1 of 11 validation rows are left out, since their texts are in test too (first: mine/validation.jsonl, "
+        "line 11 and mine/test.jsonl, line 12)",
     )
     assert [str(one.message) for one in said] == [f"mine: {note}" for note in splits.notes]
     assert content_hash(twin["text"]) in {content_hash(e.text) for e in splits.test}
 
 
-@pytest.mark.parametrize(("count", "sizes"), [(1, (2, 0, 0)), (2, (2, 2, 0)), (3, (2, 2, 2)), (4, (4, 2, 2)), (6, (8, 2, 2))])
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1, (2, 0, 0)), (2, (2, 2, 0)), (3, (2, 2, 2)), (4, (4, 2, 2)), (6, (8, 2, 2))]
+)
 @pytest.mark.parametrize("word", ["text", "room", "film", "plot"])
 def test_few_rows_are_carved_so_that_each_split_has_every_class(count, sizes, word):
     splits = split_by_content({"train": check_examples(rows_of(2 * count, word=word), TWO)}, "few")
@@ -130,14 +139,20 @@ def test_few_rows_are_carved_so_that_each_split_has_every_class(count, sizes, wo
     for split, size in zip(SPLITS, sizes, strict=True):
         assert set(found[split]) == ({0, 1} if size else set())
     if 1 < count < 4:
-        assert splits.notes == (f"{2 * count - 2} of {2 * count} train texts serve as {'validation' if count == 2 else 'validation and test'}, so that every class has some there",)
+        assert splits.notes == (
+            f"{2 * count - 2} of {2 * count} train texts serve as "
+            f"{'validation' if count == 2 else 'validation and test'}, so that every class has some there",
+        )
     elif count == 6:
         assert splits.notes == () or len(splits.train) < 8
 
 
 @pytest.mark.parametrize("rare", [0, 1, 2])
 def test_a_rare_class_has_some_in_every_split(rare):
-    rows = [Example(f"{e.text} {i}", rare if i % 40 == 0 else (rare + 1 + i % 2) % 3) for i, e in enumerate(check_examples(rows_of(240), TWO))]
+    rows = [
+        Example(f"{e.text} {i}", rare if i % 40 == 0 else (rare + 1 + i % 2) % 3)
+        for i, e in enumerate(check_examples(rows_of(240), TWO))
+    ]
     splits = split_by_content({"train": rows}, "rare")
     assert all({example.label for example in getattr(splits, split)} == {0, 1, 2} for split in SPLITS)
     by_hash = split_by_content({"train": [e for e in rows if e.label != rare]}, "rare")
@@ -149,7 +164,12 @@ LABELLED_TWICE = {
     # rows as (text, label) of each split -> texts that stay in train, texts left out, first lines named
     "far apart": ({"train": [("one", 0), ("two", 1), ("three", 0), ("one", 1)]}, {"two", "three"}, 1, (1, 4)),
     "in other words": ({"train": [("One", 0), ("two", 1), (" one ", 1), ("three", 0)]}, {"two", "three"}, 1, (1, 3)),
-    "thrice": ({"train": [("two", 1), ("one", 0), ("one", 0), ("one", 1), ("three", 0), ("four", 0), ("four", 1)]}, {"two", "three"}, 2, (2, 4)),
+    "thrice": (
+        {"train": [("two", 1), ("one", 0), ("one", 0), ("one", 1), ("three", 0), ("four", 0), ("four", 1)]},
+        {"two", "three"},
+        2,
+        (2, 4),
+    ),
 }
 
 
@@ -157,7 +177,9 @@ LABELLED_TWICE = {
 def test_a_text_under_several_labels_is_left_out_and_said_once(tmp_path, case):
     rows, kept, count, lines = LABELLED_TWICE[case]
     spare = [{"text": f"spare {n}", "label": n % 2} for n in range(4)]
-    folder = write_rows(tmp_path / "mine" / "train.jsonl", [{"text": text, "label": label} for text, label in rows["train"]]).parent
+    folder = write_rows(
+        tmp_path / "mine" / "train.jsonl", [{"text": text, "label": label} for text, label in rows["train"]]
+    ).parent
     for split, some in (("validation", spare[:2]), ("test", spare[2:])):
         write_rows(folder / f"{split}.jsonl", some)
     with pytest.warns(DataWarning) as said:
@@ -172,8 +194,13 @@ def test_a_text_under_several_labels_is_left_out_and_said_once(tmp_path, case):
 
 
 def test_a_text_labelled_otherwise_in_a_later_split_is_said(folder):
-    write_rows(folder / "test.jsonl", [*rows_of(10, start=200), {"text": "text number 3 of some more words", "label": 0}])
-    with pytest.warns(DataWarning, match="1 of 40 train rows are left out, since their texts are in test too, 1 of them under another label"):
+    write_rows(
+        folder / "test.jsonl", [*rows_of(10, start=200), {"text": "text number 3 of some more words", "label": 0}]
+    )
+    with pytest.warns(
+        DataWarning,
+        match="1 of 40 train rows are left out, since their texts are in test too, 1 of them under another label",
+    ):
         splits = load_data(folder)[1]
     assert Example("text number 3 of some more words", 0) in splits.test
 
@@ -185,7 +212,11 @@ TRAIN_IS_LATER = [("test", 40), ("validation", 40), ("test", 39)]
 def test_no_train_example_says_why(folder, split, count):
     write_rows(folder / f"{split}.jsonl", rows_of(40))
     write_rows(folder / "train.jsonl", rows_of(count))
-    with pytest.raises(UserError, match=f"no train example of '0', '1' .all {count} train rows are left out, since their texts are in {split} too"):
+    with pytest.raises(
+        UserError,
+        match=f"no train example of '0', '1' .all {count} train rows are left out, since their texts are in "
+        f"{split} too",
+    ):
         load_data(folder)
 
 
@@ -207,17 +238,29 @@ BROKEN_FOLDERS = {
     "no object": ([LINE, "[1]"], "train.jsonl, line 2 is list: give an object with text and label"),
     "no text": ([LINE, {"label": 0}], "line 2 has no text"),
     "no label": ([LINE, {"text": "words"}], "line 2 has no label"),
-    "an empty text": ([LINE, LINE, {"text": " \n ", "label": 0}], "line 3 has an empty text: every row needs at least one word"),
+    "an empty text": (
+        [LINE, LINE, {"text": " \n ", "label": 0}],
+        "line 3 has an empty text: every row needs at least one word",
+    ),
     "a text of numbers": ([{"text": 3, "label": 0}], "line 1 has a text of type int: give a string"),
     "a text of nothing": ([{"text": None, "label": 0}], "line 1 has a text of type NoneType"),
     "half a character": (['{"text": "a \\ud83d b", "label": 0}'], "line 1 has half a surrogate pair"),
-    "an unknown number": ([LINE, {"text": "words", "label": 2}], "line 2 has the label 2: task 'two' knows 0 to 1 or negative, positive"),
+    "an unknown number": (
+        [LINE, {"text": "words", "label": 2}],
+        "line 2 has the label 2: task 'two' knows 0 to 1 or negative, positive",
+    ),
     "a negative number": ([{"text": "words", "label": -1}], "line 1 has the label -1"),
     "an unknown name": ([{"text": "words", "label": "Positive"}], "line 1 has the label 'Positive'"),
     "a fraction": ([{"text": "words", "label": 1.0}], "line 1 has the label 1.0"),
-    "true": ([{"text": "words", "label": True}], "line 1 has the label true, which is no whole number and no name: write it as in .*1}"),
+    "true": (
+        [{"text": "words", "label": True}],
+        "line 1 has the label true, which is no whole number and no name: write it as in .*1}",
+    ),
     "a list": ([{"text": "words", "label": [0] * 999}], "line 1 has the label .0, 0, 0"),
-    "a name but for its case": ([LINE, {"text": "words", "label": "Positive"}], "line 2 has the label 'Positive': .* write 'positive'"),
+    "a name but for its case": (
+        [LINE, {"text": "words", "label": "Positive"}],
+        "line 2 has the label 'Positive': .* write 'positive'",
+    ),
     "one class": ([LINE], "mine has no train example of 'positive': every one of the 2 classes needs some"),
     "no rows": ([], "train.jsonl is empty: put rows such as"),
 }
@@ -458,13 +501,20 @@ def test_a_loading_script_is_never_run(hub, tmp_path):
 
 
 def test_what_the_hub_lacks_is_named(hub):
-    with pytest.raises(UserError, match="'cornell-movie-review-data/rotten_tomatoes' could not be loaded .*check the name") as caught:
+    with pytest.raises(
+        UserError, match="'cornell-movie-review-data/rotten_tomatoes' could not be loaded .*check the name"
+    ) as caught:
         load_data("rotten_tomatoes")
     assert "\n" not in str(caught.value)
     snapshot = hub("cornell-movie-review-data/rotten_tomatoes")
     write_rows(snapshot / "train.jsonl", rows_of(20))
     with pytest.raises(UserError, match="has no split 'validation': it has train"):
         load_data("rotten_tomatoes")
-    task = Task("t", TWO.labels, TWO.verbalizers, hub=HubSource("cornell-movie-review-data/rotten_tomatoes", "sentence", splits={"train": "train"}))
+    task = Task(
+        "t",
+        TWO.labels,
+        TWO.verbalizers,
+        hub=HubSource("cornell-movie-review-data/rotten_tomatoes", "sentence", splits={"train": "train"}),
+    )
     with pytest.raises(UserError, match="has no column .'sentence'.: it has text, label"):
         load_data("t", task)

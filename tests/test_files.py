@@ -51,7 +51,9 @@ def test_numbers_that_json_cannot_hold_are_refused_before_the_old_file_goes(tmp_
     assert files.read_json(path) == 1
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), KeyError("a bug")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), KeyError("a bug")]
+)
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = files.write_text(tmp_path / "a.txt", "old")
 
@@ -83,7 +85,9 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
-    with pytest.raises(UserError, match="a.json could not be written .Permission denied.: free space or choose another"):
+    with pytest.raises(
+        UserError, match="a.json could not be written .Permission denied.: free space or choose another"
+    ):
         files.write_json(tmp_path / "a.json", 1)
 
 
@@ -142,7 +146,11 @@ BROKEN = {
     "brackets without end": (files.read_json, b"[" * 100_000, "line 1 is not JSON"),
     "latin-1": (files.read_json_lines, '"caf\xe9"'.encode("latin-1"), "is not UTF-8 text .byte 4.: save it as UTF-8"),
     "a YAML error": (files.read_yaml, b"a: 1\nb: ]\nc: 2\n", "line 2 is not YAML"),
-    "YAML that makes objects": (files.read_yaml, b"a: 1\nb: !!python/object/apply:os.getcwd []\n", "line 2 is not YAML"),
+    "YAML that makes objects": (
+        files.read_yaml,
+        b"a: 1\nb: !!python/object/apply:os.getcwd []\n",
+        "line 2 is not YAML",
+    ),
     "a date that is none": (files.read_yaml, b"a: 2020-13-45\n", "is not YAML"),
     "a control character": (files.read_yaml, b"a: \x00\n", "is not YAML"),
     "YAML without end": (files.read_yaml, b"[" * 5_000, "is not YAML"),
@@ -197,6 +205,10 @@ def test_named_draws_depend_on_the_name_and_not_on_the_order():
 
 def test_tensors_are_read_into_aligned_memory(tmp_path):
     held = {"a": torch.ones(3), "b": torch.ones(64, 64)}
-    for header in ("x", "xx", "xxx" * 7):  # of different lengths, so that the tensors lie at different places of the file
+    for header in (
+        "x",
+        "xx",
+        "xxx" * 7,
+    ):  # of different lengths, so that the tensors lie at different places of the file
         found, _ = files.read_tensors(files.write_tensors(tmp_path / "t.safetensors", held, {"header": header}))
         assert not [name for name, tensor in found.items() if tensor.data_ptr() % 64]

@@ -112,7 +112,9 @@ def test_all_rates_start_from_one_look(tiny_model, monkeypatch):
     starts = [row for row in curve if row["step"] == 0]
     assert len(starts) == len(QUICK.learning_rates) == 2 and len(counted) == len(curve) - 1
     assert starts[1] == {**starts[0], "learning_rate": QUICK.learning_rates[1]}
-    alone = fit(model, TWO, toy(TWO, 0, 8), toy(TWO, 20, 6), replace(QUICK, learning_rates=QUICK.learning_rates[1:])).curve
+    alone = fit(
+        model, TWO, toy(TWO, 0, 8), toy(TWO, 20, 6), replace(QUICK, learning_rates=QUICK.learning_rates[1:])
+    ).curve
     assert [row for row in curve if row["learning_rate"] == QUICK.learning_rates[1]] == alone
 
 
@@ -141,7 +143,9 @@ def test_evaluation_agrees_with_whole_logits_and_scikit_learn(tiny_model, task, 
     assert found.accuracy == pytest.approx(accuracy_score(found.labels, found.predictions))
     assert found.accuracy == pytest.approx(sum(found.correct) / len(examples))
     every = list(range(len(task.labels)))
-    assert found.macro_f1 == pytest.approx(f1_score(found.labels, found.predictions, labels=every, average="macro", zero_division=0.0))
+    assert found.macro_f1 == pytest.approx(
+        f1_score(found.labels, found.predictions, labels=every, average="macro", zero_division=0.0)
+    )
 
 
 def test_fewer_examples_than_a_batch_and_one_example(tiny_model, task):
@@ -235,7 +239,8 @@ def test_overlap_with_test_is_refused(tiny_model, which):
 @pytest.mark.parametrize(
     "setting",
     [{"steps": 0}, {"batch_size": 2.5}, {"learning_rates": ()}, {"learning_rates": 1e-3}, {"learning_rates": (-1e-3,)},
-     {"eval_every": 0}, {"patience": 0}, {"warmup": -1}, {"weight_decay": -0.1}, {"gradient_clip": 0}, {"max_validation": 0},
+     {"eval_every": 0}, {"patience": 0}, {"warmup": -1}, {"weight_decay": -0.1}, {"gradient_clip": 0},
+         {"max_validation": 0},
      {"rate": 1}],
 )  # fmt: skip
 def test_unusable_settings_are_refused(setting):

@@ -30,7 +30,18 @@ verbalizers: [" world", " sports", " business", " text"]
 generation_prompts: ["", "a", "one cat", "in"]
 min_words: 1
 """
-SYNTHESIS = SynthesisConfig(search="admm", ranking="text", oversample=2.0, n_synthetic=8, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=6)
+SYNTHESIS = SynthesisConfig(
+    search="admm",
+    ranking="text",
+    oversample=2.0,
+    n_synthetic=8,
+    group_size=2,
+    outer_steps=2,
+    inner_steps=2,
+    top_k=5,
+    init_candidates=2,
+    length=6,
+)
 TUNING = FinetuneConfig(steps=4, batch_size=8, learning_rates=(1e-2,), eval_every=2, warmup=1)
 
 
@@ -43,7 +54,9 @@ def text_of(number: int, label: int) -> str:
 def folder(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("four")
     for split, numbers in SIZES.items():
-        files.write_json_lines(place / f"{split}.jsonl", [{"text": text_of(n, c), "label": c} for n in numbers for c in range(4)])
+        files.write_json_lines(
+            place / f"{split}.jsonl", [{"text": text_of(n, c), "label": c} for n in numbers for c in range(4)]
+        )
     files.write_text(place / "task.yaml", TASK)
     return place
 
@@ -60,7 +73,11 @@ def test_release_synthesize_and_fine_tune(model, folder, epsilon, choices):
     assert task.labels == LABELS and {e.label for e in data.test} == {0, 1, 2, 3}
     real = gradmm.sample_examples(data.train, 12, task, 0)
     config = replace(SYNTHESIS, **choices)
-    private = {"space": config.space} if epsilon is None else {"epsilon": epsilon, "delta": 1e-5, "length": 6, "noise_seed": 0}
+    private = (
+        {"space": config.space}
+        if epsilon is None
+        else {"epsilon": epsilon, "delta": 1e-5, "length": 6, "noise_seed": 0}
+    )
     target = gradmm.release(model, task, real, **private)
     assert len(target.targets) == 4
     made = gradmm.synthesize(model, task, target, config, progress=False)
@@ -70,7 +87,9 @@ def test_release_synthesize_and_fine_tune(model, folder, epsilon, choices):
         assert max(counts) <= 2
     else:
         assert counts == [2, 2, 2, 2]
-        found = gradmm.finetune(model, task, check_examples(made.kept.to_list(), task), data.validation, data.test, TUNING)
+        found = gradmm.finetune(
+            model, task, check_examples(made.kept.to_list(), task), data.validation, data.test, TUNING
+        )
         assert set(found.test.predictions) <= {0, 1, 2, 3} and set(found.test.labels) == {0, 1, 2, 3}
 
 
@@ -84,11 +103,15 @@ def test_generation_writes_every_class(model, folder):
 def test_a_comparison_with_a_learner(model, tiny_model, folder):
     task, data = gradmm.load_data(folder)
     sampling = Sampling(temperature=4.0, max_tokens=16, min_tokens=4, shots=1, rounds=40)
-    config = ComparisonConfig(n_real=8, synthesis=SYNTHESIS, finetuning=TUNING, sampling=sampling, similarity_steps=(0,))
+    config = ComparisonConfig(
+        n_real=8, synthesis=SYNTHESIS, finetuning=TUNING, sampling=sampling, similarity_steps=(0,)
+    )
     learner = tiny_model("gpt2", dtype=torch.float32)
     found = compare(model, task, data, config, seeds=(0,), progress=False, learners=(learner,))
     for view in (found, found.on(learner.name)):
-        assert set(view.methods) == set(baselines.METHODS) and all(0 <= m["macro_f1"] <= 1 for m in view.methods.values())
+        assert set(view.methods) == set(baselines.METHODS) and all(
+            0 <= m["macro_f1"] <= 1 for m in view.methods.values()
+        )
         assert view.methods["real"]["match_loss"] == pytest.approx(0, abs=1e-5)
 
 
@@ -96,11 +119,14 @@ def test_a_comparison_with_a_learner(model, tiny_model, folder):
 @pytest.mark.parametrize(
     ("name", "few"),
     [
-        ("00-quickstart", {"search": "admm", "n_real": 8, "n_synthetic": 8, "outer_steps": 2, "inner_steps": 2, "fine_tuning_seeds": 1, "fine_tuning_steps": 2}),
-        ("00-quickstart", {"search": "admm", "n_real": 8, "n_synthetic": 8, "outer_steps": 1, "inner_steps": 1, "fine_tuning_seeds": 1, "fine_tuning_steps": 2,
+        ("00-quickstart", {"search": "admm", "n_real": 8, "n_synthetic": 8, "outer_steps": 2, "inner_steps": 2,
+        "fine_tuning_seeds": 1, "fine_tuning_steps": 2}),
+        ("00-quickstart", {"search": "admm", "n_real": 8, "n_synthetic": 8, "outer_steps": 1, "inner_steps": 1,
+        "fine_tuning_seeds": 1, "fine_tuning_steps": 2,
                            "epsilon": 2.0, "delta": 1e-5, "length": 6}),
         ("03-finetuning", {"methods": ["none", "real", "random", "prompt_only", "shuffled", "gradmm"], "budgets": [1],
-                           "budget_methods": ["random", "gradmm"], "fine_tuning_steps": 2, "similarity_steps": [0, 2], "seeds": 1,
+                           "budget_methods": ["random", "gradmm"], "fine_tuning_steps": 2, "similarity_steps": [0, 2],
+                               "seeds": 1,
                            "search": "admm", "n_real": 8, "n_synthetic": 8, "outer_steps": 1, "inner_steps": 1}),
     ],
     ids=["quickstart", "private quickstart", "finetuning"],
@@ -113,6 +139,8 @@ def test_a_notebook(name, few, model, folder, tmp_path):
         execute(ROOT / "notebooks" / f"{name}.ipynb", preset, tmp_path)
     results = json.loads((tmp_path / "out" / f"{name}.json").read_text(encoding="utf-8"))
     private = tmp_path / "out" / "not-for-release" / f"{name}.json"
-    assert private.is_file() == ("epsilon" in few) and ("accuracy" not in results["methods"]["gradmm"]) == ("epsilon" in few)
+    assert private.is_file() == ("epsilon" in few) and ("accuracy" not in results["methods"]["gradmm"]) == (
+        "epsilon" in few
+    )
     measured = json.loads(private.read_text(encoding="utf-8")) if private.is_file() else results
     assert 0 <= measured["methods"]["gradmm"]["accuracy"]["mean"] <= 1 and results["methods"]["gradmm"]["n"] == 8

@@ -12,9 +12,21 @@ from gradmm.generation import Sampling, _Writer, generate_texts, nucleus, prompt
 from gradmm.models import Model, load_model
 from gradmm.tasks import Task, load_task, tokenize_task
 
-TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was bad .", "this was great ."))
-FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is", ("", "a", "the cat", "text"))
-SHOTS = [Example(f"{word} {clue}.", label) for label, clue in enumerate(("dog", "cat", "red", "blue")) for word in ("the", "a", "one")]
+TWO = Task(
+    "two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was bad .", "this was great .")
+)
+FOUR = Task(
+    "four",
+    ("a", "b", "c", "d"),
+    (" world", " sports", " business", " text"),
+    "{text} this is",
+    ("", "a", "the cat", "text"),
+)
+SHOTS = [
+    Example(f"{word} {clue}.", label)
+    for label, clue in enumerate(("dog", "cat", "red", "blue"))
+    for word in ("the", "a", "one")
+]
 SAMPLING = Sampling(temperature=4.0, max_tokens=16, min_tokens=4, shots=1, rounds=20)
 INSIDE = ("Ġcat", "Ġdog", "Ġsat", "Ġred", "Ġblue", "Ġthe", "Ġand", "Ġon", ".")
 
@@ -79,7 +91,9 @@ def test_draws_follow_the_model_with_temperature_and_nucleus(tiny_model):
     state = model.hidden_of([[0, 5, 7]])
     uniform = torch.linspace(0, 1, 20_001, dtype=torch.float64)[:-1]
     drawn = writer._draw(state.expand(len(uniform), -1), uniform, open_at(writer, 1))
-    logits = torch.nn.functional.linear(state, model.head_weight, model.head_bias).masked_fill(~open_at(writer, 1), -torch.inf)
+    logits = torch.nn.functional.linear(state, model.head_weight, model.head_bias).masked_fill(
+        ~open_at(writer, 1), -torch.inf
+    )
     expected = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(1.7)(None, logits)).softmax(-1)[0]
     found = torch.bincount(drawn, minlength=97) / len(drawn)
     torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=0)
@@ -97,7 +111,9 @@ def test_the_nucleus_is_that_of_a_full_sort(top_p, spread):
 @pytest.mark.parametrize("top_p", [0.2, 0.9])
 def test_equal_logits_are_in_the_nucleus_together(top_p):
     """Ties at the least logit of the set, and rows in which all tokens are equal, with and without forbidden ones."""
-    logits = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, -torch.inf], [3, 0, 0, 0], [9, 9, -5, -torch.inf], [-torch.inf, 2, -torch.inf, 1]])
+    logits = torch.tensor(
+        [[0.0, 0, 0, 0], [0, 0, 0, -torch.inf], [3, 0, 0, 0], [9, 9, -5, -torch.inf], [-torch.inf, 2, -torch.inf, 1]]
+    )
     probabilities = logits.softmax(-1)
     inside = nucleus(logits, top_p) > 0
     least = torch.where(inside, logits, torch.inf).amin(-1, keepdim=True)
@@ -109,7 +125,10 @@ def test_equal_logits_are_in_the_nucleus_together(top_p):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_no_number_stays_in_its_row(bad):
     logits = torch.tensor([[0.0, 1, 2, 3], [bad] * 4, [3, bad, 1, -torch.inf]])
-    assert torch.equal(nucleus(logits, 0.7)[0], nucleus(logits[:1], 0.7)[0]) and nucleus(logits[1:], 0.7).shape == (2, 4)
+    assert torch.equal(nucleus(logits, 0.7)[0], nucleus(logits[:1], 0.7)[0]) and nucleus(logits[1:], 0.7).shape == (
+        2,
+        4,
+    )
     assert nucleus(logits[1:2], 0.7).shape == (1, 4)
 
 
@@ -117,7 +136,9 @@ def test_a_draw_at_either_end_is_in_the_nucleus(tiny_model):
     model = tiny_model()
     writer = writer_of(model, TWO, Sampling(top_p=0.5))
     state = model.hidden_of([[0, 5, 7]])
-    logits = torch.nn.functional.linear(state, model.head_weight, model.head_bias).masked_fill(~open_at(writer, 1), -torch.inf)
+    logits = torch.nn.functional.linear(state, model.head_weight, model.head_bias).masked_fill(
+        ~open_at(writer, 1), -torch.inf
+    )
     kept = nucleus(logits, 0.5)[0].nonzero().flatten().tolist()
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert writer._draw(state.expand(2, -1), ends, open_at(writer, 1)).tolist() == [kept[0], kept[-1]]
@@ -132,18 +153,31 @@ def test_cached_steps_equal_whole_passes(tiny_model, kind):
     for row, prompt in enumerate(prompts):
         text = []
         for step in range(9):
-            text.append(int(writer._draw(model.hidden_of([prompt + text]), uniform[row : row + 1, step], open_at(writer, step, prompt[-1]))))
+            text.append(
+                int(
+                    writer._draw(
+                        model.hidden_of([prompt + text]),
+                        uniform[row : row + 1, step],
+                        open_at(writer, step, prompt[-1]),
+                    )
+                )
+            )
         assert found[row].tolist() == text
 
 
 def test_equal_prompts_are_read_once_and_no_pass_reads_a_text_that_has_ended(tiny_model, allowed, monkeypatch):
     model, sizes, read = tiny_model(), [], Model.read
-    monkeypatch.setattr(Model, "read", lambda self, ids, *some: sizes.append(tuple(ids.shape)) or read(self, ids, *some))
+    monkeypatch.setattr(
+        Model, "read", lambda self, ids, *some: sizes.append(tuple(ids.shape)) or read(self, ids, *some)
+    )
     writer = writer_of(model, TWO, SAMPLING, allowed)
     uniform = torch.rand(12, 16, generator=torch.Generator().manual_seed(0))
     written = (writer._sample([(0, 5, 7)] * 12, uniform, room(uniform)) >= 0).sum(1)
     passes = written.clamp_max(15)  # a text's last token is read: what follows tells whether its sentence ended there
-    assert sizes == [(1, 3), *((int((passes > step).sum()), 1) for step in range(int(passes.max())))] and sizes[-1] < (12, 1)
+    assert sizes == [(1, 3), *((int((passes > step).sum()), 1) for step in range(int(passes.max())))] and sizes[-1] < (
+        12,
+        1,
+    )
 
 
 def test_masked_tokens_are_not_written(tiny_model, allowed):
@@ -156,12 +190,17 @@ def test_shots_are_real_examples_of_the_class_behind_the_prompt(tiny_model):
     writer = writer_of(model, TWO, Sampling(shots=2, separator=" : "))
     pool = [shot.text for shot in SHOTS if shot.label == 1]
     prompts = {
-        model.tokenizer.decode(writer._prompt(1, pool, torch.Generator().manual_seed(seed)), clean_up_tokenization_spaces=False)
+        model.tokenizer.decode(
+            writer._prompt(1, pool, torch.Generator().manual_seed(seed)), clean_up_tokenization_spaces=False
+        )
         for seed in range(20)
     }
     instruction = "this was great ."
     possible = {
-        f"{instruction} {first} : {instruction} {second} : {instruction}" for first in pool for second in pool if first != second
+        f"{instruction} {first} : {instruction} {second} : {instruction}"
+        for first in pool
+        for second in pool
+        if first != second
     }
     assert prompts <= possible and len(prompts) > 2
     assert writer._prompt(1, [], torch.Generator()) == list(writer.tokens.prompts[1])
@@ -174,7 +213,9 @@ def test_texts_that_cannot_be_read_are_written_anew(tiny_model, allowed, monkeyp
     monkeypatch.setattr(_Writer, "_finish", lambda self, label, row: bad if row[0] % 2 else whole(self, label, row))
     found = generate_texts(model, TWO, 5, 0, SAMPLING, allowed=allowed)
     assert len(found) == 10 and (bad, 0) not in [(example.text, example.label) for example in found]
-    assert {example.text for example in found if example.label == 0} < {example.text for example in wanted if example.label == 0}
+    assert {example.text for example in found if example.label == 0} < {
+        example.text for example in wanted if example.label == 0
+    }
 
 
 def test_no_class_is_written_without_a_prompt_of_its_own_in_silence(tiny_model, allowed):
@@ -185,12 +226,19 @@ def test_no_class_is_written_without_a_prompt_of_its_own_in_silence(tiny_model, 
 
 def test_a_chat_writes_behind_the_templates_markup(tiny_model, allowed, monkeypatch):
     model, asked, sample = tiny_model(), [], _Writer._sample
-    model.tokenizer.chat_template = "{% for m in messages %}<|endoftext|>{{ m.role }} {{ m.content }}{% endfor %}<|endoftext|>"
-    monkeypatch.setattr(_Writer, "_sample", lambda self, prompts, *rest: asked.extend(prompts) or sample(self, prompts, *rest))
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}<|endoftext|>{{ m.role }} {{ m.content }}{% endfor %}<|endoftext|>"
+    )
+    monkeypatch.setattr(
+        _Writer, "_sample", lambda self, prompts, *rest: asked.extend(prompts) or sample(self, prompts, *rest)
+    )
     for shots in ((), shots_of(TWO)):
         generate_texts(model, replace(TWO, prompt_style="chat"), 2, 0, SAMPLING, shots, allowed)
         turns = {model.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in asked}
-        assert all(turn.startswith("<|endoftext|>user ") and turn.endswith(".<|endoftext|>") and turn.count("<|end") == 2 for turn in turns)
+        assert all(
+            turn.startswith("<|endoftext|>user ") and turn.endswith(".<|endoftext|>") and turn.count("<|end") == 2
+            for turn in turns
+        )
         assert any("this was great ." in turn for turn in turns)
 
 
@@ -202,9 +250,16 @@ def test_a_text_is_cut_back_to_its_last_sentence_and_ends_at_stops(tiny_model):
         return model.tokenizer(text)["input_ids"]
 
     assert writer._finish(0, [*ids(" the cat sat. the"), -1]) == "the cat sat."
-    assert writer._finish(0, ids(" the cat sat the")) == "" == writer._finish(0, ids(" ...")) == writer._finish(0, ids(" it."))
+    assert (
+        writer._finish(0, ids(" the cat sat the"))
+        == ""
+        == writer._finish(0, ids(" ..."))
+        == writer._finish(0, ids(" it."))
+    )
     vocabulary = writer.vocabulary
-    assert bool(vocabulary.stops[0]) and vocabulary.closes.nonzero().flatten().tolist() == [model.tokenizer.convert_tokens_to_ids(".")]
+    assert bool(vocabulary.stops[0]) and vocabulary.closes.nonzero().flatten().tolist() == [
+        model.tokenizer.convert_tokens_to_ids(".")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +276,9 @@ def test_what_a_prompt_begins_is_the_beginning_of_the_text(tiny_model, opening, 
     assert writer._finish(0, [*model.tokenizer(written)["input_ids"], -1]) == text
 
 
-@pytest.mark.parametrize("prompts", [("the movie: i feel", "a movie: i saw"), ("i like the", "we saw it. you"), ("the", "a:")])
+@pytest.mark.parametrize(
+    "prompts", [("the movie: i feel", "a movie: i saw"), ("i like the", "we saw it. you"), ("the", "a:")]
+)
 def test_texts_begin_with_their_prompts_opening_and_go_on_with_a_word(tiny_model, kind, allowed, prompts):
     task = replace(TWO, generation_prompts=prompts)
     for example in generate_texts(tiny_model(kind), task, 3, 0, SAMPLING, allowed=allowed):
@@ -251,8 +308,20 @@ def test_a_sentence_goes_on_where_what_follows_is_no_new_word(tiny_model, allowe
 
 @pytest.mark.parametrize("markup", ["<|endoftext|>", "<|unknown|>", "<|endoftext|> so"])
 def test_markup_in_a_prompt_is_warned_of(tiny_model, allowed, markup):
-    with pytest.warns(UserWarning, match="the generation prompt of label 'negative' of task 'two' holds '<|(endoftext|unknown)|>'".replace("|>", r"\|>").replace("<|", r"<\|")):
-        generate_texts(tiny_model(), replace(TWO, generation_prompts=(f"{markup} the movie:", "a:")), 1, 0, SAMPLING, allowed=allowed)
+    with pytest.warns(
+        UserWarning,
+        match="the generation prompt of label 'negative' of task 'two' holds '<|(endoftext|unknown)|>'".replace(
+            "|>", r"\|>"
+        ).replace("<|", r"<\|"),
+    ):
+        generate_texts(
+            tiny_model(),
+            replace(TWO, generation_prompts=(f"{markup} the movie:", "a:")),
+            1,
+            0,
+            SAMPLING,
+            allowed=allowed,
+        )
 
 
 @pytest.mark.parametrize("length", [1, 3, 6])
@@ -265,7 +334,16 @@ def test_raw_texts_have_whole_characters_however_short(length):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"temperature": 0}, {"top_p": 0}, {"top_p": 1.5}, {"max_tokens": 0}, {"min_tokens": 50}, {"shots": 0}, {"batch_size": 0.5}, {"rounds": 0}],
+    [
+        {"temperature": 0},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"max_tokens": 0},
+        {"min_tokens": 50},
+        {"shots": 0},
+        {"batch_size": 0.5},
+        {"rounds": 0},
+    ],
 )
 def test_unusable_settings_are_refused(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
@@ -283,7 +361,9 @@ def test_unusable_requests_are_refused(tiny_model):
         ({"sampling": Sampling(max_tokens=8, min_tokens=2, top_p=1e-6, rounds=2)}, "of 3 texts"),
     ):
         with pytest.raises(UserError, match=match):
-            generate_texts(**{"model": model, "task": TWO, "n_per_class": 3, "seed": 0, "sampling": SAMPLING, **options})
+            generate_texts(
+                **{"model": model, "task": TWO, "n_per_class": 3, "seed": 0, "sampling": SAMPLING, **options}
+            )
 
 
 @pytest.mark.slow

@@ -33,7 +33,10 @@ def make(tiny_model, kind, space=None, distance="cosine"):
     """A Matching with factor targets of 5 and 3 real prompts, and the explicit targets of the reference."""
     model = tiny_model(kind)
     tokens = tokenize_task(TASK, model.tokenizer)
-    real = [["a fine movie", "this was one dull plot", "the cat", "music and fear", "red"], ["i like it", "not made", "all time"]]
+    real = [
+        ["a fine movie", "this was one dull plot", "the cat", "music and fear", "red"],
+        ["i like it", "not made", "all time"],
+    ]
     targets, explicit = [], []
     for number, texts in enumerate(real):
         sequences = [tokens.sequence(text) for text in texts]
@@ -46,10 +49,14 @@ def make(tiny_model, kind, space=None, distance="cosine"):
 
 def oracle(matching, explicit, x, classes, distance):
     model, tokens = matching.model, matching.tokens
-    before, after = (model.embed(torch.tensor(ids, dtype=torch.long)) for ids in (tokens.start + tokens.prefix, tokens.suffix))
+    before, after = (
+        model.embed(torch.tensor(ids, dtype=torch.long)) for ids in (tokens.start + tokens.prefix, tokens.suffix)
+    )
     return torch.stack(
         [
-            reference.match_loss(model.lm, x[k], before, after, torch.full((x.shape[1],), tokens.labels[c]), explicit[c], distance)
+            reference.match_loss(
+                model.lm, x[k], before, after, torch.full((x.shape[1],), tokens.labels[c]), explicit[c], distance
+            )
             for k, c in enumerate(classes)
         ]
     )
@@ -100,9 +107,15 @@ def test_a_space_of_rows_and_directions_equals_the_explicit_projection(bias):
     small = weight[:, rows] @ basis
     target = torch.randn(3, 2, generator=source, dtype=torch.float64)
     target_bias = torch.randn(3, generator=source, dtype=torch.float64) if bias else None
-    value = match_groups(space.restrict(Factors(delta, hidden, bias)), torch.zeros(2, dtype=torch.long), [DenseTarget(target, target_bias)])
+    value = match_groups(
+        space.restrict(Factors(delta, hidden, bias)),
+        torch.zeros(2, dtype=torch.long),
+        [DenseTarget(target, target_bias)],
+    )
     pairs = [(small, target)] + ([(delta.mean(1)[:, rows], target_bias)] if bias else [])
-    expected = sum(1 - torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten()[None]) for a, b in pairs) / len(pairs)
+    expected = sum(1 - torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten()[None]) for a, b in pairs) / len(
+        pairs
+    )
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -116,7 +129,10 @@ def test_a_space_of_double_precision_takes_single_precision_pairs():
 
 def test_gradients_with_other_tensors_than_their_targets_are_an_error():
     """A head with a bias against a target without one would else be matched by its weight alone, without a word."""
-    with_bias, without = Factors(torch.ones(1, 2, 5), torch.ones(1, 2, 3), True), FactorTarget(Factors(torch.ones(1, 5), torch.ones(1, 3)))
+    with_bias, without = (
+        Factors(torch.ones(1, 2, 5), torch.ones(1, 2, 3), True),
+        FactorTarget(Factors(torch.ones(1, 5), torch.ones(1, 3))),
+    )
     one = torch.ones(1)
     for wrong in (
         lambda: match_groups(with_bias, torch.tensor([0]), [without]),
@@ -133,7 +149,9 @@ def test_single_precision_is_close_to_double(tiny_model):
     targets = [FactorTarget(Factors(t.factors.delta.float(), t.factors.hidden.float())) for t in matching.targets]
     single = Matching(single.model, single.tokens, targets, single.space)
     x, ids, classes = draw_x(matching.model, 2, 5), torch.zeros(2, 5, 4, dtype=torch.long), torch.tensor([0, 1])
-    torch.testing.assert_close(single.of_vectors(x.float(), ids, classes).double(), matching.of_vectors(x, ids, classes), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        single.of_vectors(x.float(), ids, classes).double(), matching.of_vectors(x, ids, classes), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_bfloat16_moves_the_loss_and_its_gradient_little(tiny_model, kind):
@@ -153,7 +171,10 @@ def test_a_text_that_ends_early_matches_as_the_shorter_text(tiny_model, kind):
     short = Matching(matching.model, matching.tokens, matching.targets, matching.space, end=0)
     ids = torch.tensor([[[5, 6, 0, 0], [7, 8, 9, 10]]])
     x = matching.model.embed(ids)
-    alone = [matching.model.hidden_of([[*matching.tokens.start, *row, *matching.tokens.suffix]]) for row in ([5, 6], [7, 8, 9, 10])]
+    alone = [
+        matching.model.hidden_of([[*matching.tokens.start, *row, *matching.tokens.suffix]])
+        for row in ([5, 6], [7, 8, 9, 10])
+    ]
     hidden = torch.stack([h[0] for h in alone])[None]
     factors = head_factors(hidden, torch.full((1, 2), matching.tokens.labels[1]), matching.head)
     which = torch.tensor([1])
@@ -216,7 +237,10 @@ def test_losses_as_added_are_those_of_the_groups_that_begin_the_order(distance, 
     source = torch.Generator().manual_seed(6)
     factors = draw_factors(source, 5, bias=bias)
     target = FactorTarget(draw_factors(source, 3, bias=bias))
-    groups = [match_groups(factors[list(range(n))].unsqueeze(0), torch.tensor([0]), [target], distance).item() for n in range(1, 6)]
+    groups = [
+        match_groups(factors[list(range(n))].unsqueeze(0), torch.tensor([0]), [target], distance).item()
+        for n in range(1, 6)
+    ]
     assert losses_as_added(factors, target, distance).tolist() == pytest.approx(groups, abs=1e-12)
     if distance == "cosine":
         assert torch.equal(losses_as_added(factors, target), losses_as_added(factors, target, distance))
@@ -255,7 +279,9 @@ def test_joint_order_equals_a_search_with_explicit_gradients(distance, bias, den
         own = float(reference.distance(gradient_of(factors, groups[number]), goals[number], distance))
         if len(means) < 3:
             return own
-        return (own + float(reference.distance([sum(parts) for parts in zip(*means, strict=True)], total, distance))) / 2
+        return (
+            own + float(reference.distance([sum(parts) for parts in zip(*means, strict=True)], total, distance))
+        ) / 2
 
     slow = []
     for turn in range(5):
@@ -269,7 +295,11 @@ def test_joint_order_equals_a_search_with_explicit_gradients(distance, bias, den
     whole = sum_of(held)
     for value, wanted in zip(whole.norms, total, strict=True):
         torch.testing.assert_close(value, wanted.square().sum(), rtol=1e-10, atol=0)
-    for value, wanted in zip(whole.inner(factors[:1]), (total[0] @ factors.hidden[0] @ factors.delta[0], *(b @ factors.delta[0] for b in total[1:])), strict=True):
+    for value, wanted in zip(
+        whole.inner(factors[:1]),
+        (total[0] @ factors.hidden[0] @ factors.delta[0], *(b @ factors.delta[0] for b in total[1:])),
+        strict=True,
+    ):
         torch.testing.assert_close(value[0], wanted, rtol=1e-10, atol=1e-12)
 
 
@@ -300,7 +330,9 @@ def test_two_classes_are_chosen_for_their_sum_too_and_a_class_of_one_example_cou
     found = joint_order(factors, classes, targets, counts)
     assert found == [first, *second]
     assert found[1:] != [4 + row for row in greedy_order(factors[4:], targets[1], 3)]
-    swapped = [4 + row if row < 4 else row - 4 for row in range(8)]  # the class of one example comes last: it has none at first
+    swapped = [
+        4 + row if row < 4 else row - 4 for row in range(8)
+    ]  # the class of one example comes last: it has none at first
     turned = joint_order(factors[swapped], [0] * 4 + [1] * 4, targets[::-1], counts[::-1])
     assert turned[0] == greedy_order(factors[4:], targets[1], 1)[0]
 
@@ -324,7 +356,9 @@ def test_a_targets_inner_products_have_the_shape_of_the_examples():
 def test_the_calibrated_space_of_half_precision_states_and_double_precision_numbers_is_in_single_precision():
     source = torch.Generator().manual_seed(9)
     hidden, weight, bias = (torch.randn(*shape, generator=source).bfloat16() for shape in ((5, 6), (8, 6), (8,)))
-    preference, mean, basis = (torch.randn(*shape, generator=source, dtype=torch.float64) for shape in ((2,), (6,), (6, 3)))
+    preference, mean, basis = (
+        torch.randn(*shape, generator=source, dtype=torch.float64) for shape in ((2,), (6,), (6, 3))
+    )
     rows, labels = torch.tensor([3, 1]), torch.tensor([1, 3, 3, 1, 1])
     for space in (LabelSpace(rows, preference), LabelSpace(rows, preference, mean, basis)):
         found = space.factors(hidden, labels, Head(weight, bias))

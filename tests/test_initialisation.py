@@ -33,16 +33,24 @@ def test_a_groups_start_does_not_depend_on_the_other_groups(tiny_model):
 
 
 def test_random_starts_have_the_published_norm(tiny_model):
-    torch.testing.assert_close(start(tiny_model("gpt2", dtype=torch.float32), "normal", [0]).norm(dim=-1), torch.full((1, 2, 6), 1.4))
+    torch.testing.assert_close(
+        start(tiny_model("gpt2", dtype=torch.float32), "normal", [0]).norm(dim=-1), torch.full((1, 2, 6), 1.4)
+    )
 
 
 def test_generated_starts_are_allowed_tokens_that_end_once(tiny_model):
     model = tiny_model("opt", dtype=torch.float32)
     matching, reading = setting(model)
-    x, ids = INITIALISATIONS["generated"](matching, reading, Shape(8, 6), [0, 1], [generator(1, "x", g) for g in range(2)])
+    x, ids = INITIALISATIONS["generated"](
+        matching, reading, Shape(8, 6), [0, 1], [generator(1, "x", g) for g in range(2)]
+    )
     torch.testing.assert_close(x, model.embed(ids))
     mask = text_mask(ids, 0)
-    assert bool(reading.vocabulary.whole[ids[mask == 1]].all()) and bool((mask.sum(-1) >= 2).all()) and bool((ids[mask == 0] == 0).all())
+    assert (
+        bool(reading.vocabulary.whole[ids[mask == 1]].all())
+        and bool((mask.sum(-1) >= 2).all())
+        and bool((ids[mask == 0] == 0).all())
+    )
 
 
 def test_more_candidates_never_start_worse(tiny_model):

@@ -1,4 +1,6 @@
-"""Launch buttons: none without a repository, on the stored notebook with one, refused where they would lead elsewhere."""
+"""Launch buttons: none without a repository, on the stored notebook with one, refused where they would lead
+elsewhere.
+"""
 
 import re
 
@@ -6,7 +8,10 @@ import executing
 import pytest
 import yaml
 
-URL, SERVICES = "https://github.com/someone/copy", {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"}
+URL, SERVICES = (
+    "https://github.com/someone/copy",
+    {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"},
+)
 needs_jupyter_book = pytest.mark.skipif(not executing.can_build(), reason="jupyter-book is not installed")
 
 
@@ -25,7 +30,11 @@ def small_book(root, **settings) -> str:
 @pytest.mark.slow
 @needs_jupyter_book
 def test_with_a_repository_the_buttons_open_the_stored_notebook(tmp_path):
-    text = small_book(tmp_path, repository={"url": URL, "branch": "main"}, launch_buttons={**SERVICES, "notebook_interface": "jupyterlab"})
+    text = small_book(
+        tmp_path,
+        repository={"url": URL, "branch": "main"},
+        launch_buttons={**SERVICES, "notebook_interface": "jupyterlab"},
+    )
     name = executing.NOTEBOOKS[0].name
     links = set(re.findall(r'href="(https://(?:mybinder|colab)[^"]*)"', text))
     assert links == {

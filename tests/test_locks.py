@@ -1,4 +1,6 @@
-"""One run at a time in an output folder: the second is refused, a killed one keeps nobody out, nothing is left behind."""
+"""One run at a time in an output folder: the second is refused, a killed one keeps nobody out, nothing is left
+behind.
+"""
 
 import errno
 import os
@@ -155,7 +157,9 @@ def test_a_second_synthesis_comparison_and_batch_are_refused_and_change_nothing(
     job = batch.Job(notebook, {}, tmp_path / "run" / "one.ipynb", {})
     second = {
         "synthesis": lambda: gradmm.synthesize(model, task, release, SMALL, tmp_path / "run", progress=False),
-        "comparison": lambda: compare(model, TWO, splits_of(TWO), CONFIG, ["none"], (0,), tmp_path / "run", progress=False),
+        "comparison": lambda: compare(
+            model, TWO, splits_of(TWO), CONFIG, ["none"], (0,), tmp_path / "run", progress=False
+        ),
         "batch": lambda: batch.run([job], 1, progress=False),
     }
     with locks.lock(tmp_path / "run"):
@@ -177,6 +181,13 @@ def test_a_finished_run_on_a_read_only_disk_is_read_back(setting, tmp_path, monk
         monkeypatch.setattr(module, name, read_only)
     again = gradmm.synthesize(model, task, release, SMALL, tmp_path / "a", progress=False)
     assert again.dataset.to_list() == first.dataset.to_list() and again.manifest == first.manifest
-    assert compare(model, TWO, splits_of(TWO), CONFIG, ["none"], (0,), tmp_path / "b", progress=False).records == compared.records
-    with pytest.raises(UserError, match=r"manifest\.json could not be written .Read-only file system.: free space or choose another output folder"):
+    assert (
+        compare(model, TWO, splits_of(TWO), CONFIG, ["none"], (0,), tmp_path / "b", progress=False).records
+        == compared.records
+    )
+    with pytest.raises(
+        UserError,
+        match=r"manifest\.json could not be written .Read-only file system.: free space or choose another output "
+        r"folder",
+    ):
         gradmm.synthesize(model, task, release, SMALL, tmp_path / "c", progress=False)

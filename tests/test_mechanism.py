@@ -19,7 +19,14 @@ DELTAS = numpy.logspace(-12, -1, 12)
 
 
 def entry(**changes) -> mechanism.LedgerEntry:
-    given = {"epsilon": 1.0, "delta": 1e-5, "relation": "replace-one", "clip": 1.0, "calibration": "exact", "coordinates": 64}
+    given = {
+        "epsilon": 1.0,
+        "delta": 1e-5,
+        "relation": "replace-one",
+        "clip": 1.0,
+        "calibration": "exact",
+        "coordinates": 64,
+    }
     return mechanism.plan_entry("sums", "head", **{**given, **changes})
 
 
@@ -153,7 +160,10 @@ def test_the_clipped_sum_is_that_of_explicit_gradients(bias, clip):
     for delta, hidden in zip(factors.delta, factors.hidden, strict=True):
         parts = [torch.outer(delta, hidden).flatten(), delta if bias else delta[:0]]
         scale = min(1.0, clip / torch.cat(parts).norm().item())
-        expected_weight, expected_bias = expected_weight + scale * torch.outer(delta, hidden), expected_bias + scale * delta
+        expected_weight, expected_bias = (
+            expected_weight + scale * torch.outer(delta, hidden),
+            expected_bias + scale * delta,
+        )
     weight, found = mechanism.clipped_sum(factors, clip)
     torch.testing.assert_close(weight, expected_weight, rtol=0, atol=1e-5 * min(clip, 1e2))
     if bias:
@@ -201,7 +211,10 @@ def test_no_neighbour_is_further_than_the_sensitivity(case, bias):
         for _ in range(60):
             versions = []
             for example, label in zip(moved, (before, after), strict=True):
-                joined = Factors(*(torch.cat([getattr(common[label or 0], f), getattr(example, f)]) for f in ("delta", "hidden")), bias)
+                joined = Factors(
+                    *(torch.cat([getattr(common[label or 0], f), getattr(example, f)]) for f in ("delta", "hidden")),
+                    bias,
+                )
                 versions.append([joined if label == number else common[number] for number in range(2)])
             found = distance(*versions, clip)
             ascent.zero_grad()
@@ -226,7 +239,12 @@ def test_sensitivity_holds_after_rounding_to_the_grid():
 
 def test_noise_is_normal_independent_and_of_the_planned_size():
     claim = entry(coordinates=40_000)
-    first, second = (mechanism.add_noise(torch.zeros(200, 200, dtype=torch.float64), claim.sigma, claim.grid, mechanism.seeded_bits(s)) for s in (1, 2))
+    first, second = (
+        mechanism.add_noise(
+            torch.zeros(200, 200, dtype=torch.float64), claim.sigma, claim.grid, mechanism.seeded_bits(s)
+        )
+        for s in (1, 2)
+    )
     scaled = (first / claim.sigma).flatten().numpy()
     assert stats.kstest(scaled, "norm").pvalue > 1e-3
     assert scaled.var() == pytest.approx(1, abs=5 * math.sqrt(2 / scaled.size))
@@ -261,7 +279,13 @@ def test_released_numbers_are_multiples_of_the_grid_whatever_the_values():
 def test_every_class_weight_and_bias_gets_its_own_noise():
     claim = entry()
     classes = [Factors(torch.zeros(1, 8), torch.zeros(1, 6), True)] * 2
-    numbers = torch.cat([part.flatten() for t in mechanism.noised_sums(classes, claim, mechanism.seeded_bits(0)) for part in (t.weight, t.bias)])
+    numbers = torch.cat(
+        [
+            part.flatten()
+            for t in mechanism.noised_sums(classes, claim, mechanism.seeded_bits(0))
+            for part in (t.weight, t.bias)
+        ]
+    )
     assert len(numbers.unique()) == len(numbers) == 2 * 8 * 7
     assert numbers.std() == pytest.approx(claim.sigma, rel=0.3)
     again = mechanism.noised_sums(classes, claim, mechanism.seeded_bits(0))

@@ -40,7 +40,8 @@ from gradmm.models import (
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SMALL = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "intermediate_size": 64, "max_position_embeddings": 64, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    "intermediate_size": 64, "max_position_embeddings": 64, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 0,
+        "pad_token_id": 0,
 }  # fmt: skip
 SEQUENCES = [[0, 40, 41, 42, 43, 44, 45], [0, 50], [7], [0, 40, 41, 60, 61]]
 
@@ -65,7 +66,9 @@ def save(lm, tokenizer, folder: Path, **options) -> Path:
 @pytest.fixture
 def saved(tmp_path, tiny_lm, toy_tokenizer):
     """`saved(kind)` saves a tiny model and gives its folder."""
-    return lambda kind="llama", **options: save(tiny_lm(kind, dtype=torch.float32), toy_tokenizer, tmp_path / kind, **options)
+    return lambda kind="llama", **options: save(
+        tiny_lm(kind, dtype=torch.float32), toy_tokenizer, tmp_path / kind, **options
+    )
 
 
 def change_config(folder: Path, **changes) -> None:
@@ -97,7 +100,11 @@ def test_the_fingerprint_is_of_the_files_and_not_of_their_place(saved, tmp_path)
     assert load_model(tmp_path / "copy").fingerprint == first.fingerprint
     assert load_model(folder, dtype="bfloat16").fingerprint == first.fingerprint
     changed = []
-    for name, old, new in (("tokenizer.json", b"great", b"grand"), ("config.json", b"silu", b"gelu"), ("model.safetensors", None, None)):
+    for name, old, new in (
+        ("tokenizer.json", b"great", b"grand"),
+        ("config.json", b"silu", b"gelu"),
+        ("model.safetensors", None, None),
+    ):
         path = tmp_path / "copy" / name
         kept = path.read_bytes()
         path.write_bytes(kept.replace(old, new) if old else kept[:-1] + bytes([kept[-1] ^ 1]))
@@ -116,7 +123,9 @@ def test_a_model_in_memory_has_a_fingerprint_of_its_weights(tiny_lm, toy_tokeniz
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A local copy of the hub's cache; `hub(id)` gives the folder of a model's snapshot. Nothing else can be reached."""
+    """A local copy of the hub's cache; `hub(id)` gives the folder of a model's snapshot. Nothing else can be
+    reached.
+    """
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
@@ -146,7 +155,9 @@ def test_a_revision_is_found_by_its_name(hub, tiny_lm, toy_tokenizer):
 
 
 def test_what_is_neither_folder_nor_hub_id_is_refused(hub, tmp_path, saved):
-    with pytest.raises(UserError, match="'someone/absent' is neither a folder here nor to be had from the hub .*: check") as caught:
+    with pytest.raises(
+        UserError, match="'someone/absent' is neither a folder here nor to be had from the hub .*: check"
+    ) as caught:
         load_model("someone/absent")
     assert "\n" not in str(caught.value)
     for path in (str(tmp_path / "absent"), "./absent", "a/b/c"):
@@ -174,7 +185,9 @@ def test_half_precision_files_load_as_float32(tmp_path, tiny_lm, toy_tokenizer, 
     assert model.hidden_of(SEQUENCES).isfinite().all()
 
 
-@pytest.mark.parametrize("feature, expected", [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx512_f", torch.float32)])
+@pytest.mark.parametrize(
+    "feature, expected", [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx512_f", torch.float32)]
+)
 def test_auto_is_bfloat16_where_the_processor_is_made_for_it(saved, monkeypatch, feature, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": False, feature: True})
     model = load_model(saved("llama"), device="cpu", dtype="auto")
@@ -186,7 +199,9 @@ def test_a_processor_without_instructions_for_bfloat16_is_given_float32_with_one
     folder, capable = saved("llama"), {"amx_bf16": False, "avx512_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable)
     for dtype in ("bfloat16", torch.bfloat16):
-        with pytest.warns(UserWarning, match="this processor has no instructions for bfloat16: the model is loaded in float32") as told:
+        with pytest.warns(
+            UserWarning, match="this processor has no instructions for bfloat16: the model is loaded in float32"
+        ) as told:
             assert load_model(folder, device="cpu", dtype=dtype).dtype == torch.float32
         assert [one.filename for one in told] == [__file__]
 
@@ -233,7 +248,14 @@ else:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 def test_products_of_many_shapes_hold_no_more_memory_than_those_of_a_hundred():
     environment = {name: value for name, value in os.environ.items() if name not in COMPILED}
-    done = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True, check=True, env=environment, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILING],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
     assert int(done.stdout) < 40e6  # 300 more products: 0.25 MB each and more if all were kept
 
 
@@ -278,7 +300,13 @@ def padded(model, sequence: list[int], places: list[int], length: int):
     return model.embed(ids), mask
 
 
-PLACES = {"left": [3, 4, 5, 6, 7], "middle": [0, 1, 2, 6, 7], "before the last": [0, 1, 2, 3, 7], "scattered": [1, 2, 4, 6, 7], "after the first": [0, 4, 5, 6, 7]}
+PLACES = {
+    "left": [3, 4, 5, 6, 7],
+    "middle": [0, 1, 2, 6, 7],
+    "before the last": [0, 1, 2, 3, 7],
+    "scattered": [1, 2, 4, 6, 7],
+    "after the first": [0, 4, 5, 6, 7],
+}
 
 
 def assert_padding_changes_nothing(model, tolerance: float):
@@ -398,9 +426,15 @@ def test_no_text_no_tokens_and_too_many_tokens(tiny_model):
     model = tiny_model("llama")
     assert model.hidden_of([]).shape == (0, 32)
     assert model.hidden_of([[5] * 64]).shape == (1, 32)
-    with pytest.raises(UserError, match="text 2 has 65 tokens with its template, tiny-llama reads 64: shorten it or leave it out"):
+    with pytest.raises(
+        UserError, match="text 2 has 65 tokens with its template, tiny-llama reads 64: shorten it or leave it out"
+    ):
         model.hidden_of([[5], [5] * 65])
-    with pytest.raises(UserError, match="^b has 70 tokens with its template, tiny-llama reads 64, and 2 more of the 4 texts are too long: shorten them or leave them out"):
+    with pytest.raises(
+        UserError,
+        match="^b has 70 tokens with its template, tiny-llama reads 64, and 2 more of the 4 texts are too long: "
+        "shorten them or leave them out",
+    ):
         model.check_lengths([[5], [5] * 70, [5] * 65, [5] * 80], ["a", "b", "c", "d"])
     with pytest.raises(UserError, match="text 1 has no tokens: every text needs at least one"):
         model.hidden_of([[]])
@@ -431,7 +465,9 @@ def test_batches_hold_every_row_once_within_the_limit(sequences, limit):
 def test_pickles_are_refused_by_name_and_never_read(saved):
     folder = saved()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="has only pytorch_model.bin, which could run code when read; safetensors are needed: convert"):
+    with pytest.raises(
+        UserError, match="has only pytorch_model.bin, which could run code when read; safetensors are needed: convert"
+    ):
         load_model(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="llama has no weights; safetensors are needed"):
@@ -455,9 +491,13 @@ class Own(LlamaForCausalLM):
 def test_code_beside_a_model_is_never_run(saved, tmp_path, model_type):
     folder, marker = saved(), tmp_path / "ran"
     (folder / "own.py").write_text(CODE.format(marker=str(marker)))
-    change_config(folder, model_type=model_type, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own"})
+    change_config(
+        folder, model_type=model_type, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Own"}
+    )
     settings = folder / "tokenizer_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}))
+    settings.write_text(
+        json.dumps({**json.loads(settings.read_text()), "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}})
+    )
     if model_type == "llama":
         assert type(load_model(folder).lm) is transformers.LlamaForCausalLM
     else:
@@ -470,7 +510,10 @@ def test_code_beside_a_model_is_never_run(saved, tmp_path, model_type):
 def test_a_body_saved_without_its_head_is_refused(tmp_path, saved, toy_tokenizer):
     body = AutoModel.from_pretrained(saved("llama"))
     folder = save(body, toy_tokenizer, tmp_path / "body")
-    with pytest.raises(UserError, match="body lacks 1 of its weights, such as .'lm_head.weight'., which would be random: give the whole"):
+    with pytest.raises(
+        UserError,
+        match="body lacks 1 of its weights, such as .'lm_head.weight'., which would be random: give the whole",
+    ):
         load_model(folder)
 
 
@@ -501,7 +544,10 @@ def test_a_cut_file_is_refused(saved, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "shown"), [("tiny [v2]", "tiny (v2)"), ("<b>`x`", "(b)'x'"), ("two\nlines", "two_lines"), ("50% & $x", "50% & $x")])
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("tiny [v2]", "tiny (v2)"), ("<b>`x`", "(b)'x'"), ("two\nlines", "two_lines"), ("50% & $x", "50% & $x")],
+)
 def test_a_model_may_lie_in_a_folder_of_any_name(tmp_path, tiny_lm, toy_tokenizer, name, shown):
     assert load_model(save(tiny_lm("llama"), toy_tokenizer, tmp_path / name)).name == shown
 
@@ -532,7 +578,9 @@ NOT_AFFINE = {
 @pytest.mark.parametrize("case", NOT_AFFINE)
 def test_logits_that_are_not_affine_are_refused(toy_tokenizer, case, dtype):
     lm = random_lm(case.split()[0], dtype, **NOT_AFFINE[case])
-    with pytest.raises(UserError, match="the logits of some model are not W h . b of its last hidden state .they are scaled or capped."):
+    with pytest.raises(
+        UserError, match="the logits of some model are not W h . b of its last hidden state .they are scaled or capped."
+    ):
         wrap_model(lm, toy_tokenizer, "some model")
 
 
@@ -553,7 +601,9 @@ def test_a_model_that_sees_later_tokens_or_padding_is_refused(toy_tokenizer, mon
     monkeypatch.setattr(lm.model, "forward", both_ways)
     with pytest.raises(UserError, match="lets a position see the tokens after it"):
         wrap_model(lm, toy_tokenizer, "both ways")
-    with pytest.raises(UserError, match="lets a position see the tokens after it or padding before it: give a causal language model"):
+    with pytest.raises(
+        UserError, match="lets a position see the tokens after it or padding before it: give a causal language model"
+    ):
         wrap_model(random_lm("rwkv", torch.float32, context_length=64), toy_tokenizer, "no mask")
 
 
@@ -563,13 +613,17 @@ def test_a_model_without_a_head_is_refused(tiny_lm, toy_tokenizer):
 
 
 def test_a_tokenizer_of_another_model_is_refused(toy_tokenizer):
-    with pytest.raises(UserError, match=f"the tokenizer of small has {len(toy_tokenizer)} tokens, its model 20: give the tokenizer"):
+    with pytest.raises(
+        UserError, match=f"the tokenizer of small has {len(toy_tokenizer)} tokens, its model 20: give the tokenizer"
+    ):
         wrap_model(random_lm("llama", vocab_size=20), toy_tokenizer, "small")
 
 
 @pytest.mark.parametrize("device", ["graphics", "cuda:99", "meta", "cpu:x"])
 def test_a_device_that_is_not_here_is_refused(device):
-    with pytest.raises(UserError, match=f"the device {device!r} is not usable here .*: use cpu, cuda or auto") as caught:
+    with pytest.raises(
+        UserError, match=f"the device {device!r} is not usable here .*: use cpu, cuda or auto"
+    ) as caught:
         load_model("anything", device=device)
     assert "\n" not in str(caught.value)
 

@@ -18,6 +18,12 @@ def test_every_reason_names_a_function_of_the_package_and_a_line_that_it_does_no
 
 
 def test_a_mutant_s_name_tells_its_function():
-    names = {"gradmm.admm.x__finish__mutmut_6": "admm._finish", "gradmm.gradients.x_joint_order__mutmut_12": "gradients.joint_order"}
-    names |= {"gradmm.gradients.xǁ_Chosenǁloss_with__mutmut_10": "gradients._Chosen.loss_with", "gradmm.privacy.xǁReleaseǁto__mutmut_7": "privacy.Release.to"}
+    names = {
+        "gradmm.admm.x__finish__mutmut_6": "admm._finish",
+        "gradmm.gradients.x_joint_order__mutmut_12": "gradients.joint_order",
+    }
+    names |= {
+        "gradmm.gradients.xǁ_Chosenǁloss_with__mutmut_10": "gradients._Chosen.loss_with",
+        "gradmm.privacy.xǁReleaseǁto__mutmut_7": "privacy.Release.to",
+    }
     assert {name: mutants._function(name) for name in names} == names

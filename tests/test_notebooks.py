@@ -25,7 +25,9 @@ def quickstart(results: dict, preset: dict) -> None:
     assert list(results["methods"]) == ["none", "real", "zero_shot", "gradmm"]
     for method in results["methods"].values():
         assert 0 <= method["accuracy"]["mean"] <= 1
-    assert {len(m["accuracy"]["runs"]) for name, m in results["methods"].items() if name != "none"} == {preset["fine_tuning_seeds"]}
+    assert {len(m["accuracy"]["runs"]) for name, m in results["methods"].items() if name != "none"} == {
+        preset["fine_tuning_seeds"]
+    }
     assert results["methods"]["real"]["n"] == preset["n_real"]
     assert results["methods"]["gradmm"]["n"] <= preset["n_synthetic"] <= results["written"]
     assert [row["step"] for row in results["history"]] == [1, 2, 3, 4]  # texts taken of each class
@@ -49,16 +51,31 @@ def finetuning(results: dict, preset: dict) -> None:
     assert list(results["methods"]) == preset["methods"] and len(results["seeds"]) == preset["seeds"]
     assert all(len(method["accuracy"]["runs"]) == preset["seeds"] for method in results["methods"].values())
     assert all(0 <= method["accuracy"]["mean"] <= 1 for method in results["methods"].values())
-    assert results["methods"]["gradmm"]["minus_gradmm"] is None or results["methods"]["gradmm"]["minus_gradmm"]["mean"] == 0
+    assert (
+        results["methods"]["gradmm"]["minus_gradmm"] is None
+        or results["methods"]["gradmm"]["minus_gradmm"]["mean"] == 0
+    )
     assert results["n_test"] == preset["max_test"] and 0 < results["calibrated"] <= 1
 
 
 def privacy(results: dict, preset: dict) -> None:
     assert results["private"] is True and results["statement"].startswith("(1, 1e-05)-differential privacy")
     (spent,) = results["ledger"]
-    assert (spent["epsilon"], spent["delta"], spent["sensitivity"]) == (1.0, 1e-5, 2.0) and spent["space"] == "label_rows_centred"
-    assert spent["sigma"] == pytest.approx(results["calibration"]["exact"]["1"], rel=1e-6) and "the budget is 1" in results["refusal"]
-    assert set(results) == {"ledger", "private", "statement", "refusal", "calibration", "checks"}  # none of it computed from private text
+    assert (spent["epsilon"], spent["delta"], spent["sensitivity"]) == (1.0, 1e-5, 2.0) and spent[
+        "space"
+    ] == "label_rows_centred"
+    assert (
+        spent["sigma"] == pytest.approx(results["calibration"]["exact"]["1"], rel=1e-6)
+        and "the budget is 1" in results["refusal"]
+    )
+    assert set(results) == {
+        "ledger",
+        "private",
+        "statement",
+        "refusal",
+        "calibration",
+        "checks",
+    }  # none of it computed from private text
 
 
 def experiments(results: dict, preset: dict) -> None:
@@ -66,17 +83,32 @@ def experiments(results: dict, preset: dict) -> None:
     assert set(results["controls"]) == {"noise only", "prompts only", "no noise", "real texts", "untrained"}
     assert all(0 <= row["target"] <= 1 and -1 <= row["useful"] <= 1 for row in results["fidelity"])
     assert {row["n"] for row in results["fidelity"]} == {*preset["sizes"], preset["n_real"]}
-    assert not [row for row in results["audit"] if row["mechanism"] == "as released" and row["epsilon_lower"] > row["claim"]]
-    assert {row["auc"] for row in results["membership"] if row["published"] == "the private texts" and row["attack"] == "3-grams"} == {1.0}
+    assert not [
+        row for row in results["audit"] if row["mechanism"] == "as released" and row["epsilon_lower"] > row["claim"]
+    ]
+    assert {
+        row["auc"]
+        for row in results["membership"]
+        if row["published"] == "the private texts" and row["attack"] == "3-grams"
+    } == {1.0}
 
 
 def ablations(results: dict, preset: dict) -> None:
     assert {row["factor"] for row in results["factors"]} == set(preset["factors"])
     assert len(results["factors"]) == 2 * len(preset["factors"]) * preset["seeds"]
-    assert all(len({row["accuracy"] for row in results["factors"] if row["base"] and row["seed"] == seed}) == 1 for seed in results["seeds"])
+    assert all(
+        len({row["accuracy"] for row in results["factors"] if row["base"] and row["seed"] == seed}) == 1
+        for seed in results["seeds"]
+    )
     assert {row["set"] for row in results["agreement"]} >= {"gradmm", "zero-shot texts", "other real texts"}
-    assert all(-1.001 <= row[name] <= 1.001 for row in results["agreement"] for name in ("per_class", "contrast", "classes"))
-    assert {row["factor"] for row in results["choices"]} == {row["factor"] for row in results["choice_effects"]} == set(preset["choices"])
+    assert all(
+        -1.001 <= row[name] <= 1.001 for row in results["agreement"] for name in ("per_class", "contrast", "classes")
+    )
+    assert (
+        {row["factor"] for row in results["choices"]}
+        == {row["factor"] for row in results["choice_effects"]}
+        == set(preset["choices"])
+    )
     assert all("random_target" in methods for methods in results["methods"].values())
     assert set(results["effects"]) == {"accuracy", "match_loss", "perplexity"} and len(results["stages"]) == 8
 
@@ -89,22 +121,36 @@ def theory(results: dict, preset: dict) -> None:
     assert small["optimum"]["box"] < small["optimum"]["corners"] and abs(small["excess"]["box"]) < 1e-3
     assert all(row["last z is the optimum"] <= row["best z is the optimum"] for row in small["by_rho"])
     runs = results["descent"]["runs"]
-    assert len(runs) == 3 * len(preset["error_shares"]) and all(row["holds"] and row["gap"] <= row["bound"] + 1e-12 for row in runs)
+    assert len(runs) == 3 * len(preset["error_shares"]) and all(
+        row["holds"] and row["gap"] <= row["bound"] + 1e-12 for row in runs
+    )
     assert all(last["measured"] <= last["bound"] + 1e-12 for last in results["descent"]["relative"].values())
-    assert all(row["final gap"] <= row["bound"] and row["largest share of the drift bound"] <= 1 + 1e-9 for row in results["examples"])
+    assert all(
+        row["final gap"] <= row["bound"] and row["largest share of the drift bound"] <= 1 + 1e-9
+        for row in results["examples"]
+    )
     paths = results["language_model"]["paths"]
     assert [len(path) for path in paths.values()] == [preset["path_steps"] + 1] * 4
     assert all(row["error"] == 0 for row in paths["the real ones"]) and all(row["error"] > 0 for row in paths["gradmm"])
-    assert results["privacy"]["delta_at_epsilon"] == pytest.approx(1e-5, rel=1e-6) and results["privacy"]["excess"] <= 1e-12
+    assert (
+        results["privacy"]["delta_at_epsilon"] == pytest.approx(1e-5, rel=1e-6)
+        and results["privacy"]["excess"] <= 1e-12
+    )
 
 
 def transfer(results: dict, preset: dict) -> None:
-    assert list(results["methods"]) == ["demo", "demo-b"] and results["writer"] == "demo" and results["n_test"] == preset["max_test"]
+    assert (
+        list(results["methods"]) == ["demo", "demo-b"]
+        and results["writer"] == "demo"
+        and results["n_test"] == preset["max_test"]
+    )
     writer, learner = results["methods"].values()
     for name, figures in learner.items():
         assert len(figures["accuracy"]["runs"]) == preset["seeds"] and figures["n"] == writer[name]["n"]
         assert name == "none" or figures["perplexity"] != writer[name]["perplexity"]  # each model reads for itself
-    assert writer["real"]["match_loss"] == pytest.approx(0, abs=1e-4) and learner["real"]["match_loss"] == pytest.approx(0, abs=1e-4)
+    assert writer["real"]["match_loss"] == pytest.approx(0, abs=1e-4) and learner["real"][
+        "match_loss"
+    ] == pytest.approx(0, abs=1e-4)
     gain = learner["gradmm"]["accuracy"]["mean"] - learner["none"]["accuracy"]["mean"]
     assert learner["gradmm"]["minus_none"]["mean"] == pytest.approx(gain)
     for share in filter(None, results["carried"]["demo-b"].values()):
@@ -123,21 +169,34 @@ def performance(results: dict, preset: dict) -> None:
     for dtype, rows in results["floors"].items():
         assert all(0 < row["share"] < 1 and row["seconds"] == results["seconds"][dtype][row["phase"]] for row in rows)
     assert results["literal"][1]["they differ by"] == "0e+00" and all(row["ratio"] > 0 for row in results["literal"])
-    assert results["records"] == results["gpu_records"] == results["memory"]["records"] == []  # no records in an empty folder
+    assert (
+        results["records"] == results["gpu_records"] == results["memory"]["records"] == []
+    )  # no records in an empty folder
     assert {name: row["sizes"] for name, row in results["growth"].items()} == preset["growth"]
-    assert len(results["types"]) == len(types) * preset["seeds"] and all(0 <= row["accuracy"] <= 1 for row in results["types"])
+    assert len(results["types"]) == len(types) * preset["seeds"] and all(
+        0 <= row["accuracy"] <= 1 for row in results["types"]
+    )
     assert {row["same texts"] for row in results["types"] if row["type"] == "float32"} == {1.0}
-    assert list(results["memory"]["weights"]) == types and results["memory"]["weights"]["float32"] < results["memory"]["peak"]["process"]
+    assert (
+        list(results["memory"]["weights"]) == types
+        and results["memory"]["weights"]["float32"] < results["memory"]["peak"]["process"]
+    )
 
 
 def paper(results: dict, preset: dict) -> None:
-    assert results["own_runs"] == [] and all(claim["own"] is None for claim in results["claims"])  # no records in an empty folder
+    assert results["own_runs"] == [] and all(
+        claim["own"] is None for claim in results["claims"]
+    )  # no records in an empty folder
     assert [claim["verified"] for claim in results["claims"]].count(False) >= 1 and "transfer" in results["experiments"]
     assert list(results["methods"]) == ["demo", "demo-b"] and results["n_test"] == preset["max_test"]
     runs = [one["accuracy"]["runs"] for by_method in results["methods"].values() for one in by_method.values()]
     runs += [one["runs"] for one in results["with_noise"].values()]
     assert all(len(values) == preset["seeds"] and all(0 <= value <= 1 for value in values) for values in runs)
-    assert len(results["answers"]) == 5 and {row["holds here"] for row in results["answers"]} <= {"yes", "no, worse", "not shown"}
+    assert len(results["answers"]) == 5 and {row["holds here"] for row in results["answers"]} <= {
+        "yes",
+        "no, worse",
+        "not shown",
+    }
 
 
 # A notebook without an entry still has to run, write its numbers and draw its figures.
@@ -161,7 +220,10 @@ def test_every_notebook_has_a_preset_and_every_check_a_notebook():
 
 def results_of(folder: Path, name: str) -> tuple[dict, dict]:
     """What a notebook wrote: what may be shared, and what may not."""
-    found = {place.parent.name == NOT_FOR_RELEASE: json.loads(place.read_text(encoding="utf-8")) for place in folder.rglob(f"{name}.json")}
+    found = {
+        place.parent.name == NOT_FOR_RELEASE: json.loads(place.read_text(encoding="utf-8"))
+        for place in folder.rglob(f"{name}.json")
+    }
     apart = found.get(True, {})
     assert not apart or next(iter(apart)) == "not for release"
     return found[False], apart
@@ -169,24 +231,42 @@ def results_of(folder: Path, name: str) -> tuple[dict, dict]:
 
 # What changes no result, and what only adds runs to those that a comparison's folder holds.
 NOT_OF_THE_FOLDER = {"output", "workers", "records"}
-ADDS_RUNS = {name: {"seeds", "methods", "budgets", "budget_methods"} for name in ("03-finetuning", "05-ablations", "06-transfer", "08-paper")}
+ADDS_RUNS = {
+    name: {"seeds", "methods", "budgets", "budget_methods"}
+    for name in ("03-finetuning", "05-ablations", "06-transfer", "08-paper")
+}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_s_folder_follows_from_all_its_parameters(path):
     notebook = nbformat.read(path, as_version=4)
     trees = [ast.parse(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
-    (call,) = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("output_folder"))
+    (call,) = (
+        node
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("output_folder")
+    )
     known = batch.parameters_of(path)
-    assert [ast.literal_eval(call.args[0]), ast.unparse(call.args[1])] == [path.stem, "output"] and known["output"] is None
-    assert {word.arg: ast.unparse(word.value) for word in call.keywords} == {name: name for name in set(known) - NOT_OF_THE_FOLDER - ADDS_RUNS.get(path.stem, set())}
+    assert [ast.literal_eval(call.args[0]), ast.unparse(call.args[1])] == [path.stem, "output"] and known[
+        "output"
+    ] is None
+    assert {word.arg: ast.unparse(word.value) for word in call.keywords} == {
+        name: name for name in set(known) - NOT_OF_THE_FOLDER - ADDS_RUNS.get(path.stem, set())
+    }
     first = "".join(ast.unparse(tree) for tree in trees[1:]).split("output_folder(")[0]
-    assert not [work for work in ("load_data(", "load_model(", "release(", "release_once(") if work in first]  # refused before any of it
+    assert not [
+        work for work in ("load_data(", "load_model(", "release(", "release_once(") if work in first
+    ]  # refused before any of it
 
 
 def resolved(name: str, folder: Path, **given) -> gradmm.SynthesisConfig:
     """The settings that a notebook arrives at with these parameters and no others."""
-    cells = [cell.source for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells if cell.cell_type == "code"]
+    cells = [
+        cell.source
+        for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+        if cell.cell_type == "code"
+    ]
     own = {}
     exec(cells[0], own)
     own |= given | {"output": folder / name}
@@ -212,7 +292,11 @@ def test_the_published_search_in_the_quickstart_is_that_of_python(tmp_path):
     """Byte for byte; both sides made small by the same settings, since the published ones take hours."""
     small = {"n_synthetic": 2, "outer_steps": 1, "inner_steps": 1, "top_k": 5}
     with executing.quiet(tmp_path):
-        executing.execute(NOTEBOOKS[0], {"search": "paper", "n_real": 4, "fine_tuning_steps": 1, "fine_tuning_seeds": 1, **small}, tmp_path)
+        executing.execute(
+            NOTEBOOKS[0],
+            {"search": "paper", "n_real": 4, "fine_tuning_steps": 1, "fine_tuning_seeds": 1, **small},
+            tmp_path,
+        )
     (held,) = tmp_path.rglob("synthetic.jsonl")
     task, data = gradmm.load_data("demo")
     model = gradmm.load_model("demo", device="cpu")
@@ -226,10 +310,23 @@ def test_the_published_search_in_the_quickstart_is_that_of_python(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_a_private_quickstart_shares_nothing_of_the_private_texts_and_spends_once(tmp_path):
-    rows = [{"text": f"zebra {n} was {word}", "label": label} for n in range(61) for label, word in enumerate(("dreadful", "splendid"))]
+    rows = [
+        {"text": f"zebra {n} was {word}", "label": label}
+        for n in range(61)
+        for label, word in enumerate(("dreadful", "splendid"))
+    ]
     for split, some in (("train", rows[:78]), ("validation", rows[78:95]), ("test", rows[95:])):
         files.write_json_lines(tmp_path / "ward" / f"{split}.jsonl", some)
-    asked = {"data": "ward", "n_real": 8, "n_synthetic": 4, "epsilon": 2.0, "delta": 1e-5, "length": 8, "fine_tuning_steps": 1, "fine_tuning_seeds": 1}
+    asked = {
+        "data": "ward",
+        "n_real": 8,
+        "n_synthetic": 4,
+        "epsilon": 2.0,
+        "delta": 1e-5,
+        "length": 8,
+        "fine_tuning_steps": 1,
+        "fine_tuning_seeds": 1,
+    }
     asked["task"] = "demo"
     with executing.quiet(tmp_path):
         executed = executing.execute(NOTEBOOKS[0], asked, tmp_path)
@@ -237,11 +334,19 @@ def test_a_private_quickstart_shares_nothing_of_the_private_texts_and_spends_onc
         results, apart = results_of(folder, "00-quickstart")
         held = {place: place.read_bytes() for place in folder.rglob("*") if place.is_file()}
         executing.execute(NOTEBOOKS[0], asked, tmp_path)
-    assert results["private"] is True and set(results["methods"]) == {"none", "zero_shot", "gradmm"} == set(apart["methods"])
+    assert results["private"] is True and set(results["methods"]) == {"none", "zero_shot", "gradmm"} == set(
+        apart["methods"]
+    )
     assert all(set(figures) == {"n", "perplexity"} for figures in results["methods"].values())
     shown = json.dumps([cell.get("outputs") for cell in executed.cells])
-    public = shown + "".join(content.decode("utf-8", "replace") for place, content in held.items() if NOT_FOR_RELEASE not in place.parts)
-    assert "zebra" not in public and "accuracy" not in public and not [n for n in ("78 ", "17 validation", "27 test") if n in shown]
+    public = shown + "".join(
+        content.decode("utf-8", "replace") for place, content in held.items() if NOT_FOR_RELEASE not in place.parts
+    )
+    assert (
+        "zebra" not in public
+        and "accuracy" not in public
+        and not [n for n in ("78 ", "17 validation", "27 test") if n in shown]
+    )
     assert {place: place.read_bytes() for place in folder.rglob("*") if place.is_file()} == held
     assert len(files.read_json(folder / "ledger.json")["entries"]) == 1
 
@@ -254,10 +359,28 @@ def test_an_unknown_parameter_is_an_error(tmp_path):
 @pytest.mark.slow
 def test_the_stored_quickstart_runs_cell_by_cell_at_its_defaults(tmp_path):
     shutil.copy(ROOT / "notebooks" / "00-quickstart.ipynb", tmp_path)  # the kernel works where the notebook stands
-    command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout", "600", "--nbval-kernel-startup-timeout", str(batch.KERNEL_SECONDS)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval-lax",
+        "--nbval-cell-timeout",
+        "600",
+        "--nbval-kernel-startup-timeout",
+        str(batch.KERNEL_SECONDS),
+    ]
     with executing.quiet(tmp_path):
-        done = subprocess.run([*command, "00-quickstart.ipynb"], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    cells = [cell for cell in nbformat.read(tmp_path / "00-quickstart.ipynb", as_version=4).cells if cell.cell_type == "code"]
+        done = subprocess.run(
+            [*command, "00-quickstart.ipynb"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    cells = [
+        cell for cell in nbformat.read(tmp_path / "00-quickstart.ipynb", as_version=4).cells if cell.cell_type == "code"
+    ]
     assert done.returncode == 0 and f"{len(cells)} passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -294,13 +417,22 @@ def test_recorded_comparisons_are_shown_as_they_stand(tmp_path, shared_folder):
     nbformat.write(notebook, tmp_path / "section.ipynb")
     with executing.quiet(tmp_path):
         (tmp_path / "run").mkdir()
-        executed = executing.execute(tmp_path / "section.ipynb", {"records": str(tmp_path / "records")}, tmp_path / "run")
+        executed = executing.execute(
+            tmp_path / "section.ipynb", {"records": str(tmp_path / "records")}, tmp_path / "run"
+        )
     shown = [data for cell in executed.cells for output in cell.get("outputs", []) if (data := output.get("data"))]
     assert sum("image/png" in data for data in shown) == 1 and sum("text/html" in data for data in shown) == 2
     text = "\n".join(data.get("text/markdown", "") for data in shown)
-    assert "**sst2**: 2 seed(s), 40 test texts" in text and "**rotten_tomatoes**" in text and f"commit `{records.commit()[:12]}`" in text
+    assert (
+        "**sst2**: 2 seed(s), 40 test texts" in text
+        and "**rotten_tomatoes**" in text
+        and f"commit `{records.commit()[:12]}`" in text
+    )
     real = results["methods"]["real"]
-    assert text.count(f"- real ({real['accuracy']['mean']:.3f})") == 2 and f"difference {real['minus_gradmm']['mean']:+.3f}" in text
+    assert (
+        text.count(f"- real ({real['accuracy']['mean']:.3f})") == 2
+        and f"difference {real['minus_gradmm']['mean']:+.3f}" in text
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""What is defined where numbers run out, and how far apart runs are that need not be equal: types and numbers of threads.
+"""What is defined where numbers run out, and how far apart runs are that need not be equal: types and numbers of
+threads.
 
 Equal to the last byte on a CPU, and tested elsewhere: batch sizes (`test_synthesis`), resumed or not (`test_synthesis`,
 `test_crash`), processes with equal numbers of threads (`test_comparison`).
@@ -52,7 +53,9 @@ def test_a_zero_target_leaves_every_text_as_far_as_it_is_and_the_run_ends_as_any
             norms = matching.factors([row["text"]], [row["label"]])
             wanted = 1.0 if distance == "cosine" else float(norms.delta.square().sum() * norms.hidden.square().sum())
             assert row["match_loss"] == pytest.approx(wanted, rel=1e-4)
-    assert len(result.kept) == 4 and all(row["reason"].startswith("step limit") for row in result.manifest["groups_ended"])
+    assert len(result.kept) == 4 and all(
+        row["reason"].startswith("step limit") for row in result.manifest["groups_ended"]
+    )
 
 
 def test_a_noised_target_that_came_out_zero_is_the_same(model):
@@ -73,7 +76,10 @@ def test_one_example_a_class_is_enough(model):
 def test_identical_examples_are_the_target_of_one_of_them(model):
     one, many = (gradmm.release(model, TASK, [REAL[0]] * count + [REAL[-1]] * count, space="head") for count in (1, 7))
     texts, classes = [row["text"] for row in REAL], [row["label"] for row in REAL]
-    found = [Matching(model, tokenize_task(TASK, model.tokenizer), r.targets, r.space).of_texts(texts, classes) for r in (one, many)]
+    found = [
+        Matching(model, tokenize_task(TASK, model.tokenizer), r.targets, r.space).of_texts(texts, classes)
+        for r in (one, many)
+    ]
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
     assert len(gradmm.synthesize(model, TASK, replace(many, length=5), SMALL, progress=False).kept) == 4
 
@@ -101,7 +107,10 @@ def test_bfloat16_moves_the_demo_s_loss_and_gradient_little(demo):
         value = matching.of_vectors(x, torch.ones(2, 4, 12, dtype=torch.long), torch.tensor([0, 1]))
         values.append(value.detach())
         slopes.append(torch.autograd.grad(value.sum(), x)[0].flatten(1))
-    apart, turned = (values[0] - values[1]).abs().max().item(), ((slopes[0] - slopes[1]).norm(dim=1) / slopes[0].norm(dim=1)).max().item()
+    apart, turned = (
+        (values[0] - values[1]).abs().max().item(),
+        ((slopes[0] - slopes[1]).norm(dim=1) / slopes[0].norm(dim=1)).max().item(),
+    )
     print(json.dumps({"loss": apart, "gradient": turned}))
     assert apart < 0.01 and turned < 0.05
 
@@ -117,13 +126,21 @@ def test_how_far_apart_runs_with_other_threads_or_types_are(demo):
         torch.set_num_threads(threads)
         try:
             model = models[dtype]
-            found[name] = gradmm.synthesize(model, task, gradmm.release(model, task, real, length=16, space="head"), config, progress=False)
+            found[name] = gradmm.synthesize(
+                model, task, gradmm.release(model, task, real, length=16, space="head"), config, progress=False
+            )
         finally:
             torch.set_num_threads(1)
     base = found["one thread"]
     for name in ("two threads", "bfloat16"):
-        same = sum(a == b for a, b in zip(base.dataset["text"], found[name].dataset["text"], strict=True)) / len(base.dataset)
+        same = sum(a == b for a, b in zip(base.dataset["text"], found[name].dataset["text"], strict=True)) / len(
+            base.dataset
+        )
         apart = [abs(a - found[name].manifest["set_match"][label]) for label, a in base.manifest["set_match"].items()]
-        print(json.dumps({"run": name, "same texts": same, "set match apart": apart, "set match": base.manifest["set_match"]}))
+        print(
+            json.dumps(
+                {"run": name, "same texts": same, "set match apart": apart, "set match": base.manifest["set_match"]}
+            )
+        )
         assert max(apart) < 0.01
         assert same >= (0.5 if name == "two threads" else 0)

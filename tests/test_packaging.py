@@ -1,4 +1,6 @@
-"""What a fresh machine relies on: declared dependencies, the wheel's contents, the commands that the README promises."""
+"""What a fresh machine relies on: declared dependencies, the wheel's contents, the commands that the README
+promises.
+"""
 
 import ast
 import importlib.metadata
@@ -30,7 +32,9 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def distributions_imported(folder: str, without: str = "") -> set[str]:
-    """The installed distributions behind a folder's imports, the standard library, local files and one file left out."""
+    """The installed distributions behind a folder's imports, the standard library, local files and one file left
+    out.
+    """
     modules = set()
     for path in (path for path in (ROOT / folder).rglob("*.py") if path.stem != without):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -40,7 +44,9 @@ def distributions_imported(folder: str, without: str = "") -> set[str]:
                 modules.add(node.module.split(".")[0])
     local = {path.stem for path in (ROOT / folder).rglob("*.py")} | {"gradmm"}
     known = importlib.metadata.packages_distributions()
-    return {canonicalize_name(known.get(module, [module])[0]) for module in modules - local - set(sys.stdlib_module_names)}
+    return {
+        canonicalize_name(known.get(module, [module])[0]) for module in modules - local - set(sys.stdlib_module_names)
+    }
 
 
 def test_every_import_is_declared():
@@ -53,7 +59,9 @@ def test_every_import_is_declared():
 
 def test_the_tests_need_nothing_undeclared():
     extras = PROJECT["optional-dependencies"]
-    assert distributions_imported("tests") <= names(PROJECT["dependencies"] + extras["notebooks"] + extras["distributed"] + extras["test"])
+    assert distributions_imported("tests") <= names(
+        PROJECT["dependencies"] + extras["notebooks"] + extras["distributed"] + extras["test"]
+    )
 
 
 @pytest.mark.parametrize("line", [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])])
@@ -143,24 +151,45 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(tmp_path):
 
 def test_every_name_comes_from_its_room_and_only_what_is_asked_for_is_imported():
     rooms = {room: importlib.import_module(f"gradmm.{room}") for room in gradmm._ROOMS}
-    assert all(getattr(gradmm, name) is getattr(rooms[room], name) for room, names in gradmm._ROOMS.items() for name in names)
+    assert all(
+        getattr(gradmm, name) is getattr(rooms[room], name) for room, names in gradmm._ROOMS.items() for name in names
+    )
     with pytest.raises(AttributeError, match="'gradmm' has no attribute 'syntesize'"):
         _ = gradmm.syntesize
     assert set(gradmm.__all__) <= set(dir(gradmm))
     tree = ast.parse(Path(gradmm.__file__).read_text(encoding="utf-8"))
-    shown = {node.module.removeprefix("gradmm."): {alias.name for alias in node.names} for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {room: names for room, names in shown.items() if room not in ("importlib", "typing")} == {room: set(names) for room, names in gradmm._ROOMS.items()}
+    shown = {
+        node.module.removeprefix("gradmm."): {alias.name for alias in node.names}
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert {room: names for room, names in shown.items() if room not in ("importlib", "typing")} == {
+        room: set(names) for room, names in gradmm._ROOMS.items()
+    }
     code = "import sys, gradmm.experiments.batch; print(not {'transformers', 'datasets', 'sklearn'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "True\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        == "True\n"
+    )
 
 
 @pytest.mark.parametrize(
-    ("given", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None), ({"OMP_NUM_THREADS": "1"}, "10000")]
+    ("given", "spins"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, None),
+        ({"OMP_NUM_THREADS": "1"}, "10000"),
+    ],
 )
 def test_waiting_threads_are_bounded_before_torch_is_imported_unless_someone_has_decided(given, spins):
     script = "import sys, os, gradmm; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
-    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    } | given
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == ["False", str(spins)]
 
 

@@ -1,4 +1,6 @@
-"""The paper's claims: each names an experiment that has a preset, and own figures are read as the notebooks write them."""
+"""The paper's claims: each names an experiment that has a preset, and own figures are read as the notebooks write
+them.
+"""
 
 import json
 from dataclasses import replace
@@ -37,7 +39,9 @@ def test_every_claim_says_what_it_is_about_and_where_it_was_read():
         assert claim.verified != claim.where.startswith("not read in the paper")
 
 
-@pytest.mark.parametrize("path", sorted(PARAMS.glob("paper-*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path", sorted(PARAMS.glob("paper-*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_the_presets_and_the_package_agree_on_the_search(path):
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     published = PRESETS["paper"]
@@ -59,9 +63,21 @@ def write(folder: Path, name: str, values) -> None:
 def test_own_runs_are_read_from_every_notebook_s_results(tmp_path):
     assert paper.own_runs(tmp_path / "absent") == []
     write(tmp_path, "paper-sst2/03-finetuning.json", {"methods": methods(real=0.5, gradmm=0.75)})
-    write(tmp_path, "paper-transfer/06-transfer.json", {"methods": {"phi": methods(gradmm=0.5), "opt": methods(gradmm=0.25)}})
-    write(tmp_path, "paper-sst2-dp/00-quickstart.json", {"private": True, "methods": {"none": {"n": 0, "perplexity": None}, "gradmm": {"n": 8, "perplexity": 2.0}}})
-    write(tmp_path, "paper-sst2-dp/04-privacy.json", {"utility": [{"epsilon": 0.05, "accuracy": a} for a in (0.5, 1.0)], "controls": {"noise only": [0.5]}})
+    write(
+        tmp_path,
+        "paper-transfer/06-transfer.json",
+        {"methods": {"phi": methods(gradmm=0.5), "opt": methods(gradmm=0.25)}},
+    )
+    write(
+        tmp_path,
+        "paper-sst2-dp/00-quickstart.json",
+        {"private": True, "methods": {"none": {"n": 0, "perplexity": None}, "gradmm": {"n": 8, "perplexity": 2.0}}},
+    )
+    write(
+        tmp_path,
+        "paper-sst2-dp/04-privacy.json",
+        {"utility": [{"epsilon": 0.05, "accuracy": a} for a in (0.5, 1.0)], "controls": {"noise only": [0.5]}},
+    )
     write(tmp_path, "mine/05-ablations.json", {"factors": []})
     rows = paper.own_runs(tmp_path)
     assert {(row["experiment"], row["model"], row["method"], row["accuracy"], row["runs"]) for row in rows} == {
@@ -75,7 +91,9 @@ def test_own_runs_are_read_from_every_notebook_s_results(tmp_path):
 
 
 def test_a_record_is_read_like_the_results_that_it_holds(tmp_path):
-    records.write_record(tmp_path / "paper-sst2" / "03-finetuning.json", {"methods": methods(gradmm=0.75)}, {"seeds": 2})
+    records.write_record(
+        tmp_path / "paper-sst2" / "03-finetuning.json", {"methods": methods(gradmm=0.75)}, {"seeds": 2}
+    )
     records.write_record(tmp_path / "03-finetuning-sst2.json", {"methods": methods(gradmm=0.5)}, {"seeds": 2})
     records.write_record(tmp_path / "07-matching.json", {"seconds": [1.0]}, {})
     rows = paper.own_runs(tmp_path)

@@ -12,12 +12,26 @@ from gradmm.tasks import Task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a film was:"))
 REAL = [Example("a dull plot", 0), Example("a fine film", 1)]
-SMALL = SynthesisConfig(search="admm", ranking="text", n_synthetic=2, oversample=1, group_size=1, length=6, outer_steps=2, inner_steps=2, early_end=False, init="normal", top_k=5)
+SMALL = SynthesisConfig(
+    search="admm",
+    ranking="text",
+    n_synthetic=2,
+    oversample=1,
+    group_size=1,
+    length=6,
+    outer_steps=2,
+    inner_steps=2,
+    early_end=False,
+    init="normal",
+    top_k=5,
+)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def rates(request) -> performance.Rates:
-    return performance.measure_rates("cpu", request.param, [(8, 32, 64), (8, 32, 97), (8, 32, 64)], repeats=3, stream_bytes=1 << 20)
+    return performance.measure_rates(
+        "cpu", request.param, [(8, 32, 64), (8, 32, 97), (8, 32, 64)], repeats=3, stream_bytes=1 << 20
+    )
 
 
 def test_rates_are_positive_and_the_best_of_what_was_measured(rates):
@@ -27,10 +41,14 @@ def test_rates_are_positive_and_the_best_of_what_was_measured(rates):
     assert rates.threads == torch.get_num_threads() and rates.device == "cpu"
 
 
-@pytest.mark.parametrize(("change", "named"), [({"dtype": "int4"}, "int4"), ({"products": []}, "0 products"), ({"repeats": 0}, "0 repeats")])
+@pytest.mark.parametrize(
+    ("change", "named"), [({"dtype": "int4"}, "int4"), ({"products": []}, "0 products"), ({"repeats": 0}, "0 repeats")]
+)
 def test_what_cannot_be_measured_is_refused(change, named):
     with pytest.raises(UserError, match=named):
-        performance.measure_rates(**{"device": "cpu", "dtype": "float32", "products": [(1, 1, 1)], "repeats": 1} | change)
+        performance.measure_rates(
+            **{"device": "cpu", "dtype": "float32", "products": [(1, 1, 1)], "repeats": 1} | change
+        )
 
 
 def test_the_phases_add_up_to_the_whole(tiny_model):
@@ -52,7 +70,9 @@ def test_clocks_count_every_call_and_leave_no_trace():
 def test_a_clock_changes_no_text(tiny_model):
     model = tiny_model(dtype=torch.float32)
     timed, _ = performance.time_synthesis(model, TASK, REAL, SMALL)
-    plain = synthesis.synthesize(model, TASK, performance.release(model, TASK, REAL, space="head"), SMALL, progress=False)
+    plain = synthesis.synthesize(
+        model, TASK, performance.release(model, TASK, REAL, space="head"), SMALL, progress=False
+    )
     assert timed.dataset.to_list() == plain.dataset.to_list()
 
 
@@ -64,10 +84,14 @@ def test_a_line_is_no_deviation_and_a_bend_is():
 
 @pytest.mark.filterwarnings("ignore:\\d of \\d texts are kept")  # a random model, which is only timed, repeats a word
 def test_one_setting_grows_and_the_others_stay(tiny_model):
-    found = performance.time_growth(tiny_model(dtype=torch.float32), TASK, REAL, SMALL, {"length": [2, 4], "n_synthetic": [2, 4]}, repeats=3)
+    found = performance.time_growth(
+        tiny_model(dtype=torch.float32), TASK, REAL, SMALL, {"length": [2, 4], "n_synthetic": [2, 4]}, repeats=3
+    )
     assert list(found) == ["length", "n_synthetic"] and found["length"]["sizes"] == [2, 4]
     for row in found.values():
-        assert row["seconds"] == [sorted(column)[1] for column in zip(*row["runs"], strict=True)] and len(row["runs"]) == 3
+        assert (
+            row["seconds"] == [sorted(column)[1] for column in zip(*row["runs"], strict=True)] and len(row["runs"]) == 3
+        )
         assert row["worst_percent"] == pytest.approx(0, abs=1e-6)  # two points lie on a line
 
 

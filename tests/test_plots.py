@@ -19,7 +19,11 @@ def close():
 
 
 def test_a_choice_is_drawn_class_by_class():
-    rows = [{"label": label, "step": step, "group": 0, "match_z": 1 / step} for label in ("bad", "good") for step in (1, 2, 3)]
+    rows = [
+        {"label": label, "step": step, "group": 0, "match_z": 1 / step}
+        for label in ("bad", "good")
+        for step in (1, 2, 3)
+    ]
     figure = plots.history(pandas.DataFrame(rows), "pool")
     assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[1, 1 / 2, 1 / 3]] * 2
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["bad", "good"]
@@ -27,7 +31,15 @@ def test_a_choice_is_drawn_class_by_class():
 
 def test_convergence_draws_median_and_range_of_every_measure():
     rows = [
-        {"step": step, "group": group, "match_x": 0.1 * group, "match_z": 0.2, "primal": 1.0, "dual": 0.5, "stationarity": 0.1 + group}
+        {
+            "step": step,
+            "group": group,
+            "match_x": 0.1 * group,
+            "match_z": 0.2,
+            "primal": 1.0,
+            "dual": 0.5,
+            "stationarity": 0.1 + group,
+        }
         for step in (1, 2, 3)
         for group in (0, 1, 2)
     ]
@@ -38,13 +50,24 @@ def test_convergence_draws_median_and_range_of_every_measure():
 
 
 def test_convergence_of_a_search_among_texts_is_the_loss_alone():
-    rows = [{"step": step, "group": group, "match_z": 0.2 * group, "promised": -0.1} for step in (1, 2) for group in (0, 1, 2)]
+    rows = [
+        {"step": step, "group": group, "match_z": 0.2 * group, "promised": -0.1}
+        for step in (1, 2)
+        for group in (0, 1, 2)
+    ]
     (left,) = plots.convergence(pandas.DataFrame(rows)).axes
-    assert [line.get_label() for line in left.lines] == ["at z (text)"] and list(left.lines[0].get_ydata()) == pytest.approx([0.2] * 2)
+    assert [line.get_label() for line in left.lines] == ["at z (text)"] and list(
+        left.lines[0].get_ydata()
+    ) == pytest.approx([0.2] * 2)
 
 
 def test_selection_draws_every_text():
-    table = {"label_name": ["a", "a", "b"], "kept": [True, False, True], "match_loss": [0.1, 0.2, 0.3], "perplexity": [9.0, 8.0, 7.0]}
+    table = {
+        "label_name": ["a", "a", "b"],
+        "kept": [True, False, True],
+        "match_loss": [0.1, 0.2, 0.3],
+        "perplexity": [9.0, 8.0, 7.0],
+    }
     (axes,) = plots.selection(datasets.Dataset.from_dict(table)).axes
     assert sum(len(points.get_offsets()) for points in axes.collections) == 3
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {"a, kept", "a, dropped", "b, kept"}
@@ -58,7 +81,9 @@ def test_accuracies_draw_every_run_and_name_the_mean():
 
 
 def test_models_stand_side_by_side_over_one_range():
-    axes = plots.by_model({"a": {"real": [0.5, 0.7], "none": [0.4]}, "b": {"real": [0.9], "none": [0.2]}}, "match_loss", line=0.5).axes
+    axes = plots.by_model(
+        {"a": {"real": [0.5, 0.7], "none": [0.4]}, "b": {"real": [0.9], "none": [0.2]}}, "match_loss", line=0.5
+    ).axes
     assert [place.get_title() for place in axes] == ["a", "b"]
     assert [text.get_text() for text in axes[1].texts] == ["0.900", "0.200"]
     assert len({place.get_xlim() for place in axes}) == 1 and axes[0].get_xlabel() == "match_loss"
@@ -71,7 +96,9 @@ def test_levels_write_the_median_beside_their_points():
 
 
 def test_a_panel_a_factor_with_the_base_ringed():
-    rows = [("rho", value, value == 0.1, 0.5 + value) for value in (0.1, 0.2) for _ in range(2)] + [("init", "normal", True, 0.6)]
+    rows = [("rho", value, value == 0.1, 0.5 + value) for value in (0.1, 0.2) for _ in range(2)] + [
+        ("init", "normal", True, 0.6)
+    ]
     panels = plots.factors(pandas.DataFrame(rows, columns=["factor", "value", "base", "accuracy"]), "accuracy").axes
     shown = [axes for axes in panels if axes.get_visible()]
     assert [axes.get_title() for axes in shown] == ["rho", "init"]
@@ -98,7 +125,11 @@ def test_text_in_tables_is_escaped():
 def test_bands_have_a_panel_for_each_quantity_and_no_band_of_one_run():
     frame = pandas.DataFrame({"mean": [0.5, 0.6], "std": [0.1, float("nan")]}, index=[5, 20])
     left, right = plots.bands({"accuracy": {"a": frame, "b": frame}, "loss": {"a": frame}}, "examples").axes
-    assert (len(left.lines), len(right.lines)) == (2, 1) and left.get_ylabel() == "accuracy" and right.get_xlabel() == "examples"
+    assert (
+        (len(left.lines), len(right.lines)) == (2, 1)
+        and left.get_ylabel() == "accuracy"
+        and right.get_xlabel() == "examples"
+    )
     low, high = (extreme(left.collections[0].get_paths()[0].vertices[:, 1]) for extreme in (min, max))
     assert (low, high) == pytest.approx((0.4, 0.6))
 
@@ -108,7 +139,10 @@ def test_bounds_are_dashed_beside_what_they_bound():
     left, right = plots.bounds({"one": {"a": frame, "b": frame}, "other": {"a": frame}}, "step", "gap").axes
     assert (len(left.lines), len(right.lines), left.get_title(), left.get_yscale()) == (4, 2, "one", "log")
     measured, bound = left.lines[:2]
-    assert measured.get_color() == bound.get_color() and (measured.get_linestyle(), bound.get_linestyle()) == ("-", "--")
+    assert measured.get_color() == bound.get_color() and (measured.get_linestyle(), bound.get_linestyle()) == (
+        "-",
+        "--",
+    )
     assert list(bound.get_ydata()) == [1.0, 0.5]
 
 
@@ -120,7 +154,14 @@ def test_shares_are_written_beside_their_bars():
 
 
 def test_growth_draws_every_run_and_the_line():
-    row = {"sizes": [1, 2, 8], "runs": [[3.0, 4.0, 10.0], [3.0, 4.0, 10.2]], "seconds": [3.0, 4.0, 10.1], "start_seconds": 2.0, "slope_seconds": 1.0, "worst_percent": 1.2}
+    row = {
+        "sizes": [1, 2, 8],
+        "runs": [[3.0, 4.0, 10.0], [3.0, 4.0, 10.2]],
+        "seconds": [3.0, 4.0, 10.1],
+        "start_seconds": 2.0,
+        "slope_seconds": 1.0,
+        "worst_percent": 1.2,
+    }
     left, right = plots.growth({"steps": row, "length": row}).axes
     assert (left.get_xlabel(), right.get_xlabel(), left.get_ylabel()) == ("steps", "length", "seconds")
     assert list(left.lines[0].get_ydata()) == [3.0, 10.0] and len(left.collections) == 3
@@ -128,7 +169,9 @@ def test_growth_draws_every_run_and_the_line():
 
 
 def test_what_was_not_measured_is_a_dash_and_short_columns_stay_on_a_line():
-    html = plots.table([{"a": None, "b": "short", "c": "long enough to need two lines"}, {"a": 0.5, "b": "x", "c": "y"}]).to_html()
+    html = plots.table(
+        [{"a": None, "b": "short", "c": "long enough to need two lines"}, {"a": 0.5, "b": "x", "c": "y"}]
+    ).to_html()
     assert ">–<" in html and ">nan<" not in html and ">0.500<" in html
     assert html.count("white-space: nowrap") >= 1 and "white-space: normal" in html
 

@@ -1,4 +1,6 @@
-"""The presets: they name parameters that exist, with values of the kind the notebook expects, and the paper's name all."""
+"""The presets: they name parameters that exist, with values of the kind the notebook expects, and the paper's name
+all.
+"""
 
 import ast
 from pathlib import Path
@@ -16,9 +18,14 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def defaults(notebook: Path) -> dict:
-    (cell,) = (cell for cell in nbformat.read(notebook, as_version=4).cells if "parameters" in cell.metadata.get("tags", []))
+    (cell,) = (
+        cell for cell in nbformat.read(notebook, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])
+    )
     lines = ast.parse(cell.source).body
-    return {(line.target if isinstance(line, ast.AnnAssign) else line.targets[0]).id: ast.literal_eval(line.value) for line in lines}
+    return {
+        (line.target if isinstance(line, ast.AnnAssign) else line.targets[0]).id: ast.literal_eval(line.value)
+        for line in lines
+    }
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -27,10 +34,16 @@ def test_a_preset_names_parameters_of_its_notebook_with_values_of_their_kind(pat
     assert set(given) <= set(known)
     for name, value in given.items():
         kinds = {type(known[name]), float} if type(known[name]) in (int, float) else {type(known[name])}
-        assert value is None or known[name] is None or type(value) in kinds, f"{name} = {value!r}, the default is {known[name]!r}"
+        assert value is None or known[name] is None or type(value) in kinds, (
+            f"{name} = {value!r}, the default is {known[name]!r}"
+        )
 
 
-@pytest.mark.parametrize("path", [path for path in PRESETS if path.parent.name.startswith("paper-")], ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PRESETS if path.parent.name.startswith("paper-")],
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
 def test_a_paper_preset_names_every_parameter_and_says_what_it_takes(path):
     assert set(files.read_parameters(path)) == set(defaults(ROOT / "notebooks" / f"{path.stem}.ipynb"))
     comment = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
@@ -41,7 +54,9 @@ def test_results_of_one_preset_do_not_meet_those_of_another(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert [path for path in PRESETS if files.read_parameters(path).get("output") is not None] == []
     whole = [defaults(ROOT / "notebooks" / f"{path.stem}.ipynb") | files.read_parameters(path) for path in PRESETS]
-    folders = [output_folder(path.stem, values.pop("output"), **values) for path, values in zip(PRESETS, whole, strict=True)]
+    folders = [
+        output_folder(path.stem, values.pop("output"), **values) for path, values in zip(PRESETS, whole, strict=True)
+    ]
     assert len(set(folders)) == len(folders)
 
 
@@ -49,7 +64,10 @@ def test_results_of_one_preset_do_not_meet_those_of_another(tmp_path, monkeypatc
 def test_every_notebook_has_a_preset(preset):
     held = {path.stem for path in (PARAMS / preset).glob("*.yaml")}
     missing = [path.stem for path in NOTEBOOKS if path.stem not in held]
-    assert not missing, f"write notebooks/params/{preset}/{missing[0]}.yaml: the book and the tests run every notebook with a preset of its own"
+    assert not missing, (
+        f"write notebooks/params/{preset}/{missing[0]}.yaml: the book and the tests run every notebook with a "
+        "preset of its own"
+    )
 
 
 def test_the_readme_names_every_preset():

@@ -77,7 +77,9 @@ def test_a_row_is_counted_as_it_was_given_and_found_before_the_model_runs(model,
     rows = [{"text": example.text, "label": 1 - example.label} for example in EXAMPLES]
     rows.insert(place - 1, long)
     monkeypatch.setattr(type(model), "last_hidden", lambda *_: pytest.fail("the model ran"))
-    with pytest.raises(UserError, match=f"^example {place} has .* tokens with its template, tiny-phi reads 64") as caught:
+    with pytest.raises(
+        UserError, match=f"^example {place} has .* tokens with its template, tiny-phi reads 64"
+    ) as caught:
         privacy.release(model, TASK, rows, space=space)
     assert SECRET not in str(caught.value)
     rows[place - 1] = Example(long["text"], 0, "mine/train.jsonl, line 9")
@@ -138,7 +140,11 @@ def test_the_targets_are_clipped_sums_plus_the_planned_noise(tiny_model, kind, s
         for example in (e for e in EXAMPLES if e.label == label):
             parts = explicit_in(model, found.space, example)
             scale = min(1.0, clip / torch.cat([part.flatten() for part in parts]).norm().item())
-            total = [scale * p for p in parts] if total is None else [t + scale * p for t, p in zip(total, parts, strict=True)]
+            total = (
+                [scale * p for p in parts]
+                if total is None
+                else [t + scale * p for t, p in zip(total, parts, strict=True)]
+            )
         for value, released in zip(total, (target.weight, target.bias), strict=False):
             noise = mechanism.add_noise(torch.zeros_like(value), entry.sigma, entry.grid, bits)
             torch.testing.assert_close(released - noise, value, rtol=0, atol=4e-6)
@@ -175,9 +181,13 @@ def test_releases_on_one_ledger_add_up_and_the_last_one_says_so(model):
     privacy.release(model, TASK, EXAMPLES, epsilon=0.5, **options)
     second = privacy.release(model, TASK, EXAMPLES, epsilon=0.5, space="label_rows", **options)
     assert second.ledger == ledger.entries and len(second.ledger) == 2
-    assert second.statement.endswith(f" in the space label_rows; with the 1 earlier release(s) of its ledger ({ledger.spent:.6g}, 1e-05) in all")
+    assert second.statement.endswith(
+        f" in the space label_rows; with the 1 earlier release(s) of its ledger ({ledger.spent:.6g}, 1e-05) in all"
+    )
     alone = privacy.release(model, TASK, EXAMPLES, **PRIVATE)
-    assert alone.statement.startswith("(1, 1e-05)-differential privacy for") and alone.statement.endswith(" in the space label_rows")
+    assert alone.statement.startswith("(1, 1e-05)-differential privacy for") and alone.statement.endswith(
+        " in the space label_rows"
+    )
     with pytest.raises(UserError, match="budget"):
         privacy.release(model, TASK, EXAMPLES, epsilon=0.9, **options)
     assert ledger.entries == second.ledger
@@ -196,10 +206,14 @@ def test_a_half_precision_model_is_released_in_single_precision(tiny_model):
 def test_private_text_reaches_nothing_but_the_noised_numbers(model, tmp_path, monkeypatch):
     """With the sums taken away, two different private data sets give the same file, byte for byte."""
     clipped = mechanism.clipped_sum
-    monkeypatch.setattr(mechanism, "clipped_sum", lambda f, c: tuple(None if v is None else v * 0 for v in clipped(f, c)))
+    monkeypatch.setattr(
+        mechanism, "clipped_sum", lambda f, c: tuple(None if v is None else v * 0 for v in clipped(f, c))
+    )
     for space in spaces.SPACES:
         saved = [
-            privacy.release(model, TASK, rows, **PRIVATE, space=space, noise_seed=1, **options_of(space)).save(tmp_path / f"{name}.safetensors")
+            privacy.release(model, TASK, rows, **PRIVATE, space=space, noise_seed=1, **options_of(space)).save(
+                tmp_path / f"{name}.safetensors"
+            )
             for name, rows in (("one", EXAMPLES), ("two", OTHERS))
         ]
         assert saved[0].read_bytes() == saved[1].read_bytes()
@@ -212,7 +226,9 @@ def test_a_private_file_says_nothing_of_the_examples_but_their_sums(model, tmp_p
     ]
     fields = [json.loads(metadata["release"])["fields"] for _, metadata in found]
     assert fields[0] == fields[1] and SECRET not in json.dumps(fields)
-    assert {k: (v.dtype, v.shape) for k, v in found[0][0].items()} == {k: (v.dtype, v.shape) for k, v in found[1][0].items()}
+    assert {k: (v.dtype, v.shape) for k, v in found[0][0].items()} == {
+        k: (v.dtype, v.shape) for k, v in found[1][0].items()
+    }
 
 
 def test_an_examples_gradient_does_not_depend_on_its_companions(tiny_model):
@@ -239,7 +255,9 @@ def test_a_private_release_runs_every_text_alone(model, monkeypatch):
 def test_the_subspace_is_public_orthonormal_and_holds_the_public_states(model):
     tokens = tokenize_task(TASK, model.tokenizer)
     one, two = (
-        privacy.release(model, TASK, rows, **PRIVATE, space="label_rows_subspace", public_texts=PUBLIC, directions=3).space.basis
+        privacy.release(
+            model, TASK, rows, **PRIVATE, space="label_rows_subspace", public_texts=PUBLIC, directions=3
+        ).space.basis
         for rows in (EXAMPLES, OTHERS)
     )
     assert torch.equal(one, two)
@@ -271,7 +289,8 @@ WRONG = {
     "no examples": ({"examples": []}, "there is no example of 'negative', 'positive', each of the 2 classes needs one"),
     "an unknown label": ({"examples": [*EXAMPLES, {"text": SECRET, "label": 5}]}, "label 5"),
     "no label": ({"examples": [*EXAMPLES, {"text": SECRET}]}, "no label"),
-    "no string": ({"examples": [*EXAMPLES, {"text": [SECRET], "label": 0}]}, "example 6 has a text of type list: give a string"),
+    "no string": ({"examples": [*EXAMPLES, {"text": [SECRET], "label": 0}]}, "example 6 has a text of type list: "
+                                                                             "give a string"),
     "no mapping": ({"examples": [*EXAMPLES, SECRET]}, "example 6"),
     "an empty text": ({"examples": [*EXAMPLES, {"text": " ", "label": 0}]}, "example 6"),
     "a text too long": ({"examples": [*EXAMPLES, {"text": f"{SECRET} " * 99, "label": 0}]}, "tokens"),
@@ -298,7 +317,10 @@ def test_a_wrong_request_is_one_sentence_and_spends_nothing(model, case):
     assert options["ledger"].entries == ()
 
 
-@pytest.mark.parametrize("options", [{"delta": 1e-5}, {"noise_seed": 1}, {"ledger": mechanism.Ledger(1.0, 1e-5)}, {"delta": 1e-5, "noise_seed": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"delta": 1e-5}, {"noise_seed": 1}, {"ledger": mechanism.Ledger(1.0, 1e-5)}, {"delta": 1e-5, "noise_seed": 1}],
+)
 def test_privacy_options_without_epsilon_are_refused(model, options):
     with pytest.raises(UserError, match=f"^{', '.join(options)} without epsilon"):
         privacy.release(model, TASK, EXAMPLES, **options)
@@ -308,12 +330,16 @@ def test_private_noise_is_drawn_by_one_process_alone(model, monkeypatch):
     """Each process would draw its own; exact gradients and seeded noise come out the same in all."""
     monkeypatch.setattr(privacy, "launched", lambda: (0, 2))
     words = (
-        r"^epsilon = 1.0 in 2 processes would draw and spend the noise 2 times: release in one process, save the Release, and load "
+        r"^epsilon = 1.0 in 2 processes would draw and spend the noise 2 times: release in one process, save the "
+        r"Release, and load "
         r"it in the others with load_release$"
     )
     with pytest.raises(UserError, match=words):
         privacy.release(model, TASK, EXAMPLES, **PRIVATE)
-    assert not privacy.release(model, TASK, EXAMPLES).private and not privacy.release(model, TASK, EXAMPLES, **PRIVATE, noise_seed=1).private
+    assert (
+        not privacy.release(model, TASK, EXAMPLES).private
+        and not privacy.release(model, TASK, EXAMPLES, **PRIVATE, noise_seed=1).private
+    )
     monkeypatch.setattr(privacy, "launched", lambda: (0, 1))
     assert privacy.release(model, TASK, EXAMPLES, **PRIVATE).private
 
@@ -340,7 +366,9 @@ def test_a_saved_release_comes_back_whole(model, tmp_path, options, space):
     saved = privacy.release(model, TASK, EXAMPLES, **options, space=space, **options_of(space))
     found = privacy.load_release(saved.save(tmp_path / "release.safetensors"))
     assert found.fingerprint == saved.fingerprint == saved.to("cpu").fingerprint
-    assert isinstance(found.targets[0], DenseTarget if options else FactorTarget) and type(found.space) is type(saved.space)
+    assert isinstance(found.targets[0], DenseTarget if options else FactorTarget) and type(found.space) is type(
+        saved.space
+    )
     for field in ("space_name", "labels", "label_tokens", "private", "statement", "ledger", "model", "task", "length"):
         assert getattr(found, field) == getattr(saved, field)
 
@@ -349,13 +377,26 @@ def test_a_release_moves_with_all_its_tensors(model, monkeypatch):
     found, asked = privacy.release(model, TASK, EXAMPLES), []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device: asked.append(device) or self)
     moved = found.to("elsewhere")
-    assert set(asked) == {"elsewhere"} and len(asked) == len(privacy._tensors(found)) and moved.fingerprint == found.fingerprint
+    assert (
+        set(asked) == {"elsewhere"}
+        and len(asked) == len(privacy._tensors(found))
+        and moved.fingerprint == found.fingerprint
+    )
 
 
 def test_the_fingerprint_follows_every_field(model):
     found = privacy.release(model, TASK, EXAMPLES, **PRIVATE)
-    changes = {"private": False, "statement": "", "ledger": (), "model": "x", "length": 7, "targets": found.targets[::-1]}
-    assert len({found.fingerprint, *(dataclasses.replace(found, **{k: v}).fingerprint for k, v in changes.items())}) == 7
+    changes = {
+        "private": False,
+        "statement": "",
+        "ledger": (),
+        "model": "x",
+        "length": 7,
+        "targets": found.targets[::-1],
+    }
+    assert (
+        len({found.fingerprint, *(dataclasses.replace(found, **{k: v}).fingerprint for k, v in changes.items())}) == 7
+    )
 
 
 def test_the_fields_of_a_file_are_written_in_one_way(model, tmp_path):
@@ -365,11 +406,15 @@ def test_the_fields_of_a_file_are_written_in_one_way(model, tmp_path):
     plain = dataclasses.replace(found, labels=("schön", "übel"), statement="s", model="m", task="t")
     charged = json.dumps(dataclasses.asdict(entry), sort_keys=True)
     fields = (
-        f'{{"format": "gradmm release 1", "label_tokens": {json.dumps(list(found.label_tokens))}, "labels": ["schön", "übel"], '
-        f'"ledger": [{charged}], "length": 5, "model": "m", "private": false, "space_name": "label_rows", "statement": "s", "task": "t"}}'
+        f'{{"format": "gradmm release 1", "label_tokens": {json.dumps(list(found.label_tokens))}, "labels": '
+        '["schön", "übel"], '
+        f'"ledger": [{charged}], "length": 5, "model": "m", "private": false, "space_name": "label_rows", '
+        '"statement": "s", "task": "t"}'
     )
     assert privacy._fields_json(plain) == fields
-    assert read_tensors(plain.save(tmp_path / "release"))[1] == {"release": f'{{"fields": {fields}, "fingerprint": "{plain.fingerprint}"}}'}
+    assert read_tensors(plain.save(tmp_path / "release"))[1] == {
+        "release": f'{{"fields": {fields}, "fingerprint": "{plain.fingerprint}"}}'
+    }
     with pytest.raises(ValueError, match="not JSON compliant"):
         privacy._fields_json(dataclasses.replace(found, length=float("nan")))
 
@@ -388,11 +433,19 @@ def test_a_file_that_was_changed_is_refused(model, tmp_path):
     write_tensors(tmp_path / "missing", {k: v for k, v in tensors.items() if k != "1.weight"}, metadata)
     write_tensors(tmp_path / "nothing", tensors, {})
     (tmp_path / "cut").write_bytes(path.read_bytes()[:-9])
-    write_tensors(tmp_path / "another format", tensors, {"release": metadata["release"].replace(privacy.FORMAT, "gradmm release 9")})
-    differs, no_release = "does not hold what was saved in it: make the Release again", r"is no saved Release \({}: {}\): save one with Release.save"
+    write_tensors(
+        tmp_path / "another format",
+        tensors,
+        {"release": metadata["release"].replace(privacy.FORMAT, "gradmm release 9")},
+    )
+    differs, no_release = (
+        "does not hold what was saved in it: make the Release again",
+        r"is no saved Release \({}: {}\): save one with Release.save",
+    )
     invalid = no_release.format("ValueError", "another format, or numbers that are not finite")
     reasons = {
-        "claims": differs, "elsewhere": no_release.format("KeyError", "'rank'"), "numbers": differs, "infinite": invalid,
+        "claims": differs, "elsewhere": no_release.format("KeyError", "'rank'"), "numbers": differs,
+            "infinite": invalid,
         "missing": no_release.format("KeyError", "'1.weight'"), "nothing": no_release.format("KeyError", "'release'"),
         "another format": invalid, "cut": "is no whole safetensors file",
     }  # fmt: skip
@@ -416,7 +469,15 @@ def once(folder, model, examples=EXAMPLES, **options) -> privacy.Release:
     return privacy.release_once(folder, model, TASK, examples, **{"source": SOURCE, **PRIVATE, **options})
 
 
-@pytest.mark.parametrize("options", [{}, {"space": "head"}, {"space": "label_rows_subspace", "public_texts": PUBLIC, "directions": 2}, {"noise_seed": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"space": "head"},
+        {"space": "label_rows_subspace", "public_texts": PUBLIC, "directions": 2},
+        {"noise_seed": 3},
+    ],
+)
 def test_the_same_private_release_is_drawn_once(model, tmp_path, monkeypatch, options):
     first = once(tmp_path / "run", model, **options)
     held = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -436,7 +497,11 @@ def test_nothing_of_the_examples_is_kept_beside_the_release(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epsilon": 2.0}, r"other arguments: epsilon \(1.0 there, 2.0 now\): give the same to read it, .* which .*ledger\.json will not count"),
+        (
+            {"epsilon": 2.0},
+            r"other arguments: epsilon \(1.0 there, 2.0 now\): give the same to read it, .* which .*ledger\.json "
+            r"will not count",
+        ),
         ({"delta": 1e-6, "clip": 0.5}, r"delta \(1e-05 there, 1e-06 now\); clip \(1.0 there, 0.5 now\)"),
         ({"source": SOURCE | {"n_real": 6}}, r"n_real \(5 there, 6 now\)"),
         ({"space": "head"}, r"space \(null there, \"head\" now\)"),
@@ -456,13 +521,21 @@ def test_a_charge_that_a_crash_followed_is_counted_in_the_next_release(model, tm
         broken.setattr(privacy, "noised_sums", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             once(tmp_path, model)
-    assert len(json.loads((tmp_path / "ledger.json").read_text())["entries"]) == 1 and not (tmp_path / "release.safetensors").exists()
+    assert (
+        len(json.loads((tmp_path / "ledger.json").read_text())["entries"]) == 1
+        and not (tmp_path / "release.safetensors").exists()
+    )
     found = once(tmp_path, model)
-    assert len(found.ledger) == 2 and "with the 1 earlier release(s) of its ledger (1.46517, 1e-05) in all" in found.statement
+    assert (
+        len(found.ledger) == 2
+        and "with the 1 earlier release(s) of its ledger (1.46517, 1e-05) in all" in found.statement
+    )
     assert once(tmp_path, model).fingerprint == found.fingerprint
 
 
-@pytest.mark.parametrize(("options", "message"), [({"epsilon": 0.0}, "epsilon"), ({"clip": -1}, "clip"), ({"length": None}, "length")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"epsilon": 0.0}, "epsilon"), ({"clip": -1}, "clip"), ({"length": None}, "length")]
+)
 def test_what_is_refused_is_neither_charged_nor_kept(model, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         once(tmp_path, model, **options)

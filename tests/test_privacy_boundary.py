@@ -1,4 +1,6 @@
-"""What is not in the Release is not in anything that is written: two private data sets with one Release leave the same bytes."""
+"""What is not in the Release is not in anything that is written: two private data sets with one Release leave the
+same bytes.
+"""
 
 import json
 import logging
@@ -21,7 +23,17 @@ from gradmm.synthesis import synthesize
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
-CONFIG = SynthesisConfig(search="admm", ranking="text", oversample=2.0, n_synthetic=4, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2)
+CONFIG = SynthesisConfig(
+    search="admm",
+    ranking="text",
+    oversample=2.0,
+    n_synthetic=4,
+    group_size=2,
+    outer_steps=2,
+    inner_steps=2,
+    top_k=5,
+    init_candidates=2,
+)
 PRIVATE = {"epsilon": 1.0, "delta": 1e-5, "length": 5}
 CLOCKS = {"clock"}
 # Counts and mean lengths that nothing else in a run comes to: 31 + 47 and 59 + 43 texts.
@@ -58,7 +70,9 @@ def word_runs(rows: list[dict], length: int) -> set[str]:
 
 def numbers_in(value) -> set[float]:
     if isinstance(value, dict | list):
-        return set(chain.from_iterable(numbers_in(part) for part in (value.values() if isinstance(value, dict) else value)))
+        return set(
+            chain.from_iterable(numbers_in(part) for part in (value.values() if isinstance(value, dict) else value))
+        )
     return {float(value)} if isinstance(value, int | float) and not isinstance(value, bool) else set()
 
 
@@ -74,7 +88,9 @@ def same_release(classes, entry, bits):
     """A mechanism whose draw happens to give the same numbers whatever the examples are."""
     draw = torch.Generator().manual_seed(5)
     shapes = [((f.delta.shape[1], f.hidden.shape[1]), f.delta.shape[1]) for f in classes]
-    return tuple(DenseTarget(torch.randn(weight, generator=draw), torch.randn(bias, generator=draw)) for weight, bias in shapes)
+    return tuple(
+        DenseTarget(torch.randn(weight, generator=draw), torch.randn(bias, generator=draw)) for weight, bias in shapes
+    )
 
 
 # ---------------------------------------------------------------- taint
@@ -89,7 +105,9 @@ def test_two_private_sets_with_the_same_release_leave_the_same_bytes(model, tmp_
         run(model, rows, tmp_path / str(number))
         out, progress = capfd.readouterr()
         logs = [(record.levelname, record.getMessage()) for record in caplog.records]
-        bars = set(re.findall(r"match_loss=[\d.]+", progress))  # how often the bar is drawn, and its other figures, are clock readings
+        bars = set(
+            re.findall(r"match_loss=[\d.]+", progress)
+        )  # how often the bar is drawn, and its other figures, are clock readings
         found.append((written(tmp_path / str(number)), out, logs, bars, {row["text"] in progress for row in rows}))
     assert found[0] == found[1] and found[0][3] and found[0][4] == {False}
 
@@ -151,13 +169,19 @@ def test_manifest_and_card_hold_the_ledger(model, tmp_path):
     (entry,) = released.ledger
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["release"]["private"] is True and manifest["release"]["statement"] == released.statement
-    assert [row[name] for row in manifest["release"]["ledger"] for name in LEDGER_COLUMNS] == [getattr(entry, n) for n in LEDGER_COLUMNS]
+    assert [row[name] for row in manifest["release"]["ledger"] for name in LEDGER_COLUMNS] == [
+        getattr(entry, n) for n in LEDGER_COLUMNS
+    ]
     card = (tmp_path / "run" / "README.md").read_text()
     assert released.statement in card and "not private" not in card and f"| {entry.sigma} |" in card
     assert card == dataset_card(manifest)
 
 
-@pytest.mark.parametrize("options", [{"epsilon": None, "delta": None, "space": "head"}, {"noise_seed": 3}], ids=["no epsilon", "fixed noise seed"])
+@pytest.mark.parametrize(
+    "options",
+    [{"epsilon": None, "delta": None, "space": "head"}, {"noise_seed": 3}],
+    ids=["no epsilon", "fixed noise seed"],
+)
 def test_manifest_and_card_say_plainly_what_is_not_private(model, tmp_path, options):
     released = run(model, PRIVATE_SETS[0], tmp_path, **options)
     card, manifest = ((tmp_path / "run" / name).read_text() for name in ("README.md", "manifest.json"))
@@ -180,4 +204,7 @@ def test_a_cards_header_names_the_task_and_its_files_whatever_the_task_is_called
     manifest["task"]["name"] = name
     header = DatasetCard(dataset_card(manifest)).data
     assert header.pretty_name == f"Synthetic texts for {name}" and header.task_categories == ["text-classification"]
-    assert {one["config_name"]: one["data_files"] for one in header.configs} == {"default": "train.jsonl", "candidates": "synthetic.jsonl"}
+    assert {one["config_name"]: one["data_files"] for one in header.configs} == {
+        "default": "train.jsonl",
+        "candidates": "synthetic.jsonl",
+    }

@@ -38,7 +38,9 @@ def test_a_text_may_have_more_tokens_than_its_vectors_have_numbers(tiny_model):
     model = tiny_model("llama")
     v, rows = vectors(model, 1, 40), torch.zeros(1, dtype=torch.long)
     assert v.shape[1] > v.shape[2]
-    ids = project(model, TokenTables.of(model), v, PROMPTS[:1], rows, DecodingConfig("lm_then_nearest", 3, every(model)))
+    ids = project(
+        model, TokenTables.of(model), v, PROMPTS[:1], rows, DecodingConfig("lm_then_nearest", 3, every(model))
+    )
     assert ids.shape == (1, 40) and bool((ids >= 0).all())
 
 
@@ -48,7 +50,14 @@ def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
     allowed = torch.rand(97, generator=torch.Generator().manual_seed(1)) < 0.2
     v = vectors(model, 5, 6)
     for k in (1, int(allowed.sum())):
-        ids = project(model, TokenTables.of(model), v, PROMPTS[:1], torch.zeros(5, dtype=torch.long), DecodingConfig(order, k, Vocabulary.free(allowed)))
+        ids = project(
+            model,
+            TokenTables.of(model),
+            v,
+            PROMPTS[:1],
+            torch.zeros(5, dtype=torch.long),
+            DecodingConfig(order, k, Vocabulary.free(allowed)),
+        )
         assert bool(allowed[ids].all())
         assert torch.equal(ids, reference.project(model.lm, v, PROMPTS[0], order, k, allowed))
 
@@ -57,7 +66,11 @@ def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
 def test_more_candidates_than_allowed_tokens_let_no_other_token_in(tiny_model, order):
     """At a place where the end may not stand yet, one of the k tokens that are counted is not allowed."""
     model = tiny_model("phi")
-    allowed, tables, v = torch.zeros(97, dtype=torch.bool).index_fill(0, torch.arange(40, 43), True), TokenTables.of(model), vectors(model, 30, 1)[:, 0]
+    allowed, tables, v = (
+        torch.zeros(97, dtype=torch.bool).index_fill(0, torch.arange(40, 43), True),
+        TokenTables.of(model),
+        vectors(model, 30, 1)[:, 0],
+    )
     state, _ = model.read(torch.arange(30, 60)[:, None], None)
     found = PROJECTIONS[order](tables, state, v, allowed, 5)
     assert set(found.tolist()) <= {40, 41, 42} and torch.equal(found, PROJECTIONS[order](tables, state, v, allowed, 3))
@@ -68,9 +81,17 @@ def test_limits_of_k_with_all_tokens_as_candidates_one_criterion_rules(tiny_mode
     model = tiny_model("gpt2")
     v, rows = vectors(model, 4, 5), torch.zeros(4, dtype=torch.long)
     nearest = torch.cdist(v.flatten(0, 1), model.embedding).argmin(-1).view(4, 5)
-    assert torch.equal(project(model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig("lm_then_nearest", 97, every(model))), nearest)
-    greedy = project(model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig("nearest_then_lm", 97, every(model)))
-    assert torch.equal(greedy, project(model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig("lm_then_nearest", 1, every(model))))
+    assert torch.equal(
+        project(model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig("lm_then_nearest", 97, every(model))),
+        nearest,
+    )
+    greedy = project(
+        model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig("nearest_then_lm", 97, every(model))
+    )
+    assert torch.equal(
+        greedy,
+        project(model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig("lm_then_nearest", 1, every(model))),
+    )
 
 
 @pytest.mark.parametrize("order", PROJECTIONS)
@@ -88,7 +109,11 @@ def test_a_text_ends_at_the_end_token_and_not_before_it_may(tiny_model, order):
 
 def test_the_last_token_is_not_read(tiny_model, monkeypatch):
     model, steps = tiny_model("llama"), []
-    monkeypatch.setattr(models.CachedDecoder, "read", lambda self, token, own=models.CachedDecoder.read: steps.append(token) or own(self, token))
+    monkeypatch.setattr(
+        models.CachedDecoder,
+        "read",
+        lambda self, token, own=models.CachedDecoder.read: steps.append(token) or own(self, token),
+    )
     reading = DecodingConfig("lm_then_nearest", 4, every(model))
     project(model, TokenTables.of(model), vectors(model, 2, 5), PROMPTS, torch.tensor([0, 1]), reading)
     assert len(steps) == 4
@@ -96,9 +121,20 @@ def test_the_last_token_is_not_read(tiny_model, monkeypatch):
 
 def test_no_pass_reads_a_text_that_has_ended(tiny_model, monkeypatch):
     model, sizes = tiny_model("llama"), []
-    monkeypatch.setattr(models.CachedDecoder, "read", lambda self, token, own=models.CachedDecoder.read: sizes.append(len(token)) or own(self, token))
+    monkeypatch.setattr(
+        models.CachedDecoder,
+        "read",
+        lambda self, token, own=models.CachedDecoder.read: sizes.append(len(token)) or own(self, token),
+    )
     rows = torch.zeros(9, dtype=torch.long)
-    ids = project(model, TokenTables.of(model), vectors(model, 9, 8), PROMPTS, rows, DecodingConfig("lm_then_nearest", 20, every(model), end=9, min_tokens=2))
+    ids = project(
+        model,
+        TokenTables.of(model),
+        vectors(model, 9, 8),
+        PROMPTS,
+        rows,
+        DecodingConfig("lm_then_nearest", 20, every(model), end=9, min_tokens=2),
+    )
     lengths = text_mask(ids, 9).sum(1)
     assert sizes == [int((lengths > step).sum()) for step in range(min(7, int(lengths.max())))] and sizes[-1] < 9
 
@@ -119,7 +155,10 @@ def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order):
     """The default device is another one, as it is for everything that should be on a GPU."""
     model, end = tiny_model("llama"), 9
     tables, v, rows = TokenTables.of(model), vectors(model, 3, 4), torch.tensor([0, 1, 2])
-    reader, reading = models.CachedDecoder.of(model, [PROMPTS[row] for row in rows]), DecodingConfig(order, 5, every(model), end=end, min_tokens=2)
+    reader, reading = (
+        models.CachedDecoder.of(model, [PROMPTS[row] for row in rows]),
+        DecodingConfig(order, 5, every(model), end=end, min_tokens=2),
+    )
     asked, select, read_on = [], reader.select, reader.read_on
     reader.read = lambda token: None  # the model's own code is not what is asked
     reader.select = lambda rows: asked.append(rows.device) or select(rows)
@@ -132,7 +171,9 @@ def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order):
 
 def test_prompts_are_read_where_the_model_is_and_with_a_mask_only_if_they_differ_in_length(tiny_model, monkeypatch):
     model, asked = tiny_model("llama"), []
-    monkeypatch.setattr(models, "pad_left", lambda prompts, device, own=models.pad_left: asked.append(device) or own(prompts, device))
+    monkeypatch.setattr(
+        models, "pad_left", lambda prompts, device, own=models.pad_left: asked.append(device) or own(prompts, device)
+    )
     for lengths in ([2, 2], [2, 3], [1, 2, 3]):
         reader = models.CachedDecoder.of(model, [(1,) * length for length in lengths])
         assert (reader.mask is None) == (len(set(lengths)) == 1)
@@ -141,7 +182,10 @@ def test_prompts_are_read_where_the_model_is_and_with_a_mask_only_if_they_differ
 
 def test_text_mask():
     ids = torch.tensor([[5, 0, 7], [0, 0, 0], [1, 2, 3]])
-    assert text_mask(ids, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]] and text_mask(ids, None).tolist() == [[1] * 3] * 3
+    assert (
+        text_mask(ids, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]]
+        and text_mask(ids, None).tolist() == [[1] * 3] * 3
+    )
 
 
 def test_bad_settings_are_one_sentence(tiny_model):
@@ -149,7 +193,9 @@ def test_bad_settings_are_one_sentence(tiny_model):
     allowed = every(model)
     with pytest.raises(UserError, match=r"top_k = 98, it must be from 1 to the 97 allowed tokens"):
         DecodingConfig("lm_then_nearest", 98, allowed)
-    with pytest.raises(UserError, match="top_k = 0, it must be from 1 to the 300 allowed tokens of the 300 in the vocabulary: try 200"):
+    with pytest.raises(
+        UserError, match="top_k = 0, it must be from 1 to the 300 allowed tokens of the 300 in the vocabulary: try 200"
+    ):
         DecodingConfig("lm_then_nearest", 0, Vocabulary.free(torch.ones(300, dtype=torch.bool)))
     with pytest.raises(UserError, match="top_k = 0"):
         DecodingConfig("lm_then_nearest", 0, allowed)
@@ -181,7 +227,9 @@ def test_inner_products_are_summed_in_single_precision_at_least(dtype, numbers, 
     candidates = torch.randint(20, (7, 4), generator=source)
     found = projection.inner_products(table, candidates, vectors)
     assert found.dtype == torch.promote_types(dtype, torch.float32)
-    torch.testing.assert_close(found.double(), torch.einsum("nkd,nd->nk", table[candidates].double(), vectors.double()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found.double(), torch.einsum("nkd,nd->nk", table[candidates].double(), vectors.double()), atol=1e-5, rtol=0
+    )
     assert projection.inner_products(table, candidates[:0], vectors[:0]).shape == (0, 4)
 
 
@@ -206,12 +254,24 @@ def test_of_equal_scores_as_many_are_found_as_are_asked_for_and_none_twice():
 
 
 def test_a_gpu_gathers_more_candidates_at_once():
-    assert projection.gathered_numbers(torch.device("cpu")) == 1 << 20 < projection.gathered_numbers(torch.device("cuda:1")) == 1 << 26
+    assert (
+        projection.gathered_numbers(torch.device("cpu"))
+        == 1 << 20
+        < projection.gathered_numbers(torch.device("cuda:1"))
+        == 1 << 26
+    )
 
 
 def test_a_prompt_and_text_may_fill_the_context(tiny_model):
     model = tiny_model("llama")
-    ids = project(model, TokenTables.of(model), vectors(model, 1, 63), [(0,)], torch.tensor([0]), DecodingConfig("lm_then_nearest", 5, every(model)))
+    ids = project(
+        model,
+        TokenTables.of(model),
+        vectors(model, 1, 63),
+        [(0,)],
+        torch.tensor([0]),
+        DecodingConfig("lm_then_nearest", 5, every(model)),
+    )
     assert ids.shape == (1, 63)
 
 
@@ -220,7 +280,10 @@ def test_the_end_is_allowed_from_min_tokens_on_and_the_vocabularys_mask_stays(ti
     reading = DecodingConfig("lm_then_nearest", 5, vocabulary, end=3, min_tokens=2)
     masks = [projection._allowed_at(reading, row, row, step, row) for step in range(4)]
     assert [bool(mask[..., 3].all()) for mask in masks] == [False, False, True, True]
-    assert bool(vocabulary.whole.all()) and projection._allowed_at(DecodingConfig("lm_then_nearest", 5, vocabulary), row, row, 1, row).ndim == 1
+    assert (
+        bool(vocabulary.whole.all())
+        and projection._allowed_at(DecodingConfig("lm_then_nearest", 5, vocabulary), row, row, 1, row).ndim == 1
+    )
 
 
 @pytest.mark.parametrize("order", PROJECTIONS)
@@ -233,7 +296,14 @@ def test_an_opening_stands_before_each_text_and_is_not_chosen(tiny_model, kind, 
     ids = project(model, TokenTables.of(model), v, PROMPTS, rows, reading, openings)
     for i, row in enumerate(rows.tolist()):
         count = len(openings[row])
-        alone = project(model, TokenTables.of(model), v[i : i + 1, count:], PROMPTS[row : row + 1], torch.zeros(1, dtype=torch.long), reading)
+        alone = project(
+            model,
+            TokenTables.of(model),
+            v[i : i + 1, count:],
+            PROMPTS[row : row + 1],
+            torch.zeros(1, dtype=torch.long),
+            reading,
+        )
         assert ids[i].tolist() == [*openings[row], *alone[0].tolist()]
 
 
@@ -255,7 +325,14 @@ def test_every_projection_is_whole_characters_that_begin_with_a_word(order, prom
     model = models.load_model("demo", device="cpu")
     ids = tuple(model.tokenizer(prompt)["input_ids"])
     v = torch.randn(12, 6, model.embedding.shape[1], generator=torch.Generator().manual_seed(0))
-    found = project(model, TokenTables.of(model), v, [ids], torch.zeros(12, dtype=torch.long), DecodingConfig(order, 3000, model.vocabulary))
+    found = project(
+        model,
+        TokenTables.of(model),
+        v,
+        [ids],
+        torch.zeros(12, dtype=torch.long),
+        DecodingConfig(order, 3000, model.vocabulary),
+    )
     for row in found.tolist():
         masks, state = literal_masks(model.vocabulary, row, 6, ids[-1])
         assert state == 0 and all(mask[token] for mask, token in zip(masks, row, strict=True))

@@ -1,4 +1,6 @@
-"""The comparison: every method at its budget, the controls know what they should, and a run is a function of its seeds."""
+"""The comparison: every method at its budget, the controls know what they should, and a run is a function of its
+seeds.
+"""
 
 import json
 import os
@@ -33,11 +35,26 @@ from gradmm.tasks import Task, tokenize_task
 from gradmm.training import FinetuneConfig
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
-FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is", ("", "a:", "the cat:", "in:"))
+FOUR = Task(
+    "four",
+    ("a", "b", "c", "d"),
+    (" world", " sports", " business", " text"),
+    "{text} this is",
+    ("", "a:", "the cat:", "in:"),
+)
 CONFIG = ComparisonConfig(
     n_real=8,
     synthesis=SynthesisConfig(
-        search="admm", ranking="text", n_synthetic=4, oversample=1.5, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=5
+        search="admm",
+        ranking="text",
+        n_synthetic=4,
+        oversample=1.5,
+        group_size=2,
+        outer_steps=2,
+        inner_steps=2,
+        top_k=5,
+        init_candidates=2,
+        length=5,
     ),
     finetuning=FinetuneConfig(steps=4, batch_size=4, learning_rates=(3e-3, 1e-2), eval_every=2, warmup=1),
     sampling=Sampling(temperature=4.0, max_tokens=16, min_tokens=4, shots=1, rounds=40),
@@ -73,10 +90,14 @@ def whole(model, tmp_path_factory):
 def test_every_method_has_its_budget_and_its_figures(whole):
     found, folder = whole
     sizes = {"none": 0, "all_real": 40, "real": 8}
-    assert {name: figures["n"] for name, figures in found.methods.items()} == {name: sizes.get(name, 4) for name in METHODS}
+    assert {name: figures["n"] for name, figures in found.methods.items()} == {
+        name: sizes.get(name, 4) for name in METHODS
+    }
     for name, figures in found.methods.items():
         assert len(figures["accuracy"]["runs"]) == 2 and 0 <= figures["macro_f1"] <= 1
-        assert (figures["match_loss"] is None) == (name == "none") and set(figures["similarity"]) == ({"0", "2"} if name != "none" else set())
+        assert (figures["match_loss"] is None) == (name == "none") and set(figures["similarity"]) == (
+            {"0", "2"} if name != "none" else set()
+        )
         assert (figures["minus_gradmm"] is None) == (name == "gradmm")
     assert len(found.labels) == 8 and len(found.table()) == len(METHODS)
     json.dumps(found.methods, allow_nan=False)
@@ -96,11 +117,17 @@ def test_the_real_examples_match_themselves_at_every_step(whole):
 def test_differences_are_paired_and_summaries_follow_from_the_records(whole):
     found, _ = whole
     for name, figures in found.methods.items():
-        runs = [sum(a == b for a, b in zip(r["predictions"], found.labels, strict=True)) / len(found.labels) for r in found.of(name)]
+        runs = [
+            sum(a == b for a, b in zip(r["predictions"], found.labels, strict=True)) / len(found.labels)
+            for r in found.of(name)
+        ]
         assert list(figures["accuracy"]["runs"]) == pytest.approx(runs)
         if name != "gradmm":
             gap, own = figures["minus_gradmm"], found.methods["gradmm"]["accuracy"]
-            assert gap["mean"] == pytest.approx(figures["accuracy"]["mean"] - own["mean"]) and gap["low"] <= gap["mean"] <= gap["high"]
+            assert (
+                gap["mean"] == pytest.approx(figures["accuracy"]["mean"] - own["mean"])
+                and gap["low"] <= gap["mean"] <= gap["high"]
+            )
 
 
 def test_the_same_seeds_give_the_same_files(model, whole, tmp_path):
@@ -117,7 +144,11 @@ def test_finished_runs_are_read_back_and_missing_ones_done(model, whole, tmp_pat
     compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0,), **options)
     (tmp_path / "records" / "gradmm-seed0.json").unlink()
     done = []
-    monkeypatch.setattr(protocol, "finetune", lambda *args, _run=protocol.finetune, **how: done.append(args[-1].seed) or _run(*args, **how))
+    monkeypatch.setattr(
+        protocol,
+        "finetune",
+        lambda *args, _run=protocol.finetune, **how: done.append(args[-1].seed) or _run(*args, **how),
+    )
     resumed = compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0, 1), **options)
     assert done == [0, 1, 1]
     assert resumed.records == [r for r in whole[0].records if r["method"] in ("none", "real", "gradmm")]
@@ -168,20 +199,30 @@ def test_four_classes_go_through_every_method_with_a_head_with_bias_and_a_second
     config = replace(CONFIG, synthesis=replace(CONFIG.synthesis, n_synthetic=6))
     found = compare(phi, FOUR, splits_of(FOUR), config, seeds=(0,), progress=False, second=model)
     sizes = {"none": 0, "all_real": 80, "real": 8}
-    assert {name: figures["n"] for name, figures in found.methods.items()} == {name: sizes.get(name, 6) for name in METHODS}
+    assert {name: figures["n"] for name, figures in found.methods.items()} == {
+        name: sizes.get(name, 6) for name in METHODS
+    }
     assert all(figures["second_perplexity"] > 1 for name, figures in found.methods.items() if name != "none")
     assert {label for record in found.records for label in record["predictions"]} <= {0, 1, 2, 3}
 
 
 def test_four_classes_release_and_synthesize(model):
     real = toy(FOUR, 0, 3)
-    found = gradmm.synthesize(model, FOUR, gradmm.release(model, FOUR, real, space="head"), replace(CONFIG.synthesis, n_synthetic=8), progress=False)
+    found = gradmm.synthesize(
+        model,
+        FOUR,
+        gradmm.release(model, FOUR, real, space="head"),
+        replace(CONFIG.synthesis, n_synthetic=8),
+        progress=False,
+    )
     assert sorted(found.kept["label"]) == [0, 0, 1, 1, 2, 2, 3, 3]
     assert found.manifest["set_match"].keys() == set(FOUR.labels)
 
 
 def test_another_model_learns_from_the_same_examples(tiny_model, model, whole, tmp_path):
-    """The learner's figures are those of the same examples given to it by hand; the writer's are those without a learner."""
+    """The learner's figures are those of the same examples given to it by hand; the writer's are those without a
+    learner.
+    """
     names, learner = ("none", "real", "gradmm"), tiny_model("gpt2", dtype=torch.float32)
     found = compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False, learners=(learner,))
     varying = {"settings": None, "elsewhere": None}
@@ -199,7 +240,11 @@ def test_another_model_learns_from_the_same_examples(tiny_model, model, whole, t
     assert there.methods["gradmm"]["match_loss"] != found.methods["gradmm"]["match_loss"]
     for seed in (0, 1):
         texts = [example.text for example in METHODS["gradmm"](SeedRun(bench_of(model), seed))]
-        assert there.of("gradmm")[seed]["perplexity"] == perplexity(learner, texts).corpus != found.of("gradmm")[seed]["perplexity"]
+        assert (
+            there.of("gradmm")[seed]["perplexity"]
+            == perplexity(learner, texts).corpus
+            != found.of("gradmm")[seed]["perplexity"]
+        )
     assert there.methods["gradmm"]["distinct_2"] == found.methods["gradmm"]["distinct_2"]
     again = compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False, learners=(learner,))
     assert again.records == found.records
@@ -209,13 +254,19 @@ def test_another_model_learns_from_the_same_examples(tiny_model, model, whole, t
         compare(model, TWO, splits_of(TWO), CONFIG, names, (0,), progress=False, learners=(model,))
 
 
-def test_a_learner_without_a_verbalizer_is_refused_before_anything_is_written(tiny_model, model, toy_tokenizer, tmp_path):
+def test_a_learner_without_a_verbalizer_is_refused_before_anything_is_written(
+    tiny_model, model, toy_tokenizer, tmp_path
+):
     known = json.loads(toy_tokenizer.backend_tokenizer.to_str())
     del known["model"]["vocab"]["Ġgreat"]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(known)), bos_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(known)), bos_token="<|endoftext|>"
+    )
     other = replace(tiny_model("gpt2", dtype=torch.float32), name="other", tokenizer=tokenizer)
     with pytest.raises(UserError, match=r"other cannot learn this task: .*verbalizer ' great'"):
-        compare(model, TWO, splits_of(TWO), CONFIG, ("none",), (0,), tmp_path / "run", progress=False, learners=(other,))
+        compare(
+            model, TWO, splits_of(TWO), CONFIG, ("none",), (0,), tmp_path / "run", progress=False, learners=(other,)
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -223,14 +274,23 @@ def test_what_carries_over_is_the_learner_s_gain_as_a_share_of_the_writer_s():
     labels, blank = (0, 1) * 50, {"n": 0, "macro_f1": 0, "similarity": {}, "curve": [], **dict.fromkeys(MEASURES)}
 
     def right(count):
-        return {"accuracy": count / 100, "predictions": [label if place < count else 1 - label for place, label in enumerate(labels)]}
+        return {
+            "accuracy": count / 100,
+            "predictions": [label if place < count else 1 - label for place, label in enumerate(labels)],
+        }
 
     rows = (("none", 50, 40), ("gradmm", 90, 60), ("real", 50, 60))
-    records = [blank | right(own) | {"method": m, "seed": s, "elsewhere": {"b": right(there)}} for m, own, there in rows for s in (0, 1)]
+    records = [
+        blank | right(own) | {"method": m, "seed": s, "elsewhere": {"b": right(there)}}
+        for m, own, there in rows
+        for s in (0, 1)
+    ]
     found = Comparison(TWO, labels, records)
     carried = found.transfer_ratio("b", "gradmm")
     assert carried["share"] == pytest.approx(0.5) and carried["low"] < 0.5 < carried["high"]
-    assert found.transfer_ratio("b", "real") is None  # on the writing model it gains nothing, of which nothing is a share
+    assert (
+        found.transfer_ratio("b", "real") is None
+    )  # on the writing model it gains nothing, of which nothing is a share
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])
@@ -273,14 +333,22 @@ def test_prompt_only_does_not_depend_on_the_release(model):
 
 
 def test_a_pool_is_written_once_and_every_target_chooses_from_it(model, monkeypatch):
-    synthesis = replace(CONFIG.synthesis, search="pool", ranking="group", filter="calibrated_label", oversample=3.0, length=12)
+    synthesis = replace(
+        CONFIG.synthesis, search="pool", ranking="group", filter="calibrated_label", oversample=3.0, length=12
+    )
     trial = SeedRun(bench_of(model, config=replace(CONFIG, space="body", synthesis=synthesis)), 3)
     done = []
-    monkeypatch.setattr(trial_room, "synthesize", lambda *args, _run=trial_room.synthesize, **how: done.append(1) or _run(*args, **how))
+    monkeypatch.setattr(
+        trial_room, "synthesize", lambda *args, _run=trial_room.synthesize, **how: done.append(1) or _run(*args, **how)
+    )
     chosen = {name: METHODS[name](trial) for name in ("gradmm", "random_target", "prompt_only", "shuffled")}
     pool = [(row["text"], row["label"]) for row in trial.written.dataset]
     assert len(done) == 1 and len(pool) == 12
-    assert all(len(texts) == 4 and {(e.text, e.label) for e in texts} <= set(pool) for name, texts in chosen.items() if name != "shuffled")
+    assert all(
+        len(texts) == 4 and {(e.text, e.label) for e in texts} <= set(pool)
+        for name, texts in chosen.items()
+        if name != "shuffled"
+    )
     assert [e.text for e in chosen["shuffled"]] == [e.text for e in chosen["gradmm"]]
     passed = [row for row in trial.written.dataset if not row["reason"].startswith("dropped: the model reads")]
     first = [[row["text"] for row in passed if row["label"] == label][:2] for label in (0, 1)]
@@ -289,10 +357,14 @@ def test_a_pool_is_written_once_and_every_target_chooses_from_it(model, monkeypa
 
 
 def test_matched_real_examples_are_unseen_real_ones_that_match_together(model):
-    config = replace(CONFIG, space="body", synthesis=replace(CONFIG.synthesis, search="pool", ranking="group", oversample=8.0))
+    config = replace(
+        CONFIG, space="body", synthesis=replace(CONFIG.synthesis, search="pool", ranking="group", oversample=8.0)
+    )
     trial = SeedRun(bench_of(model, config=config), 0)
     chosen = METHODS["matched_real"](trial)
-    assert [e.label for e in chosen] == [0, 0, 1, 1] and set(chosen) <= set(trial.experiment.splits.train) - set(trial.real)
+    assert [e.label for e in chosen] == [0, 0, 1, 1] and set(chosen) <= set(trial.experiment.splits.train) - set(
+        trial.real
+    )
     matching = Matching(model, tokenize_task(TWO, model.tokenizer), trial.release.targets, trial.release.space)
     sets = [chosen, *(METHODS["random"](SeedRun(trial.experiment, seed)) for seed in range(5))]
     best, *others = [sum(matching.of_sets([e.text for e in some], [e.label for e in some])) for some in sets]
@@ -304,7 +376,9 @@ def test_prompt_only_is_the_first_projection_of_the_first_draw_in_order_of_writi
     trial = SeedRun(bench, 0)
     first = []
     config = replace(trial.synthesis, init_candidates=1, outer_steps=1)
-    gradmm.synthesize(model, TWO, trial.release, config, progress=False, on_step=lambda _, result: first.append(result.state.ids))
+    gradmm.synthesize(
+        model, TWO, trial.release, config, progress=False, on_step=lambda _, result: first.append(result.state.ids)
+    )
     tokens = tokenize_task(TWO, model.tokenizer)
     rows = [[i for i in row if i != model.tokenizer.eos_token_id] for row in first[0].flatten(0, 1).tolist()]
     found = METHODS["prompt_only"](trial)
@@ -359,13 +433,19 @@ def test_curves_verdicts_and_where_two_methods_part(whole):
     found, _ = whole
     rate = CONFIG.finetuning.learning_rates[-1]
     curve = found.curve("real", "validation_loss", rate)
-    rows = [look for r in found.of("real") for look in r["curve"] if look["learning_rate"] == rate and look["step"] == 2]
+    rows = [
+        look for r in found.of("real") for look in r["curve"] if look["learning_rate"] == rate and look["step"] == 2
+    ]
     assert curve.loc[2, "mean"] == pytest.approx(sum(look["validation_loss"] for look in rows) / 2)
     assert found.divergence("real", "real", "validation_loss", rate) is None
     assert found.divergence("real", "gradmm", "validation_loss", rate) in (None, 2, 4)
-    assert "gradmm (" in found.verdict("gradmm", "none") and " cannot be told from gradmm" in found.verdict("gradmm", "gradmm")
-    known = Comparison(TWO, (0, 1) * 50, [{"method": m, "seed": 0, "n": 0, "accuracy": a, "macro_f1": a, "similarity": {},
-        "predictions": p, "curve": [], **dict.fromkeys(MEASURES)} for m, a, p in (("a", 1, [0, 1] * 50), ("b", 0, [1, 0] * 50))])  # fmt: skip
+    assert "gradmm (" in found.verdict("gradmm", "none") and " cannot be told from gradmm" in found.verdict(
+        "gradmm", "gradmm"
+    )
+    known = Comparison(TWO, (0, 1) * 50, [{"method": m, "seed": 0, "n": 0, "accuracy": a, "macro_f1": a,
+        "similarity": {},
+        "predictions": p, "curve": [], **dict.fromkeys(MEASURES)} for m, a,
+            p in (("a", 1, [0, 1] * 50), ("b", 0, [1, 0] * 50))])  # fmt: skip
     assert known.verdict("a", "b") == "a (1.000) beats b (0.000): difference +1.000, 95% interval +1.000 to +1.000"
     assert "is beaten by" in known.verdict("b", "a")
 
@@ -388,7 +468,9 @@ def test_misuse_is_one_sentence(model, options, message, tmp_path):
 
 def test_a_worker_ends_when_its_parent_is_gone(monkeypatch):
     seen = []
-    monkeypatch.setattr(protocol.multiprocessing, "parent_process", lambda: SimpleNamespace(join=lambda: seen.append("gone")))
+    monkeypatch.setattr(
+        protocol.multiprocessing, "parent_process", lambda: SimpleNamespace(join=lambda: seen.append("gone"))
+    )
     monkeypatch.setattr(protocol.os, "_exit", seen.append)
     monkeypatch.setattr(protocol.threading, "Thread", lambda target, daemon: SimpleNamespace(start=target))
     protocol._begin_worker(torch.get_num_threads())
@@ -401,7 +483,9 @@ def test_without_steps_nothing_is_trained_to_compare_gradients(model, monkeypatc
     assert similarities(trial, {"real": trial.real, "none": []}) == {"real": {}, "none": {}}
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"similarity_steps": (0, 50)}, "from 0 to the"), ({"max_test": 0}, "max_test = 0")])
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"similarity_steps": (0, 50)}, "from 0 to the"), ({"max_test": 0}, "max_test = 0")]
+)
 def test_settings_out_of_range(settings, message):
     with pytest.raises(UserError, match=message):
         replace(CONFIG, **settings)

@@ -21,7 +21,11 @@ def test_a_record_is_read_back_with_what_it_came_from(tmp_path):
     held = records.read_record(place)
     assert tuple(held) == records.KEYS and held["settings"] == {"batch": 4, "dtype": "float32"}
     assert held["results"] == {"tokens_per_second": 12.5, "curve": {"0": [1, 2.5, None]}}
-    assert held["versions"] == runs.versions() and held["machine"] == records.machine() and held["commit"] == records.commit()
+    assert (
+        held["versions"] == runs.versions()
+        and held["machine"] == records.machine()
+        and held["commit"] == records.commit()
+    )
 
 
 def test_the_machine_has_cores_and_memory_and_no_name_of_its_own():
@@ -32,7 +36,9 @@ def test_the_machine_has_cores_and_memory_and_no_name_of_its_own():
 
 
 def test_the_commit_is_that_of_the_checkout_and_says_when_files_differ():
-    head = subprocess.run(["git", "-C", str(records.PACKAGE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    head = subprocess.run(
+        ["git", "-C", str(records.PACKAGE), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     if head.returncode:
         pytest.skip("not a git checkout")
     assert records.commit() in (head.stdout.strip(), f"{head.stdout.strip()}-dirty")
@@ -48,7 +54,9 @@ def test_outside_a_checkout_the_environment_names_the_commit(tmp_path, monkeypat
     assert records.commit() == "0123abc"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, torch.zeros(1), {1, 2}], ids=["nan", "infinity", "tensor", "set"])
+@pytest.mark.parametrize(
+    "value", [math.nan, math.inf, torch.zeros(1), {1, 2}], ids=["nan", "infinity", "tensor", "set"]
+)
 def test_what_json_cannot_hold_is_refused_and_nothing_is_written(tmp_path, value):
     place = tmp_path / "a.json"
     for results, settings in (({"x": value}, {}), ({}, {"x": value})):
@@ -57,7 +65,9 @@ def test_what_json_cannot_hold_is_refused_and_nothing_is_written(tmp_path, value
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("held, missing", [({"results": {}}, "settings, machine, versions, commit"), ([], "settings, machine")])
+@pytest.mark.parametrize(
+    "held, missing", [({"results": {}}, "settings, machine, versions, commit"), ([], "settings, machine")]
+)
 def test_a_file_that_is_no_record_is_refused(tmp_path, held, missing):
     (tmp_path / "a.json").write_text(json.dumps(held), encoding="utf-8")
     with pytest.raises(UserError, match=f"is no record, it has no {missing}"):

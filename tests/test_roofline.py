@@ -27,7 +27,9 @@ REAL = [Example("a dull plot " * 4, 0), Example("a fine film " * 4, 1), Example(
 
 
 def counted(call) -> int:
-    """Operations of the products of one call; attention by products too, because the counter knows no CPU kernel of it."""
+    """Operations of the products of one call; attention by products too, because the counter knows no CPU kernel
+    of it.
+    """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops()
@@ -44,7 +46,17 @@ def deep(request) -> Model:
 
 @pytest.fixture(scope="module")
 def plan(deep) -> Plan:
-    config = SynthesisConfig(search="admm", ranking="text", n_synthetic=4, oversample=1, group_size=2, length=40, early_end=False, init="normal", top_k=5)
+    config = SynthesisConfig(
+        search="admm",
+        ranking="text",
+        n_synthetic=4,
+        oversample=1,
+        group_size=2,
+        length=40,
+        early_end=False,
+        init="normal",
+        top_k=5,
+    )
     return Plan.of(deep, TASK, release(deep, TASK, REAL, space="head"), config)
 
 
@@ -86,7 +98,8 @@ def test_the_target_is_a_few_percent_above_its_floor(deep, plan):
 
 def test_judging_texts_costs_at_least_its_floor(deep, plan):
     long = (
-        "red great good bad terrible fine dull it was is the a and but not very movie film story actor actors plot scene ending "
+        "red great good bad terrible fine dull it was is the a and but not very movie film story actor actors plot "
+        "scene ending "
         "music joy sadness love fear world sports business text some words this "
     )
     texts = [long + word for word in ("sat on", "like dog", "saw made", "blue time")]
@@ -104,23 +117,34 @@ def test_a_choice_reads_nothing_that_weighs_nothing(deep, plan, monkeypatch):
         real = getattr(selection, name)
         monkeypatch.setattr(selection, name, lambda *inputs, name=name, real=real: asked.append(name) or real(*inputs))
     for filter, weight, expected in (
-        ("none", 0.0, ["perplexities"]), ("label", 0.0, ["perplexities", "label_probabilities"]), ("none", 0.1, ["perplexities"]),
+        ("none", 0.0, ["perplexities"]), ("label", 0.0, ["perplexities", "label_probabilities"]),
+        ("none", 0.1, ["perplexities"]),
     ):  # fmt: skip
         asked.clear()
         config = dataclasses.replace(plan.config, filter=filter, perplexity_weight=weight)
         verdicts, match = dataclasses.replace(plan, config=config).selector.choose(texts, classes)
         assert asked == expected and len(verdicts) == len(match) == 4
-    assert [row["kept"] for row in dataclasses.replace(plan, config=config).selector.rows(texts, classes)] == [one.kept for one in verdicts]
+    assert [row["kept"] for row in dataclasses.replace(plan, config=config).selector.rows(texts, classes)] == [
+        one.kept for one in verdicts
+    ]
 
 
 def test_a_step_of_fine_tuning_is_a_few_percent_above_its_floor(deep, plan):
     config = training.FinetuneConfig(batch_size=2)
     learner = training.trainable_copy(deep, config)
-    data = Encoded.of(learner, TASK, plan.tokens, [Example("red cat " * 20 + "sat", label) for label in (0, 1)], "train")
+    data = Encoded.of(
+        learner, TASK, plan.tokens, [Example("red cat " * 20 + "sat", label) for label in (0, 1)], "train"
+    )
     optimizer = torch.optim.SGD(learner.lm.parameters())
     done = counted(lambda: training._step(learner, plan.tokens, data, [0, 1], optimizer, config))
     once, twice = (
-        roofline.finetuning(roofline.Body.of(deep), dataclasses.replace(config, steps=steps), {"train": len(data.sequences[0]), "validation": 9}, 1, 7)
+        roofline.finetuning(
+            roofline.Body.of(deep),
+            dataclasses.replace(config, steps=steps),
+            {"train": len(data.sequences[0]), "validation": 9},
+            1,
+            7,
+        )
         for steps in (1, 2)
     )
     step = twice.operations - once.operations
@@ -132,7 +156,9 @@ def test_all_steps_are_counted_and_grow_in_proportion(deep, plan):
     body, job = roofline.Body.of(deep), roofline.Workload.of(plan)
     works = roofline.synthesis(body, job)
     assert tuple(works) == roofline.PHASES
-    assert works["inner steps"].operations == job.outer_steps * job.inner_steps * roofline.inner_step(body, job).operations
+    assert (
+        works["inner steps"].operations == job.outer_steps * job.inner_steps * roofline.inner_step(body, job).operations
+    )
     assert works["projection"].bytes == (job.outer_steps + 1) * roofline.projection(body, job).bytes
     twice = roofline.inner_step(body, dataclasses.replace(job, groups=2 * job.groups))
     assert twice.operations == 2 * roofline.inner_step(body, job).operations
@@ -147,11 +173,15 @@ def test_one_start_alone_is_not_evaluated(deep, plan):
 
 
 def test_the_model_of_the_paper_by_arithmetic_alone():
-    config = transformers.PhiConfig(vocab_size=51200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32)
+    config = transformers.PhiConfig(
+        vocab_size=51200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32
+    )
     body = roofline.Body.of_config(config, torch.bfloat16)
     assert body.parameters == pytest.approx(1.418e9, rel=1e-3) and body.number == 2 and body.largest == (2048, 8192)
     step = roofline.inner_step(body, roofline.Workload())
-    plain = 4 * sum(body.layers) * roofline.Workload().texts * roofline.Workload().positions  # 4 operations a parameter and token
+    plain = (
+        4 * sum(body.layers) * roofline.Workload().texts * roofline.Workload().positions
+    )  # 4 operations a parameter and token
     assert step.operations == pytest.approx(plain, rel=0.05)
 
 

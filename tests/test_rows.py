@@ -43,19 +43,42 @@ def labelled(label) -> dict:
 
 # kind -> what stands in row 3, what the message says of it
 WRONG_LABELS = {
-    "a float": {1.0: '1.0, .*"label": 1}', 0.0: '0.0, .*"label": 0}', 2.5: '2.5, .*"label": 0}', float("nan"): "NaN, ", float("inf"): "Infinity, ", -1.0: '-1.0, .*"label": -1}'},
+    "a float": {
+        1.0: '1.0, .*"label": 1}',
+        0.0: '0.0, .*"label": 0}',
+        2.5: '2.5, .*"label": 0}',
+        float("nan"): "NaN, ",
+        float("inf"): "Infinity, ",
+        -1.0: '-1.0, .*"label": -1}',
+    },
     "true or false": {True: 'true, .*"label": 1}', False: 'false, .*"label": 0}'},
     "nothing": {None: "null, "},
-    "a list": {"[1]": r'\[1\], .*"label": 1}', '["good"]': r'\["good"\], .*"label": "good"}', "[]": r"\[\], ", "[true]": r'\[true\], .*"label": 1}', "[0, 1]": r"\[0, 1\], "},
+    "a list": {
+        "[1]": r'\[1\], .*"label": 1}',
+        '["good"]': r'\["good"\], .*"label": "good"}',
+        "[]": r"\[\], ",
+        "[true]": r'\[true\], .*"label": 1}',
+        "[0, 1]": r"\[0, 1\], ",
+    },
     "an object": {'{"a": 1}': '{"a": 1}, ', "{}": "{}, "},
-    "spaces around a name": {'"positive "': "'positive ', with spaces around the name: write 'positive'", '" a"': "' a', with", '"a\\n"': "'a.n', with"},
+    "spaces around a name": {
+        '"positive "': "'positive ', with spaces around the name: write 'positive'",
+        '" a"': "' a', with",
+        '"a\\n"': "'a.n', with",
+    },
     "an empty name": {'""': "an empty label", '" "': "an empty label", '"\\t"': "an empty label"},
-    "a whole text": {json.dumps("words " * 50): "a label of 300 characters, more than 100", json.dumps(SECRET * 20): "a label of 160", json.dumps("x" * 101): "a label of 101"},
+    "a whole text": {
+        json.dumps("words " * 50): "a label of 300 characters, more than 100",
+        json.dumps(SECRET * 20): "a label of 160",
+        json.dumps("x" * 101): "a label of 101",
+    },
 }
 LABELS = [(kind, label, words) for kind, some in WRONG_LABELS.items() for label, words in some.items()]
 
 
-@pytest.mark.parametrize(("kind", "label", "words"), LABELS, ids=[f"{kind}, {str(label)[:12]}" for kind, label, _ in LABELS])
+@pytest.mark.parametrize(
+    ("kind", "label", "words"), LABELS, ids=[f"{kind}, {str(label)[:12]}" for kind, label, _ in LABELS]
+)
 def test_a_wrong_label_is_named_before_any_class_is_inferred(tmp_path, kind, label, words):
     row = labelled(json.loads(label) if isinstance(label, str) else label)
     folder = folder_of(tmp_path, [*GOOD[:2], row, *GOOD])
@@ -84,14 +107,27 @@ WRONG_FILES = {
         "train.jsonl is one JSON value over several lines: write one object a line",
     ),
     "lines that are no objects": (['"text"', "1", "null"], "mine/train.jsonl, line 1 is "),
-    "other columns": (['{"sentence": "a", "label": 1}', '{"Text": "a", "label": 1}', "{}"], "mine/train.jsonl, line 1 has no text: give"),
-    "no label": (['{"text": "a"}', '{"text": "a", "class": 1}', '{"text": "a", "Label": 1}'], "mine/train.jsonl, line 1 has no label: give"),
-    "a text that is none": (['{"text": " ", "label": 1}', '{"text": null, "label": 1}', '{"text": ["a"], "label": 1}'], "mine/train.jsonl, line 1 has a"),
+    "other columns": (
+        ['{"sentence": "a", "label": 1}', '{"Text": "a", "label": 1}', "{}"],
+        "mine/train.jsonl, line 1 has no text: give",
+    ),
+    "no label": (
+        ['{"text": "a"}', '{"text": "a", "class": 1}', '{"text": "a", "Label": 1}'],
+        "mine/train.jsonl, line 1 has no label: give",
+    ),
+    "a text that is none": (
+        ['{"text": " ", "label": 1}', '{"text": null, "label": 1}', '{"text": ["a"], "label": 1}'],
+        "mine/train.jsonl, line 1 has a",
+    ),
 }
-FILES = [(kind, number, content, words) for kind, (some, words) in WRONG_FILES.items() for number, content in enumerate(some)]
+FILES = [
+    (kind, number, content, words) for kind, (some, words) in WRONG_FILES.items() for number, content in enumerate(some)
+]
 
 
-@pytest.mark.parametrize(("kind", "number", "content", "words"), FILES, ids=[f"{kind} {number}" for kind, number, *_ in FILES])
+@pytest.mark.parametrize(
+    ("kind", "number", "content", "words"), FILES, ids=[f"{kind} {number}" for kind, number, *_ in FILES]
+)
 def test_a_wrong_file_is_named_before_any_class_is_inferred(tmp_path, kind, number, content, words):
     folder = folder_of(tmp_path, content)
     for act in (lambda: load_data(folder), lambda: load_data(folder, TWO), lambda: load_task(folder)):
@@ -101,8 +137,10 @@ def test_a_wrong_file_is_named_before_any_class_is_inferred(tmp_path, kind, numb
 
 
 UNREAD = {
-    "dev.jsonl": "validation", "val.jsonl": "validation", "valid.jsonl": "validation", "Dev_Set.ndjson": "validation", "eval.jsonl": "validation",
-    "development.jsonl": "validation", "training.jsonl": "train", "Test.jsonl": "test", "test-00000-of-00001.jsonl": "test", "testing.ndjson": "test",
+    "dev.jsonl": "validation", "val.jsonl": "validation", "valid.jsonl": "validation", "Dev_Set.ndjson": "validation",
+        "eval.jsonl": "validation",
+    "development.jsonl": "validation", "training.jsonl": "train", "Test.jsonl": "test",
+        "test-00000-of-00001.jsonl": "test", "testing.ndjson": "test",
 }  # fmt: skip
 
 
@@ -124,13 +162,19 @@ def test_a_file_that_looks_like_a_split_is_not_left_aside_in_silence(tmp_path, n
 def test_a_table_that_looks_like_a_split_is_not_left_aside_in_silence(tmp_path, name):
     split = re.match("[a-z]*", name).group()
     message = refused(lambda: load_data(folder_of(tmp_path, GOOD, **{name: "text,label\n"})))
-    wanted = f"add its rows to {split}.jsonl" if split == "train" else f"write its rows into {split}.jsonl, one object a line"
+    wanted = (
+        f"add its rows to {split}.jsonl"
+        if split == "train"
+        else f"write its rows into {split}.jsonl, one object a line"
+    )
     assert f"holds {name}, which looks like a split and is not read: {wanted}" in message
     (tmp_path / "mine" / "train.jsonl").unlink()
     assert f"holds {name}, which looks like a split" in refused(lambda: load_task(tmp_path / "mine"))
 
 
-@pytest.mark.parametrize("name", ["labels.json", "notes.txt", "test_results.json", "manifest.json", "latest.csv", "README.md"])
+@pytest.mark.parametrize(
+    "name", ["labels.json", "notes.txt", "test_results.json", "manifest.json", "latest.csv", "README.md"]
+)
 def test_other_files_may_stand_beside_the_splits(tmp_path, name):
     assert list(read_rows(folder_of(tmp_path, GOOD, **{name: "[]"}))) == ["train"]
 
@@ -176,16 +220,27 @@ def test_a_given_task_takes_the_names_of_labels_json_whatever_their_order(tmp_pa
     assert {e.label for e in load_data(folder, TWO)[1].train if int(e.text.split()[-1]) % 2 == 0} == {1}
     folder_of(tmp_path, GOOD, **{"labels.json": '["low", "high"]'})
     assert {e.label for e in load_data(folder, TWO)[1].train if int(e.text.split()[-1]) % 2 == 0} == {0}
-    folder_of(tmp_path, GOOD, **{"labels.json": '{"0": "low", "2": "high"}', "task.yaml": 'labels: [low, top]\nverbalizers: [" a", " b"]\n'})
+    folder_of(
+        tmp_path,
+        GOOD,
+        **{"labels.json": '{"0": "low", "2": "high"}', "task.yaml": 'labels: [low, top]\nverbalizers: [" a", " b"]\n'},
+    )
     assert "labels.json holds no list of label names" in refused(lambda: load_data(folder))
     folder_of(tmp_path, GOOD, **{"labels.json": '{"labels": {"0": "low", "2": "high"}}'})
-    assert "labels.json names 'low', 'high', and task 'mine' knows 'low', 'top': write the same names in both" in refused(lambda: load_data(folder))
+    assert (
+        "labels.json names 'low', 'high', and task 'mine' knows 'low', 'top': write the same names in both"
+        in refused(lambda: load_data(folder))
+    )
 
 
 def test_a_label_without_a_name_is_refused_by_line(tmp_path):
     for named in ({"1": "low", "2": "high"}, {"0": "low", "2": "high"}, ["1", "2"], ["low", "high"]):
         rows = [*GOOD, labelled(7)]
-        message = refused(lambda rows=rows, named=named: load_data(folder_of(tmp_path, rows, **{"labels.json": json.dumps({"labels": named})})))
+        message = refused(
+            lambda rows=rows, named=named: load_data(
+                folder_of(tmp_path, rows, **{"labels.json": json.dumps({"labels": named})})
+            )
+        )
         assert re.search("mine/train.jsonl, line [0-9]+ has the label [017], and those with a name are ", message)
 
 
@@ -202,7 +257,9 @@ def test_the_example_of_the_readme_works_as_it_stands(tmp_path):
     assert load_data(folder_of(tmp_path, rows, **{"labels.json": stars}))[0].labels == ("negative", "positive")
     (tmp_path / "mine" / "labels.json").unlink()
     rows = [{**row, "label": number % 2} for number, row in enumerate(rows)]
-    task = load_data(folder_of(tmp_path, rows, **{"task.yaml": re.search("```yaml\n(.*?)```", page, re.DOTALL).group(1)}))[0]
+    task = load_data(
+        folder_of(tmp_path, rows, **{"task.yaml": re.search("```yaml\n(.*?)```", page, re.DOTALL).group(1)})
+    )[0]
     assert task.verbalizers == (" bad", " great") and all(task.generation_prompts)
 
 
@@ -213,35 +270,62 @@ def test_the_example_of_the_readme_works_as_it_stands(tmp_path):
 def test_whole_numbers_of_other_libraries_are_labels(kind):
     (found,) = check_examples([{"text": "words", "label": kind(1)}], TWO)
     assert found == Example("words", 1) and type(found.label) is int
-    assert check_examples(pandas.DataFrame({"text": ["a", "b"], "label": [0, 1]}).to_dict("records"), TWO) == [Example("a", 0), Example("b", 1)]
+    assert check_examples(pandas.DataFrame({"text": ["a", "b"], "label": [0, 1]}).to_dict("records"), TWO) == [
+        Example("a", 0),
+        Example("b", 1),
+    ]
 
 
-@pytest.mark.parametrize("label", [numpy.float64(1.0), numpy.bool_(True), numpy.array([1]), torch.tensor(1.0), object()])
+@pytest.mark.parametrize(
+    "label", [numpy.float64(1.0), numpy.bool_(True), numpy.array([1]), torch.tensor(1.0), object()]
+)
 def test_other_values_of_other_libraries_are_not(label):
     assert "row 1 has the label " in refused(lambda: check_examples([labelled(label)], TWO))
 
 
 FRAME = pandas.DataFrame(GOOD)
-WRONG_TYPES = [FRAME, FRAME["text"], GOOD, {"train": GOOD}, numpy.array([SECRET]), (SECRET,), SECRET.encode(), {SECRET}, lambda: SECRET]
+WRONG_TYPES = [
+    FRAME,
+    FRAME["text"],
+    GOOD,
+    {"train": GOOD},
+    numpy.array([SECRET]),
+    (SECRET,),
+    SECRET.encode(),
+    {SECRET},
+    lambda: SECRET,
+]
 
 
 @pytest.mark.parametrize("value", WRONG_TYPES, ids=lambda value: type(value).__name__)
 def test_a_value_of_another_type_is_refused_without_what_it_holds(tmp_path, value):
-    assert f"the data is of type {type(value).__name__}: give a path or a name as text" in refused(lambda: load_data(value))
+    assert f"the data is of type {type(value).__name__}: give a path or a name as text" in refused(
+        lambda: load_data(value)
+    )
     message = refused(lambda: load_data(folder_of(tmp_path, GOOD), value))
     assert "the task is of type" in message or "unknown field 'train'" in message
     assert refused(lambda: load_task(value))
 
 
-@pytest.mark.parametrize("rows", [FRAME, "words", {"text": "a", "label": 0}, 3, None, b"words"], ids=lambda rows: type(rows).__name__)
+@pytest.mark.parametrize(
+    "rows", [FRAME, "words", {"text": "a", "label": 0}, 3, None, b"words"], ids=lambda rows: type(rows).__name__
+)
 def test_what_is_no_list_of_rows_is_refused(rows):
-    assert f"the rows are of type {type(rows).__name__}: give a list of objects" in refused(lambda: check_examples(rows, TWO))
+    assert f"the rows are of type {type(rows).__name__}: give a list of objects" in refused(
+        lambda: check_examples(rows, TWO)
+    )
 
 
 def test_a_task_may_be_given_in_every_form(tmp_path):
     folder = folder_of(tmp_path, GOOD)
     (tmp_path / "t.yaml").write_text('labels: [negative, positive]\nverbalizers: [" bad", " great"]\n')
-    for task in (TWO, "sst2", tmp_path / "t.yaml", str(tmp_path / "t.yaml"), {"labels": ["negative", "positive"], "verbalizers": [" a", " b"]}):
+    for task in (
+        TWO,
+        "sst2",
+        tmp_path / "t.yaml",
+        str(tmp_path / "t.yaml"),
+        {"labels": ["negative", "positive"], "verbalizers": [" a", " b"]},
+    ):
         found, splits = load_data(folder, task)
         assert found == load_task(task) and len(splits.train) >= 2
 

@@ -41,7 +41,9 @@ def test_a_saved_result_is_read_back_to_the_last_bit(tmp_path):
 def test_another_runs_settings_are_named_and_its_files_kept(tmp_path):
     runs.RunFolder.open(tmp_path, IDENTITY).save_result(0, some_result())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=r"other settings: config\.seed \(0 there, 1 now\).*choose another output folder"):
+    with pytest.raises(
+        UserError, match=r"other settings: config\.seed \(0 there, 1 now\).*choose another output folder"
+    ):
         runs.RunFolder.open(tmp_path, {**IDENTITY, "config": {"seed": 1, "rho": 0.1}})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -112,16 +114,26 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"rho": 0.1}, {"model": "other/model"}, {"data": "my reviews"}, {"epsilon": 1.0}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"rho": 0.1}, {"model": "other/model"}, {"data": "my reviews"}, {"epsilon": 1.0}]
+)
 def test_a_default_folder_follows_from_the_parameters(here, change):
     usual, other = (runs.output_folder("00-quickstart", None, **values) for values in (GIVEN, GIVEN | change))
     assert usual == runs.output_folder("00-quickstart", None, **GIVEN) != other
     assert usual != runs.output_folder("02-synthesis", None, **GIVEN)
-    assert usual.parent == other.parent == Path("results/00-quickstart") and usual.name.startswith("demo-demo-") and len(usual.name) == 18
+    assert (
+        usual.parent == other.parent == Path("results/00-quickstart")
+        and usual.name.startswith("demo-demo-")
+        and len(usual.name) == 18
+    )
 
 
 def test_a_default_folder_has_a_readable_name_whatever_the_parameters_are_called(here):
-    for model, data, start in (("org/Some_Model-1.5", "my reviews", "Some_Model-1.5-my-reviews-"), ("../..", "[v2]", "v2-"), ("é" * 90, "x/", f"{'é' * 40}-x-")):
+    for model, data, start in (
+        ("org/Some_Model-1.5", "my reviews", "Some_Model-1.5-my-reviews-"),
+        ("../..", "[v2]", "v2-"),
+        ("é" * 90, "x/", f"{'é' * 40}-x-"),
+    ):
         folder = runs.output_folder("a", None, model=model, data=data)
         assert folder.name.startswith(start) and folder.parent == Path("results/a") and not folder.exists()
 
@@ -142,7 +154,11 @@ def test_a_default_folder_follows_local_files_and_versions_but_a_private_one_nei
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, r"mine holds results of other parameters: parameters.seed \(0 there, 1 now\): leave output out, or give another folder"),
+        (
+            {"seed": 1},
+            r"mine holds results of other parameters: parameters.seed \(0 there, 1 now\): leave output out, or "
+            r"give another folder",
+        ),
         ({"more": {"a": 1}}, r"parameters.more \(null there, "),
         ({"data": "my reviews"}, r"parameters.data \(\"demo\" there, \"my reviews\" now\); files.data"),
     ],

@@ -35,11 +35,19 @@ def plan_of(model, config) -> Plan:
 def test_two_processes_write_what_one_writes(tiny_model, tmp_path):
     config = replace(SMALL, groups_per_batch=2)
     plans = [plan_of(tiny_model("llama", dtype=torch.float32), config) for _ in range(3)]
-    folders = [RunFolder.open(tmp_path / name, plan.identity()) for name, plan in zip(("one", "two", "two"), plans, strict=True)]
+    folders = [
+        RunFolder.open(tmp_path / name, plan.identity())
+        for name, plan in zip(("one", "two", "two"), plans, strict=True)
+    ]
     alone = search(plans[0], folders[0], ProcessGroup(), False, None)
     calls = [lambda processes, i=i: search(plans[i], folders[i], processes, False, None) for i in (1, 2)]
     for found in together(*calls):
-        assert (found.texts, found.classes, found.groups, found.ended) == (alone.texts, alone.classes, alone.groups, alone.ended)
+        assert (found.texts, found.classes, found.groups, found.ended) == (
+            alone.texts,
+            alone.classes,
+            alone.groups,
+            alone.ended,
+        )
         assert found.history.drop(columns="seconds").equals(alone.history.drop(columns="seconds"))
 
 
@@ -47,7 +55,9 @@ def test_a_batch_that_has_ended_holds_no_vectors(setting, monkeypatch):
     model, task, release = setting
     held, own = [], ProcessGroup.share
     monkeypatch.setattr(ProcessGroup, "share", lambda self, *asked: held.append(own(self, *asked)) or held[-1])
-    ended = synthesize(model, task, release, replace(SMALL, groups_per_batch=1), progress=False).manifest["groups_ended"]
+    ended = synthesize(model, task, release, replace(SMALL, groups_per_batch=1), progress=False).manifest[
+        "groups_ended"
+    ]
     (results,) = held
     assert len(results) == len(ended) > 1 and all(row["match_loss"] is not None for row in ended)
     assert [state.x.numel() + state.lam.numel() for state in (result.state for result in results)] == [0] * len(results)
@@ -55,5 +65,7 @@ def test_a_batch_that_has_ended_holds_no_vectors(setting, monkeypatch):
 
 def test_the_body_is_refused_where_texts_are_moved(setting):
     model, task, _ = setting
-    with pytest.raises(UserError, match="targets in the space 'body' are matched by choosing texts: set search = 'pool'"):
+    with pytest.raises(
+        UserError, match="targets in the space 'body' are matched by choosing texts: set search = 'pool'"
+    ):
         synthesize(model, task, gradmm.release(model, task, REAL, space="body"), SMALL, progress=False)

@@ -1,4 +1,6 @@
-"""Nothing gets in: words of others are shown and not obeyed, no name leaves the output folder, nothing calls the network."""
+"""Nothing gets in: words of others are shown and not obeyed, no name leaves the output folder, nothing calls the
+network.
+"""
 
 import json
 import os
@@ -48,7 +50,11 @@ def obeyed(page: str) -> list[str]:
 
 
 def test_the_check_sees_what_it_forbids():
-    assert obeyed(rendered(EVIL[0])) and obeyed(rendered(f"| a |\n|---|\n| {EVIL[0]} |")) and obeyed(rendered(f"`a` {EVIL[0]}`"))
+    assert (
+        obeyed(rendered(EVIL[0]))
+        and obeyed(rendered(f"| a |\n|---|\n| {EVIL[0]} |"))
+        and obeyed(rendered(f"`a` {EVIL[0]}`"))
+    )
 
 
 # ---------------------------------------------------------------- words of others
@@ -62,14 +68,27 @@ def test_words_of_others_are_shown_and_not_obeyed(text, show):
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
-@given(st.lists(st.sampled_from(["<script>", "`", "``", "\\", "\n", "|", "*", "_", "[", "](javascript:x)", "&lt;", " ", "a", "$"]), max_size=12).map("".join))
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<script>", "`", "``", "\\", "\n", "|", "*", "_", "[", "](javascript:x)", "&lt;", " ", "a", "$"]
+        ),
+        max_size=12,
+    ).map("".join)
+)
 def test_no_mixture_of_marks_breaks_out(text):
-    page = rendered(f"see {markup.literal(text)} and {markup.code(text)} end\n\n| a |\n|---|\n| {markup.literal(text)} {markup.code(text)} |")
+    page = rendered(
+        f"see {markup.literal(text)} and {markup.code(text)} end\n\n| a |\n|---|\n| {markup.literal(text)} "
+        f"{markup.code(text)} |"
+    )
     assert not obeyed(page) and "<em>" not in page and "<strong>" not in page and "<a " not in page
 
 
 def test_plain_words_look_as_they_did():
-    assert markup.literal("rotten_tomatoes by microsoft/phi-1_5, 3.5% (a + b)!") == "rotten_tomatoes by microsoft/phi-1_5, 3.5% (a + b)!"
+    assert (
+        markup.literal("rotten_tomatoes by microsoft/phi-1_5, 3.5% (a + b)!")
+        == "rotten_tomatoes by microsoft/phi-1_5, 3.5% (a + b)!"
+    )
     assert markup.code("{text} it was") == "`{text} it was`" and markup.code("a\nb `c`") == "`` a\\nb `c` ``"
 
 
@@ -89,7 +108,9 @@ def test_a_name_that_could_be_obeyed_is_refused_or_made_plain(name, tmp_path):
         rows = [{"text": f"words {n}", "label": n % 2} for n in range(40)]
         files.write_json_lines(folder / "train.jsonl", rows)
         splits = gradmm.load_data(folder, TWO)[1]
-        assert markup.check_name(splits.source, "the source") == markup.plain_name(name) == gradmm.load_task(folder).name
+        assert (
+            markup.check_name(splits.source, "the source") == markup.plain_name(name) == gradmm.load_task(folder).name
+        )
         assert splits.train[0].origin.startswith(f"{splits.source}/train.jsonl, line ")
         assert rendered(f"**{splits.source}**") == f"<p><strong>{splits.source}</strong></p>\n"
 
@@ -101,7 +122,9 @@ def test_odd_names_of_folders_stay_readable():
 
 def test_a_card_of_an_evil_task_is_harmless(tiny_model, tmp_path):
     model = tiny_model("llama", dtype=torch.float32)
-    task = replace(TASK, labels=(EVIL[0], EVIL[3]), template="<b>` {text} it was", generation_prompts=(EVIL[1], "a | b"))
+    task = replace(
+        TASK, labels=(EVIL[0], EVIL[3]), template="<b>` {text} it was", generation_prompts=(EVIL[1], "a | b")
+    )
     rows = [{**row, "label": row["label"]} for row in REAL]
     with pytest.warns(UserWarning, match="a token of the model's own markup, which no text may hold"):
         gradmm.synthesize(model, task, gradmm.release(model, task, rows, space="head"), SMALL, tmp_path, progress=False)
@@ -117,8 +140,14 @@ def evil_data(folder: Path) -> Path:
         some = getattr(splits, split)[:40]
         rows = [{"text": f"{draw.choice(EVIL)} {example.text}"[:90], "label": example.label} for example in some]
         files.write_json_lines(folder / f"{split}.jsonl", rows)
-    evil = {"labels": [EVIL[0], EVIL[3]], "verbalizers": list(task.verbalizers), "template": "{text} `<script>alert(2)</script>\n" + task.template.removeprefix("{text}").strip()}
-    files.write_json(folder / "task.yaml", {**evil, "generation_prompts": list(task.generation_prompts)})  # JSON is YAML
+    evil = {
+        "labels": [EVIL[0], EVIL[3]],
+        "verbalizers": list(task.verbalizers),
+        "template": "{text} `<script>alert(2)</script>\n" + task.template.removeprefix("{text}").strip(),
+    }
+    files.write_json(
+        folder / "task.yaml", {**evil, "generation_prompts": list(task.generation_prompts)}
+    )  # JSON is YAML
     return folder
 
 
@@ -129,7 +158,9 @@ def test_an_executed_notebook_shows_tags_of_the_data(name, tmp_path):
     with quiet(tmp_path):
         executed = execute(ROOT / "notebooks" / f"{name}.ipynb", preset, tmp_path)
     shown = [output["data"] for cell in executed.cells for output in cell.get("outputs", []) if "data" in output]
-    pages = [data["text/html"] for data in shown if "text/html" in data] + [rendered(data["text/markdown"]) for data in shown if "text/markdown" in data]
+    pages = [data["text/html"] for data in shown if "text/html" in data] + [
+        rendered(data["text/markdown"]) for data in shown if "text/markdown" in data
+    ]
     assert len(pages) >= 3 and not [found for page in pages if (found := obeyed(page))]
     assert [page for page in pages if "&lt;script&gt;" in page]
 
@@ -145,16 +176,47 @@ def test_no_setting_or_name_writes_outside_the_output_folder(tiny_model, tmp_pat
     model = tiny_model("llama", dtype=torch.float32)
     task = replace(TASK, name="../../task", labels=("../../bad", "/good"))
     (tmp_path / "a" / "b").mkdir(parents=True)
-    gradmm.synthesize(model, task, gradmm.release(model, task, REAL, space="head"), SMALL, tmp_path / "a" / "b" / "run", progress=False)
+    gradmm.synthesize(
+        model,
+        task,
+        gradmm.release(model, task, REAL, space="head"),
+        SMALL,
+        tmp_path / "a" / "b" / "run",
+        progress=False,
+    )
     for act in (
-        lambda: compare(model, TWO, splits_of(TWO), CONFIG, ("../none",), (0,), tmp_path / "a" / "b" / "run2", progress=False),
-        lambda: compare(model, TWO, splits_of(TWO), CONFIG, ("none",), ("../../0",), tmp_path / "a" / "b" / "run2", progress=False),
-        lambda: ablation.vary(model, TWO, splits_of(TWO), CONFIG, {"space": ["../../../x"]}, (0,), tmp_path / "a" / "b" / "run2", progress=False),
-        lambda: ablation.vary(model, TWO, splits_of(TWO), CONFIG, {"early_end": ["../../../x"]}, (0,), tmp_path / "a" / "b" / "run2", progress=False),
+        lambda: compare(
+            model, TWO, splits_of(TWO), CONFIG, ("../none",), (0,), tmp_path / "a" / "b" / "run2", progress=False
+        ),
+        lambda: compare(
+            model, TWO, splits_of(TWO), CONFIG, ("none",), ("../../0",), tmp_path / "a" / "b" / "run2", progress=False
+        ),
+        lambda: ablation.vary(
+            model,
+            TWO,
+            splits_of(TWO),
+            CONFIG,
+            {"space": ["../../../x"]},
+            (0,),
+            tmp_path / "a" / "b" / "run2",
+            progress=False,
+        ),
+        lambda: ablation.vary(
+            model,
+            TWO,
+            splits_of(TWO),
+            CONFIG,
+            {"early_end": ["../../../x"]},
+            (0,),
+            tmp_path / "a" / "b" / "run2",
+            progress=False,
+        ),
     ):
         with pytest.raises(UserError):
             act()
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and [
+        path.name for path in (tmp_path / "a").iterdir()
+    ] == ["b"]
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["run"]
 
 
@@ -166,20 +228,14 @@ def refuse(self, address, *rest):
     if self.family != getattr(socket, "AF_UNIX", None):
         raise AssertionError(f"a call to {address}")
 socket.socket.connect = socket.socket.connect_ex = refuse
-socket.getaddrinfo = socket.gethostbyname = lambda *where, **how: (_ for _ in ()).throw(AssertionError(f"a look-up of {where}"))
-import gradmm
-from gradmm import evaluation
-from gradmm.generation import Sampling, generate_texts
-task, data = gradmm.load_data(sys.argv[1])
-model = gradmm.load_model(sys.argv[2], device="cpu")
-real = gradmm.sample_examples(data.train, 4, task, seed=0)
-target = gradmm.release(model, task, real, epsilon=1.0, delta=1e-5, length=8)
-config = gradmm.SynthesisConfig(n_synthetic=2, oversample=2)
-result = gradmm.synthesize(model, task, target, config, sys.argv[3], progress=False)
-plain = generate_texts(model, task, 1, 0, Sampling(max_tokens=24))
-tuning = gradmm.FinetuneConfig(steps=1, learning_rates=[2e-4], max_validation=4)
-found = gradmm.finetune(model, task, real, data.validation, data.test[:4], tuning)
-evaluation.perplexity(model, [one.text for one in plain])
+socket.getaddrinfo = socket.gethostbyname = lambda *where, **how: (_ for _ in ()).throw(AssertionError(f"a look-up of
+{where}")) import gradmm from gradmm import evaluation from gradmm.generation import Sampling, generate_texts task, data
+= gradmm.load_data(sys.argv[1]) model = gradmm.load_model(sys.argv[2], device="cpu") real =
+gradmm.sample_examples(data.train, 4, task, seed=0) target = gradmm.release(model, task, real, epsilon=1.0, delta=1e-5,
+length=8) config = gradmm.SynthesisConfig(n_synthetic=2, oversample=2) result = gradmm.synthesize(model, task, target,
+config, sys.argv[3], progress=False) plain = generate_texts(model, task, 1, 0, Sampling(max_tokens=24)) tuning =
+gradmm.FinetuneConfig(steps=1, learning_rates=[2e-4], max_validation=4) found = gradmm.finetune(model, task, real,
+data.validation, data.test[:4], tuning) evaluation.perplexity(model, [one.text for one in plain])
 print(json.dumps({"kept": len(result.kept), "accuracy": found.accuracy}))
 """
 
@@ -191,6 +247,8 @@ def test_with_local_model_and_data_nothing_calls_the_network(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hub")}
     command = [sys.executable, "-c", OFFLINE, str(DEMO), str(DEMO / "model"), str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["kept"] == 2

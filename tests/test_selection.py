@@ -34,13 +34,22 @@ def chosen(texts, classes, scores, misread, per_class):
 def test_the_lowest_scores_of_each_class_are_kept_and_every_text_has_a_reason():
     verdicts = chosen(["a", "b", "c", "d"], [0, 0, 1, 1], [0.2, 0.1, 0.4, 0.3], [None] * 4, (1, 1))
     assert [v.kept for v in verdicts] == [False, True, False, True]
-    assert verdicts[0].reason == "dropped: rank 2 of 2, 1 were asked for" and verdicts[1].reason == "kept: rank 1 of 2 by matching loss"
+    assert (
+        verdicts[0].reason == "dropped: rank 2 of 2, 1 were asked for"
+        and verdicts[1].reason == "kept: rank 1 of 2 by matching loss"
+    )
 
 
 def test_misread_empty_and_repeated_texts_are_dropped_for_what_they_are():
-    verdicts = chosen(["a", " ", "a", "b", "c"], [0, 0, 0, 0, 1], [0.1, 0.0, 0.1, 0.3, 0.1], [None, None, None, 1, None], (1, 1))
+    verdicts = chosen(
+        ["a", " ", "a", "b", "c"], [0, 0, 0, 0, 1], [0.1, 0.0, 0.1, 0.3, 0.1], [None, None, None, 1, None], (1, 1)
+    )
     assert [v.kept for v in verdicts] == [True, False, False, False, True]
-    assert "empty" in verdicts[1].reason and "earlier" in verdicts[2].reason and "reads it as good, 50% sure" in verdicts[3].reason
+    assert (
+        "empty" in verdicts[1].reason
+        and "earlier" in verdicts[2].reason
+        and "reads it as good, 50% sure" in verdicts[3].reason
+    )
 
 
 def test_misread_texts_fill_up_where_too_few_pass_and_say_so():
@@ -96,17 +105,25 @@ FLAWS = {
         "कमरा कमरा कमरा",
     ),
     "it begins with the fragment": (
-        ", and that was it.", "- a film", ") they said", "'s a fine film", "n't work", ". the end", "，很好。", "/ from me", "\u0301a", "-- so", "-alone again",
+        ", and that was it.", "- a film", ") they said", "'s a fine film", "n't work", ". the end", "，很好。",
+        "/ from me",
+        "\u0301a", "-- so", "-alone again",
     ),
-    "it holds": ("<|im_start|>user", "hi <start_of_turn> you", "half a char\ufffd", "good.</s>", "[INST] go", "a<|im", "a \u202eb", "private \ue000", "line<br />break"),
+    "it holds": ("<|im_start|>user", "hi <start_of_turn> you", "half a char\ufffd", "good.</s>", "[INST] go", "a<|im",
+        "a \u202eb", "private \ue000", "line<br />break"),
     "it echoes its prompt": ("A bad review.", "bad review", "a BAD review: the room was cold.", "Review"),
     "it has no word": ("...", "?!", "\"\"", "'"),
 }  # fmt: skip
 READABLE = (
-    "a very, very good film", "so so", "no no no", "ha ha ha", "2001: a space odyssey", '"a gem," she said', "“A gem.”", "...and then it ended",
-    ". . . a weak film", "'tis good", "’twas fine", "it 's n't bad , is it ?", "这家酒店很好，服务也很好。", "哈哈哈", "とても良いです。", "ดีมาก", "कमरा साफ है।",
-    "-5 degrees", "$1,000,000,000,000 later", "10 - 10 - 10", ":) nice", "#1 film", "@you well", "(un)likely", "«bon»", "»gut«", "¿qué?", "i <3 it", "a < b > c",
-    "it goes on and on and on", "sooooo good", "hahahaha", "a copy of a copy of a copy", "bad reviews are fun", "http://www.aaa.com/a", "it was good. it was bad.",
+    "a very, very good film", "so so", "no no no", "ha ha ha", "2001: a space odyssey", '"a gem," she said', "“A gem.”",
+    "...and then it ended",
+    ". . . a weak film", "'tis good", "’twas fine", "it 's n't bad , is it ?", "这家酒店很好，服务也很好。", "哈哈哈",
+    "とても良いです。",
+    "ดีมาก", "कमरा साफ है।",
+    "-5 degrees", "$1,000,000,000,000 later", "10 - 10 - 10", ":) nice", "#1 film", "@you well", "(un)likely", "«bon»",
+    "»gut«", "¿qué?", "i <3 it", "a < b > c",
+    "it goes on and on and on", "sooooo good", "hahahaha", "a copy of a copy of a copy", "bad reviews are fun",
+    "http://www.aaa.com/a", "it was good. it was bad.",
 )  # fmt: skip
 
 
@@ -139,7 +156,10 @@ def test_a_part_of_the_prompt_that_belongs_to_the_text_is_no_echo(prompt, echo, 
 
 
 def test_real_reviews_pass(bench):
-    rows = [json.loads(line)["text"] for line in (bench / "data" / "rotten_tomatoes" / "train.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["text"]
+        for line in (bench / "data" / "rotten_tomatoes" / "train.jsonl").read_text().splitlines()
+    ]
     assert sum(flaw(text) is not None for text in rows) <= len(rows) / 1000
 
 
@@ -152,9 +172,20 @@ def test_extreme_perplexity_is_dropped_on_any_scale(scale, extreme):
 
 
 def test_texts_nearly_alike_few_texts_and_a_wide_pool_lose_none():
-    for values in ([97.0] * 20, [97.0 + 0.1 * i for i in range(20)], [50.0, 3632.0, 90.0], [10.0 * 2**i for i in range(8)], []):
-        assert unreadable([str(i) + "a" for i in range(len(values))], [""] * len(values), values) == [None] * len(values)
-    assert unreadable(["a", "b"], ["", ""], [50.0, math.inf])[1] == "dropped: its perplexity of inf is far above the 50 of the middle text"
+    for values in (
+        [97.0] * 20,
+        [97.0 + 0.1 * i for i in range(20)],
+        [50.0, 3632.0, 90.0],
+        [10.0 * 2**i for i in range(8)],
+        [],
+    ):
+        assert unreadable([str(i) + "a" for i in range(len(values))], [""] * len(values), values) == [None] * len(
+            values
+        )
+    assert (
+        unreadable(["a", "b"], ["", ""], [50.0, math.inf])[1]
+        == "dropped: its perplexity of inf is far above the 50 of the middle text"
+    )
 
 
 def test_barred_texts_never_fill_up():
@@ -165,10 +196,19 @@ def test_barred_texts_never_fill_up():
 
 
 def test_every_reason_has_its_kind():
-    reasons = [EMPTY, DUPLICATE, LABEL.format("bad", 0.7), RANK.format(3, 4, 2), PERPLEXED.format(900, 100), "kept: rank 1 of 1 by x"]
+    reasons = [
+        EMPTY,
+        DUPLICATE,
+        LABEL.format("bad", 0.7),
+        RANK.format(3, 4, 2),
+        PERPLEXED.format(900, 100),
+        "kept: rank 1 of 1 by x",
+    ]
     assert count_dropped(reasons) == {"empty": 1, "duplicate": 1, "label": 1, "rank": 1, "perplexity": 1}
 
 
-@pytest.mark.parametrize(("asked", "text"), [("a:", "a dog sat on it"), ("The", "the cat sat"), ("Great film.", "great film, and so long")])
+@pytest.mark.parametrize(
+    ("asked", "text"), [("a:", "a dog sat on it"), ("The", "the cat sat"), ("Great film.", "great film, and so long")]
+)
 def test_a_text_may_begin_as_a_prompt_of_few_words(asked, text):
     assert unreadable([text], [asked], [50.0]) == [None]

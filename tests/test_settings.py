@@ -16,7 +16,9 @@ def test_what_is_left_alone_is_as_the_name_says(name):
     assert gradmm.preset(name) == gradmm.preset(name, **dict.fromkeys(SETTINGS)) == PRESETS[name]
 
 
-@pytest.mark.parametrize("changes", [{"rho": 0.5}, {"n_synthetic": 7, "top_k": 3}, {"seed": 2, "projection": "nearest_then_lm"}])
+@pytest.mark.parametrize(
+    "changes", [{"rho": 0.5}, {"n_synthetic": 7, "top_k": 3}, {"seed": 2, "projection": "nearest_then_lm"}]
+)
 @pytest.mark.parametrize("name", ["pool", "admm", "paper"])
 def test_what_is_changed_is_changed_alone(name, changes):
     assert gradmm.preset(name, **changes, inner_steps=None) == replace(PRESETS[name], **changes)
@@ -47,6 +49,8 @@ def test_an_unknown_setting_and_a_wrong_value_are_refused():
 def test_a_run_is_described_by_its_name_its_changes_and_what_is_other_than_the_defaults():
     assert described("pool", PRESETS["pool"]) == "Settings: `gradmm.PRESETS['pool']` as it is."
     changed = described("paper", gradmm.preset("paper", rho=0.5))
-    assert changed.startswith("Settings: `gradmm.PRESETS['paper']` with `rho = 0.5`. Other than the package's defaults are")
+    assert changed.startswith(
+        "Settings: `gradmm.PRESETS['paper']` with `rho = 0.5`. Other than the package's defaults are"
+    )
     assert all(f"`{text}`" in changed for text in ("outer_steps = 30", "init_candidates = 500", "search = 'admm'"))
     assert described("pool", gradmm.preset("pool", seed=3)) == "Settings: `gradmm.PRESETS['pool']` with `seed = 3`."

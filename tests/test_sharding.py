@@ -21,10 +21,20 @@ from gradmm.sharding import ProcessGroup
 from gradmm.synthesis import synthesize
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = {"n_synthetic": 8, "oversample": 1.5, "group_size": 2, "outer_steps": 3, "inner_steps": 2, "top_k": 10, "init_candidates": 2}
+TINY = {
+    "n_synthetic": 8,
+    "oversample": 1.5,
+    "group_size": 2,
+    "outer_steps": 3,
+    "inner_steps": 2,
+    "top_k": 10,
+    "init_candidates": 2,
+}
 CONFIGS = {
     "admm": SynthesisConfig(search="admm", ranking="text", **TINY, groups_per_batch=1, length=8),
-    "pool": SynthesisConfig(**TINY | {"n_synthetic": 140}, search="pool", ranking="group", length=12),  # 105 a class: two batches each
+    "pool": SynthesisConfig(
+        **TINY | {"n_synthetic": 140}, search="pool", ranking="group", length=12
+    ),  # 105 a class: two batches each
 }
 SIZE = {"n": 8, "seed": 0}
 
@@ -38,7 +48,9 @@ def problem():
 
 def files_of(folder: Path) -> dict[str, object]:
     """Every file but the clock readings."""
-    held = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("timings.jsonl", "manifest.json")}
+    held = {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("timings.jsonl", "manifest.json")
+    }
     manifest = json.loads((folder / "manifest.json").read_text())
     return {**held, "manifest.json": {name: value for name, value in manifest.items() if name != "clock"}}
 
@@ -83,10 +95,15 @@ def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(
     model, task, release = problem()
     real = [{"text": "a fine story", "label": 0}, {"text": "a sad story", "label": 1}]
     launch(monkeypatch, 0, 2)
-    with pytest.raises(UserError, match="2 processes were launched and share one synthesis through its folder: give output"):
+    with pytest.raises(
+        UserError, match="2 processes were launched and share one synthesis through its folder: give output"
+    ):
         synthesize(model, task, release, CONFIGS["admm"], progress=False)
     launch(monkeypatch, 0, 9)
-    with pytest.raises(UserError, match="9 processes would share 6 units of work of up to 1 groups: set groups_per_batch .* or launch 6 at most"):
+    with pytest.raises(
+        UserError,
+        match="9 processes would share 6 units of work of up to 1 groups: set groups_per_batch .* or launch 6 at most",
+    ):
         synthesize(model, task, release, CONFIGS["admm"], tmp_path / "run", progress=False)
     with pytest.raises(UserError, match="epsilon = 1.0 in 9 processes would draw and spend the noise 9 times"):
         gradmm.release(model, task, real, epsilon=1.0, delta=1e-5, length=8)
@@ -95,10 +112,15 @@ def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(
 
 def test_the_command_line_gives_what_python_gives(alone, tmp_path, capsys):
     release = problem()[2].save(tmp_path / "release.safetensors")
-    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(TINY | {"search": "admm", "ranking": "text", "groups_per_batch": 1, "length": 8}))
+    (tmp_path / "settings.yaml").write_text(
+        yaml.safe_dump(TINY | {"search": "admm", "ranking": "text", "groups_per_batch": 1, "length": 8})
+    )
     given = ["--release", str(release), "--output", str(tmp_path / "run"), "--device", "cpu", "--quiet", "--settings"]
     assert shard.main([*given, str(tmp_path / "settings.yaml")]) == 0
-    assert files_of(tmp_path / "run") == files_of(alone / "admm") and "8 of 12 texts are kept in" in capsys.readouterr().out
+    assert (
+        files_of(tmp_path / "run") == files_of(alone / "admm")
+        and "8 of 12 texts are kept in" in capsys.readouterr().out
+    )
     (tmp_path / "other.yaml").write_text("sede: 1\n")
     assert shard.main([*given, str(tmp_path / "other.yaml")]) == 2
     assert "unknown setting 'sede'" in capsys.readouterr().err
@@ -144,7 +166,9 @@ def test_the_leader_goes_first():
     calls = []
 
     def task(processes):
-        return processes.main_first("open", lambda: time.sleep(0.2 if processes.leads else 0) or calls.append(processes.rank))
+        return processes.main_first(
+            "open", lambda: time.sleep(0.2 if processes.leads else 0) or calls.append(processes.rank)
+        )
 
     together(task, task, task)
     assert len(calls) == 3 and calls[0] == 0
@@ -157,7 +181,9 @@ def test_a_failure_ends_the_others_with_its_reason():
     first, second = together(lambda processes: processes.meet("end"), failing)
     assert isinstance(second, ZeroDivisionError)
     assert str(first).startswith("process 1 of 2 ended (ZeroDivisionError: no such thing): what was finished is kept")
-    first, second = together(failing, lambda processes: processes.share("x", range(4), lambda unit: time.sleep(0.1), None))
+    first, second = together(
+        failing, lambda processes: processes.share("x", range(4), lambda unit: time.sleep(0.1), None)
+    )
     assert isinstance(first, ZeroDivisionError) and "process 0 of 2 ended" in str(second)
 
 
@@ -175,12 +201,16 @@ def test_a_process_without_a_sign_of_life_is_not_waited_for(monkeypatch):
 def test_a_slow_process_is_waited_for(monkeypatch):
     monkeypatch.setattr(sharding, "SILENCE", 0.4)
     monkeypatch.setattr(sharding, "BEAT", 0.05)
-    assert together(lambda processes: processes.meet("end"), lambda processes: time.sleep(1.0) or processes.meet("end")) == [None, None]
+    assert together(
+        lambda processes: processes.meet("end"), lambda processes: time.sleep(1.0) or processes.meet("end")
+    ) == [None, None]
 
 
 def test_a_folder_that_is_not_shared_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(sharding, "VISIBLE", 0.2)
-    with pytest.raises(UserError, match=r"batch was written by another process and cannot be seen by process 1 of 2 .*share"):
+    with pytest.raises(
+        UserError, match=r"batch was written by another process and cannot be seen by process 1 of 2 .*share"
+    ):
         ProcessGroup(1, 2, torch.distributed.HashStore()).find(tmp_path / "batch")
 
 
@@ -206,8 +236,8 @@ def on_step(batch, result):
             os.kill(os.getpid(), signal.SIGKILL)
         raise ArithmeticError("something broke")
 for name in test_sharding.CONFIGS if mode == "whole" else ["admm"]:
-    result = test_sharding.synthesize(*test_sharding.problem(), test_sharding.CONFIGS[name], f"{output}/{name}", False, on_step)
-    assert len(result.kept) == test_sharding.CONFIGS[name].n_synthetic
+    result = test_sharding.synthesize(*test_sharding.problem(), test_sharding.CONFIGS[name], f"{output}/{name}", False,
+    on_step) assert len(result.kept) == test_sharding.CONFIGS[name].n_synthetic
 """
 
 
@@ -227,11 +257,24 @@ def environment() -> dict[str, str]:
 
 
 def accelerated(folder: Path, mode: str) -> subprocess.CompletedProcess:
-    """Two processes on the CPU; `--multi_gpu` is what accelerate calls its launcher of several processes (`--cpu` starts one)."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    """Two processes on the CPU; `--multi_gpu` is what accelerate calls its launcher of several processes (`--cpu`
+    starts one).
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
     command += [program(folder), Path(__file__).parent, mode, folder]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=240, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment(), timeout=240, stdin=subprocess.DEVNULL
+    )
 
 
 @pytest.mark.slow
@@ -247,7 +290,10 @@ def test_a_killed_process_ends_the_other_and_one_process_continues_to_the_same_b
     ended = accelerated(tmp_path, "kill")
     assert ended.returncode != 0 and "SIGKILL" in ended.stderr
     held = {path.name for path in (tmp_path / "admm").iterdir()}
-    assert json.loads((tmp_path / "admm" / "manifest.json").read_text())["status"] == "running" and "batch-0001.safetensors" in held
+    assert (
+        json.loads((tmp_path / "admm" / "manifest.json").read_text())["status"] == "running"
+        and "batch-0001.safetensors" in held
+    )
     steps = []
     synthesize(*problem(), CONFIGS["admm"], tmp_path / "admm", False, lambda batch, result: steps.append(batch))
     assert 0 < steps.count(3) < 3 and 1 not in steps  # batch 1 was whole, batch 3 begun
@@ -259,8 +305,10 @@ def test_without_accelerate_a_failure_ends_the_other_process_too(tmp_path):
     port = str(free_port())
     running = [
         subprocess.Popen(
-            [sys.executable, program(tmp_path), Path(__file__).parent, "fail", tmp_path], stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
-            env={**environment(), "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            [sys.executable, program(tmp_path), Path(__file__).parent, "fail", tmp_path], stderr=subprocess.PIPE,
+                text=True, stdin=subprocess.DEVNULL,
+            env={**environment(), "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port},
         )
         for rank in range(2)
     ]  # fmt: skip

@@ -49,10 +49,14 @@ def test_the_target_figure_is_the_cosine_of_real_releases(model, space):
     clean = privacy.release(model, TASK, EXAMPLES, **{**options, "epsilon": 1e6}, noise_seed=0)
 
     def flat(release) -> torch.Tensor:
-        return torch.stack([torch.cat([p.flatten() for p in (t.weight, t.bias) if p is not None]) for t in release.targets])
+        return torch.stack(
+            [torch.cat([p.flatten() for p in (t.weight, t.bias) if p is not None]) for t in release.targets]
+        )
 
     cosines = [
-        torch.nn.functional.cosine_similarity(flat(privacy.release(model, TASK, EXAMPLES, **options, noise_seed=s)), flat(clean)).mean()
+        torch.nn.functional.cosine_similarity(
+            flat(privacy.release(model, TASK, EXAMPLES, **options, noise_seed=s)), flat(clean)
+        ).mean()
         for s in range(6)
     ]
     assert row["target"] == pytest.approx(torch.stack(cosines).mean().item(), abs=0.05)
@@ -61,14 +65,18 @@ def test_the_target_figure_is_the_cosine_of_real_releases(model, space):
 
 
 def test_the_whole_label_rows_keep_the_whole_contrast_and_fewer_directions_less(model):
-    rows = {row["space"]: row for row in signal_to_noise(model, TASK, EXAMPLES, [60], spaces(model), [1.0], 1e-5, clip=1e6)}
+    rows = {
+        row["space"]: row for row in signal_to_noise(model, TASK, EXAMPLES, [60], spaces(model), [1.0], 1e-5, clip=1e6)
+    }
     assert rows["label_rows"]["kept"] == pytest.approx(1.0)
     assert 0 < rows["label_rows_subspace"]["kept"] < 1
     assert rows["head"]["coordinates"] > rows["label_rows"]["coordinates"] > rows["label_rows_subspace"]["coordinates"]
 
 
 def test_sizes_are_prefixes_and_signal_grows_with_them(model):
-    many = signal_to_noise(model, TASK, EXAMPLES, [10, 60], {"label_rows": spaces(model)["label_rows"]}, [1.0, 8.0], 1e-5)
+    many = signal_to_noise(
+        model, TASK, EXAMPLES, [10, 60], {"label_rows": spaces(model)["label_rows"]}, [1.0, 8.0], 1e-5
+    )
     first = [e for label in (0, 1) for e in [e for e in EXAMPLES if e.label == label][:5]]
     few = signal_to_noise(model, TASK, first, [10], {"label_rows": spaces(model)["label_rows"]}, [1.0, 8.0], 1e-5)
     assert [row["target"] for row in many[:2]] == pytest.approx([row["target"] for row in few])
@@ -102,4 +110,6 @@ def test_the_contrast_is_the_balanced_gradient_of_centred_hidden_states(model):
     right = torch.tensor([tokens.labels[example.label] for example in EXAMPLES])
     factors = space.restrict(head_factors(hidden, right, Head(model.head_weight, model.head_bias)))
     clean = factors.delta.mT @ (factors.hidden - factors.hidden.mean(0))
-    assert row["contrast"] == pytest.approx(expected_cosine(clean.norm().item(), clean.numel(), row["sigma"] * 2**0.5), rel=1e-5)
+    assert row["contrast"] == pytest.approx(
+        expected_cosine(clean.norm().item(), clean.numel(), row["sigma"] * 2**0.5), rel=1e-5
+    )

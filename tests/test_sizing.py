@@ -27,7 +27,16 @@ def paper_work(shape: ModelShape) -> Work:
     together = groups_at_once(shape, 36, 10, 20)
     targets, gathered = 50 * (shape.vocabulary + shape.width), gathered_numbers(torch.device("cuda"))
     return Work(
-        groups=20, count=10, length=28, positions=36, prompt=8, batch=20, together=together, top_k=200, targets=targets, gathered=gathered
+        groups=20,
+        count=10,
+        length=28,
+        positions=36,
+        prompt=8,
+        batch=20,
+        together=together,
+        top_k=200,
+        targets=targets,
+        gathered=gathered,
     )
 
 
@@ -48,8 +57,22 @@ def test_an_inner_step_stays_within_the_size_of_the_weights_and_sees_a_group_at_
 
 def test_more_of_anything_never_takes_less():
     work = paper_work(PHI)
-    for name in ("groups", "count", "length", "positions", "prompt", "batch", "together", "top_k", "targets", "gathered"):
-        assert expected_bytes(PHI, replace(work, **{name: 2 * getattr(work, name)}))["peak"] >= expected_bytes(PHI, work)["peak"]
+    for name in (
+        "groups",
+        "count",
+        "length",
+        "positions",
+        "prompt",
+        "batch",
+        "together",
+        "top_k",
+        "targets",
+        "gathered",
+    ):
+        assert (
+            expected_bytes(PHI, replace(work, **{name: 2 * getattr(work, name)}))["peak"]
+            >= expected_bytes(PHI, work)["peak"]
+        )
 
 
 def test_groups_of_further_batches_hold_no_vectors():
@@ -64,8 +87,21 @@ def test_one_list_of_candidates_is_counted_at_least():
 
 def test_the_manifest_says_what_the_run_was_expected_to_take(tiny_model, kind):
     model = tiny_model(kind, dtype=torch.float32)
-    config = SynthesisConfig(search="admm", ranking="text", n_synthetic=2, group_size=1, oversample=1, outer_steps=1, inner_steps=1, top_k=5, length=5, seed=1)
-    expected = synthesize(model, TASK, gradmm.release(model, TASK, REAL, space="head"), config, progress=False).manifest["expected_bytes"]
+    config = SynthesisConfig(
+        search="admm",
+        ranking="text",
+        n_synthetic=2,
+        group_size=1,
+        oversample=1,
+        outer_steps=1,
+        inner_steps=1,
+        top_k=5,
+        length=5,
+        seed=1,
+    )
+    expected = synthesize(
+        model, TASK, gradmm.release(model, TASK, REAL, space="head"), config, progress=False
+    ).manifest["expected_bytes"]
     assert expected["weights"] == sum(weight.numel() for weight in model.lm.parameters()) * 4
     assert expected["targets"] == 2 * (97 + 32) * 4 and expected["peak"] > expected["weights"]
 
@@ -73,7 +109,16 @@ def test_the_manifest_says_what_the_run_was_expected_to_take(tiny_model, kind):
 @pytest.mark.slow
 def test_a_measured_peak_is_near_the_expected_one(tmp_path):
     """Within a factor of 2: the allocator keeps pages, the interpreter loads code, and phases do not peak at once."""
-    command = [sys.executable, BENCHMARKS / "memory.py", "--shape", "tiny", "--dtype", "float32", "--output", tmp_path / "record.json"]
+    command = [
+        sys.executable,
+        BENCHMARKS / "memory.py",
+        "--shape",
+        "tiny",
+        "--dtype",
+        "float32",
+        "--output",
+        tmp_path / "record.json",
+    ]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=300)
     record = read_record(tmp_path / "record.json")
     (row,) = record["results"]["rows"]

@@ -24,7 +24,10 @@ def literal(model, tokens, space: BodySketch, text: str, label: int) -> torch.Te
     for number, (layer, gradient) in enumerate(zip(layers.values(), gradients, strict=True)):
         layer.weight.requires_grad_(False)
         inward = gradient if isinstance(layer, Conv1D) else gradient.mT  # (in, out)
-        left, right = (space._thin(number, side, torch.eye(size).to(inward)) for side, size in zip(("in", "out"), inward.shape, strict=True))
+        left, right = (
+            space._thin(number, side, torch.eye(size).to(inward))
+            for side, size in zip(("in", "out"), inward.shape, strict=True)
+        )
         parts.append((left.to(inward).mT @ inward @ right.to(inward)).flatten())
     return torch.cat(parts)
 
@@ -50,10 +53,21 @@ def test_inner_products_are_those_of_the_gradients_when_the_rank_grows(tiny_mode
             weight.requires_grad_(True)
         hidden = model.lm.base_model(input_ids=torch.tensor([tokens.sequence(text)])).last_hidden_state[:, -1]
         logits = model.logits_of(hidden, tokens.labels) - space.preference
-        exact.append(torch.cat([g.flatten() for g in torch.autograd.grad(torch.nn.functional.cross_entropy(logits, torch.tensor([label])), weights)]))
+        exact.append(
+            torch.cat(
+                [
+                    g.flatten()
+                    for g in torch.autograd.grad(
+                        torch.nn.functional.cross_entropy(logits, torch.tensor([label])), weights
+                    )
+                ]
+            )
+        )
         for weight in weights:
             weight.requires_grad_(False)
-    sketched = torch.nn.functional.normalize(factors_of(model, tokens, space, [tokens.sequence(t) for t in TEXTS], (0, 1, 2, 1, 0)).hidden, dim=-1)
+    sketched = torch.nn.functional.normalize(
+        factors_of(model, tokens, space, [tokens.sequence(t) for t in TEXTS], (0, 1, 2, 1, 0)).hidden, dim=-1
+    )
     true = torch.nn.functional.normalize(torch.stack(exact), dim=-1)
     torch.testing.assert_close(sketched @ sketched.mT, (true @ true.mT).to(sketched), rtol=0, atol=0.05)
 

@@ -27,7 +27,11 @@ def few_texts(monkeypatch):
 
 def test_whitening_takes_the_mean_away_and_the_shrunk_covariance_to_one():
     source = torch.Generator().manual_seed(0)
-    hidden = torch.randn(400, 6, generator=source, dtype=torch.float64) @ torch.randn(6, 6, generator=source, dtype=torch.float64) + 5
+    hidden = (
+        torch.randn(400, 6, generator=source, dtype=torch.float64)
+        @ torch.randn(6, 6, generator=source, dtype=torch.float64)
+        + 5
+    )
     mean, basis = spaces.whitening(hidden)
     torch.testing.assert_close(basis, basis.mT)
     white = (hidden - mean) @ basis
@@ -35,7 +39,12 @@ def test_whitening_takes_the_mean_away_and_the_shrunk_covariance_to_one():
     sample, shrunk = (hidden - mean).mT @ (hidden - mean) / 400, torch.linalg.inv(basis @ basis)
     share = 1 - (shrunk[0, 1] / sample[0, 1])  # (1 - a) S + a tr(S) / D I
     assert 0 < float(share) < 0.1
-    torch.testing.assert_close(shrunk, (1 - share) * sample + share * sample.trace() / 6 * torch.eye(6, dtype=torch.float64), rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(
+        shrunk,
+        (1 - share) * sample + share * sample.trace() / 6 * torch.eye(6, dtype=torch.float64),
+        rtol=1e-8,
+        atol=1e-9,
+    )
 
 
 def test_few_texts_are_whitened_in_all_directions():
@@ -55,7 +64,9 @@ def test_the_label_spaces_hold_what_public_texts_say(tiny_model):
     tokens = tokenize_task(TASK, model.tokenizer)
     plain, white = (spaces.release_space(model, tokens, name, PUBLIC) for name in spaces.LABEL_SPACES)
     assert plain.mean is None and plain.basis is None and plain.rows.tolist() == list(tokens.labels)
-    assert torch.equal(plain.preference, white.preference) and torch.equal(plain.preference, label_preference(model, tokens, PUBLIC))
+    assert torch.equal(plain.preference, white.preference) and torch.equal(
+        plain.preference, label_preference(model, tokens, PUBLIC)
+    )
     assert torch.equal(white.mean, spaces.whitening(model.hidden_of([tokens.sequence(text) for text in PUBLIC]))[0])
     assert not torch.equal(plain.preference, spaces.release_space(model, tokens, "label_rows_calibrated").preference)
     with pytest.raises(UserError, match="the space body needs public texts"):
@@ -66,10 +77,16 @@ def test_a_model_writes_its_own_texts_once_for_a_task(tiny_model, monkeypatch):
     written, write = [], spaces.prompted_texts
     monkeypatch.setattr(spaces, "prompted_texts", lambda *some: written.append(some) or write(*some))
     model, other = tiny_model("llama"), tiny_model("llama", seed=1)
-    found = [spaces.release_space(one, tokenize_task(TASK, one.tokenizer), "body").preference for one in (model, model, other)]
+    found = [
+        spaces.release_space(one, tokenize_task(TASK, one.tokenizer), "body").preference
+        for one in (model, model, other)
+    ]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2]) and len(written) == 2
     task = replace(TASK, generation_prompts=("a", "the movie was"))
-    assert not torch.equal(spaces.release_space(model, tokenize_task(task, model.tokenizer), "body").preference, found[0]) and len(written) == 3
+    assert (
+        not torch.equal(spaces.release_space(model, tokenize_task(task, model.tokenizer), "body").preference, found[0])
+        and len(written) == 3
+    )
 
 
 def spread_of(model, tokens, texts) -> list[float]:
@@ -132,7 +149,9 @@ def test_a_space_comes_back_from_its_tensors(tiny_model, name):
     space = spaces.release_space(model, tokens, name, PUBLIC if name in spaces.PUBLIC_SPACES else None)
     held = spaces.tensors_of(space)
     again = spaces.space_from(name, held, 2)
-    assert type(again) is type(space) and {k: v.tolist() for k, v in spaces.tensors_of(again).items()} == {k: v.tolist() for k, v in held.items()}
+    assert type(again) is type(space) and {k: v.tolist() for k, v in spaces.tensors_of(again).items()} == {
+        k: v.tolist() for k, v in held.items()
+    }
     assert spaces.coordinates(model, again) == spaces.coordinates(model, space)
 
 
@@ -157,4 +176,8 @@ def test_tensors_that_are_no_such_space_are_refused(name, tensors):
 
 
 def test_both_kinds_of_space_are_named_apart():
-    assert len(set(spaces.SPACES)) == len(spaces.SPACES) and isinstance(Space(), Space) and not issubclass(LabelSpace, Space)
+    assert (
+        len(set(spaces.SPACES)) == len(spaces.SPACES)
+        and isinstance(Space(), Space)
+        and not issubclass(LabelSpace, Space)
+    )

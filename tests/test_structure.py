@@ -15,24 +15,38 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other: the method knows nothing of the experiments.
 METHOD = """
-    errors markup readability sentences vocabulary seeds files locks sharding admm card runs gradients rows tasks examples models
-    projection generation classification adapters training sketch spaces matching mechanism privacy evaluation selection
-    initialisation finetuning sizing settings plan searches synthesis shard
+    errors markup readability sentences vocabulary seeds files locks sharding admm card runs gradients rows tasks
+    examples models projection generation classification adapters training sketch spaces matching mechanism privacy
+    evaluation selection initialisation finetuning sizing settings plan searches synthesis shard
 """.split()
 EXPERIMENTS = """
-    records theory trial metrics audit baselines results protocol ablation demo_text demo plots paper roofline performance
-    reference batch
+    records theory trial metrics audit baselines results protocol ablation demo_text demo plots paper roofline
+    performance reference batch
 """.split()
 ORDER = [*METHOD, *(f"experiments/{room}" for room in EXPERIMENTS)]
 # Functions of more than 40 lines or 8 arguments that are still there.
 LARGE = {("privacy", "release"), ("finetuning", "finetune"), ("generation", "generate_texts")}
-ROOMS = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
+ROOMS = sorted(
+    path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py") if path.stem != "__init__"
+)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PRESETS = sorted((ROOT / "notebooks" / "params").rglob("*.yaml"))
 LANGUAGE = {"transformers", "tokenizers", "datasets"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 PARALLEL = {"experiments/batch": {"joblib"}}  # joblib to share work between processes, never to load or dump
-UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "joblib.load", "joblib.dump", "pandas.read_pickle", "pd.read_pickle", "yaml.load", "os.system"}
+UNSAFE_CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "torch.load",
+    "joblib.load",
+    "joblib.dump",
+    "pandas.read_pickle",
+    "pd.read_pickle",
+    "yaml.load",
+    "os.system",
+}
 MACHINE_PATH = re.compile(r"(?<![\w.:/~$}<-])/(?:work|root|home|Users|tmp)/[\w.]|\b[A-Z]:\\Users\\")
 
 
@@ -71,11 +85,15 @@ def room_of(module: str) -> str:
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_from_rooms_above(room):
     assert room in ORDER, f"gradmm/{room}.py has no place in the order of rooms: merge it into one, or give it a place"
-    assert {room_of(name) for name in imported(parse(room)) if name.split(".")[0] == "gradmm"} <= set(ORDER[: ORDER.index(room)])
+    assert {room_of(name) for name in imported(parse(room)) if name.split(".")[0] == "gradmm"} <= set(
+        ORDER[: ORDER.index(room)]
+    )
 
 
 def test_the_front_door_opens_on_the_method_alone():
-    assert {room_of(name) for name in imported(parse("__init__")) if name.startswith("gradmm.")} | set(gradmm._ROOMS) <= set(METHOD)
+    assert {room_of(name) for name in imported(parse("__init__")) if name.startswith("gradmm.")} | set(
+        gradmm._ROOMS
+    ) <= set(METHOD)
 
 
 def functions(room: str) -> dict[str, ast.FunctionDef]:
@@ -96,7 +114,9 @@ def test_a_function_is_short_and_takes_few_arguments(room):
     assert not [name for name, node in found.items() if len(node.args.args) + len(node.args.kwonlyargs) > 8]
 
 
-@pytest.mark.parametrize("room", sorted({"errors", "seeds", "files", "locks", "admm", "runs", "gradients"} & set(ROOMS)))
+@pytest.mark.parametrize(
+    "room", sorted({"errors", "seeds", "files", "locks", "admm", "runs", "gradients"} & set(ROOMS))
+)
 def test_the_mathematics_knows_no_language_model(room):
     assert not {name.split(".")[0] for name in imported(parse(room))} & LANGUAGE
 
@@ -113,7 +133,9 @@ def test_no_room_runs_data_as_code_or_prints(room):
 def test_no_name_of_a_room_is_given_twice(room):
     names = []
     for node in parse(room).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         names += [target.id for target in targets if isinstance(target, ast.Name)]
         names += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
     assert sorted(names) == sorted(set(names))
@@ -127,7 +149,9 @@ def test_trust_is_never_switched_on(room):
 
 
 def test_the_checks_see_what_they_forbid():
-    tree = ast.parse("def f():\n    from gradmm.experiments import plots\n    import pickle\n    model.eval()\n    return eval('1')")
+    tree = ast.parse(
+        "def f():\n    from gradmm.experiments import plots\n    import pickle\n    model.eval()\n    return eval('1')"
+    )
     calls = {dotted(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert imported(tree) == {"gradmm.experiments.plots", "pickle"}
     assert calls == {"model.eval", "eval"}
@@ -166,7 +190,9 @@ def parse_cell(cell) -> ast.Module:
 
 def parameter_names(notebook) -> set[str]:
     (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    return {node.id for node in ast.walk(parse_cell(cell)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return {
+        node.id for node in ast.walk(parse_cell(cell)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,4 +1,6 @@
-"""The pipeline: the same bytes again, after a kill and a resume; a reason for every text; one sentence for every misuse."""
+"""The pipeline: the same bytes again, after a kill and a resume; a reason for every text; one sentence for every
+misuse.
+"""
 
 import copy
 import json
@@ -23,9 +25,23 @@ from gradmm.synthesis import synthesize
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
-TEXTS = {0: ["a dull plot", "the actors sat all time", "not one scene"], 1: ["a fine film", "we like the music", "red and blue"]}
+TEXTS = {
+    0: ["a dull plot", "the actors sat all time", "not one scene"],
+    1: ["a fine film", "we like the music", "red and blue"],
+}
 REAL = [{"text": text, "label": label} for label, texts in TEXTS.items() for text in texts]
-SMALL = SynthesisConfig(search="admm", ranking="text", n_synthetic=4, oversample=1.5, group_size=2, outer_steps=2, inner_steps=2, top_k=5, init_candidates=2, length=5)
+SMALL = SynthesisConfig(
+    search="admm",
+    ranking="text",
+    n_synthetic=4,
+    oversample=1.5,
+    group_size=2,
+    outer_steps=2,
+    inner_steps=2,
+    top_k=5,
+    init_candidates=2,
+    length=5,
+)
 CLOCKS = {"clock"}
 
 
@@ -45,15 +61,27 @@ def files_of(folder: Path) -> dict[str, object]:
 def test_a_run_gives_texts_history_and_manifest(setting, tmp_path):
     model, task, release = setting
     result = synthesize(model, task, release, SMALL, tmp_path / "run", progress=False)
-    assert result.dataset.column_names == ["text", "label", "label_name", "match_loss", "perplexity", "group", "kept", "reason"]
+    assert result.dataset.column_names == [
+        "text",
+        "label",
+        "label_name",
+        "match_loss",
+        "perplexity",
+        "group",
+        "kept",
+        "reason",
+    ]
     assert len(result.dataset) == 8 and len(result.kept) == 4 and result.kept["label"].count(0) == 2
     assert all(row["reason"].startswith("kept" if row["kept"] else "dropped") for row in result.dataset)
     assert set(result.history.columns) >= {
-        "step", "group", "label", "match_x", "match_z", "primal", "dual", "stationarity", "inner_gradient", "changed", "seconds",
+        "step", "group", "label", "match_x", "match_z", "primal", "dual", "stationarity", "inner_gradient", "changed",
+        "seconds",
     }  # fmt: skip
     assert len(result.history) == 2 * 4
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert manifest["status"] == "complete" and manifest["config"]["seed"] == 0 and manifest["release"]["private"] is False
+    assert (
+        manifest["status"] == "complete" and manifest["config"]["seed"] == 0 and manifest["release"]["private"] is False
+    )
     assert manifest["clock"]["peak_memory"]["process"] > 0 and manifest["versions"]["torch"] == torch.__version__
     rows = [json.loads(line) for line in (tmp_path / "run" / "synthetic.jsonl").read_text().splitlines()]
     assert rows == result.dataset.to_list()
@@ -77,10 +105,12 @@ def test_ranking_by_group_keeps_what_matches_best_together(setting):
         distinct = list({row["text"]: None for row in rows if flaw(row["text"]) is None})
         wanted = [distinct[place] for place in matching.greedy(distinct, label, 2)]
         kept = {row["reason"]: row["text"] for row in rows if row["kept"]}
-        assert kept == {f"kept: rank {rank} of {len(distinct)} by the group's matching loss": wanted[rank - 1] for rank in (1, 2)}
-    assert {row["text"] for row in synthesize(model, task, release, replace(config, ranking="text"), progress=False).dataset} == {
-        row["text"] for row in result.dataset
-    }
+        assert kept == {
+            f"kept: rank {rank} of {len(distinct)} by the group's matching loss": wanted[rank - 1] for rank in (1, 2)
+        }
+    assert {
+        row["text"] for row in synthesize(model, task, release, replace(config, ranking="text"), progress=False).dataset
+    } == {row["text"] for row in result.dataset}
 
 
 def test_joint_ranking_keeps_what_matches_best_in_each_class_and_in_their_sum(setting):
@@ -117,21 +147,29 @@ def test_a_pool_holds_finished_texts_and_the_target_chooses(setting, tmp_path, s
     assert all(row["text"][-1] in ".!?" and row["group"] == row["label"] for row in result.dataset)
     matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
     first = [row["text"] for row in result.dataset if row["label"] == 0]
-    assert [row["text"] for row in result.kept if row["label"] == 0] == [first[row] for row in sorted(matching.greedy(first, 0, 2))]
+    assert [row["text"] for row in result.kept if row["label"] == 0] == [
+        first[row] for row in sorted(matching.greedy(first, 0, 2))
+    ]
     again = synthesize(model, task, release, config, tmp_path / "a", progress=False)
     assert again.dataset.to_list() == result.dataset.to_list() and again.history.equals(result.history)
     steps = result.history[result.history["label"] == TASK.labels[0]]
     taken = [first[row] for row in matching.greedy(first, 0, 2)]
     assert steps["step"].tolist() == [1, 2]
-    assert steps["match_z"].tolist() == pytest.approx([matching.of_sets(taken[:count], [0] * count)[0] for count in (1, 2)], rel=1e-5)
+    assert steps["match_z"].tolist() == pytest.approx(
+        [matching.of_sets(taken[:count], [0] * count)[0] for count in (1, 2)], rel=1e-5
+    )
     synthesize(model, task, release, config, tmp_path / "b", progress=False)
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
 def test_the_body_is_matched_by_choosing_alone(setting, tmp_path):
     model, task, _ = setting
-    with pytest.raises(UserError, match="targets in the space 'body' are matched by choosing texts: set search = 'pool'"):
-        synthesize(model, task, gradmm.release(model, task, REAL, space="body"), SMALL, tmp_path / "none", progress=False)
+    with pytest.raises(
+        UserError, match="targets in the space 'body' are matched by choosing texts: set search = 'pool'"
+    ):
+        synthesize(
+            model, task, gradmm.release(model, task, REAL, space="body"), SMALL, tmp_path / "none", progress=False
+        )
     assert not (tmp_path / "none").exists()
 
 
@@ -170,7 +208,9 @@ def test_an_interrupted_run_continues_to_the_same_bytes(setting, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         synthesize(model, task, release, config, tmp_path / "cut", progress=False, on_step=interrupt)
     steps = []
-    synthesize(model, task, release, config, tmp_path / "cut", progress=False, on_step=lambda batch, result: steps.append(1))
+    synthesize(
+        model, task, release, config, tmp_path / "cut", progress=False, on_step=lambda batch, result: steps.append(1)
+    )
     assert len(steps) == 6 - after + 1  # the step whose snapshot was not yet written is taken again
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
@@ -183,14 +223,17 @@ import conftest, test_synthesis, gradmm.models, gradmm.runs
 gradmm.runs.SNAPSHOT_SECONDS = 0.0
 lm = conftest.make_tiny_lm("llama", dtype=torch.float32)
 model = gradmm.models.wrap_model(lm, conftest.make_toy_tokenizer(), "tiny-llama")
-test_synthesis.long_run(model, sys.argv[2], lambda batch, result: result.state.step < 6 or os.kill(os.getpid(), signal.SIGKILL))
+test_synthesis.long_run(model, sys.argv[2], lambda batch, result: result.state.step < 6 or os.kill(os.getpid(),
+signal.SIGKILL))
 """
 
 
 def long_run(model, output, on_step=None):
     """Twelve steps of each of two batches."""
     target = gradmm.release(model, TASK, REAL, space="head")
-    synthesize(model, TASK, target, replace(SMALL, groups_per_batch=2, outer_steps=12), output, progress=False, on_step=on_step)
+    synthesize(
+        model, TASK, target, replace(SMALL, groups_per_batch=2, outer_steps=12), output, progress=False, on_step=on_step
+    )
 
 
 @pytest.mark.slow
@@ -207,7 +250,10 @@ def test_a_run_killed_in_one_process_continues_in_another_to_the_same_bytes(tiny
 
 def test_the_published_settings_run_too(setting):
     model, task, release = setting
-    published = {name: getattr(PRESETS["official"], name) for name in ("projection", "early_end", "init", "filter", "perplexity_weight")}
+    published = {
+        name: getattr(PRESETS["official"], name)
+        for name in ("projection", "early_end", "init", "filter", "perplexity_weight")
+    }
     result = synthesize(model, task, release, replace(SMALL, **published), progress=False)
     tokens = tokenize_task(task, model.tokenizer)
     assert len(result.kept) == 4 and all(row["text"] for row in result.dataset)
@@ -217,8 +263,14 @@ def test_the_published_settings_run_too(setting):
 @pytest.mark.parametrize("init", ["generated", "normal"])
 def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init):
     model = tiny_model(kind, dtype=torch.float32)
-    release, config = gradmm.release(model, TASK, REAL, space="head"), replace(SMALL, init=init, n_synthetic=7, inner_steps=3, outer_steps=3)
-    runs = [synthesize(model, TASK, release, replace(config, groups_per_batch=size), progress=False) for size in (1, 2, 3, 6)]
+    release, config = (
+        gradmm.release(model, TASK, REAL, space="head"),
+        replace(SMALL, init=init, n_synthetic=7, inner_steps=3, outer_steps=3),
+    )
+    runs = [
+        synthesize(model, TASK, release, replace(config, groups_per_batch=size), progress=False)
+        for size in (1, 2, 3, 6)
+    ]
     for other in runs[1:]:
         assert other.dataset.to_list() == runs[0].dataset.to_list()
         assert _sorted(other.history).equals(_sorted(runs[0].history))
@@ -233,7 +285,11 @@ def test_a_group_that_stops_changes_no_byte_of_the_others(setting, monkeypatch):
     model, task, release = setting
     whole = synthesize(model, task, release, SMALL, progress=False)
     sound = Matching.of_vectors
-    monkeypatch.setattr(Matching, "of_vectors", lambda self, x, ids, classes: sound(self, x, ids, classes).where(classes == 1, torch.nan))
+    monkeypatch.setattr(
+        Matching,
+        "of_vectors",
+        lambda self, x, ids, classes: sound(self, x, ids, classes).where(classes == 1, torch.nan),
+    )
     with pytest.warns(UserWarning, match="2 of 4 texts are kept: .*empty 4"):
         without = synthesize(model, task, release, SMALL, progress=False)
     assert len(without.history) < len(whole.history)
@@ -262,7 +318,13 @@ def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
 
 def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
     model = tiny_model("phi", dtype=torch.float32)
-    task = Task("news", ("world", "sports", "business", "text"), (" world", " sports", " business", " text"), "{text} this is", ("we:", "they:", "you:", "i:"))
+    task = Task(
+        "news",
+        ("world", "sports", "business", "text"),
+        (" world", " sports", " business", " text"),
+        "{text} this is",
+        ("we:", "they:", "you:", "i:"),
+    )
     real = [{"text": f"a {word} scene", "label": i % 4} for i, word in enumerate("red blue cat dog fine dull".split())]
     config = replace(SMALL, n_synthetic=6, early_end=True, distance="l2", projection="nearest_then_lm", filter="none")
     result = synthesize(model, task, gradmm.release(model, task, real, space="head"), config, progress=False)
@@ -272,7 +334,11 @@ def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
 def test_a_group_without_a_finite_loss_is_reported_and_its_texts_dropped(setting, monkeypatch):
     model, task, release = setting
     sound = Matching.of_vectors
-    monkeypatch.setattr(Matching, "of_vectors", lambda self, x, ids, classes: sound(self, x, ids, classes).where(classes == 1, torch.nan))
+    monkeypatch.setattr(
+        Matching,
+        "of_vectors",
+        lambda self, x, ids, classes: sound(self, x, ids, classes).where(classes == 1, torch.nan),
+    )
     with pytest.warns(UserWarning, match="2 of 4 texts are kept: .*empty 4"):
         result = synthesize(model, task, release, SMALL, progress=False)
     reasons = {row["label"]: row["reason"] for row in result.manifest["groups_ended"]}
@@ -281,7 +347,8 @@ def test_a_group_without_a_finite_loss_is_reported_and_its_texts_dropped(setting
 
 
 UNREADABLE = {
-    "loop": "cat cat cat cat", "fragment": ", it was", "markup": "the <|endoftext|> film", "echo": "the movie was bad", "no word": "...", "empty": " ",
+    "loop": "cat cat cat cat", "fragment": ", it was", "markup": "the <|endoftext|> film", "echo": "the movie was bad",
+        "no word": "...", "empty": " ",
 }  # fmt: skip
 
 
@@ -296,7 +363,10 @@ def test_unreadable_texts_are_never_kept_whatever_the_search_and_ranking(setting
     rows = plan.selector.rows(texts, [0] * 8 + [1] * 3)
     assert [row["reason"].startswith("dropped") for row in rows] == [True] * 6 + [False] * 4 + [True]
     assert count_dropped([row["reason"] for row in rows]) == {**dict.fromkeys(UNREADABLE, 1), "duplicate": 1}
-    with pytest.warns(UserWarning, match=r"3 of 4 texts are kept: of the 9 written too many were dropped \(.*loop 1.*\); raise oversample, or"):
+    with pytest.warns(
+        UserWarning,
+        match=r"3 of 4 texts are kept: of the 9 written too many were dropped \(.*loop 1.*\); raise oversample, or",
+    ):
         rows = plan.selector.rows(texts[:9], [0] * 8 + [1])
     assert [row["text"] for row in rows if row["kept"]] == good[:3]
 
@@ -316,8 +386,12 @@ def test_prompts_that_tell_no_class_are_warned_of_before_writing(setting, monkey
     model, task, release = setting
     for name in ("gradmm.models.Model.read", "gradmm.matching.Matching.of_vectors"):
         monkeypatch.setattr(name, lambda *inputs, **more: pytest.fail("the model was asked"))
-    with pytest.raises(UserWarning, match="the labels 'bad', 'good', so .*: write into task.yaml such as generation_prompts: "):
-        synthesize(model, replace(task, generation_prompts=prompts), release, replace(SMALL, search=search), progress=False)
+    with pytest.raises(
+        UserWarning, match="the labels 'bad', 'good', so .*: write into task.yaml such as generation_prompts: "
+    ):
+        synthesize(
+            model, replace(task, generation_prompts=prompts), release, replace(SMALL, search=search), progress=False
+        )
 
 
 @pytest.mark.parametrize("search", ["admm", "pool"])
@@ -329,7 +403,9 @@ def test_a_chat_without_a_template_is_refused_before_writing(setting, search):
 
 def test_private_text_is_refused_where_a_release_belongs(setting):
     model, task, release = setting
-    with pytest.raises(UserError, match="given list where a Release belongs: real texts enter through gradmm.release alone"):
+    with pytest.raises(
+        UserError, match="given list where a Release belongs: real texts enter through gradmm.release alone"
+    ):
         synthesize(model, task, REAL, SMALL, progress=False)
 
 
@@ -382,7 +458,14 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
 def test_bad_settings_are_one_sentence_and_nothing_is_written(setting, tmp_path, settings, message):
     model, task, release = setting
     with pytest.raises(UserError) as caught:
-        synthesize(model, task, release, replace(gradmm.PRESETS["admm"], **{"length": 5, "top_k": 5, **settings}), tmp_path / "run", progress=False)
+        synthesize(
+            model,
+            task,
+            release,
+            replace(gradmm.PRESETS["admm"], **{"length": 5, "top_k": 5, **settings}),
+            tmp_path / "run",
+            progress=False,
+        )
     assert message in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 

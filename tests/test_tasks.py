@@ -25,19 +25,22 @@ from gradmm.tasks import (
     warn_of_equal_prompts,
 )
 
-CORPUS = (
-    [
-        "the movie was great and the story was good , it was fun",
-        "a bad film : it was terrible , the plot was dull",
-        "Review: some words it was bad",
-        "This news is about sports business world technology politics",
-        "The emotion is joy sadness love anger fear surprise",
-        "Sentiment: positive negative\nAnswer: yes no Yes No",
-    ]
-    * 20
-)
+CORPUS = [
+    "the movie was great and the story was good , it was fun",
+    "a bad film : it was terrible , the plot was dull",
+    "Review: some words it was bad",
+    "This news is about sports business world technology politics",
+    "The emotion is joy sadness love anger fear surprise",
+    "Sentiment: positive negative\nAnswer: yes no Yes No",
+] * 20
 SPECIAL = ["<unk>", "<s>", "</s>"]
-TEXTS = ["the movie was great", "a dull plot , it was bad !", "story", "some words: fun and good", "It was 3 out of 10 ."]
+TEXTS = [
+    "the movie was great",
+    "a dull plot , it was bad !",
+    "story",
+    "some words: fun and good",
+    "It was 3 out of 10 .",
+]
 TEMPLATES = [
     "{text} it was",
     "Review: {text} Sentiment:",
@@ -59,7 +62,8 @@ def _byte_level() -> transformers.PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=600, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=600, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False),
     )
     return _wrap(bpe, eos_token="<|end|>")
 
@@ -68,12 +72,18 @@ def _sentence_piece(scheme: str) -> transformers.PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
     bpe.decoder = decoders.Metaspace(prepend_scheme=scheme, split=True)
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=[*string.printable], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=[*string.printable], show_progress=False
+    )
     bpe.train_from_iterator(CORPUS, trainer)
     return _wrap(bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-TOKENIZERS = {"bytes": _byte_level, "metaspace": lambda: _sentence_piece("always"), "metaspace first": lambda: _sentence_piece("first")}
+TOKENIZERS = {
+    "bytes": _byte_level,
+    "metaspace": lambda: _sentence_piece("always"),
+    "metaspace first": lambda: _sentence_piece("first"),
+}
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -175,7 +185,10 @@ def test_a_begin_token_in_the_prompt_is_not_doubled(written):
 
 # ---------------------------------------------------------------- prompts
 
-TURNS = "{{ bos_token }}{% for m in messages %}<unk>{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}</s>answer:{% endif %}"
+TURNS = (
+    "{{ bos_token }}{% for m in messages %}<unk>{{ m.role }}: {{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}</s>answer:{% endif %}"
+)
 
 
 def talking(pattern: str, template: str = TURNS):
@@ -201,8 +214,12 @@ def test_shots_stand_behind_the_prompt_each_or_in_the_users_turn():
     tokenizer = talking("$A")
     task = Task("t", generation_prompts=("a dull plot", "a fun story:"), **TWO)
     plain, chat = (tokenize_task(replace(task, prompt_style=style), tokenizer) for style in ("plain", "chat"))
-    assert list(plain.prompt(1, ["good", "great"], " : ")) == whole(tokenizer, "a fun story: good : a fun story: great : a fun story:")
-    assert list(chat.prompt(1, ["good", "great"], " : ")) == whole(tokenizer, "<s><unk>user: good : great : a fun story:</s>answer:")
+    assert list(plain.prompt(1, ["good", "great"], " : ")) == whole(
+        tokenizer, "a fun story: good : a fun story: great : a fun story:"
+    )
+    assert list(chat.prompt(1, ["good", "great"], " : ")) == whole(
+        tokenizer, "<s><unk>user: good : great : a fun story:</s>answer:"
+    )
     assert plain.prompt(0) == plain.prompts[0] and chat.prompt(0) == chat.prompts[0]
 
 
@@ -234,15 +251,36 @@ def test_a_template_that_can_think_is_asked_not_to():
 def test_a_chat_without_a_template_is_refused_where_texts_are_written_and_only_there(tokenizer):
     tokens = tokenize_task(Task("t", generation_prompts=("a", "b"), prompt_style="chat", **TWO), tokenizer)
     assert tokens.sequence("fun")
-    with pytest.raises(UserError, match="task 't' has prompt_style = 'chat', but .* no chat template: set prompt_style: plain in task.yaml"):
+    with pytest.raises(
+        UserError,
+        match="task 't' has prompt_style = 'chat', but .* no chat template: set prompt_style: plain in task.yaml",
+    ):
         tokens.prompts  # noqa: B018
 
 
 ALIKE = {
     "none": (("no", "yes"), (" bad", " great"), (), "'no', 'yes'", "an example of a no text:"),
-    "all the same": (("no", "yes"), (" bad", " great"), ("A text:", "A text:"), "'no', 'yes'", "an example of a yes text:"),
-    "the same words": (("no", "yes"), (" bad", " great"), ("A  text:", "a text: "), "'no', 'yes'", "an example of a yes text:"),
-    "two of three": (("a", "b", "c"), (" bad", " great", " dull"), ("x", "y", "x"), "'a', 'c'", "an example of a b text:"),
+    "all the same": (
+        ("no", "yes"),
+        (" bad", " great"),
+        ("A text:", "A text:"),
+        "'no', 'yes'",
+        "an example of a yes text:",
+    ),
+    "the same words": (
+        ("no", "yes"),
+        (" bad", " great"),
+        ("A  text:", "a text: "),
+        "'no', 'yes'",
+        "an example of a yes text:",
+    ),
+    "two of three": (
+        ("a", "b", "c"),
+        (" bad", " great", " dull"),
+        ("x", "y", "x"),
+        "'a', 'c'",
+        "an example of a b text:",
+    ),
     "numbers with words": (("0", "1"), (" bad", " great"), (), "'0', '1'", "an example of a bad text:"),
     "mere numbers": (("0", "1"), (" 0", " 1"), (), "'0', '1'", "an example of a (1: say what it is) text:"),
     "numbers with letters": (("0", "1"), (" A", " B"), (), "'0', '1'", "an example of a (0: say what it is) text:"),
@@ -254,7 +292,9 @@ ALIKE = {
 def test_equal_prompts_are_warned_of_with_a_line_that_works(case):
     labels, verbalizers, prompts, alike, line = ALIKE[case]
     task = Task("mine", labels, verbalizers, generation_prompts=prompts)
-    with pytest.warns(UserWarning, match=f"task 'mine' has the same generation prompt for the labels {alike}, so") as caught:
+    with pytest.warns(
+        UserWarning, match=f"task 'mine' has the same generation prompt for the labels {alike}, so"
+    ) as caught:
         warn_of_equal_prompts(task)
     copied = str(caught[0].message).split("such as ")[1]
     assert line in copied
@@ -265,7 +305,9 @@ def test_equal_prompts_are_warned_of_with_a_line_that_works(case):
 @pytest.mark.parametrize("name", TASKS)
 def test_registered_tasks_fit_the_tokenizers(tokenizer, name):
     tokens = tokenize_task(TASKS[name], tokenizer)
-    assert [tokenizer.decode([token]).strip() for token in tokens.labels] == [v.strip() for v in TASKS[name].verbalizers]
+    assert [tokenizer.decode([token]).strip() for token in tokens.labels] == [
+        v.strip() for v in TASKS[name].verbalizers
+    ]
 
 
 @pytest.mark.parametrize("verbalizers", [(" bad", " dullness"), (" bad", " bad"), (" zzz", " great"), (" bad", " ☃")])
@@ -285,7 +327,9 @@ def test_a_verbalizer_that_fails_names_candidates_that_pass(tokenizer, verbalize
         labels = tokenize_task(replace(task, verbalizers=mended), tokenizer).labels
         assert len(set(labels)) == 2
     copied = yaml.safe_load(line[line.index("{") :])
-    assert load_task(copied) == replace(task, name="task", verbalizers=[candidates[0] if n == wrong else v for n, v in enumerate(verbalizers)])
+    assert load_task(copied) == replace(
+        task, name="task", verbalizers=[candidates[0] if n == wrong else v for n, v in enumerate(verbalizers)]
+    )
 
 
 MANY = {
@@ -298,7 +342,9 @@ MANY = {
 
 @pytest.mark.parametrize("case", MANY)
 def test_all_verbalizers_that_fail_are_named_at_once_with_a_task_file_that_works(tmp_path, tokenizer, case):
-    labels = [verbalizer.strip() if case != "one word for all" else f"class {n}" for n, verbalizer in enumerate(MANY[case])]
+    labels = [
+        verbalizer.strip() if case != "one word for all" else f"class {n}" for n, verbalizer in enumerate(MANY[case])
+    ]
     folder = folder_of(tmp_path, "mine", labels)
     (folder / "labels.json").write_text(json.dumps({"labels": labels}))
     task = replace(load_task(folder), verbalizers=MANY[case])
@@ -338,7 +384,10 @@ def test_a_verbalizer_that_would_join_the_template_is_refused(verbalizers):
         Task("t", ("a", "b"), verbalizers, "{text} it was")
 
 
-@pytest.mark.parametrize(("template", "verbalizers"), [("{text}\n", ("bad", "great")), ("{text} (", ("bad", "great")), ("这是{text}的", ("好", "坏"))])
+@pytest.mark.parametrize(
+    ("template", "verbalizers"),
+    [("{text}\n", ("bad", "great")), ("{text} (", ("bad", "great")), ("这是{text}的", ("好", "坏"))],
+)
 def test_a_verbalizer_needs_no_space_where_words_do_not_join(template, verbalizers):
     assert Task("t", ("a", "b"), verbalizers, template).verbalizers == verbalizers
 
@@ -350,7 +399,10 @@ def test_text_that_joins_what_follows_it_is_refused():
 
 def _glued() -> transformers.PreTrainedTokenizerFast:
     """Knows "Ġwords" and "Ġword" + "s"."""
-    vocabulary = {piece: number for number, piece in enumerate(["?", "some", "Ġwords", "Ġwordss", "Ġit", "Ġwas", "Ġbad", "Ġgreat", "s"])}
+    vocabulary = {
+        piece: number
+        for number, piece in enumerate(["?", "some", "Ġwords", "Ġwordss", "Ġit", "Ġwas", "Ġbad", "Ġgreat", "s"])
+    }
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="?", continuing_subword_prefix=""))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -379,11 +431,17 @@ WRONG_TASKS = {
     "min_words true": ({"min_words": True}, "min_words = True"),
     "min_words in words": ({"min_words": "six"}, "min_words = 'six'"),
     "an empty verbalizer": ({"verbalizers": [" bad", " "]}, "empty verbalizer for label 'good'"),
-    "a label with spaces": ({"labels": ["bad", "good "]}, "has the label 'good ': give a name without spaces around it"),
+    "a label with spaces": (
+        {"labels": ["bad", "good "]},
+        "has the label 'good ': give a name without spaces around it",
+    ),
     "an empty label": ({"labels": ["bad", ""]}, "has the label ''"),
     "a nameless task": ({"name": ""}, "has the name ''"),
     "a number for a name": ({"name": 3}, "has the name 3"),
-    "an unknown field": ({"verbaliser": [" a"], 3: 4}, "unknown field 'verbaliser', 3: the fields are generation_prompts"),
+    "an unknown field": (
+        {"verbaliser": [" a"], 3: 4},
+        "unknown field 'verbaliser', 3: the fields are generation_prompts",
+    ),
     "a hub source in words": ({"hub": "sst2"}, "hub source .* is 'sst2': give a mapping with path"),
     "a hub source without path": ({"hub": {"text": "t"}}, "lacks path"),
     "a hub field unknown": ({"hub": {"path": "a/b", "token": "x"}}, "unknown field 'token'"),
@@ -445,13 +503,20 @@ def test_yaml_that_is_no_task_is_one_sentence(tmp_path, content):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match="no task 'sst3': give one of demo, sst2, .*, a YAML file, or a folder with train.jsonl"):
+    with pytest.raises(
+        UserError, match="no task 'sst3': give one of demo, sst2, .*, a YAML file, or a folder with train.jsonl"
+    ):
         load_task("sst3")
 
 
 def test_the_fingerprint_is_of_what_the_gradient_depends_on():
     task = Task("t", template="{text} it was", **TWO)
-    assert replace(task, name="u", generation_prompts=("a", "b"), prompt_style="chat", min_words=3, hub=HubSource("a/b")).fingerprint == task.fingerprint
+    assert (
+        replace(
+            task, name="u", generation_prompts=("a", "b"), prompt_style="chat", min_words=3, hub=HubSource("a/b")
+        ).fingerprint
+        == task.fingerprint
+    )
     changed = [{"labels": ("no", "yes")}, {"verbalizers": (" good", " great")}, {"template": "{text} it is"}]
     assert len({task.fingerprint, *(replace(task, **change).fingerprint for change in changed)}) == 4
 
@@ -462,7 +527,9 @@ def test_the_fingerprint_is_of_what_the_gradient_depends_on():
 def folder_of(root, name: str, labels, named=None):
     folder = root / name
     folder.mkdir()
-    (folder / "train.jsonl").write_text("".join(json.dumps({"text": f"text {i}", "label": label}) + "\n" for i, label in enumerate(labels)))
+    (folder / "train.jsonl").write_text(
+        "".join(json.dumps({"text": f"text {i}", "label": label}) + "\n" for i, label in enumerate(labels))
+    )
     if named is not None:
         (folder / "labels.json").write_text(json.dumps(named))
     return folder
@@ -496,15 +563,25 @@ def test_the_task_of_a_folder(tmp_path, case):
     assert (task.name, task.labels, task.verbalizers, task.hub) == (name, labels, verbalizers, None)
     if name in TASKS and set(labels) <= set(TASKS[name].labels):
         assert task.template == TASKS[name].template
-        places = {label: prompt for label, prompt in zip(TASKS[name].labels, TASKS[name].generation_prompts, strict=True)}
+        places = {
+            label: prompt for label, prompt in zip(TASKS[name].labels, TASKS[name].generation_prompts, strict=True)
+        }
         assert task.generation_prompts == tuple(places[label] for label in labels)
 
 
 @pytest.mark.parametrize(
     ("labels", "named", "prompts"),
     [
-        (["positive", "negative"], None, ("Here is an example of a negative text:", "Here is an example of a positive text:")),
-        ([0, 1], ["low_cost", "high"], ("Here is an example of a low cost text:", "Here is an example of a high text:")),
+        (
+            ["positive", "negative"],
+            None,
+            ("Here is an example of a negative text:", "Here is an example of a positive text:"),
+        ),
+        (
+            [0, 1],
+            ["low_cost", "high"],
+            ("Here is an example of a low cost text:", "Here is an example of a high text:"),
+        ),
         ([0, 1, 2], None, ("", "", "")),
         (["1", "2"], None, ("", "")),
         (["好", "坏"], None, ("Here is an example of a 坏 text:", "Here is an example of a 好 text:")),
@@ -537,7 +614,9 @@ def test_a_labels_file_without_names_is_refused(tmp_path, named):
 def test_a_folder_without_rows_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no train.jsonl: put rows such as"):
         load_task(tmp_path)
-    with pytest.raises(UserError, match="all 2 rows of .*train.jsonl have the label 'a', at least 2 classes are needed"):
+    with pytest.raises(
+        UserError, match="all 2 rows of .*train.jsonl have the label 'a', at least 2 classes are needed"
+    ):
         load_task(folder_of(tmp_path, "one", ["a", "a"]))
     with pytest.raises(UserError, match="none/train.jsonl is empty|none.train.jsonl is empty"):
         load_task(folder_of(tmp_path, "none", []))
@@ -548,7 +627,9 @@ TWINS = [["Positive", "positive"], ["sci  tech", "Sci Tech"], ["caf\u00e9", "caf
 
 @pytest.mark.parametrize("labels", TWINS)
 def test_names_that_differ_in_case_or_spaces_alone_are_refused(tmp_path, labels):
-    with pytest.raises(UserError, match="mine/train.jsonl, line .*read the same but for case or spaces: write one of them") as caught:
+    with pytest.raises(
+        UserError, match="mine/train.jsonl, line .*read the same but for case or spaces: write one of them"
+    ) as caught:
         load_task(folder_of(tmp_path, "mine", [*labels, "other"]))
     assert all(f"line {number} " in str(caught.value) or f"line {number + 1} " in str(caught.value) for number in (1,))
 
@@ -563,13 +644,18 @@ def test_the_advice_on_other_numbers_works_when_it_is_followed(tmp_path, labels)
     task, splits = load_data(folder)
     assert len(task.labels) == len(labels)
     rows = [example for split in (splits.train, splits.validation, splits.test) for example in split]
-    assert all(labels[int(e.text.split()[1]) % len(labels)] == sorted(labels, key=lambda x: (isinstance(x, str), x))[e.label] for e in rows)
+    assert all(
+        labels[int(e.text.split()[1]) % len(labels)] == sorted(labels, key=lambda x: (isinstance(x, str), x))[e.label]
+        for e in rows
+    )
 
 
 @pytest.mark.parametrize("name", ["task.yml", "task.json"])
 def test_a_task_file_that_would_not_be_read_is_refused(tmp_path, name):
     (folder_of(tmp_path, "mine", [0, 1]) / name).write_text("labels: [a, b]\n")
-    with pytest.raises(UserError, match=f"holds {name}, which is not read: rename it to task.yaml or move it elsewhere"):
+    with pytest.raises(
+        UserError, match=f"holds {name}, which is not read: rename it to task.yaml or move it elsewhere"
+    ):
         load_task(tmp_path / "mine")
 
 

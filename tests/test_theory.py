@@ -1,4 +1,6 @@
-"""The constants, the bounds and the two views of a Gaussian release, each against something that does not share their code."""
+"""The constants, the bounds and the two views of a Gaussian release, each against something that does not share
+their code.
+"""
 
 import math
 
@@ -17,7 +19,12 @@ from gradmm.tasks import Task
 from gradmm.training import trainable_copy
 
 TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was")
-REAL = [Example("the film was a dull story", 0), Example("we saw fine actors", 1), Example("terrible plot", 0), Example("i love the music", 1)]
+REAL = [
+    Example("the film was a dull story", 0),
+    Example("we saw fine actors", 1),
+    Example("terrible plot", 0),
+    Example("i love the music", 1),
+]
 OTHER = [Example("a bad movie", 0), Example("a great movie and a fine cat", 1)]
 
 
@@ -37,9 +44,14 @@ def points(problem, count=5):
 def test_the_gradient_is_autograds(problem):
     for point in points(problem):
         w = point.clone().requires_grad_(True)
-        loss = torch.nn.functional.cross_entropy(problem.hidden @ w.mT, problem.labels) + problem.penalty / 2 * w.square().sum()
+        loss = (
+            torch.nn.functional.cross_entropy(problem.hidden @ w.mT, problem.labels)
+            + problem.penalty / 2 * w.square().sum()
+        )
         (wanted,) = torch.autograd.grad(loss, w)
-        assert torch.allclose(problem.gradient(point), wanted, rtol=1e-12, atol=1e-14) and problem.value(point) == pytest.approx(loss.item())
+        assert torch.allclose(problem.gradient(point), wanted, rtol=1e-12, atol=1e-14) and problem.value(
+            point
+        ) == pytest.approx(loss.item())
 
 
 def test_the_constants_enclose_every_curvature(problem):
@@ -64,7 +76,9 @@ def test_no_error_of_a_given_norm_breaks_the_bound(problem, eps):
     flat = torch.zeros_like(problem.origin)
     flat[:, 0] = 1 / math.sqrt(len(flat))
     kinds = {
-        "random": lambda t, w, gradient: torch.nn.functional.normalize(torch.randn(w.shape, generator=draw, dtype=w.dtype).flatten(), dim=0).view_as(w),
+        "random": lambda t, w, gradient: torch.nn.functional.normalize(
+            torch.randn(w.shape, generator=draw, dtype=w.dtype).flatten(), dim=0
+        ).view_as(w),
         "against the gradient": lambda t, w, gradient: -gradient / gradient.norm(),
         "flat": lambda t, w, gradient: flat,
     }
@@ -77,11 +91,15 @@ def test_no_error_of_a_given_norm_breaks_the_bound(problem, eps):
 
 def test_an_error_in_a_flat_direction_attains_the_limit(problem):
     flat = torch.zeros_like(problem.origin)
-    flat[:, 0] = 1 / math.sqrt(len(flat))  # the same for every class: no probability changes, so the curvature is the penalty
+    flat[:, 0] = 1 / math.sqrt(
+        len(flat)
+    )  # the same for every class: no probability changes, so the curvature is the penalty
     gaps, errors, _ = theory.descend(problem, lambda t, w, gradient: 0.1 * flat, 4000)
     limit = 0.1**2 / (2 * problem.convexity)
     assert gaps[-1] == pytest.approx(limit, rel=1e-6)
-    assert theory.gap_bounds(gaps[0], errors, problem.smoothness, problem.convexity)[-1] == pytest.approx(limit, rel=1e-6)
+    assert theory.gap_bounds(gaps[0], errors, problem.smoothness, problem.convexity)[-1] == pytest.approx(
+        limit, rel=1e-6
+    )
 
 
 def test_a_problem_without_penalty_is_refused(problem):
@@ -99,14 +117,18 @@ def test_the_fine_tuning_gradient_is_that_of_the_loss_that_is_evaluated(tiny_mod
     assert loss == pytest.approx(evaluate(model, TASK, REAL).loss, rel=1e-9)
     draw = torch.Generator().manual_seed(0)
     unit = torch.nn.functional.normalize
-    direction = unit(unit(torch.randn(gradient.shape, generator=draw, dtype=gradient.dtype), dim=0) + unit(gradient, dim=0), dim=0)
+    direction = unit(
+        unit(torch.randn(gradient.shape, generator=draw, dtype=gradient.dtype), dim=0) + unit(gradient, dim=0), dim=0
+    )
     vector = torch.nn.utils.parameters_to_vector(trained.lm.parameters()).detach()
     assert gradient.shape == vector.shape
     values = []
     for sign in (1, -1):
         torch.nn.utils.vector_to_parameters(vector + sign * 2e-4 * direction, trained.lm.parameters())
         values.append(evaluate(trained, TASK, REAL).loss)
-    assert float(gradient @ direction) == pytest.approx((values[0] - values[1]) / 4e-4, rel=2e-3)  # some norms round to float32
+    assert float(gradient @ direction) == pytest.approx(
+        (values[0] - values[1]) / 4e-4, rel=2e-3
+    )  # some norms round to float32
 
 
 def test_a_path_is_gradient_descent_and_leaves_the_model_alone(tiny_model):
@@ -121,7 +143,9 @@ def test_a_path_is_gradient_descent_and_leaves_the_model_alone(tiny_model):
         assert (row["loss"], row["train_loss"], row["error"], row["gradient"]) == pytest.approx(
             (loss, train_loss, float((used - wanted).norm()), float(wanted.norm())), rel=1e-9
         )
-        assert row["cosine"] == pytest.approx(float(torch.nn.functional.cosine_similarity(used, wanted, dim=0)), rel=1e-9)
+        assert row["cosine"] == pytest.approx(
+            float(torch.nn.functional.cosine_similarity(used, wanted, dim=0)), rel=1e-9
+        )
         vector = torch.nn.utils.parameters_to_vector(trained.lm.parameters()).detach() - 1e-3 * used
         torch.nn.utils.vector_to_parameters(vector, trained.lm.parameters())
 
@@ -157,5 +181,7 @@ def test_coarser_outputs_lose_no_more_and_fine_ones_almost_as_much(mu):
 
 def test_the_best_threshold_is_where_the_likelihoods_part():
     epsilon, mu = 1.0, 1.0
-    assert theory.binned_delta(epsilon, mu, [mu / 2 - epsilon / mu]) == pytest.approx(theory.gaussian_delta(epsilon, mu), rel=1e-9)
+    assert theory.binned_delta(epsilon, mu, [mu / 2 - epsilon / mu]) == pytest.approx(
+        theory.gaussian_delta(epsilon, mu), rel=1e-9
+    )
     assert theory.binned_delta(epsilon, mu, [0.7]) < theory.gaussian_delta(epsilon, mu)

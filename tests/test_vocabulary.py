@@ -1,6 +1,5 @@
 """Which token may stand where: against a literal byte-by-byte oracle, on byte-level and byte-fallback tokenizers."""
 
-
 import pytest
 import torch
 import transformers
@@ -18,7 +17,9 @@ WORDS = ("▁the", "▁film", "▁is", "good", "你", "▁“", ".", "。", "”
 def fallback_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Words, and all other characters as bytes `<0xNN>`, as in Gemma and Llama."""
     pieces = ["<unk>", "<end>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
@@ -26,7 +27,10 @@ def fallback_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def pieces_of(tokenizer) -> list[str]:
     letter = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-    return [tokenizer.decode([*letter, token], clean_up_tokenization_spaces=False).removeprefix("a") for token in range(len(tokenizer))]
+    return [
+        tokenizer.decode([*letter, token], clean_up_tokenization_spaces=False).removeprefix("a")
+        for token in range(len(tokenizer))
+    ]
 
 
 def byte_level():
@@ -48,7 +52,9 @@ TEXTS = ("这部电影很好看。", "好 😀 ok 👍🏽", "très déjà-vu", 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_token_of_a_text_in_any_script_can_be_written_in_order(tokenizer, vocabulary, text):
-    ids = [token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer.decode([token]) != " "]
+    ids = [
+        token for token in tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer.decode([token]) != " "
+    ]
     state = 0
     for place, token in enumerate(ids):
         needs = int(vocabulary.needs[state, token])
@@ -64,7 +70,9 @@ def test_a_text_of_smollm2_can_be_written_in_order():
     except OSError:
         pytest.skip("SmolLM2 is not here")
     test_every_token_of_a_text_in_any_script_can_be_written_in_order(
-        tokenizer, Vocabulary.of(tokenizer, pieces_of(tokenizer), (tokenizer.eos_token_id,), "cpu"), "这部电影很好看。 😀"
+        tokenizer,
+        Vocabulary.of(tokenizer, pieces_of(tokenizer), (tokenizer.eos_token_id,), "cpu"),
+        "这部电影很好看。 😀",
     )
 
 
@@ -79,14 +87,19 @@ def literal_bytes(tokenizer, token: int) -> bytes:
 
 
 def can_be_completed(some: bytes) -> bool:
-    """Whether some bytes are whole printable characters but for a beginning of one: all ends of up to three bytes are tried."""
-    for tail in (b"", b"\x80", b"\xa5", b"\xbf", *(bytes([a, b]) for a in (0x80, 0x90, 0xA5, 0xBF) for b in (0x80, 0xBF)),
+    """Whether some bytes are whole printable characters but for a beginning of one: all ends of up to three bytes
+    are tried.
+    """
+    for tail in (b"", b"\x80", b"\xa5", b"\xbf", *(bytes([a, b]) for a in (0x80, 0x90, 0xA5, 0xBF) for b in (0x80,
+        0xBF)),
                  *(bytes([a, 0xA0, b]) for a in (0x90, 0x9F, 0xA0, 0xBF) for b in (0x80, 0x9F))):  # fmt: skip
         try:
             text = (some + tail).decode()
         except UnicodeDecodeError:
             continue
-        if not any(0xE000 <= ord(c) <= 0xF8FF or ord(c) >= 0x40000 or ord(c) < 0x20 or 0x7F <= ord(c) <= 0x9F for c in text):
+        if not any(
+            0xE000 <= ord(c) <= 0xF8FF or ord(c) >= 0x40000 or ord(c) < 0x20 or 0x7F <= ord(c) <= 0x9F for c in text
+        ):
             return True
     return False
 
@@ -94,7 +107,19 @@ def can_be_completed(some: bytes) -> bool:
 def test_the_tables_are_those_of_a_literal_walk_over_the_bytes(tokenizer, vocabulary):
     fragments = [token for token, piece in enumerate(pieces_of(tokenizer)) if "\ufffd" in piece]
     raw = {token: literal_bytes(tokenizer, token) for token in fragments}
-    prefixes = (b"", b"\xc2", b"\xc3", b"\xe0", b"\xe4", b"\xed", b"\xef", b"\xf0", b"\xe4\xbd", b"\xf0\x9f", b"\xf0\x9f\x98")
+    prefixes = (
+        b"",
+        b"\xc2",
+        b"\xc3",
+        b"\xe0",
+        b"\xe4",
+        b"\xed",
+        b"\xef",
+        b"\xf0",
+        b"\xe4\xbd",
+        b"\xf0\x9f",
+        b"\xf0\x9f\x98",
+    )
     for prefix in prefixes:
         state = 0
         for byte in prefix:
@@ -124,7 +149,9 @@ def test_without_fragments_there_is_one_mask_for_all(tiny_model):
 
 
 def test_fragments_that_cannot_be_completed_are_left_out(tokenizer, vocabulary):
-    raw = {token: literal_bytes(tokenizer, token) for token, piece in enumerate(pieces_of(tokenizer)) if "\ufffd" in piece}
+    raw = {
+        token: literal_bytes(tokenizer, token) for token, piece in enumerate(pieces_of(tokenizer)) if "\ufffd" in piece
+    }
     lone = vocabulary.whole.clone()
     lone[[token for token, some in raw.items() if some[0] >= 0xC0]] = True  # beginnings alone
     assert len(vocabulary.only(lone).needs) == 1
@@ -133,7 +160,9 @@ def test_fragments_that_cannot_be_completed_are_left_out(tokenizer, vocabulary):
 
 def test_a_text_begins_with_a_word(tokenizer, vocabulary):
     pieces = pieces_of(tokenizer)
-    behind_word, free = ({piece for piece, may in zip(pieces, mask.tolist(), strict=True) if may} for mask in vocabulary.begins)
+    behind_word, free = (
+        {piece for piece, may in zip(pieces, mask.tolist(), strict=True) if may} for mask in vocabulary.begins
+    )
     assert behind_word <= free and " the" in behind_word and "." not in free and " ." not in free and "”" not in free
     assert not [piece for piece in behind_word if piece[0].isascii() and not piece[0].isspace()]
     if "你" in pieces:
@@ -151,8 +180,10 @@ def test_ends_are_those_of_the_tokenizer_and_of_the_settings(tiny_model):
 @pytest.mark.parametrize(
     ("word", "special", "barred"),
     [
-        ("<jupyter_code>", False, True), ("<start_of_turn>", False, True), ("<unused1>", False, True), ("[unused12]", False, True),
-        ("<|reserved_special_token_3|>", False, True), ("gradmm", True, True), ("gradmm", False, False), ("Hogwarts", False, False),
+        ("<jupyter_code>", False, True), ("<start_of_turn>", False, True), ("<unused1>", False, True),
+        ("[unused12]", False, True),
+        ("<|reserved_special_token_3|>", False, True), ("gradmm", True, True), ("gradmm", False, False),
+        ("Hogwarts", False, False),
         ("don't", False, False),
     ],
 )  # fmt: skip
@@ -171,4 +202,6 @@ def test_joiners_that_words_and_emoji_need_may_be_written_and_are_no_flaw(text):
 
 def test_what_is_printable():
     assert all(map(printable, ["a", " a", "the end", "é", "日本", "!", "שלום"]))
-    assert not any(map(printable, ["", " ", "\n", "a\n", "\t", "\ufffd", "a\ufffd", "\u202e", "\u200b", "\x07", "a\u0000"]))
+    assert not any(
+        map(printable, ["", " ", "\n", "a\n", "\t", "\ufffd", "a\ufffd", "\u202e", "\u200b", "\x07", "a\u0000"])
+    )

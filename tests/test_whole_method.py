@@ -33,14 +33,21 @@ def test_the_fast_method_takes_the_same_steps_as_the_literal_one(tiny_model, kin
     x = best_of("normal", 3, matching, reading, Shape(2, 4), classes, [generator(0, "x", k) for k in range(2)])
 
     def projected(v, which):
-        ids = project(model, tables, v.flatten(0, 1), tokens.prompts, which.repeat_interleave(2), reading).view(v.shape[:3])
+        ids = project(model, tables, v.flatten(0, 1), tokens.prompts, which.repeat_interleave(2), reading).view(
+            v.shape[:3]
+        )
         return model.embed(ids), ids
 
-    fast = admm.solve(lambda x, ids, which: matching.of_vectors(x, ids, classes[which]), projected, admm.start(x), config)
-    before, after = (model.embed(torch.tensor(part, dtype=torch.long)) for part in (tokens.start + tokens.prefix, tokens.suffix))
+    fast = admm.solve(
+        lambda x, ids, which: matching.of_vectors(x, ids, classes[which]), projected, admm.start(x), config
+    )
+    before, after = (
+        model.embed(torch.tensor(part, dtype=torch.long)) for part in (tokens.start + tokens.prefix, tokens.suffix)
+    )
     for k in range(2):
         ids, value = reference.solve(
-            lambda x, k=k: reference.match_loss(model.lm, x, before, after, torch.full((2,), tokens.labels[k]), explicit[k], "cosine"),
+            lambda x, k=k: reference.match_loss(model.lm, x, before, after, torch.full((2,), tokens.labels[k]),
+                explicit[k], "cosine"),
             lambda v, k=k: reference.project(model.lm, v, tokens.prompts[k], order, 6, allowed),
             model.embedding,
             x[k],

@@ -1,7 +1,8 @@
-"""What this book's pages have besides the theme's: no scripts for services elsewhere, and on each notebook how to run it.
+"""What this book's pages have besides the theme's: no scripts for services elsewhere, and on each notebook how to run
+it.
 
-Launch buttons appear when `_config.yml` names `repository: {url: ...}` and `launch_buttons`. They open the notebook as it is
-stored, in `notebooks/`: the executed copies that the pages are made of are not in the repository.
+Launch buttons appear when `_config.yml` names `repository: {url: ...}` and `launch_buttons`. They open the notebook as
+it is stored, in `notebooks/`: the executed copies that the pages are made of are not in the repository.
 """
 
 import re
@@ -17,12 +18,10 @@ DEFAULT_URL = "https://github.com/executablebooks/jupyter-book"  # what jupyter-
 BLOCK = """
 <section id="run-it-yourself" class="run-it-yourself">
 <h2>Run it yourself<a class="headerlink" href="#run-it-yourself" title="Link to this heading">#</a></h2>
-<p><code>make lab</code> in a checkout of the repository opens JupyterLab; this page is <code>{name}.ipynb</code> there, stored
-without outputs. From the command line:</p>
-<div class="highlight"><pre>papermill notebooks/{name}.ipynb mine.ipynb -p seed 1</pre></div>
-<p>The copy that this page shows, with its parameters and outputs, can be <a download href="{source}">downloaded</a>;
-<a href="{reproduce}">how to reproduce</a> says more.</p>
-</section>
+<p><code>make lab</code> in a checkout of the repository opens JupyterLab; this page is <code>{name}.ipynb</code> there,
+stored without outputs. From the command line:</p> <div class="highlight"><pre>papermill notebooks/{name}.ipynb
+mine.ipynb -p seed 1</pre></div> <p>The copy that this page shows, with its parameters and outputs, can be <a download
+href="{source}">downloaded</a>; <a href="{reproduce}">how to reproduce</a> says more.</p> </section>
 """
 
 
@@ -31,7 +30,10 @@ def check(app) -> None:
     options = app.config.html_theme_options
     wanted = [name for name in LAUNCHERS if options.get("launch_buttons", {}).get(name)]
     if wanted and options.get("repository_url", DEFAULT_URL) == DEFAULT_URL:
-        raise ExtensionError(f"launch_buttons has {', '.join(wanted)}, but no repository is known: add `repository: {{url: ..., branch: ...}}` to _config.yml")
+        raise ExtensionError(
+            f"launch_buttons has {', '.join(wanted)}, but no repository is known: add `repository: {{url: ..., "
+            "branch: ...}` to _config.yml"
+        )
 
 
 def keep_local(context: dict) -> None:
@@ -51,7 +53,9 @@ def stored(button: dict) -> dict:
 
 
 def mark_wide(app, body: str) -> str:
-    """The page with `data-wide` at every figure of more than one panel: a narrow screen shows those in a box that scrolls."""
+    """The page with `data-wide` at every figure of more than one panel: a narrow screen shows those in a box that
+    scrolls.
+    """
     places = {name: Path(app.srcdir, source) for source, name in app.builder.images.items()}
 
     def mark(found: re.Match) -> str:
@@ -69,9 +73,14 @@ def finish(app, pagename, templatename, context, doctree) -> None:
     for group in context.get("header_buttons", []):
         if group.get("label") == "launch-buttons":
             group["buttons"] = [stored(button) for button in group["buttons"]]
-    place = {"source": f"{context['pathto']('_sources', 1)}/{context['sourcename']}", "reproduce": context["pathto"]("book/reproduce")}
+    place = {
+        "source": f"{context['pathto']('_sources', 1)}/{context['sourcename']}",
+        "reproduce": context["pathto"]("book/reproduce"),
+    }
     name = pagename.removeprefix(EXECUTED)
-    context["body"] = mark_wide(app, context["body"]) + BLOCK.format(name=escape(name), **{key: escape(value) for key, value in place.items()})
+    context["body"] = mark_wide(app, context["body"]) + BLOCK.format(
+        name=escape(name), **{key: escape(value) for key, value in place.items()}
+    )
 
 
 def setup(app):

@@ -1,7 +1,7 @@
 """Lets sphinx read docstrings that are written to be read as they stand: indented formulas and bare `*`, `|` and `_`.
 
-Backticks hold code and are left alone (`default_role` is code). A block that is indented under no section of its own is a
-formula or a listing and becomes a literal block.
+Backticks hold code and are left alone (`default_role` is code). A block that is indented under no section of its own is
+a formula or a listing and becomes a literal block.
 """
 
 import re

@@ -1,6 +1,7 @@
 """Where the signal goes, and one factor at a time around a base setting: match, fluency and accuracy.
 
-Knows no figure. Every setting is a comparison of its own folder, so an interrupted run continues and a finished one is read.
+Knows no figure. Every setting is a comparison of its own folder, so an interrupted run continues and a finished one is
+read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,13 @@ from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 QUANTITIES = ("accuracy", "match_loss", "perplexity")
 _OF_COMPARISON = {"n_real", "space"}
-_OF_CHOICE = {"space", "ranking", "filter", "distance", "perplexity_weight"}  # of the texts of a pool, which do not depend on these
+_OF_CHOICE = {
+    "space",
+    "ranking",
+    "filter",
+    "distance",
+    "perplexity_weight",
+}  # of the texts of a pool, which do not depend on these
 _OF_SYNTHESIS = {item.name for item in fields(SynthesisConfig) if item.init} - {"seed", "groups_per_batch"}
 
 
@@ -36,8 +43,8 @@ def agreement(
 ) -> pandas.DataFrame:
     """How far the head's gradients of sets of examples agree with the real ones', under three losses of one model.
 
-    Per-class cosines hardly see the contrast between the classes, the sum over classes of their mean gradients, which is
-    what training on balanced data follows; and a preference for one verbalizer is common to all texts.
+    Per-class cosines hardly see the contrast between the classes, the sum over classes of their mean gradients, which
+    is what training on balanced data follows; and a preference for one verbalizer is common to all texts.
 
     Args:
         real: examples of every class.
@@ -78,7 +85,9 @@ def _losses(model: Model, tokens: TaskTokens, public: Sequence[str]) -> dict[str
     }
 
 
-def _class_means(model: Model, tokens: TaskTokens, head: Head, labels: Sequence[int], examples: Sequence[Example]) -> Tensor:
+def _class_means(
+    model: Model, tokens: TaskTokens, head: Head, labels: Sequence[int], examples: Sequence[Example]
+) -> Tensor:
     """The mean gradient of the head's matrix for each class, flat: (C, R D)."""
     means = []
     for number, row in enumerate(labels):
@@ -107,15 +116,17 @@ def vary(
 
     Args:
         base: the setting around which one factor at a time is changed.
-        factors: names of `SynthesisConfig` settings, "n_real", "space" or "preset", with the values to try; the base's own value
-            belongs to every factor and is run once. A preset is run as it is, with the base's number of texts: the budget that all share.
+        factors: names of `SynthesisConfig` settings, "n_real", "space" or "preset", with the values to try; the base's
+            own value belongs to every factor and is run once. A preset is run as it is, with the base's number of
+            texts: the budget that all share.
         seeds: as in `compare`; runs of one seed see the same real examples, but for "n_real".
         output: a folder that receives one comparison for each setting, or None.
         progress: whether to show a progress bar over settings.
         workers: as in `compare`.
 
     Returns:
-        One row for each factor, value and seed: factor, value, base (whether it is the base's value), seed and QUANTITIES.
+        One row for each factor, value and seed: factor, value, base (whether it is the base's value), seed and
+            QUANTITIES.
 
     Raises:
         UserError: an unknown factor, or a value that does not fit.
@@ -128,7 +139,9 @@ def vary(
     found, written = {}, {}
     for name, (factor, config) in tqdm(settings.items(), desc="varying", unit="setting", disable=not progress):
         folder, pools = None if output is None else Path(output) / name, written if factor in _OF_CHOICE else {}
-        found[name] = compare(model, task, splits, config, ["gradmm"], seeds, folder, progress=False, workers=workers, pools=pools).records
+        found[name] = compare(
+            model, task, splits, config, ["gradmm"], seeds, folder, progress=False, workers=workers, pools=pools
+        ).records
         if name == "base" and folder is not None and base.synthesis.search == "pool":
             written = written_texts(folder, seeds)
     return pandas.DataFrame(
@@ -164,7 +177,8 @@ def effects(frame: pandas.DataFrame, quantity: str = "accuracy", confidence: flo
         confidence: of the interval of the mean difference, by Student's t over seeds.
 
     Returns:
-        One row for each factor, the furthest first: factor, lowest, highest (values), low_mean, high_mean, difference, low,
+        One row for each factor, the furthest first: factor, lowest, highest (values), low_mean, high_mean, difference,
+            low,
         high.
     """
     rows = []
@@ -172,7 +186,13 @@ def effects(frame: pandas.DataFrame, quantity: str = "accuracy", confidence: flo
         table = part.pivot(index="seed", columns="value", values=quantity)
         lowest, highest = table.mean().idxmin(), table.mean().idxmax()
         rows.append(
-            {"factor": factor, "lowest": lowest, "highest": highest, "low_mean": table[lowest].mean(), "high_mean": table[highest].mean()}
+            {
+                "factor": factor,
+                "lowest": lowest,
+                "highest": highest,
+                "low_mean": table[lowest].mean(),
+                "high_mean": table[highest].mean(),
+            }
             | _difference(table[highest] - table[lowest], confidence)
         )
     return pandas.DataFrame(rows).sort_values("difference", ascending=False, ignore_index=True)
@@ -189,7 +209,8 @@ def against_base(frame: pandas.DataFrame, quantity: str = "accuracy", confidence
         table = part.pivot(index="seed", columns="value", values=quantity)
         base = part.loc[part["base"], "value"].iloc[0]
         rows += [
-            {"factor": factor, "value": value, "mean": table[value].mean()} | _difference(table[value] - table[base], confidence)
+            {"factor": factor, "value": value, "mean": table[value].mean()}
+            | _difference(table[value] - table[base], confidence)
             for value in part.loc[~part["base"], "value"].unique()
         ]
     return pandas.DataFrame(rows, columns=["factor", "value", "mean", "difference", "low", "high"])

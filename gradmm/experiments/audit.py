@@ -1,27 +1,28 @@
 r"""What a release gives away and what it keeps: a lower bound on epsilon, membership inference, and signal to noise.
 
 Plays the adversary: knows canaries or candidate examples and asks what the published thing says of them. An attack that
-fails proves nothing; one that succeeds beyond the claim disproves it. Letters: m canaries, n members or examples, o others,
-C classes, D hidden width, R rows and r directions of the release space.
+fails proves nothing; one that succeeds beyond the claim disproves it. Letters: m canaries, n members or examples, o
+others, C classes, D hidden width, R rows and r directions of the release space.
 
-The audit of one release (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846, theorem 5.2): for each of m canaries a fair
-coin decides which of two versions is among the private examples. The adversary sees the release and guesses the `guesses`
-coins of which it is surest. If the release is (epsilon, delta)-private, then with W ~ Binomial(guesses, e^eps / (1 + e^eps))
+The audit of one release (Steinke, Nasr and Jagielski 2023, arXiv 2305.08846, theorem 5.2): for each of m canaries a
+fair coin decides which of two versions is among the private examples. The adversary sees the release and guesses the
+`guesses` coins of which it is surest. If the release is (epsilon, delta)-private, then with W ~ Binomial(guesses, e^eps
+/ (1 + e^eps))
 
     P(at least v right) <= P(W >= v) + 2 m delta max over i of P(v > W >= v - i) / i
 
 The lower bound is the largest epsilon that the number of right guesses refutes at the given confidence.
 
-How much of the clean gradient survives a release is told from the private texts, outside every privacy guarantee: publish
-these figures for public data alone. With S the clean sum of clipped gradients in d coordinates and noise N(0, sigma^2) on each,
-the cosine of S + noise to S is about
+How much of the clean gradient survives a release is told from the private texts, outside every privacy guarantee:
+publish these figures for public data alone. With S the clean sum of clipped gradients in d coordinates and noise N(0,
+sigma^2) on each, the cosine of S + noise to S is about
 
     |S| / sqrt(|S|^2 + d sigma^2)
 
 (the noise's length concentrates, its part along S averages out: close for d of ten or more, a little low below). The
-class sums are mostly the bias between the labels times the mean hidden state, which all texts share; what sets the classes
-apart, and what balanced training follows, is the *contrast*: the sum over classes with hidden states taken from their
-mean, sum_i w_i delta_i (h_i - mean h)^T with w_i the clip's factor.
+class sums are mostly the bias between the labels times the mean hidden state, which all texts share; what sets the
+classes apart, and what balanced training follows, is the *contrast*: the sum over classes with hidden states taken from
+their mean, sum_i w_i delta_i (h_i - mean h)^T with w_i the clip's factor.
 """
 
 import dataclasses
@@ -193,7 +194,10 @@ def audit_release(
     ]
     companions = check_examples(companions, task, "companion")
     require(len(canaries) > 0, "there are no canaries: give pairs of examples")
-    require(options.get("epsilon") is not None, "epsilon is None, and a release without privacy has no claim to audit: give epsilon")
+    require(
+        options.get("epsilon") is not None,
+        "epsilon is None, and a release without privacy has no claim to audit: give epsilon",
+    )
     paired = options.get("relation", "replace-one") == "replace-one"
     require(
         all((second is not None) == paired for _, second in canaries),
@@ -202,7 +206,9 @@ def audit_release(
     coins = _coins(len(canaries), seed)
     present = [pair[0] if coin else pair[1] for pair, coin in zip(canaries, coins.tolist(), strict=True)]
     released = release(model, task, [*companions, *(e for e in present if e is not None)], **options)
-    return _judge(_coin_estimates(model, task, canaries, companions, released), coins, released.ledger[-1], guesses, confidence)
+    return _judge(
+        _coin_estimates(model, task, canaries, companions, released), coins, released.ledger[-1], guesses, confidence
+    )
 
 
 def _coins(count: int, seed: int) -> Tensor:
@@ -240,11 +246,15 @@ class _Atoms:
 
 
 def _coin_estimates(model: Model, task: Task, canaries, companions, released: Release) -> Tensor:
-    """The estimate (A^T A + sigma^2 I)^-1 A^T (G - E G) of the coins as signs, A = half the pairs' differences: (m,)."""
+    """The estimate (A^T A + sigma^2 I)^-1 A^T (G - E G) of the coins as signs, A = half the pairs' differences:
+    (m,).
+    """
     firsts, seconds = [first for first, _ in canaries], [second for _, second in canaries if second is not None]
     examples = [*firsts, *seconds, *companions]
     entry, share = released.ledger[-1], 0.5
-    expected = torch.tensor([share] * (len(firsts) + len(seconds)) + [1.0] * len(companions), dtype=torch.float64, device=model.device)
+    expected = torch.tensor(
+        [share] * (len(firsts) + len(seconds)) + [1.0] * len(companions), dtype=torch.float64, device=model.device
+    )
     atoms = _Atoms(*_clipped(model, task, examples, released.space, entry.clip), expected)
     gram = atoms.gram()
     residual = atoms.inner(released.targets) - gram @ expected
@@ -257,7 +267,9 @@ def _coin_estimates(model: Model, task: Task, canaries, companions, released: Re
     return torch.linalg.solve(half @ gram @ half.mT + noise, half @ residual)
 
 
-def _clipped(model: Model, task: Task, examples: Sequence[Example], space: HeadSpace | BodySketch, clip: float) -> tuple[Factors, Tensor]:
+def _clipped(
+    model: Model, task: Task, examples: Sequence[Example], space: HeadSpace | BodySketch, clip: float
+) -> tuple[Factors, Tensor]:
     """Each example's clipped gradient in the release space, float64, and its class."""
     tokens = tokenize_task(task, model.tokenizer)
     classes = torch.tensor([example.label for example in examples], device=model.device)
@@ -315,13 +327,19 @@ def membership(
         UserError: no members, no others, or scores that are not finite.
     """
     inside, outside = (numpy.asarray(values, dtype=numpy.float64) for values in (members, others))
-    require(min(len(inside), len(outside)) >= 1, f"there are {len(inside)} members and {len(outside)} others: give at least one of each")
+    require(
+        min(len(inside), len(outside)) >= 1,
+        f"there are {len(inside)} members and {len(outside)} others: give at least one of each",
+    )
     require(bool(numpy.isfinite([*inside, *outside]).all()), "a membership score is not finite: leave that example out")
     truth, scores = [1] * len(inside) + [0] * len(outside), [*inside, *outside]
     wins = (inside[:, None] > outside) + 0.5 * (inside[:, None] == outside)  # (n, o)
     source = generator(seed, "membership bootstrap")
     shares = [torch.rand(resamples, count, generator=source).numpy() for count in wins.shape]
-    drawn = [numpy.stack([numpy.bincount((row * row.size).astype(int), minlength=row.size) for row in part]) for part in shares]
+    drawn = [
+        numpy.stack([numpy.bincount((row * row.size).astype(int), minlength=row.size) for row in part])
+        for part in shares
+    ]
     areas = ((drawn[0] @ wins) * drawn[1]).sum(1) / wins.size
     low, high = numpy.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
     false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
@@ -338,7 +356,9 @@ def membership(
 
 
 def loss_scores(model: Model, task: Task, examples: Iterable, reference: Model | None = None) -> list[float]:
-    """Minus each example's label loss under a (fine-tuned) model, in nats; with a reference, how much lower than under it."""
+    """Minus each example's label loss under a (fine-tuned) model, in nats; with a reference, how much lower than
+    under it.
+    """
     examples = check_examples(examples, task, "example")
     scores = -_label_losses(model, task, examples)
     return (scores if reference is None else scores + _label_losses(reference, task, examples)).tolist()
@@ -365,7 +385,8 @@ def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
 
 
 def neighbour_scores(texts: Sequence[str], synthetic: Sequence[str]) -> list[float]:
-    """Each text's cosine to its nearest synthetic text, over TF-IDF of letter 3- to 5-grams fitted on the synthetic texts.
+    """Each text's cosine to its nearest synthetic text, over TF-IDF of letter 3- to 5-grams fitted on the synthetic
+    texts.
 
     Raises:
         UserError: no synthetic text has a letter.
@@ -379,7 +400,8 @@ def neighbour_scores(texts: Sequence[str], synthetic: Sequence[str]) -> list[flo
 def span_scores(
     texts: Sequence[str], synthetic: Sequence[str], encode: Callable[[str], Sequence[Hashable]] = words
 ) -> list[int]:
-    """The longest run of each text that stands in any one synthetic text, in words, or in tokens with `TaskTokens.encode`.
+    """The longest run of each text that stands in any one synthetic text, in words, or in tokens with
+    `TaskTokens.encode`.
 
     Runs that held-out texts share as well are the language's; only what exceeds them is leakage.
     """
@@ -406,7 +428,8 @@ def attack_texts(
         for name, texts in (("the synthetic texts", synthetic), ("the members", members), ("the others", others))
     )
     return {
-        name: membership(score(members, synthetic), score(others, synthetic), seed=seed) for name, score in TEXT_ATTACKS.items()
+        name: membership(score(members, synthetic), score(others, synthetic), seed=seed)
+        for name, score in TEXT_ATTACKS.items()
     }
 
 
@@ -438,10 +461,11 @@ def signal_to_noise(
         epsilons, delta, clip, relation: as for `privacy.release`, exact calibration.
 
     Returns:
-        One row for each space, size and epsilon: coordinates (of one class), sigma, signal (length of a class's clean sum),
-        noise (expected length of its noise), target (expected cosine of a class's noised sum to the clean one, mean over
-        classes), contrast (the same of the contrast), kept (cosine of the space's clean contrast to that of unclipped
-        gradients on the label rows) and useful (contrast times kept).
+        One row for each space, size and epsilon: coordinates (of one class), sigma, signal (length of a class's clean
+            sum),
+        noise (expected length of its noise), target (expected cosine of a class's noised sum to the clean one, mean
+        over classes), contrast (the same of the contrast), kept (cosine of the space's clean contrast to that of
+        unclipped gradients on the label rows) and useful (contrast times kept).
 
     Raises:
         UserError: sizes that do not ascend or exceed the examples of a class.
@@ -452,7 +476,8 @@ def signal_to_noise(
     counts = [size // len(classes) for size in sizes]
     require(
         counts == sorted(counts) and counts[:1] > [0] and counts[-1] <= min(map(len, classes)),
-        f"sizes = {list(sizes)} for classes of {[len(members) for members in classes]}: give ascending sizes that the classes allow",
+        f"sizes = {list(sizes)} for classes of {[len(members) for members in classes]}: give ascending sizes that "
+        "the classes allow",
     )
     tokens = tokenize_task(task, model.tokenizer)
     rows = torch.tensor(tokens.labels, device=model.device)
@@ -467,7 +492,10 @@ def signal_to_noise(
         exact = _contrast(sums[_EXACT])
         for name, space in spaces.items():
             kept = _cosine(_on_label_rows(_contrast(sums[name]), space, rows), exact)
-            entries = [plan_entry("sums", name, epsilon, delta, relation, clip, "exact", len(sums[name][0].flat)) for epsilon in epsilons]
+            entries = [
+                plan_entry("sums", name, epsilon, delta, relation, clip, "exact", len(sums[name][0].flat))
+                for epsilon in epsilons
+            ]
             found += [{"space": name, "n": size, **_figures(sums[name], entry, kept)} for entry in entries]
     return found
 
@@ -487,7 +515,9 @@ class _Sums:
         delta = factors.delta.double() * clip_scale(factors, clip)[:, None]
         hidden = factors.hidden.double()
         weight = self.weight + delta.mT @ hidden
-        return _Sums(weight, self.delta + delta.sum(0), self.hidden + hidden.sum(0), self.count + len(delta), factors.bias)
+        return _Sums(
+            weight, self.delta + delta.sum(0), self.hidden + hidden.sum(0), self.count + len(delta), factors.bias
+        )
 
     @property
     def flat(self) -> Tensor:

@@ -29,8 +29,8 @@ from gradmm.tasks import Task, tokenize_task
 def random_directions(target: Release, seed: int) -> Release:
     """The Release with every target a random one of the same rank, and of the same norm in weight and bias.
 
-    Under a loss over the label tokens alone every delta adds up to zero over these, so the random ones do too: all of a random
-    target lies where a text can reach it.
+    Under a loss over the label tokens alone every delta adds up to zero over these, so the random ones do too: all of a
+    random target lies where a text can reach it.
 
     Args:
         target: an exact Release: targets kept as n factor pairs, delta (n, V) and hidden (n, D).
@@ -75,7 +75,8 @@ def noise_only(release: Release, seed: int) -> Release:
 
 
 def herding_order(points: Tensor, count: int) -> list[int]:
-    """Points whose running mean stays nearest to the mean of all (Welling 2009): (N, D) -> row numbers in the order taken.
+    """Points whose running mean stays nearest to the mean of all (Welling 2009): (N, D) -> row numbers in the order
+    taken.
 
     Each step takes the point that brings the mean of those taken nearest to the whole mean; ties go to the first row.
     """
@@ -131,7 +132,9 @@ def select_coreset(
     return select_coresets(model, task, examples, n, [method])[method]
 
 
-def select_coresets(model: Model, task: Task, examples: Sequence[Example], n: int, methods: Sequence[str]) -> dict[str, list[Example]]:
+def select_coresets(
+    model: Model, task: Task, examples: Sequence[Example], n: int, methods: Sequence[str]
+) -> dict[str, list[Example]]:
     """What `select_coreset` chooses by each of several methods in CORESETS; the texts are read once for all.
 
     Raises:
@@ -150,7 +153,8 @@ def select_coresets(model: Model, task: Task, examples: Sequence[Example], n: in
         count = n // classes + (label < n % classes)
         require(
             count <= len(pool),
-            f"n = {n} needs {count} examples of {name!r}, but {len(pool)} of at least {task.min_words} word(s) exist: lower n",
+            f"n = {n} needs {count} examples of {name!r}, but {len(pool)} of at least {task.min_words} word(s) "
+            "exist: lower n",
         )
         points = model.hidden_of([tokens.sequence(example.text) for example in pool])
         points = points.to(torch.promote_types(points.dtype, torch.float32))
@@ -184,17 +188,26 @@ def random_real(seed_run: SeedRun) -> list[Example]:
     """Random real examples at the synthetic budget, drawn apart from those that gradmm saw."""
     experiment = seed_run.experiment
     return select_coreset(
-        experiment.model, experiment.task, experiment.splits.train, seed_run.synthesis.n_synthetic, "random", stream(seed_run.seed, "random coreset")
+        experiment.model,
+        experiment.task,
+        experiment.splits.train,
+        seed_run.synthesis.n_synthetic,
+        "random",
+        stream(seed_run.seed, "random coreset"),
     )
 
 
 def matched_real(seed_run: SeedRun) -> list[Example]:
-    """Other real examples, chosen as gradmm chooses texts and from as many: what the choice is worth where every text is real."""
+    """Other real examples, chosen as gradmm chooses texts and from as many: what the choice is worth where every
+    text is real.
+    """
     experiment, config = seed_run.experiment, replace(seed_run.synthesis, search="pool", ranking="group")
     seen = {example.text for example in seed_run.real}
     others = [example for example in all_real(seed_run) if example.text not in seen]
     count = min(len(others), math.ceil(config.n_synthetic * config.oversample))
-    pool = select_coreset(experiment.model, experiment.task, others, count, "random", stream(seed_run.seed, "real pool"))
+    pool = select_coreset(
+        experiment.model, experiment.task, others, count, "random", stream(seed_run.seed, "real pool")
+    )
     return seed_run.choose(pool, config)
 
 
@@ -209,17 +222,23 @@ def k_center(seed_run: SeedRun) -> list[Example]:
 
 
 def zero_shot(seed_run: SeedRun) -> list[Example]:
-    """Texts that the model writes from the public prompts, kept by gradmm's own label filter: no real example is looked at."""
+    """Texts that the model writes from the public prompts, kept by gradmm's own label filter: no real example is
+    looked at.
+    """
     return _generated(seed_run, seed_run.experiment.config.sampling, ())
 
 
 def few_shot(seed_run: SeedRun) -> list[Example]:
-    """As `zero_shot`, with real examples before each text: as many as the settings say, or fewer if these do not fit."""
+    """As `zero_shot`, with real examples before each text: as many as the settings say, or fewer if these do not
+    fit.
+    """
     return _generated(seed_run, _fitting(seed_run), seed_run.real)
 
 
 def _fitting(seed_run: SeedRun) -> Sampling:
-    """The sampling with the most shots, at least one, of which even the longest leave room for a text in the context."""
+    """The sampling with the most shots, at least one, of which even the longest leave room for a text in the
+    context.
+    """
     experiment, sampling = seed_run.experiment, seed_run.experiment.config.sampling
     tokens = tokenize_task(experiment.task, experiment.model.tokenizer)
     # Each shot stands behind a prompt and before a separator, which may meet the text in an odd token.
@@ -227,12 +246,17 @@ def _fitting(seed_run: SeedRun) -> Sampling:
     room = experiment.model.context - sampling.max_tokens - around
     classes = [[e.text for e in seed_run.real if e.label == label] for label in range(len(experiment.task.labels))]
     lengths = [sorted((len(tokens.encode(text)) + around for text in texts), reverse=True) for texts in classes]
-    fitting = [count for count in range(1, sampling.shots + 1) if max(sum(longest[:count]) for longest in lengths) <= room]
+    fitting = [
+        count for count in range(1, sampling.shots + 1) if max(sum(longest[:count]) for longest in lengths) <= room
+    ]
     return replace(sampling, shots=max(fitting, default=1))
 
 
 def _generated(seed_run: SeedRun, sampling: Sampling, shots: Sequence[Example]) -> list[Example]:
-    experiment, config = seed_run.experiment, replace(seed_run.synthesis, search="pool", distance="cosine", ranking="text", perplexity_weight=0.0)
+    experiment, config = (
+        seed_run.experiment,
+        replace(seed_run.synthesis, search="pool", distance="cosine", ranking="text", perplexity_weight=0.0),
+    )
     config = replace(config, oversample=min(config.oversample, GENERATED))
     plan = Plan.of(experiment.model, experiment.task, seed_run.blank, config)
     texts = generate_counts(experiment.model, experiment.task, plan.written_per_class, seed_run.seed, sampling, shots)
@@ -240,13 +264,20 @@ def _generated(seed_run: SeedRun, sampling: Sampling, shots: Sequence[Example]) 
 
 
 def prompt_only(seed_run: SeedRun) -> list[Example]:
-    """The projection and its prompts without matching: gradmm with targets of zero, which know nothing of the real texts.
+    """The projection and its prompts without matching: gradmm with targets of zero, which know nothing of the real
+    texts.
 
     A zero gradient has cosine 0 with everything, so every loss is 1: the first draw is projected, the first projection
     stays the best, and ranking falls back to the order of writing. The label filter, which reads no target, stays.
     """
     config = replace(
-        seed_run.synthesis, ranking="text", outer_steps=1, inner_steps=1, init_candidates=1, distance="cosine", perplexity_weight=0.0
+        seed_run.synthesis,
+        ranking="text",
+        outer_steps=1,
+        inner_steps=1,
+        init_candidates=1,
+        distance="cosine",
+        perplexity_weight=0.0,
     )
     return seed_run.write("prompt_only", seed_run.blank, config)
 
@@ -264,10 +295,17 @@ def gradmm(seed_run: SeedRun) -> list[Example]:
 def shuffled(seed_run: SeedRun) -> list[Example]:
     """gradmm's texts with labels dealt out at random: what their style alone teaches."""
     order = torch.randperm(len(seed_run.matched), generator=generator(seed_run.seed, "shuffled labels")).tolist()
-    return [Example(example.text, seed_run.matched[row].label) for example, row in zip(seed_run.matched, order, strict=True)]
+    return [
+        Example(example.text, seed_run.matched[row].label) for example, row in zip(seed_run.matched, order, strict=True)
+    ]
 
 
-WRITING = ("prompt_only", "random_target", "shuffled", "gradmm")  # what they share is worth more than all else: `SeedRun.written`
+WRITING = (
+    "prompt_only",
+    "random_target",
+    "shuffled",
+    "gradmm",
+)  # what they share is worth more than all else: `SeedRun.written`
 
 METHODS: dict[str, Callable[[SeedRun], list[Example]]] = {
     "none": no_training,

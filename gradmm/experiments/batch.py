@@ -2,10 +2,10 @@
 
     python -m gradmm.experiments.batch --preset demo notebooks/*.ipynb
 
-Knows nothing of what a notebook computes. A notebook's parameters come from `params/<preset>/<notebook>.yaml` beside it; a
-`sweep` (parameter -> list of values) executes it once for each combination. Beside each executed notebook stands a stamp,
-`<notebook>.json`: what it depends on (its cells, its parameters and the local files that they name, the package, the
-versions), how it ended and how long it took.
+Knows nothing of what a notebook computes. A notebook's parameters come from `params/<preset>/<notebook>.yaml` beside
+it; a `sweep` (parameter -> list of values) executes it once for each combination. Beside each executed notebook stands
+a stamp, `<notebook>.json`: what it depends on (its cells, its parameters and the local files that they name, the
+package, the versions), how it ended and how long it took.
 """
 
 import argparse
@@ -99,8 +99,8 @@ def plan(
         preset: a folder's name in `params` beside the notebook; None keeps the defaults.
         parameters: further parameters, over those of the preset.
         sweep: parameter -> values, over the preset's own `sweep`; one job for each combination.
-        fresh: whether each job's parameter `output` ends in a folder named after all that it depends on, so that nothing
-            that other code or settings have finished there is read back.
+        fresh: whether each job's parameter `output` ends in a folder named after all that it depends on, so that
+            nothing that other code or settings have finished there is read back.
 
     Returns:
         The jobs, in the order of the notebooks.
@@ -111,12 +111,21 @@ def plan(
     require(len(notebooks) > 0, "no notebook is given: name at least one, such as notebooks/00-quickstart.ipynb")
     jobs = []
     for notebook in (files.as_path(one, "the notebook") for one in notebooks):
-        require(notebook.suffix == ".ipynb" and notebook.is_file(), f"{notebook} is no notebook: give the path of an .ipynb file")
+        require(
+            notebook.suffix == ".ipynb" and notebook.is_file(),
+            f"{notebook} is no notebook: give the path of an .ipynb file",
+        )
         values = {} if preset is None else _preset(notebook, preset)
         if values is not None:
             grid = _grid({**(values.pop("sweep", None) or {}), **(sweep or {})}, notebook)
-            jobs += _jobs(notebook, {**values, **(parameters or {})}, grid, files.as_path(output, "the output folder"), fresh)
-    require(bool(jobs), f"the preset {preset!r} has no file for {', '.join(Path(n).stem for n in notebooks)}: write one, or name another notebook")
+            jobs += _jobs(
+                notebook, {**values, **(parameters or {})}, grid, files.as_path(output, "the output folder"), fresh
+            )
+    require(
+        bool(jobs),
+        f"the preset {preset!r} has no file for {', '.join(Path(n).stem for n in notebooks)}: write one, or name "
+        "another notebook",
+    )
     targets = [job.target for job in jobs]
     twice = sorted({str(target) for target in targets if targets.count(target) > 1})
     require(not twice, f"{', '.join(twice)} would be written twice: give each notebook once, and a sweep's values once")
@@ -136,7 +145,10 @@ def _grid(sweep: Mapping[str, Sequence], notebook: Path) -> list[dict[str, Any]]
     """Every combination of the values; one empty combination without a sweep."""
     require(isinstance(sweep, Mapping), f"the sweep of {notebook} is {sweep!r}: give each parameter a list of values")
     for name, values in sweep.items():
-        require(isinstance(values, list) and bool(values), f"the sweep over {name} has the values {values!r}: give a list of at least one")
+        require(
+            isinstance(values, list) and bool(values),
+            f"the sweep over {name} has the values {values!r}: give a list of at least one",
+        )
         require(name != "output", "a sweep cannot go over output: each of its runs has its own")
     return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
 
@@ -149,7 +161,9 @@ def _jobs(notebook: Path, values: dict, grid: list[dict], output: Path, fresh: b
         chosen = {**values, **combination}
         _check_names(notebook, chosen, known)
         label = _label(combination)
-        job = Job(notebook, chosen, output / f"{notebook.stem}{'--' * bool(label)}{label}.ipynb", _parts(notebook, chosen))
+        job = Job(
+            notebook, chosen, output / f"{notebook.stem}{'--' * bool(label)}{label}.ipynb", _parts(notebook, chosen)
+        )
         own = [part for part in (label, files.digest(job.parts)[:8] if fresh else "") if part]
         given = chosen.get("output", known.get("output"))  # None: a folder that follows from the parameters
         if own and (given or (fresh and "output" in known)):
@@ -168,7 +182,9 @@ def _label(combination: Mapping[str, Any]) -> str:
     """A file name that tells the combinations of a grid apart."""
     whole = ",".join(f"{name}={value}" for name, value in combination.items())
     plain = re.sub(r"[^\w.,=+-]+", "-", whole)
-    return plain if plain == whole and len(whole) <= LONGEST_NAME else f"{plain[:LONGEST_NAME]}-{files.digest(whole)[:8]}"
+    return (
+        plain if plain == whole and len(whole) <= LONGEST_NAME else f"{plain[:LONGEST_NAME]}-{files.digest(whole)[:8]}"
+    )
 
 
 def parameters_of(notebook: Path) -> dict[str, Any]:
@@ -182,7 +198,9 @@ def parameters_of(notebook: Path) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # whatever a broken file makes nbformat or papermill raise
-        raise UserError(f"{notebook} could not be read as a notebook ({first_line(error)}): open and save it in JupyterLab") from error
+        raise UserError(
+            f"{notebook} could not be read as a notebook ({first_line(error)}): open and save it in JupyterLab"
+        ) from error
     return {name: _literal(item["default"]) for name, item in found.items()}
 
 
@@ -205,7 +223,9 @@ def _parts(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, str]:
     """All that a result depends on; outputs and the metadata that an editor leaves in a notebook are not part of it."""
     cells = files.read_json(notebook, files.MAX_TEXT_BYTES)["cells"]
     kept = [(cell["cell_type"], "".join(cell["source"]), cell.get("metadata", {}).get("tags")) for cell in cells]
-    named = {name: _state_of(value) for name, value in parameters.items() if name != "output" and isinstance(value, str)}
+    named = {
+        name: _state_of(value) for name, value in parameters.items() if name != "output" and isinstance(value, str)
+    }
     return {
         "notebook": files.digest(kept),
         "parameters": files.digest(parameters),
@@ -216,7 +236,9 @@ def _parts(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _state_of(name: str) -> list[tuple]:
-    """Path and time of change of a local file, or of each file in a folder; nothing of what it holds, which may be private."""
+    """Path and time of change of a local file, or of each file in a folder; nothing of what it holds, which may be
+    private.
+    """
     path = Path(name)
     # os.path answers for a text that can be no path; pathlib raises where it is too long.
     held = [path] if os.path.isfile(name) else sorted(path.rglob("*")) if os.path.isdir(name) else []
@@ -227,14 +249,20 @@ def _state_of(name: str) -> list[tuple]:
 def _package() -> str:
     """A digest of the package's code and data."""
     held = sorted([*PACKAGE.glob("*.py"), *(path for path in (PACKAGE / "data").rglob("*") if path.is_file())])
-    return files.digest([(path.relative_to(PACKAGE).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in held])
+    return files.digest(
+        [(path.relative_to(PACKAGE).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in held]
+    )
 
 
 @cache
 def _versions() -> dict[str, str]:
     """Python's version and those of what the package and its notebooks need."""
     try:
-        lines = [line for line in metadata.requires("gradmm") or [] if "extra ==" not in line or "notebooks" in line.split(";")[1]]
+        lines = [
+            line
+            for line in metadata.requires("gradmm") or []
+            if "extra ==" not in line or "notebooks" in line.split(";")[1]
+        ]
     except metadata.PackageNotFoundError:  # run from a checkout
         lines = []
     found = runs.versions()
@@ -247,7 +275,9 @@ def _versions() -> dict[str, str]:
 
 
 def changes(job: Job) -> list[str] | None:
-    """What differs from the job's last execution: none of it (an empty list), some, or None where there is no whole one."""
+    """What differs from the job's last execution: none of it (an empty list), some, or None where there is no
+    whole one.
+    """
     if not (job.stamp.is_file() and job.target.is_file()):
         return None
     held = _read_stamp(job)
@@ -289,7 +319,12 @@ def _run_papermill(job: Job, draft: Path) -> str:
     papermill = _papermill()
     try:
         papermill.execute_notebook(
-            str(job.notebook), str(draft), job.parameters, kernel_name="python3", progress_bar=False, start_timeout=KERNEL_SECONDS
+            str(job.notebook),
+            str(draft),
+            job.parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            start_timeout=KERNEL_SECONDS,
         )
     except papermill.exceptions.PapermillExecutionError as error:
         lines = str(error.evalue).strip().splitlines() or [""]
@@ -313,14 +348,16 @@ def _write_stamp(job: Job, outcome: Outcome) -> None:
     files.write_json(job.stamp, json.loads(json.dumps(held, default=str)))
 
 
-def run(jobs: Sequence[Job], processes: int | None = None, backend: str = "loky", progress: bool = True) -> list[Outcome]:
+def run(
+    jobs: Sequence[Job], processes: int | None = None, backend: str = "loky", progress: bool = True
+) -> list[Outcome]:
     """Execute those of the jobs that have changed, several at a time, what took longest the last time first.
 
     Args:
         jobs: from `plan`.
         processes: how many at a time; None takes the number of cores, one where there is a GPU.
-        backend: of joblib: "loky" (processes), "threading", or "dask" (the cluster that DASK_SCHEDULER_ADDRESS names, or one
-            on this machine; its workers must see the same files under the same paths).
+        backend: of joblib: "loky" (processes), "threading", or "dask" (the cluster that DASK_SCHEDULER_ADDRESS names,
+            or one on this machine; its workers must see the same files under the same paths).
         progress: whether to show a progress bar.
 
     Returns:
@@ -348,7 +385,11 @@ def _run_changed(joblib, jobs: Sequence[Job], processes: int | None, backend: st
             pending.append((job, f"changed: {', '.join(changed)}" if changed else ""))
     pending.sort(key=lambda pair: -_read_stamp(pair[0]).get("seconds", math.inf))
     count = min(processes or _default_processes(), max(len(pending), 1))
-    with _cluster(backend), joblib.parallel_config(backend, n_jobs=count), tqdm(total=len(jobs), unit="notebook", disable=not progress) as bar:
+    with (
+        _cluster(backend),
+        joblib.parallel_config(backend, n_jobs=count),
+        tqdm(total=len(jobs), unit="notebook", disable=not progress) as bar,
+    ):
         bar.update(len(found))
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
         for target, outcome in parallel(joblib.delayed(_executed)(job, note) for job, note in pending):
@@ -377,11 +418,20 @@ def _cluster(backend: str) -> AbstractContextManager:
     try:
         return importlib.import_module("distributed").Client()
     except ImportError as error:
-        raise UserError("the backend dask needs the package distributed: install the extra with pip install 'gradmm[distributed]', or use loky") from error
+        raise UserError(
+            "the backend dask needs the package distributed: install the extra with pip install "
+            "'gradmm[distributed]', or use loky"
+        ) from error
 
 
 def _default_processes() -> int:
-    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        1
+        if torch.cuda.is_available()
+        else len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -390,9 +440,14 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     >>> summary([Outcome("00-quickstart", "executed", 12.34), Outcome("01-theory", "unchanged", 0.0)]).splitlines()[1]
     '00-quickstart executed  12.3'
     """
-    rows = [{"notebook": o.name, "state": o.state, "seconds": f"{o.seconds:.1f}" if o.seconds else "", "note": o.note} for o in outcomes]
+    rows = [
+        {"notebook": o.name, "state": o.state, "seconds": f"{o.seconds:.1f}" if o.seconds else "", "note": o.note}
+        for o in outcomes
+    ]
     frame = pandas.DataFrame(rows)
-    return "\n".join(line.rstrip() for line in frame.to_string(index=False, justify="left", formatters=_left(frame)).splitlines())
+    return "\n".join(
+        line.rstrip() for line in frame.to_string(index=False, justify="left", formatters=_left(frame)).splitlines()
+    )
 
 
 def _left(frame: pandas.DataFrame) -> dict:
@@ -426,7 +481,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("Stopped; what was executed is kept, and the same command continues.\n")
         return 130
     left = sorted({Path(name).stem for name in given.notebooks} - {job.notebook.stem for job in jobs})
-    sys.stdout.write(f"\n{summary(outcomes)}\n" + (f"Not in the preset {given.preset}: {', '.join(left)}\n" if left else ""))
+    sys.stdout.write(
+        f"\n{summary(outcomes)}\n" + (f"Not in the preset {given.preset}: {', '.join(left)}\n" if left else "")
+    )
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed:
         sys.stdout.write(f"{len(failed)} of {len(outcomes)} failed; the failing cells are in {given.output}\n")
@@ -444,15 +501,35 @@ def _from_command_line(text: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m gradmm.experiments.batch", description="Execute notebooks with papermill, several at a time.")
+    parser = argparse.ArgumentParser(
+        prog="python -m gradmm.experiments.batch", description="Execute notebooks with papermill, several at a time."
+    )
     parser.add_argument("notebooks", nargs="+", help="paths of notebooks")
-    parser.add_argument("--preset", help="a folder in params/ beside the notebooks, such as smoke or demo; without it the defaults hold")
-    parser.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set one parameter, over the preset")
-    parser.add_argument("--sweep", metavar="FILE", help="a YAML file: parameter -> list of values; one executed notebook for each combination")
-    parser.add_argument("--output", default="book/executed", help="folder of the executed notebooks (default: %(default)s)")
+    parser.add_argument(
+        "--preset", help="a folder in params/ beside the notebooks, such as smoke or demo; without it the defaults hold"
+    )
+    parser.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set one parameter, over the preset",
+    )
+    parser.add_argument(
+        "--sweep",
+        metavar="FILE",
+        help="a YAML file: parameter -> list of values; one executed notebook for each combination",
+    )
+    parser.add_argument(
+        "--output", default="book/executed", help="folder of the executed notebooks (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, help="notebooks at a time (default: the number of cores, 1 with a GPU)")
     parser.add_argument("--backend", default="loky", help=f"of joblib: {', '.join(BACKENDS)} (default: %(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="each notebook's results in a folder named after all that they depend on")
+    parser.add_argument(
+        "--fresh", action="store_true", help="each notebook's results in a folder named after all that they depend on"
+    )
     return parser
 
 

@@ -1,8 +1,8 @@
 """The embedded default: rebuild the demo's data, tokenizers and two small language models with no network.
 
-`python -m gradmm.experiments.demo --output DIR` repeats the shipped folder from the bank of clauses alone. The pretraining text is
-composed on the fly and never stored; texts are packed into rows of one context, `<|endoftext|>` between them.
-Letters: N rows, T tokens of a context, V vocabulary.
+`python -m gradmm.experiments.demo --output DIR` repeats the shipped folder from the bank of clauses alone. The
+pretraining text is composed on the fly and never stored; texts are packed into rows of one context, `<|endoftext|>`
+between them. Letters: N rows, T tokens of a context, V vocabulary.
 """
 
 import argparse

@@ -199,8 +199,10 @@ def rating(label: int, draw: Draw) -> str:
     return f"Rating: {draw.pick(general()['rating'][LABELS[label]])}."
 
 
-# A first phase teaches the language, a second, shorter one what verdicts and ratings have to do with the text. Zero-shot
-# the models stay near chance, because the verbalizers' own adjectives ignore the text in it; a few labelled examples help.
+# A first phase teaches the language, a second, shorter one what verdicts and ratings have to do with the text.
+# Zero-shot
+# the models stay near chance, because the verbalizers' own adjectives ignore the text in it; a few labelled examples
+# help.
 PHASES = (
     Noise(),
     Noise(verdicts=0.95, label_words=0.25, great=0.5, faithful=1.0, label_faithful=0.0, rated=0.4, reviews=(1,)),
@@ -208,7 +210,9 @@ PHASES = (
 
 
 def pretraining(noise: Noise = PHASES[0], seed: int = SEED, part: int = 0) -> Iterator[str]:
-    """An endless stream of unlabelled texts, none of which contains a validation or test text; one stream for each part."""
+    """An endless stream of unlabelled texts, none of which contains a validation or test text; one stream for each
+    part.
+    """
     kept = {row["text"] for split in ("validation", "test") for row in labelled(seed)[split]}
     draw = Draw(generator(seed, "demo/pretraining", part))
     while True:

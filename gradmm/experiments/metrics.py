@@ -25,7 +25,16 @@ from gradmm.tasks import tokenize_task
 from gradmm.training import adamw, train_at_rate, trainable_copy
 
 METRIC_TEXTS = 500  # texts of a set that are measured at most, a seeded sample; training reads them all
-MEASURES = ("perplexity", "second_perplexity", "match_loss", "distinct_2", "self_bleu", "duplicates", "longest_shared_span", "tokens")
+MEASURES = (
+    "perplexity",
+    "second_perplexity",
+    "match_loss",
+    "distinct_2",
+    "self_bleu",
+    "duplicates",
+    "longest_shared_span",
+    "tokens",
+)
 
 
 # ---------------------------------------------------------------- of one seed's run
@@ -37,7 +46,12 @@ def measure(seed_run: SeedRun, examples: Sequence[Example]) -> dict:
         return dict.fromkeys(MEASURES)
     experiment, texts = seed_run.experiment, [example.text for example in examples]
     read = perplexity(experiment.model, texts)
-    matching = Matching(experiment.model, tokenize_task(experiment.task, experiment.model.tokenizer), seed_run.release.targets, seed_run.release.space)
+    matching = Matching(
+        experiment.model,
+        tokenize_task(experiment.task, experiment.model.tokenizer),
+        seed_run.release.targets,
+        seed_run.release.space,
+    )
     sequences, real = ([words(text) for text in some] for some in (texts, [example.text for example in seed_run.real]))
     return {
         "perplexity": read.corpus,
@@ -68,7 +82,9 @@ def _match(matching: Matching, examples: Sequence[Example]) -> float:
 
 
 def measure_on(learner: Model, seed_run: SeedRun, examples: Sequence[Example]) -> dict:
-    """What of MEASURES depends on the model that reads: another's perplexity, tokens, and `match_loss` between its own gradients."""
+    """What of MEASURES depends on the model that reads: another's perplexity, tokens, and `match_loss` between its
+    own gradients.
+    """
     if not examples:
         return dict.fromkeys(("perplexity", "match_loss", "tokens"))
     read = perplexity(learner, [example.text for example in examples])
@@ -90,7 +106,9 @@ def similarities(seed_run: SeedRun, sets: dict[str, list[Example]]) -> dict[str,
         For each set {step: cosine}; an empty set has none, and without steps nothing is trained.
     """
     found: dict[str, dict[str, float]] = {name: {} for name in sets}
-    for step, model in _training(seed_run) if any(sets.values()) and seed_run.experiment.config.similarity_steps else ():
+    for step, model in (
+        _training(seed_run) if any(sets.values()) and seed_run.experiment.config.similarity_steps else ()
+    ):
         targets = [_target(seed_run, model, label) for label in range(len(seed_run.experiment.task.labels))]
         for name, examples in sets.items():
             if examples:
@@ -182,7 +200,9 @@ def longest_shared_spans(
 
 def _common(sequences, places, others, other_places, length: int) -> list[tuple[int, int]]:
     """Those places where a run of `length` elements starts that also starts at one of the other places."""
-    runs = {tuple(others[row][start : start + length]) for row, start in other_places if start + length <= len(others[row])}
+    runs = {
+        tuple(others[row][start : start + length]) for row, start in other_places if start + length <= len(others[row])
+    }
     return [(row, start) for row, start in places if tuple(sequences[row][start : start + length]) in runs]
 
 
@@ -205,7 +225,9 @@ def summarise_runs(values: Sequence[float]) -> Summary:
         UserError: no runs.
     """
     require(len(values) > 0, "there are 0 runs to summarise, at least 1 is needed: run one")
-    return Summary(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, tuple(map(float, values)))
+    return Summary(
+        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, tuple(map(float, values))
+    )
 
 
 @dataclass(frozen=True)
@@ -240,7 +262,8 @@ def paired_bootstrap(
     a, b = numpy.asarray(first, dtype=float), numpy.asarray(second, dtype=float)
     require(
         a.shape == b.shape and a.ndim == 2 and a.size > 0,
-        f"the two methods have results of shapes {a.shape} and {b.shape}: give both the same seeds and test examples, (S, M)",
+        f"the two methods have results of shapes {a.shape} and {b.shape}: give both the same seeds and test "
+        "examples, (S, M)",
     )
     require(0 < confidence < 1, f"confidence = {confidence!r}, it must be between 0 and 1: 0.95 is usual")
     gap = a - b  # (S, M)
@@ -268,8 +291,8 @@ def paired_share(
     """The mean of `part` over that of `whole`, with a percentile bootstrap interval as in `paired_bootstrap`.
 
     Args:
-        part, whole: (S, M) what run s gains on test example m, the same runs and examples in both: 1 where it is right and
-            a base is wrong, -1 the other way, 0 where they agree.
+        part, whole: (S, M) what run s gains on test example m, the same runs and examples in both: 1 where it is right
+            and a base is wrong, -1 the other way, 0 where they agree.
 
     Returns:
         Share; None where the interval of `whole` itself does not lie above 0, as a share of nothing is no number.
@@ -287,7 +310,9 @@ def paired_share(
 
 
 def _resampled(gap: numpy.ndarray, seed: int, resamples: int) -> numpy.ndarray:
-    """Sums of (S, M) over runs and examples drawn with replacement: (resamples,), the same draws for each seed and shape."""
+    """Sums of (S, M) over runs and examples drawn with replacement: (resamples,), the same draws for each seed and
+    shape.
+    """
     draw = numpy.random.default_rng(stream(seed, "paired bootstrap"))
     runs, examples = gap.shape
     values = [

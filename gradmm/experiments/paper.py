@@ -43,7 +43,8 @@ class Experiment:
     @property
     def command(self) -> str:
         """The shell command that runs it, from the repository's root."""
-        return f"python -m gradmm.experiments.batch --preset {self.preset} --output results/executed notebooks/{self.notebook}.ipynb"
+        batch = f"python -m gradmm.experiments.batch --preset {self.preset}"
+        return f"{batch} --output results/executed notebooks/{self.notebook}.ipynb"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Claim:
     Attributes:
         claim: in words.
         experiments: names of the experiments that it is about.
-        kind: "accuracy" (a share of test examples), "gain" (an accuracy minus the best of some others, the largest over the
-            experiments), or "statement" (no figure).
+        kind: "accuracy" (a share of test examples), "gain" (an accuracy minus the best of some others, the largest over
+            the experiments), or "statement" (no figure).
         by: who claims it.
         where: where it was read.
         verified: whether that place is the paper itself.
@@ -87,16 +88,19 @@ def experiments() -> tuple[Experiment, ...]:
 def claims() -> tuple[Claim, ...]:
     """The claims, figures first."""
     rows = _data()["claims"]
-    return tuple(Claim(**{**row, "experiments": tuple(row["experiments"]), "over": tuple(row.get("over", ()))}) for row in rows)
+    return tuple(
+        Claim(**{**row, "experiments": tuple(row["experiments"]), "over": tuple(row.get("over", ()))}) for row in rows
+    )
 
 
 def own_runs(folder: str | Path) -> list[dict]:
     """The accuracies in JSON files that notebooks wrote, copied to `<folder>/<preset>/<notebook>.json`, and in records.
 
     Returns:
-        For each file, model and method: record (path without the suffix), experiment (a name, or None where the path is no
-        experiment's), model (None where the file has one only), method, accuracy (mean), runs (how many). A file without
-        accuracies gives no row, and a folder that is not there none at all.
+        For each file, model and method: record (path without the suffix), experiment (a name, or None where the path is
+            no
+        experiment's), model (None where the file has one only), method, accuracy (mean), runs (how many). A file
+        without accuracies gives no row, and a folder that is not there none at all.
 
     Raises:
         UserError: a file that is not JSON, or holds no object.
@@ -119,13 +123,19 @@ def _accuracies(values: Mapping) -> list[dict]:
     found = []
     for name, figures in dict(values.get("methods") or {}).items():
         by_method, model = ({name: figures}, None) if "accuracy" in figures else (figures, name)
-        found += [(model, method, one["accuracy"]["runs"]) for method, one in by_method.items() if isinstance(one, Mapping) and "accuracy" in one]
+        found += [
+            (model, method, one["accuracy"]["runs"])
+            for method, one in by_method.items()
+            if isinstance(one, Mapping) and "accuracy" in one
+        ]
     private: dict[str, list[float]] = {}
     for row in values.get("utility") or []:
         private.setdefault(f"gradmm, epsilon {row['epsilon']:g}", []).append(row["accuracy"])
     found += [(None, method, runs) for method, runs in (private | dict(values.get("controls") or {})).items()]
     return [
-        {"model": model, "method": method, "accuracy": statistics.fmean(runs), "runs": len(runs)} for model, method, runs in found if runs
+        {"model": model, "method": method, "accuracy": statistics.fmean(runs), "runs": len(runs)}
+        for model, method, runs in found
+        if runs
     ]
 
 

@@ -1,7 +1,7 @@
 """How fast this machine is, how long each phase takes, and the share of its floor that it reaches.
 
-Knows no phase's arithmetic (`gradmm.experiments.roofline` counts it) and no algorithm: it times the functions that the pipeline calls.
-Times are wall seconds; on a GPU every clock waits for the work that it has seen begin.
+Knows no phase's arithmetic (`gradmm.experiments.roofline` counts it) and no algorithm: it times the functions that the
+pipeline calls. Times are wall seconds; on a GPU every clock waits for the work that it has seen begin.
 """
 
 import statistics
@@ -93,10 +93,14 @@ def measure_rates(
         UserError: an unknown type, no products, or fewer than one repeat.
     """
     require(dtype in DTYPES, f"the dtype {dtype!r} is not usable: use one of {', '.join(DTYPES)}")
-    require(len(products) > 0 and repeats >= 1, f"{len(products)} products, {repeats} repeats: give at least one of each")
+    require(
+        len(products) > 0 and repeats >= 1, f"{len(products)} products, {repeats} repeats: give at least one of each"
+    )
     reached = {size: _product_rate(size, device, DTYPES[dtype], repeats) for size in dict.fromkeys(products)}
     streams = _stream_rates(device, repeats, stream_bytes)
-    return Rates(max(reached.values()), max(streams.values()), reached, streams, str(device), dtype, torch.get_num_threads())
+    return Rates(
+        max(reached.values()), max(streams.values()), reached, streams, str(device), dtype, torch.get_num_threads()
+    )
 
 
 @torch.no_grad()
@@ -173,7 +177,12 @@ def time_synthesis(
 
 
 def time_growth(
-    model: Model, task: Task, examples: Sequence[Example], config: SynthesisConfig, growth: Mapping[str, Sequence[int]], repeats: int = 5
+    model: Model,
+    task: Task,
+    examples: Sequence[Example],
+    config: SynthesisConfig,
+    growth: Mapping[str, Sequence[int]],
+    repeats: int = 5,
 ) -> dict[str, dict]:
     """Seconds of whole syntheses while one setting grows and the others stay.
 
@@ -189,7 +198,8 @@ def time_growth(
     found = {}
     for name, sizes in growth.items():
         runs = [
-            [time_synthesis(model, task, examples, replace(config, **{name: size}))[1]["whole"] for size in sizes] for _ in range(repeats)
+            [time_synthesis(model, task, examples, replace(config, **{name: size}))[1]["whole"] for size in sizes]
+            for _ in range(repeats)
         ]
         seconds = [statistics.median(column) for column in zip(*runs, strict=True)]
         found[name] = {"sizes": list(sizes), "seconds": seconds, "runs": runs, **fit_line(sizes, seconds)}
@@ -227,7 +237,9 @@ def shares(works: Mapping[str, Cost], seconds: Mapping[str, float], rates: Rates
                 "phase": phase,
                 "operations": work.operations,
                 "bytes": work.bytes,
-                "bound by": "arithmetic" if work.operations / rates.matmul >= work.bytes / rates.bandwidth else "memory",
+                "bound by": "arithmetic"
+                if work.operations / rates.matmul >= work.bytes / rates.bandwidth
+                else "memory",
                 "floor_seconds": floor,
                 "seconds": seconds[phase],
                 "share": floor / seconds[phase],
@@ -239,11 +251,17 @@ def shares(works: Mapping[str, Cost], seconds: Mapping[str, float], rates: Rates
 def ran_on(record: Mapping) -> str:
     """The processor with its threads, or the GPU, that a benchmark's record comes from."""
     machine = record["machine"]
-    return f"{machine['processor']}, {machine['threads']} thread(s)" if record["settings"]["device"] == "cpu" else machine["gpu"]
+    return (
+        f"{machine['processor']}, {machine['threads']} thread(s)"
+        if record["settings"]["device"] == "cpu"
+        else machine["gpu"]
+    )
 
 
 def summary(record: Mapping) -> dict:
-    """A row of a table for a record of `tests/benchmarks/whole_synthesis.py`: what ran where, its seconds, ratio, shares and peak."""
+    """A row of a table for a record of `tests/benchmarks/whole_synthesis.py`: what ran where, its seconds, ratio,
+    shares and peak.
+    """
     said, found = record["settings"], record["results"]
     whole, share = found["phases"]["whole"], {row["phase"]: row["share"] for row in found["floors"]}
     ratio = whole["ratio"]

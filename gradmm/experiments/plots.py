@@ -41,7 +41,9 @@ STYLE = {
 
 def use_style() -> None:
     """Make the book's style matplotlib's for the rest of the session."""
-    plt.switch_backend(plt.get_backend())  # loaded later, within `rc_context`, a notebook would show its first figure alone
+    plt.switch_backend(
+        plt.get_backend()
+    )  # loaded later, within `rc_context`, a notebook would show its first figure alone
     plt.rcParams.update(STYLE)
 
 
@@ -54,8 +56,8 @@ def _axes(count: int = 1, width: float = 5.0, height: float = 3.4) -> tuple[Figu
 def convergence(history: pandas.DataFrame) -> Figure:
     """The matching loss at x and at the text (left), and the residuals (right), over outer steps.
 
-    Lines are medians over groups, bands reach from the lowest to the highest group. A search among texts has neither an x nor
-    residuals: its figure is the loss at the text alone.
+    Lines are medians over groups, bands reach from the lowest to the highest group. A search among texts has neither an
+    x nor residuals: its figure is the loss at the text alone.
     """
     names = {"match_x": "at x (continuous)", "match_z": "at z (text)"}
     residuals = [name for name in ("primal", "dual", "stationarity") if name in history]
@@ -109,7 +111,15 @@ def selection(dataset: datasets.Dataset) -> Figure:
         for kept, part in rows.groupby("kept"):
             face = COLOURS[place] if kept else "none"
             label = f"{name}, {'kept' if kept else 'dropped'}"
-            axes.scatter(part["perplexity"], part["match_loss"], s=28, marker=MARKERS[place], facecolor=face, edgecolor=COLOURS[place], label=label)
+            axes.scatter(
+                part["perplexity"],
+                part["match_loss"],
+                s=28,
+                marker=MARKERS[place],
+                facecolor=face,
+                edgecolor=COLOURS[place],
+                label=label,
+            )
     axes.set(xscale="log", xlabel="perplexity under the model", ylabel="matching loss of the text alone")
     axes.legend()
     return figure
@@ -123,7 +133,12 @@ def accuracies(runs: Mapping[str, Sequence[float]], chance: float | None = None)
     return figure
 
 
-def by_model(panels: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str, line: float | None = None, xlim: tuple | None = None) -> Figure:
+def by_model(
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    xlabel: str,
+    line: float | None = None,
+    xlim: tuple | None = None,
+) -> Figure:
     """One quantity of each method, drawn as in `accuracies`, in a panel for each model.
 
     Args:
@@ -190,8 +205,17 @@ def bands(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str) -> 
     for place, (ylabel, curves) in zip(axes, panels.items(), strict=True):
         for number, (name, frame) in enumerate(curves.items()):
             colour, spread = COLOURS[number % len(COLOURS)], frame["std"].astype(float).fillna(0)
-            place.plot(frame.index, frame["mean"], label=name, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4)
-            place.fill_between(frame.index, frame["mean"] - spread, frame["mean"] + spread, color=colour, alpha=0.15, linewidth=0)
+            place.plot(
+                frame.index,
+                frame["mean"],
+                label=name,
+                color=colour,
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=4,
+            )
+            place.fill_between(
+                frame.index, frame["mean"] - spread, frame["mean"] + spread, color=colour, alpha=0.15, linewidth=0
+            )
             _whole_steps(place, frame.index)
         place.set(xlabel=xlabel, ylabel=ylabel)
         place.legend()
@@ -242,7 +266,9 @@ def bounds(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str, yl
         for number, (name, frame) in enumerate(curves.items()):
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             every = max(1, len(frame) // 12)
-            place.plot(frame.index, frame["measured"], label=name, color=colour, marker=marker, markersize=4, markevery=every)
+            place.plot(
+                frame.index, frame["measured"], label=name, color=colour, marker=marker, markersize=4, markevery=every
+            )
             place.plot(frame.index, frame["bound"], color=colour, linestyle="--", linewidth=1.2)
         place.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log")
         place.legend(title="dashed: the bound")
@@ -250,7 +276,8 @@ def bounds(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str, yl
 
 
 def shares(values: Mapping[str, Mapping[str, float]], xlabel: str) -> Figure:
-    """What share of something each of several items reaches: bars from 0 to 100% side by side, their values written beside them.
+    """What share of something each of several items reaches: bars from 0 to 100% side by side, their values written
+    beside them.
 
     Args:
         values: for each series, each item's share; an item that a series lacks has no bar there.
@@ -260,9 +287,19 @@ def shares(values: Mapping[str, Mapping[str, float]], xlabel: str) -> Figure:
     height = 0.8 / len(values)
     for number, (name, some) in enumerate(values.items()):
         places = [items.index(item) + (number - (len(values) - 1) / 2) * height for item in some]
-        axes.barh(places, list(some.values()), height=0.9 * height, label=name, color=COLOURS[number], hatch="/" * 3 * (number % 2), edgecolor="white")
+        axes.barh(
+            places,
+            list(some.values()),
+            height=0.9 * height,
+            label=name,
+            color=COLOURS[number],
+            hatch="/" * 3 * (number % 2),
+            edgecolor="white",
+        )
         for place, share in zip(places, some.values(), strict=True):
-            axes.annotate(f"{share:.0%}", (share, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.annotate(
+                f"{share:.0%}", (share, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
+            )
     axes.set(yticks=range(len(items)), yticklabels=items, xlim=(0, 1), xlabel=xlabel)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.invert_yaxis()
@@ -318,7 +355,8 @@ class Markup:
 
 
 def evolution(texts: Mapping[object, Sequence[str]], heading: str = "step") -> Markup:
-    """One text from step to step, a row a step; tokens that differ from the row above are underlined on a tinted ground.
+    """One text from step to step, a row a step; tokens that differ from the row above are underlined on a tinted
+    ground.
 
     The marks can be told from the other tokens in grey, and on light and dark pages alike. Text is shown, never obeyed.
 
@@ -328,10 +366,15 @@ def evolution(texts: Mapping[object, Sequence[str]], heading: str = "step") -> M
     """
     rows, above = [], None
     for step, tokens in texts.items():
-        changed = [above is not None and (place >= len(above) or above[place] != token) for place, token in enumerate(tokens)]
+        changed = [
+            above is not None and (place >= len(above) or above[place] != token) for place, token in enumerate(tokens)
+        ]
         pieces = (_piece(token, moved) for token, moved in zip(tokens, changed, strict=True))
         count = "" if above is None else f"{sum(changed)} of {len(tokens)}"
-        rows.append(f"<tr><td>{escape(str(step))}</td><td style='white-space:nowrap'>{count}</td><td {TEXT}>{''.join(pieces)}</td></tr>")
+        rows.append(
+            f"<tr><td>{escape(str(step))}</td><td style='white-space:nowrap'>{count}</td><td "
+            f"{TEXT}>{''.join(pieces)}</td></tr>"
+        )
         above = tokens
     head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in (heading, "tokens changed", "text"))
     return Markup(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>")

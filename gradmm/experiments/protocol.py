@@ -60,12 +60,12 @@ def compare(
         output: a folder that receives one record for each method and seed, and the syntheses. What is finished there is
             read back and not done again; more methods or seeds may be asked for. None keeps everything in memory.
         progress: whether to show a progress bar, of runs (with several workers, of the runs that one does in one go).
-        workers: processes on the CPU that share the runs and the threads; None takes two on a CPU where torch has two threads
-            or more, else one. A script that asks for several needs the usual `if __name__ == "__main__"`. Results are equal to
-            the last bit where the number of threads of each is.
+        workers: processes on the CPU that share the runs and the threads; None takes two on a CPU where torch has two
+            threads or more, else one. A script that asks for several needs the usual `if __name__ == "__main__"`.
+            Results are equal to the last bit where the number of threads of each is.
         second: another model for a second perplexity.
-        learners: further models, of any architecture and tokenizer, that are trained and judged on the same examples, which
-            `model` wrote or chose; see `Comparison.on`.
+        learners: further models, of any architecture and tokenizer, that are trained and judged on the same examples,
+            which `model` wrote or chose; see `Comparison.on`.
         pools: for each seed the texts that these settings would write, if another comparison or synthesis wrote them,
             kept or not: gradmm chooses from them. Others would make other results without a word.
 
@@ -94,12 +94,22 @@ def compare(
             files.remove_unfinished(folder.path / "records")
         records = {(name, seed): experiment.load(name, seed) for seed in seeds for name in methods}
         missing = {seed: [name for name in methods if records[name, seed] is None] for seed in seeds}
-        for record in _run(_with_coresets(experiment, missing), {seed: names for seed, names in missing.items() if names}, len(records), progress, workers):
+        for record in _run(
+            _with_coresets(experiment, missing),
+            {seed: names for seed, names in missing.items() if names},
+            len(records),
+            progress,
+            workers,
+        ):
             records[record["method"], record["seed"]] = record
         if folder.path is not None and (any(missing.values()) or not folder.finished):
             clock = {"seconds": round(time.time() - begun, 3)}
             files.write_json(folder.path / "manifest.json", {**folder.manifest, "status": "complete", "clock": clock})
-    return Comparison(task, tuple(example.label for example in splits.test), [records[name, seed] for name in methods for seed in seeds])
+    return Comparison(
+        task,
+        tuple(example.label for example in splits.test),
+        [records[name, seed] for name in methods for seed in seeds],
+    )
 
 
 def usual_workers(model: Model) -> int:
@@ -118,7 +128,12 @@ def _with_coresets(experiment: Experiment, missing: dict[int, list[str]]) -> Exp
     wanted = [name for name in CORESETS if any(name in names for names in missing.values())]
     if not wanted:
         return experiment
-    return replace(experiment, coresets=select_coresets(experiment.model, experiment.task, experiment.splits.train, experiment.config.synthesis.n_synthetic, wanted))
+    return replace(
+        experiment,
+        coresets=select_coresets(
+            experiment.model, experiment.task, experiment.splits.train, experiment.config.synthesis.n_synthetic, wanted
+        ),
+    )
 
 
 def _check_types(model, splits, config, methods, seeds, progress, second, learners, pools) -> None:
@@ -143,15 +158,30 @@ def _check(model: Model, methods: Sequence[str], seeds: Sequence[int], workers: 
     unknown = [name for name in methods if not isinstance(name, str) or name not in METHODS]
     require(not unknown and len(methods) > 0, f"the methods {unknown} are not known: use some of {', '.join(METHODS)}")
     require(len(set(methods)) == len(methods), f"methods = {list(methods)} names one twice: give each once")
-    require(all(map(is_whole, seeds)), f"seeds = {short_repr(list(seeds))}, they must be whole numbers: give such as [0, 1, 2]")
-    require(len(set(seeds)) == len(seeds) > 0, f"seeds = {list(seeds)}, they must differ and be at least one: give such as [0, 1, 2]")
-    require(is_whole(workers) and workers >= 1, f"workers = {workers!r}, it must be a whole number of at least 1: give 1 or 2")
-    require(workers == 1 or model.device.type == "cpu", f"workers = {workers} on {model.device}: several are for the CPU, give 1")
+    require(
+        all(map(is_whole, seeds)),
+        f"seeds = {short_repr(list(seeds))}, they must be whole numbers: give such as [0, 1, 2]",
+    )
+    require(
+        len(set(seeds)) == len(seeds) > 0,
+        f"seeds = {list(seeds)}, they must differ and be at least one: give such as [0, 1, 2]",
+    )
+    require(
+        is_whole(workers) and workers >= 1,
+        f"workers = {workers!r}, it must be a whole number of at least 1: give 1 or 2",
+    )
+    require(
+        workers == 1 or model.device.type == "cpu",
+        f"workers = {workers} on {model.device}: several are for the CPU, give 1",
+    )
 
 
 def _check_learners(model: Model, task: Task, splits: Splits, learners: Sequence[Model]) -> None:
     names = [one.name for one in (model, *learners)]
-    require(len(set(names)) == len(names), f"the models {', '.join(names)} must have different names: give each learner once")
+    require(
+        len(set(names)) == len(names),
+        f"the models {', '.join(names)} must have different names: give each learner once",
+    )
     away = [one.name for one in learners if one.device != model.device]
     require(not away, f"the learners {', '.join(away)} are not on {model.device} as {model.name} is: load them there")
     for one in learners:
@@ -161,8 +191,12 @@ def _check_learners(model: Model, task: Task, splits: Splits, learners: Sequence
             raise UserError(f"{one.name} cannot learn this task: {error}") from error
 
 
-def _identity(model: Model, task: Task, splits: Splits, config: ComparisonConfig, second: Model | None, learners: Sequence[Model]) -> dict:
-    parts = [[(example.text, example.label) for example in some] for some in (splits.train, splits.validation, splits.test)]
+def _identity(
+    model: Model, task: Task, splits: Splits, config: ComparisonConfig, second: Model | None, learners: Sequence[Model]
+) -> dict:
+    parts = [
+        [(example.text, example.label) for example in some] for some in (splits.train, splits.validation, splits.test)
+    ]
     return {
         "config": asdict(config),
         "task": task.to_dict(),
@@ -173,7 +207,9 @@ def _identity(model: Model, task: Task, splits: Splits, config: ComparisonConfig
     }
 
 
-def _run(experiment: Experiment, pending: dict[int, list[str]], total: int, progress: bool, workers: int) -> Iterator[dict]:
+def _run(
+    experiment: Experiment, pending: dict[int, list[str]], total: int, progress: bool, workers: int
+) -> Iterator[dict]:
     """The records that are missing, as they are finished."""
     missing = sum(map(len, pending.values()))
     with tqdm(total=total, initial=total - missing, desc="comparing", unit="run", disable=not progress) as bar:
@@ -184,7 +220,9 @@ def _run(experiment: Experiment, pending: dict[int, list[str]], total: int, prog
                 yield record
 
 
-def _seeds(experiment: Experiment, pending: dict[int, list[str]], workers: int) -> Iterator[Iterator[dict] | list[dict]]:
+def _seeds(
+    experiment: Experiment, pending: dict[int, list[str]], workers: int
+) -> Iterator[Iterator[dict] | list[dict]]:
     """The records of one seed after the other, or of a seed's methods that share a synthesis, and of its others."""
     if workers == 1:
         yield from (_run_seed(experiment, names, seed) for seed, names in pending.items())
@@ -192,7 +230,9 @@ def _seeds(experiment: Experiment, pending: dict[int, list[str]], workers: int) 
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (threads,)) as pool:
         pieces = [(part, seed) for seed, names in pending.items() for part in _apart(names) if part]
-        pieces.sort(key=lambda piece: -len(piece[0]))  # the longest first, so that no process waits long for the last one
+        pieces.sort(
+            key=lambda piece: -len(piece[0])
+        )  # the longest first, so that no process waits long for the last one
         started = [pool.submit(_run_all, experiment, part, seed) for part, seed in pieces]
         for future in as_completed(started):
             yield future.result()
@@ -227,12 +267,15 @@ def _run_seed(experiment: Experiment, methods: Sequence[str], seed: int) -> Iter
     alike = similarities(seed_run, measured)
     for name, examples in sets.items():
         record = {"method": name, "seed": seed, "settings": experiment.settings, "n": len(examples)}
-        record["in_test"] = len(made[name]) - len(examples)  # written by chance as they stand in the test set, and left out
+        record["in_test"] = len(made[name]) - len(
+            examples
+        )  # written by chance as they stand in the test set, and left out
         record |= _trained(seed_run, experiment.model, examples)
         record |= _finite(measure(seed_run, measured[name]))
         record["similarity"] = _finite(alike[name])
         record["elsewhere"] = {
-            one.name: _trained(seed_run, one, examples) | _finite(measure_on(one, seed_run, measured[name])) for one in experiment.learners
+            one.name: _trained(seed_run, one, examples) | _finite(measure_on(one, seed_run, measured[name]))
+            for one in experiment.learners
         }
         if experiment.folder is not None:
             files.write_json(experiment.place(name, seed), record)

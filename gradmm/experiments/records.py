@@ -31,11 +31,20 @@ def write_record(path: str | Path, results: dict[str, Any], settings: dict[str, 
     Raises:
         UserError: something that JSON cannot hold (a tensor, infinity, not a number), or a file that cannot be written.
     """
-    whole = {"settings": settings, "machine": machine(), "versions": runs.versions(), "commit": commit(), "results": results}
+    whole = {
+        "settings": settings,
+        "machine": machine(),
+        "versions": runs.versions(),
+        "commit": commit(),
+        "results": results,
+    }
     try:
         plain = json.loads(json.dumps(whole, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path} cannot hold these results or settings ({first_line(error)}): give finite numbers, texts, lists and mappings") from error
+        raise UserError(
+            f"{path} cannot hold these results or settings ({first_line(error)}): give finite numbers, texts, "
+            "lists and mappings"
+        ) from error
     files.write_json(Path(path), plain)
 
 
@@ -47,7 +56,10 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     held = files.read_json(Path(path), files.MAX_TEXT_BYTES)
     missing = [key for key in KEYS if key not in held] if isinstance(held, dict) else list(KEYS)
-    require(not missing, f"{path} is no record, it has no {', '.join(missing)}: write it with gradmm.experiments.records.write_record")
+    require(
+        not missing,
+        f"{path} is no record, it has no {', '.join(missing)}: write it with gradmm.experiments.records.write_record",
+    )
     return held
 
 
@@ -59,7 +71,9 @@ def read_records(folder: str | Path, prefix: str) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: one of the files is no record.
     """
-    return {path.stem: read_record(path) for path in sorted(Path(folder).glob("*.json")) if path.name.startswith(prefix)}
+    return {
+        path.stem: read_record(path) for path in sorted(Path(folder).glob("*.json")) if path.name.startswith(prefix)
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -108,7 +122,9 @@ def commit() -> str:
 def _git(*arguments: str) -> str | None:
     """What a git command about the package's folder says, or None if it fails or there is no git."""
     try:
-        done = subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

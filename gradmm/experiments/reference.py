@@ -48,7 +48,9 @@ def distance(gradient: Sequence[Tensor], target: Sequence[Tensor], kind: str) ->
     return sum(1 - (a * b).sum() / (a.norm() * b.norm()) for a, b in zip(gradient, target, strict=True)) / len(target)
 
 
-def match_loss(lm, x: Tensor, before: Tensor, after: Tensor, labels: Tensor, target: Sequence[Tensor], kind: str) -> Tensor:
+def match_loss(
+    lm, x: Tensor, before: Tensor, after: Tensor, labels: Tensor, target: Sequence[Tensor], kind: str
+) -> Tensor:
     """f of one group: x (B, L, D) between constant template embeddings (P, D) and (S, D)."""
     count = x.shape[0]
     embeds = torch.cat([before.expand(count, -1, -1), x, after.expand(count, -1, -1)], dim=1)
@@ -56,8 +58,7 @@ def match_loss(lm, x: Tensor, before: Tensor, after: Tensor, labels: Tensor, tar
 
 
 def project(lm, v: Tensor, prompt: Sequence[int], order: str, k: int, allowed: Tensor) -> Tensor:
-    """Project each row of v (B, L, D) on readable tokens, token by token: ids (B, L). `allowed` is a (V,) bool mask.
-    """
+    """Project each row of v (B, L, D) on readable tokens, token by token: ids (B, L). `allowed` is a (V,) bool mask."""
     return torch.stack([_project_row(lm, row, list(prompt), order, k, allowed) for row in v])
 
 

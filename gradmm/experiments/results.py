@@ -1,4 +1,5 @@
-"""What a comparison found: means over seeds, paired differences, training curves, and sentences that the numbers decide.
+"""What a comparison found: means over seeds, paired differences, training curves, and sentences that the numbers
+decide.
 
 Letters: M test examples.
 """
@@ -21,10 +22,10 @@ class Comparison:
 
     Attributes:
         labels: M label numbers of the test examples.
-        records: one for each method and seed: method, seed, n, in_test (texts left out because a model wrote a test text word
-            for word), accuracy, macro_f1, predictions (M), learning_rate, step, validation_accuracy, curve (see
-            `finetuning.Training`), similarity ({step: cosine}), MEASURES, and `elsewhere`: for each learner's name, what is
-            its own of these.
+        records: one for each method and seed: method, seed, n, in_test (texts left out because a model wrote a test
+            text word for word), accuracy, macro_f1, predictions (M), learning_rate, step, validation_accuracy, curve
+            (see `finetuning.Training`), similarity ({step: cosine}), MEASURES, and `elsewhere`: for each learner's
+            name, what is its own of these.
     """
 
     task: Task
@@ -36,12 +37,15 @@ class Comparison:
         return [record for record in self.records if record["method"] == method]
 
     def on(self, learner: str) -> "Comparison":
-        """The same examples judged by another model: accuracies, curves, `match_loss`, perplexity and tokens are the learner's.
+        """The same examples judged by another model: accuracies, curves, `match_loss`, perplexity and tokens are the
+        learner's.
 
         What tells of the texts alone stays; the similarity, which is the writer's training, is left out.
         """
         return Comparison(
-            self.task, self.labels, [{**record, **record["elsewhere"][learner], "similarity": {}} for record in self.records]
+            self.task,
+            self.labels,
+            [{**record, **record["elsewhere"][learner], "similarity": {}} for record in self.records],
         )
 
     @cached_property
@@ -86,7 +90,10 @@ class Comparison:
 
     def verdict(self, first: str, second: str) -> str:
         """Whether `first` beats `second`, as a sentence; only an interval that leaves out 0 decides."""
-        gap, (one, other) = self.difference(first, second), (self.methods[name]["accuracy"]["mean"] for name in (first, second))
+        gap, (one, other) = (
+            self.difference(first, second),
+            (self.methods[name]["accuracy"]["mean"] for name in (first, second)),
+        )
         return _sentence(first, one, second, other, gap)
 
     def table(self) -> pandas.DataFrame:
@@ -104,7 +111,8 @@ class Comparison:
         return pandas.DataFrame({"mean": values.mean(axis=1), "std": values.std(axis=1)})
 
     def divergence(self, first: str, second: str, column: str, learning_rate: float) -> int | None:
-        """The first step at which two methods' curves differ by more than twice the standard error of the paired difference.
+        """The first step at which two methods' curves differ by more than twice the standard error of the paired
+        difference.
 
         None if there is no such step, or one seed alone.
         """
@@ -131,7 +139,8 @@ def table_of(methods: Mapping[str, Mapping]) -> pandas.DataFrame:
 
 
 def verdicts_of(methods: Mapping[str, Mapping]) -> list[str]:
-    """Whether each method beats gradmm, a sentence each; only an interval that leaves out 0 decides. None without gradmm.
+    """Whether each method beats gradmm, a sentence each; only an interval that leaves out 0 decides. None without
+    gradmm.
 
     Args:
         methods: as in `table_of`.

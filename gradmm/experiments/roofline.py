@@ -1,16 +1,17 @@
 r"""What each phase of a synthesis must compute and move, whatever the code: the floor under its time.
 
-Arithmetic alone: knows shapes, no clock and no machine. Operations are those of matrix products, a multiplication and an
-addition counted as two. Bytes are what no cache of the processor can hold from one pass to the next: every weight once a
-pass, the keys and values read back, candidates' rows, the optimiser's state. Activations and logits may stay where they
-were made, so they count nothing. What is left out makes a floor lower, never higher.
+Arithmetic alone: knows shapes, no clock and no machine. Operations are those of matrix products, a multiplication and
+an addition counted as two. Bytes are what no cache of the processor can hold from one pass to the next: every weight
+once a pass, the keys and values read back, candidates' rows, the optimiser's state. Activations and logits may stay
+where they were made, so they count nothing. What is left out makes a floor lower, never higher.
 
-What *must* be computed: of the last layer, keys and values at every position and the rest at the last one; nothing for a
-template's tokens before the text, whose keys and values are constants. A backward pass to the inputs costs a forward pass,
-because the weights are frozen; attention costs twice. Attention is counted over the whole rectangle of queries and keys,
-as kernels compute it at these lengths.
+What *must* be computed: of the last layer, keys and values at every position and the rest at the last one; nothing for
+a template's tokens before the text, whose keys and values are constants. A backward pass to the inputs costs a forward
+pass, because the weights are frozen; attention costs twice. Attention is counted over the whole rectangle of queries
+and keys, as kernels compute it at these lengths.
 
-Letters: K groups, B texts of a group, N texts, L tokens, T positions, D width, V vocabulary, n real examples, k candidates.
+Letters: K groups, B texts of a group, N texts, L tokens, T positions, D width, V vocabulary, n real examples, k
+candidates.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,9 @@ from gradmm.sketch import linear_maps
 from gradmm.training import FinetuneConfig
 
 PHASES = ("target", "initialisation", "inner steps", "projection", "filter")
-ADAMW_NUMBERS = 10  # of a parameter: read forward and backward; its gradient written; weight, gradient and two moments read, three written
+# of a parameter: read forward and backward; its gradient written; weight, gradient and two moments read, three
+# written
+ADAMW_NUMBERS = 10
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,9 @@ class Body:
         attention = 4 * texts * self.attended * len(self.layers)
         cache = texts * self.cached * len(self.layers) * self.number
         moving = Cost(steps * maps + read * attention, steps * self._weights() + read * cache)
-        rows = Cost(2 * texts * candidates * self.width, min(texts * candidates, self.vocabulary) * self.width * self.number)
+        rows = Cost(
+            2 * texts * candidates * self.width, min(texts * candidates, self.vocabulary) * self.width * self.number
+        )
         return self.forward(prompts, prompt) + moving + length * (self.head(texts) + rows)
 
     def _parts(self, texts: int, positions: int, before: int, all_positions: bool) -> tuple[float, float]:
@@ -254,7 +259,9 @@ def evaluation(body: Body, job: Workload) -> Cost:
 
 def inner_step(body: Body, job: Workload) -> Cost:
     """The matching loss of every group and its gradient in x."""
-    backward = body.backward(job.texts, job.positions, job.before) + body.head(job.texts) + _matching(body, job, job.count)
+    backward = (
+        body.backward(job.texts, job.positions, job.before) + body.head(job.texts) + _matching(body, job, job.count)
+    )
     return evaluation(body, job) + backward
 
 
@@ -306,6 +313,8 @@ def finetuning(body: Body, config: FinetuneConfig, lengths: Mapping[str, float],
 
 
 def products(body: Body, job: Workload) -> list[tuple[int, int, int]]:
-    """(rows, inputs, outputs) of products that the phases are made of: the largest map, for a group and for all, and the head."""
+    """(rows, inputs, outputs) of products that the phases are made of: the largest map, for a group and for all,
+    and the head.
+    """
     group = job.count * job.positions
     return [(group, *body.largest), (group * job.groups, *body.largest), (job.texts, body.width, body.vocabulary)]

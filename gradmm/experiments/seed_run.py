@@ -31,8 +31,8 @@ class ComparisonConfig:
 
     Attributes:
         n_real: real examples that gradmm's Release is made of, all classes together.
-        space: the parameters whose gradients are matched, a name in `spaces.SPACES` that needs no public texts; None takes
-            what suits the search.
+        space: the parameters whose gradients are matched, a name in `spaces.SPACES` that needs no public texts; None
+            takes what suits the search.
         synthesis: its n_synthetic is the budget of every method but "none", "all_real" and "real".
         finetuning: the same for every method, all real texts included: equal steps, not equal passes.
         sampling: of the zero-shot and few-shot texts.
@@ -53,7 +53,10 @@ class ComparisonConfig:
         plain_fields(self)
         for name, kind in (("synthesis", SynthesisConfig), ("finetuning", FinetuneConfig), ("sampling", Sampling)):
             require_type(getattr(self, name), kind, f"a comparison's {name}", f"give a {kind.__name__}")
-        require(is_whole(self.n_real) and self.n_real >= 1, f"n_real = {short_repr(self.n_real)}, it must be a whole number of at least 1: give such as 50")
+        require(
+            is_whole(self.n_real) and self.n_real >= 1,
+            f"n_real = {short_repr(self.n_real)}, it must be a whole number of at least 1: give such as 50",
+        )
         require(
             self.space is None or (isinstance(self.space, str) and self.space in SPACES),
             f"the space {short_repr(self.space)} is not known: use one of {', '.join(SPACES)}",
@@ -61,7 +64,8 @@ class ComparisonConfig:
         steps, last = self.similarity_steps, self.finetuning.steps
         require(
             isinstance(steps, list | tuple) and all(is_whole(step) and 0 <= step <= last for step in steps),
-            f"similarity_steps = {short_repr(steps)}, each must be a whole number from 0 to the fine-tuning's {last} steps: give such as (0, {last})",
+            f"similarity_steps = {short_repr(steps)}, each must be a whole number from 0 to the fine-tuning's "
+            f"{last} steps: give such as (0, {last})",
         )
         require(
             self.max_test is None or (is_whole(self.max_test) and self.max_test >= 1),
@@ -121,7 +125,9 @@ class Experiment:
 
 @dataclass(frozen=True, eq=False)
 class SeedRun:
-    """What every method of one seed is given; real examples, Releases and gradmm's texts are made once, when asked for."""
+    """What every method of one seed is given; real examples, Releases and gradmm's texts are made once, when asked
+    for.
+    """
 
     experiment: Experiment
     seed: int
@@ -134,7 +140,9 @@ class SeedRun:
     @cached_property
     def real(self) -> list[Example]:
         """The real examples."""
-        return sample_examples(self.experiment.splits.train, self.experiment.config.n_real, self.experiment.task, self.seed)
+        return sample_examples(
+            self.experiment.splits.train, self.experiment.config.n_real, self.experiment.task, self.seed
+        )
 
     @cached_property
     def release(self) -> Release:
@@ -155,13 +163,19 @@ class SeedRun:
     @cached_property
     def matched(self) -> list[Example]:
         """The texts whose gradients match the Release."""
-        return self.choose(self.pool, self.synthesis) if self.seed in self.experiment.pools else self._kept(self.written)
+        return (
+            self.choose(self.pool, self.synthesis) if self.seed in self.experiment.pools else self._kept(self.written)
+        )
 
     @cached_property
     def pool(self) -> Sequence[Example]:
         """All texts that gradmm wrote, or what the experiment was given for them."""
         written = self.experiment.pools.get(self.seed)
-        return [Example(row["text"], row["label"]) for row in self.written.dataset.to_list()] if written is None else written
+        return (
+            [Example(row["text"], row["label"]) for row in self.written.dataset.to_list()]
+            if written is None
+            else written
+        )
 
     def write(self, name: str, target: Release, config: SynthesisConfig) -> list[Example]:
         """The texts that gradmm keeps for another target; a pool, which depends on no target, is not written again."""
@@ -189,7 +203,10 @@ class SeedRun:
 def written_texts(folder: Path, seeds: Sequence[int]) -> dict[int, list[Example]]:
     """What gradmm wrote in a finished comparison's folder with each seed, kept or not: see `Experiment.pools`."""
     places = {seed: _synthesis_folder(folder, "gradmm", seed) / "synthetic.jsonl" for seed in seeds}
-    return {seed: [Example(row["text"], row["label"]) for row in files.read_json_lines(place)] for seed, place in places.items()}
+    return {
+        seed: [Example(row["text"], row["label"]) for row in files.read_json_lines(place)]
+        for seed, place in places.items()
+    }
 
 
 def _synthesis_folder(folder: Path, name: str, seed: int) -> Path:

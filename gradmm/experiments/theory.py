@@ -1,8 +1,8 @@
 r"""What the book's derivations are checked on: a problem whose constants are known, bounds, and gradients along a path.
 
 Gradient descent with an error e_t in its gradient, w <- w - (grad f(w) + e_t) / L. If f is L-smooth, then
-f(w+) <= f(w) - ||grad f(w)||^2 / (2 L) + ||e_t||^2 / (2 L); with ||grad f||^2 >= 2 mu (f - f*) (Polyak 1963; Karimi, Nutini
-and Schmidt 2016) therefore
+f(w+) <= f(w) - ||grad f(w)||^2 / (2 L) + ||e_t||^2 / (2 L); with ||grad f||^2 >= 2 mu (f - f*) (Polyak 1963; Karimi,
+Nutini and Schmidt 2016) therefore
 
     f(w_{t+1}) - f* <= (1 - mu/L) (f(w_t) - f*) + ||e_t||^2 / (2 L),
 
@@ -158,7 +158,9 @@ def loss_gradient(model: Model, task: Task, examples: Sequence[Example]) -> tupl
     return total, flat
 
 
-def follow(model: Model, task: Task, train: Sequence[Example], real: Sequence[Example], rate: float, steps: int) -> list[dict]:
+def follow(
+    model: Model, task: Task, train: Sequence[Example], real: Sequence[Example], rate: float, steps: int
+) -> list[dict]:
     """Gradient descent on `train` (all parameters, whole batches), watched from `real`.
 
     Args:
@@ -167,14 +169,21 @@ def follow(model: Model, task: Task, train: Sequence[Example], real: Sequence[Ex
         steps: T.
 
     Returns:
-        T + 1 rows: step, loss and gradient (norm) on `real`, train_loss, error (norm of the difference of the gradients), cosine
-        of the two, and from the second row on smoothness, ||change of the real gradient|| / ||change of the weights||.
+        T + 1 rows: step, loss and gradient (norm) on `real`, train_loss, error (norm of the difference of the
+        gradients), cosine of the two, and from the second row on smoothness, ||change of the real gradient|| / ||change
+        of the weights||.
     """
     trained, rows, before = trainable_copy(model), [], None
     for step in range(steps + 1):
         loss, wanted = loss_gradient(trained, task, real)
         train_loss, used = (loss, wanted) if train is real else loss_gradient(trained, task, train)
-        row = {"step": step, "loss": loss, "train_loss": train_loss, "gradient": _norm(wanted), "error": _norm(used - wanted)}
+        row = {
+            "step": step,
+            "loss": loss,
+            "train_loss": train_loss,
+            "gradient": _norm(wanted),
+            "error": _norm(used - wanted),
+        }
         row["cosine"] = _inner(wanted, used) / max(_norm(wanted) * _norm(used), 1e-30)
         row["smoothness"] = None if before is None else _norm(wanted - before[0]) / (rate * before[1])
         rows.append(row)
@@ -197,7 +206,9 @@ def _norm(value: Tensor) -> float:
 
 
 def gaussian_delta(epsilon: float, mu: float) -> float:
-    """The smallest delta of the Gaussian mechanism at epsilon, mu = sensitivity / sigma (Balle and Wang 2018, theorem 8)."""
+    """The smallest delta of the Gaussian mechanism at epsilon, mu = sensitivity / sigma (Balle and Wang 2018,
+    theorem 8).
+    """
     return float(ndtr(mu / 2 - epsilon / mu) - numpy.exp(epsilon) * ndtr(-mu / 2 - epsilon / mu))
 
 

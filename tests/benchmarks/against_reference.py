@@ -3,8 +3,8 @@
 Both do the same work on the same random weights with the same threads: inner steps (value and input gradient of the
 matching loss of one group) and projections of one group. Timings alternate, fast then reference, and medians are
 compared. With --dtype bfloat16 the fast path computes in bfloat16 and keeps x and the matching sums in float32, and the
-reference stays in float32. Counts the matrix products' operations on both sides, because they bound the ratio of an inner
-step: both need one forward and one backward pass of the body. Prints a table and, with --output, writes a record.
+reference stays in float32. Counts the matrix products' operations on both sides, because they bound the ratio of an
+inner step: both need one forward and one backward pass of the body. Prints a table and, with --output, writes a record.
 """
 
 import argparse
@@ -33,7 +33,9 @@ PROMPT, TAIL, LABEL, REAL = tuple(range(1, 7)), (7, 8), 9, 50
 
 
 def random_model(shape: str, device: str, dtype: str = "float32") -> Model:
-    """A model of random weights in one of SHAPES, a Llama where no family is named: always the same, rounded to `dtype`."""
+    """A model of random weights in one of SHAPES, a Llama where no family is named: always the same, rounded to
+    `dtype`.
+    """
     size = SHAPES[shape]
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
@@ -67,7 +69,9 @@ def problem(model: Model, literal: Model, length: int):
     real = [[*PROMPT[:1], *torch.randint(10, size, (length,), generator=source).tolist(), *TAIL] for _ in range(REAL)]
     labels = torch.full((REAL,), LABEL, device=model.device)
     factors = head_factors(model.hidden_of(real), labels, Head(model.head_weight, model.head_bias))
-    return Matching(model, tokens, [FactorTarget(factors)], Space()), reference.real_gradient(literal.lm, real, [LABEL] * REAL)
+    return Matching(model, tokens, [FactorTarget(factors)], Space()), reference.real_gradient(
+        literal.lm, real, [LABEL] * REAL
+    )
 
 
 def pairs(model: Model, literal: Model, groups: int, count: int, length: int, k: int):
@@ -79,9 +83,15 @@ def pairs(model: Model, literal: Model, groups: int, count: int, length: int, k:
     matching, explicit = problem(model, literal, length)
     source = torch.Generator().manual_seed(2)
     x = torch.randn(groups, count, length, model.embedding.shape[1], generator=source).to(model.device) * 0.05
-    ids, classes = torch.zeros(x.shape[:3], dtype=torch.long, device=x.device), torch.zeros(groups, dtype=torch.long, device=model.device)
+    ids, classes = (
+        torch.zeros(x.shape[:3], dtype=torch.long, device=x.device),
+        torch.zeros(groups, dtype=torch.long, device=model.device),
+    )
     before, after = (literal.embed(torch.tensor(part, device=model.device)) for part in (PROMPT[:1], TAIL))
-    labels, allowed = torch.full((count,), LABEL, device=model.device), torch.ones(model.embedding.shape[0], dtype=torch.bool)
+    labels, allowed = (
+        torch.full((count,), LABEL, device=model.device),
+        torch.ones(model.embedding.shape[0], dtype=torch.bool),
+    )
     tables, rows = TokenTables.of(model), torch.zeros(groups * count, dtype=torch.long, device=model.device)
 
     def slope(f, start):
@@ -91,14 +101,18 @@ def pairs(model: Model, literal: Model, groups: int, count: int, length: int, k:
     work = {
         "inner step": (
             lambda: slope(lambda v: matching.of_vectors(v, ids, classes), x),
-            lambda: slope(lambda v: reference.match_loss(literal.lm, v, before, after, labels, explicit, "cosine"), x[0]),
+            lambda: slope(
+                lambda v: reference.match_loss(literal.lm, v, before, after, labels, explicit, "cosine"), x[0]
+            ),
         )
     }
     for order in ("lm_then_nearest", "nearest_then_lm"):
         reading = DecodingConfig(order, k, Vocabulary.free(allowed.to(model.device)))
         work[f"projection, {order}"] = (
             lambda reading=reading: project(model, tables, x.flatten(0, 1), [PROMPT], rows, reading),
-            lambda reading=reading: reference.project(literal.lm, x[0], PROMPT, reading.order, k, reading.vocabulary.whole),
+            lambda reading=reading: reference.project(
+                literal.lm, x[0], PROMPT, reading.order, k, reading.vocabulary.whole
+            ),
         )
     return work
 
@@ -132,7 +146,9 @@ def measure(options: argparse.Namespace) -> list[dict]:
     literal = random_model(options.shape, options.device)
     model = literal if options.dtype == "float32" else random_model(options.shape, options.device, options.dtype)
     rows = []
-    for name, (fast, slow) in pairs(model, literal, options.groups, options.count, options.length, options.top_k).items():
+    for name, (fast, slow) in pairs(
+        model, literal, options.groups, options.count, options.length, options.top_k
+    ).items():
         if options.work not in name:
             continue
         differ = disagreement(fast(), slow())
@@ -169,7 +185,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the fast path")
     parser.add_argument("--work", default="", help="only the work whose name holds this, such as 'inner'")
-    parser.add_argument("--groups", type=int, default=1, help="groups of the fast path; the reference does one, times this")
+    parser.add_argument(
+        "--groups", type=int, default=1, help="groups of the fast path; the reference does one, times this"
+    )
     parser.add_argument("--count", type=int, default=10, help="examples of a group")
     parser.add_argument("--length", type=int, default=28, help="tokens of an example")
     parser.add_argument("--top-k", type=int, default=200)
@@ -187,8 +205,12 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     print(f"{'work':32} {'fast':>9} {'reference':>10} {'ratio':>7}   GFLOP (seconds: medians of {options.repeats})")
     for row in rows:
         spread = f"{row['ratio_low']:.1f} to {row['ratio_high']:.1f}"
-        counts = f"{row['fast_operations'] / 1e9:.1f} : {row['reference_operations'] / 1e9:.1f}, differ {row['disagreement']:.1g}"
-        print(f"{row['work']:32} {row['fast_seconds']:9.3f} {row['reference_seconds']:10.3f} {row['ratio']:6.1f}x  ({spread}); {counts}")
+        fast, literal = row["fast_operations"] / 1e9, row["reference_operations"] / 1e9
+        counts = f"{fast:.1f} : {literal:.1f}, differ {row['disagreement']:.1g}"
+        print(
+            f"{row['work']:32} {row['fast_seconds']:9.3f} {row['reference_seconds']:10.3f} {row['ratio']:6.1f}x  "
+            f"({spread}); {counts}"
+        )
     save({"rows": rows}, options)
     return rows
 

@@ -1,10 +1,10 @@
 """Peak memory of a whole synthesis over the model's weights: `python tests/benchmarks/memory.py --shape small`.
 
-Each row is a fresh process: random weights, a release of random texts, every phase from the first token table to the last
-verdict, after a warm-up at the shape `tiny` that loads what is loaded once. On a CPU the peak is that of the resident set, read
-every few milliseconds, minus what was resident before the release; so that it is that of the program and not of what the C
-library keeps for later, glibc is told to give freed blocks back at once. On a GPU it is that of the allocator. Prints a table
-beside what `gradmm.sizing` expects, and with --output writes a record.
+Each row is a fresh process: random weights, a release of random texts, every phase from the first token table to the
+last verdict, after a warm-up at the shape `tiny` that loads what is loaded once. On a CPU the peak is that of the
+resident set, read every few milliseconds, minus what was resident before the release; so that it is that of the program
+and not of what the C library keeps for later, glibc is told to give freed blocks back at once. On a GPU it is that of
+the allocator. Prints a table beside what `gradmm.sizing` expects, and with --output writes a record.
 """
 
 import argparse
@@ -27,8 +27,17 @@ import gradmm
 
 SAMPLE_SECONDS = 0.002
 DTYPES = ("float32", "bfloat16")
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # glibc's own start, which else grows with use
-TASK = gradmm.Task("random", ("first", "second"), (" w10", " w11"), "{text} w12 w13", ("w14 w15 w16 w17 w18\n", "w19 w20 w21 w22 w23\n"))
+GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}  # glibc's own start, which else grows with use
+TASK = gradmm.Task(
+    "random",
+    ("first", "second"),
+    (" w10", " w11"),
+    "{text} w12 w13",
+    ("w14 w15 w16 w17 w18\n", "w19 w20 w21 w22 w23\n"),
+)
 
 
 def random_problem(shape: str, device: str, dtype: str) -> gradmm.Model:
@@ -36,7 +45,9 @@ def random_problem(shape: str, device: str, dtype: str) -> gradmm.Model:
     names = ["<end>", "<unknown>", ".", *(f"w{number}" for number in range(3, SHAPES[shape]["vocabulary"]))]
     words = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unknown>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", bos_token="<end>", unk_token="<unknown>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", bos_token="<end>", unk_token="<unknown>"
+    )
     return replace(random_model(shape, device, dtype), tokenizer=tokenizer)
 
 
@@ -47,7 +58,8 @@ def run(model: gradmm.Model, options: argparse.Namespace) -> gradmm.SynthesisRes
     real = [{"text": model.tokenizer.decode(row), "label": number % 2} for number, row in enumerate(rows)]
     release = gradmm.release(model, TASK, real, length=options.length, space="head")
     config = gradmm.SynthesisConfig(
-        search="admm", ranking="text",
+        search="admm",
+        ranking="text",
         n_synthetic=options.groups * options.count,
         oversample=1.0,
         group_size=options.count,
@@ -84,7 +96,10 @@ def resident() -> int:
 
 def measure(options: argparse.Namespace) -> dict:
     """One row, in this process."""
-    run(random_problem("tiny", options.device, options.dtype), argparse.Namespace(**{**vars(options), "groups": 2, "count": 2, "top_k": 10, "real": 4}))
+    run(
+        random_problem("tiny", options.device, options.dtype),
+        argparse.Namespace(**{**vars(options), "groups": 2, "count": 2, "top_k": 10, "real": 4}),
+    )
     model = random_problem(options.shape, options.device, options.dtype)
     weights = sum(weight.numel() * weight.element_size() for weight in model.lm.parameters())
     begun = time.perf_counter()
@@ -139,7 +154,14 @@ def main(arguments: list[str] | None = None) -> dict:
     rows = []
     for dtype in [options.dtype] if options.dtype else DTYPES:
         command = [sys.executable, __file__, *given, "--here", "--dtype", dtype]
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, stdin=subprocess.DEVNULL, env={**os.environ, **GIVE_BACK})
+        ended = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **GIVE_BACK},
+        )
         rows.append(json.loads(ended.stdout.splitlines()[-1]))
     print(f"{'type':10} {'weights':>10} {'peak over':>10} {'share':>7} {'expected':>10}   ({options.shape}, MB)")
     for row in rows:

@@ -1,8 +1,8 @@
 """Does the cost grow in proportion to what is asked for? `python tests/benchmarks/scaling.py`.
 
 Groups, outer steps, inner steps and length each grow by a factor of 8 while the others stay where they are. A whole
-synthesis is timed at every size, a line is fitted to the medians, and the worst deviation from it is given, in percent of
-the line. Groups grow through the number of texts, `n_synthetic`, at a constant number of texts a group.
+synthesis is timed at every size, a line is fitted to the medians, and the worst deviation from it is given, in percent
+of the line. Groups grow through the number of texts, `n_synthetic`, at a constant number of texts a group.
 """
 
 import argparse
@@ -50,14 +50,26 @@ def main(arguments: list[str] | None = None) -> dict:
     """Measure, print, save; returns the results."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    model, examples = worded_model(options.shape, options.device, options.dtype), worded_examples(options.shape, options.real, options.length)
-    config = replace(settings_of(options), n_synthetic=len(TASK.labels) * options.groups * options.count, oversample=1.0)
-    performance.time_synthesis(model, TASK, examples, replace(config, outer_steps=1, inner_steps=1))  # so that no library loads within a timing
+    model, examples = (
+        worded_model(options.shape, options.device, options.dtype),
+        worded_examples(options.shape, options.real, options.length),
+    )
+    config = replace(
+        settings_of(options), n_synthetic=len(TASK.labels) * options.groups * options.count, oversample=1.0
+    )
+    performance.time_synthesis(
+        model, TASK, examples, replace(config, outer_steps=1, inner_steps=1)
+    )  # so that no library loads within a timing
     results = performance.time_growth(model, TASK, examples, config, growth(options), options.repeats)
     print(f"shape {options.shape}, {options.device}, {options.dtype}; medians of {options.repeats}")
     for name, row in results.items():
-        points = ", ".join(f"{size}: {seconds:.2f} s" for size, seconds in zip(row["sizes"], row["seconds"], strict=True))
-        print(f"{name:12} {points}; at most {row['worst_percent']:.1f}% from {row['start_seconds']:.2f} + {row['slope_seconds']:.3f} n")
+        points = ", ".join(
+            f"{size}: {seconds:.2f} s" for size, seconds in zip(row["sizes"], row["seconds"], strict=True)
+        )
+        print(
+            f"{name:12} {points}; at most {row['worst_percent']:.1f}% from {row['start_seconds']:.2f} + "
+            f"{row['slope_seconds']:.3f} n"
+        )
     save(results, options)
     return results
 

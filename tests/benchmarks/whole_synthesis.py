@@ -1,12 +1,13 @@
 """A whole synthesis against the literal method, paired and repeated: `python tests/benchmarks/whole_synthesis.py`.
 
-The fast side is `gradmm.release` and `gradmm.synthesize` as anybody calls them, on random weights in one of the shapes and
-words that mean nothing: target, starts, outer and inner steps, projections, filter and ranking, all groups of both classes.
-The literal side (`gradmm.experiments.reference`) does one group of one class, from the same start, and is extrapolated: its target once
-a class, the rest once a group. It does nothing of weight zero: no perplexity, no gradient where only a value is asked for.
-With --quick it takes few steps and the time of steps and projections is scaled in proportion. Both sides alternate; the
-literal one always computes in float32. Beside the ratios stand the shares of the floor (`gradmm.experiments.roofline`) that each phase
-reaches by the rates that the machine shows in the same run, and the peak of memory.
+The fast side is `gradmm.release` and `gradmm.synthesize` as anybody calls them, on random weights in one of the shapes
+and words that mean nothing: target, starts, outer and inner steps, projections, filter and ranking, all groups of both
+classes. The literal side (`gradmm.experiments.reference`) does one group of one class, from the same start, and is
+extrapolated: its target once a class, the rest once a group. It does nothing of weight zero: no perplexity, no gradient
+where only a value is asked for. With --quick it takes few steps and the time of steps and projections is scaled in
+proportion. Both sides alternate; the literal one always computes in float32. Beside the ratios stand the shares of the
+floor (`gradmm.experiments.roofline`) that each phase reaches by the rates that the machine shows in the same run, and
+the peak of memory.
 """
 
 import argparse
@@ -65,7 +66,8 @@ def worded_examples(shape: str, count: int, length: int) -> list[Example]:
 def settings_of(options: argparse.Namespace) -> SynthesisConfig:
     """The synthesis: `groups` a class, twice the texts that are kept, starts and label filter as published."""
     return SynthesisConfig(
-        search="admm", ranking="text",
+        search="admm",
+        ranking="text",
         n_synthetic=len(TASK.labels) * options.groups * options.count // 2,
         oversample=2.0,
         group_size=options.count,
@@ -83,7 +85,9 @@ def settings_of(options: argparse.Namespace) -> SynthesisConfig:
 # ---------------------------------------------------------------- the literal side
 
 
-def literal_group(model: Model, plan: Plan, examples: list[Example], steps: dict[str, int]) -> tuple[list[list[int]], dict[str, float]]:
+def literal_group(
+    model: Model, plan: Plan, examples: list[Example], steps: dict[str, int]
+) -> tuple[list[list[int]], dict[str, float]]:
     """The first group of the first class by the literal method: its tokens, and the seconds of each phase.
 
     Args:
@@ -102,7 +106,10 @@ def literal_group(model: Model, plan: Plan, examples: list[Example], steps: dict
         return value
 
     tokens, config, label = plan.tokens, plan.config, plan.tokens.labels[0]
-    before, after = (model.embed(torch.tensor(part, dtype=torch.long, device=model.device)) for part in (tokens.start + tokens.prefix, tokens.suffix))
+    before, after = (
+        model.embed(torch.tensor(part, dtype=torch.long, device=model.device))
+        for part in (tokens.start + tokens.prefix, tokens.suffix)
+    )
     labels = torch.full((config.group_size,), label, device=model.device)
     sequences = [tokens.sequence(example.text) for example in examples if example.label == 0]
     explicit = clocked("target", lambda: reference.real_gradient(model.lm, sequences, [label] * len(sequences)))
@@ -114,12 +121,19 @@ def literal_group(model: Model, plan: Plan, examples: list[Example], steps: dict
         return reference.distance(reference.head_gradient(model.lm, around, labels), explicit, config.distance)
 
     def project(v):
-        return clocked("projection", lambda: reference.project(model.lm, v, tokens.prompts[0], config.projection, config.top_k, plan.decoding.vocabulary.whole))
+        return clocked(
+            "projection",
+            lambda: reference.project(
+                model.lm, v, tokens.prompts[0], config.projection, config.top_k, plan.decoding.vocabulary.whole
+            ),
+        )
 
     x = clocked("initialisation", lambda: best_start(model, plan, match))
     begun = time.perf_counter()
     objective = lambda x: match(x) if x.requires_grad else clocked("other", lambda: match(x))  # noqa: E731
-    ids, _ = reference.solve(objective, project, model.embedding, x, rho=config.rho, lr=config.lr, clip=config.solver.clip, **steps)
+    ids, _ = reference.solve(
+        objective, project, model.embedding, x, rho=config.rho, lr=config.lr, clip=config.solver.clip, **steps
+    )
     performance.wait(model.device)
     spent["inner steps"] = time.perf_counter() - begun - spent["projection"] - spent["other"]
     clocked("filter", lambda: judge(model, plan, ids, match))
@@ -129,7 +143,10 @@ def literal_group(model: Model, plan: Plan, examples: list[Example], steps: dict
 def best_start(model: Model, plan: Plan, match) -> torch.Tensor:
     """The best of the first group's draws, evaluated one after the other."""
     source, shape = generator(plan.config.seed, "initial x", 0), Shape(plan.config.group_size, plan.length)
-    draws = [normal(plan.matching, plan.decoding, shape, [0], [source])[0][0].float() for _ in range(plan.config.init_candidates)]
+    draws = [
+        normal(plan.matching, plan.decoding, shape, [0], [source])[0][0].float()
+        for _ in range(plan.config.init_candidates)
+    ]
     return draws[0] if len(draws) == 1 else min(draws, key=lambda x: float(match(x)))
 
 
@@ -177,15 +194,20 @@ def measure(options: argparse.Namespace) -> dict:
         result, seconds = performance.time_synthesis(model, TASK, examples, config)
         fast.append(seconds)
         if literal is None:  # the peak before the other side takes memory
-            memory, literal = peak(model), model if options.dtype == "float32" else worded_model(options.shape, options.device)
+            memory, literal = (
+                peak(model),
+                model if options.dtype == "float32" else worded_model(options.shape, options.device),
+            )
         ids, spent = literal_group(literal, plan, examples, steps)
         slow.append(extrapolate(spent, steps, plan))
     middle = {phase: statistics.median(row[phase] for row in fast) for phase in fast[0]}
     return {
         "phases": {phase: compared([row[phase] for row in fast], [row[phase] for row in slow]) for phase in fast[0]},
         "floors": performance.shares(roofline.synthesis(body, job), middle, rates),
-        "rates": {"matmul": rates.matmul, "bandwidth": rates.bandwidth, "threads": rates.threads, "streams": rates.streams,
-                  "products": [{"rows": r, "inputs": i, "outputs": o, "rate": rate} for (r, i, o), rate in rates.products.items()]},
+        "rates": {"matmul": rates.matmul, "bandwidth": rates.bandwidth, "threads": rates.threads,
+            "streams": rates.streams,
+                  "products": [{"rows": r, "inputs": i, "outputs": o, "rate": rate} for (r, i, o),
+                      rate in rates.products.items()]},
         "memory": memory,
         "same_tokens": None if options.quick else agreement(result, plan, ids),
         "groups": len(plan.classes),
@@ -197,13 +219,19 @@ def compared(fast: list[float], slow: list[float]) -> dict:
     """Medians and ranges of paired timings, in seconds, and of their ratio."""
     ratios = [b / a for a, b in zip(fast, slow, strict=True)]
     parts = {"fast_seconds": fast, "reference_seconds": slow, "ratio": ratios}
-    return {name: {"median": statistics.median(runs), "low": min(runs), "high": max(runs), "runs": runs} for name, runs in parts.items()}
+    return {
+        name: {"median": statistics.median(runs), "low": min(runs), "high": max(runs), "runs": runs}
+        for name, runs in parts.items()
+    }
 
 
 def peak(model: Model) -> dict[str, int]:
     """Bytes of the weights, and at most so far: of the GPU's allocator, or of the process with all its libraries."""
     found, weights = runs.peak_memory(), sum(part.numel() * part.element_size() for part in model.lm.parameters())
-    return {"weights": weights, "peak": found.get("cuda", found["process"]) if model.device.type == "cuda" else found["process"]}
+    return {
+        "weights": weights,
+        "peak": found.get("cuda", found["process"]) if model.device.type == "cuda" else found["process"],
+    }
 
 
 def agreement(result: SynthesisResult, plan: Plan, ids: list[list[int]]) -> float:
@@ -225,7 +253,10 @@ def describe(steps: dict[str, int], plan: Plan, quick: bool) -> str:
 
 def show(results: dict, options: argparse.Namespace) -> None:
     """The table."""
-    print(f"shape {options.shape}, {options.device}, {options.dtype}, {results['groups']} groups of {options.count}; medians of {options.repeats}")
+    print(
+        f"shape {options.shape}, {options.device}, {options.dtype}, {results['groups']} groups of {options.count}; "
+        f"medians of {options.repeats}"
+    )
     print(f"reference: {results['literal']}")
     shares = {row["phase"]: row for row in results["floors"]}
     print(f"{'phase':16} {'fast s':>9} {'ref. s':>10} {'ratio':>8}  {'(range)':18} {'floor s':>9} {'share':>6}")
@@ -233,9 +264,15 @@ def show(results: dict, options: argparse.Namespace) -> None:
         ratio, floor = row["ratio"], shares.get(phase)
         spread = f"({ratio['low']:.1f} to {ratio['high']:.1f})"
         bound = f"{floor['floor_seconds']:9.3f} {floor['share']:6.0%}" if floor else ""
-        print(f"{phase:16} {row['fast_seconds']['median']:9.3f} {row['reference_seconds']['median']:10.3f} {ratio['median']:7.1f}x  {spread:18} {bound}")
+        print(
+            f"{phase:16} {row['fast_seconds']['median']:9.3f} {row['reference_seconds']['median']:10.3f} "
+            f"{ratio['median']:7.1f}x  {spread:18} {bound}"
+        )
     rates, memory = results["rates"], results["memory"]
-    print(f"machine: {rates['matmul'] / 1e9:.1f} GFLOP/s, {rates['bandwidth'] / 1e9:.1f} GB/s; memory: {memory['peak'] / 1e6:.0f} MB, weights {memory['weights'] / 1e6:.0f} MB")
+    print(
+        f"machine: {rates['matmul'] / 1e9:.1f} GFLOP/s, {rates['bandwidth'] / 1e9:.1f} GB/s; memory: "
+        f"{memory['peak'] / 1e6:.0f} MB, weights {memory['weights'] / 1e6:.0f} MB"
+    )
     if results["same_tokens"] is not None:
         print(f"tokens that both sides wrote alike: {results['same_tokens']:.0%}")
 
@@ -257,7 +294,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few steps of the reference, scaled in proportion")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, help="a record, such as book/records/performance-small-cpu-bfloat16.json")
+    parser.add_argument(
+        "--output", type=Path, help="a record, such as book/records/performance-small-cpu-bfloat16.json"
+    )
     return parser.parse_args(arguments)
 
 

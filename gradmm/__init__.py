@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not ask
     from gradmm.classification import check_fit, evaluate
+    from gradmm.config import PRESETS, FinetuneConfig, SynthesisConfig, preset
+    from gradmm.data import Example, Splits, load_data, sample_examples
     from gradmm.errors import UserError
-    from gradmm.examples import Example, Splits, load_data, sample_examples
     from gradmm.finetuning import finetune
     from gradmm.mechanism import Ledger
     from gradmm.models import Model, load_model
     from gradmm.privacy import Release, load_release, release, release_once
-    from gradmm.settings import PRESETS, SynthesisConfig, preset
     from gradmm.synthesis import SynthesisResult, synthesize
     from gradmm.tasks import TASKS, Task, load_task
-    from gradmm.training import FinetuneConfig
 
 # PyTorch's threads wait for one another at every operation, spinning; where another process wants the cores as well,
 # each spins away the time for which the other waits. With this bound they spin for a moment and then sleep, which costs
@@ -37,16 +36,15 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 # Each name is imported when it is first asked for: a process that only runs notebooks should not wait for transformers.
 _ROOMS = {
     "classification": ("check_fit", "evaluate"),
+    "config": ("PRESETS", "FinetuneConfig", "SynthesisConfig", "preset"),
+    "data": ("Example", "Splits", "load_data", "sample_examples"),
     "errors": ("UserError",),
-    "examples": ("Example", "Splits", "load_data", "sample_examples"),
     "finetuning": ("finetune",),
     "mechanism": ("Ledger",),
     "models": ("Model", "load_model"),
     "privacy": ("Release", "load_release", "release", "release_once"),
-    "settings": ("PRESETS", "SynthesisConfig", "preset"),
     "synthesis": ("SynthesisResult", "synthesize"),
     "tasks": ("TASKS", "Task", "load_task"),
-    "training": ("FinetuneConfig",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

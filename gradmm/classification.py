@@ -11,8 +11,8 @@ from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from gradmm.data import Example, Splits, check_examples
 from gradmm.errors import require, require_texts, require_type, require_whole
-from gradmm.examples import Example, Splits, check_examples
 from gradmm.models import Model, require_model
 from gradmm.rows import SPLITS
 from gradmm.tasks import PROBE, Task, TaskTokens, tokenize_task

@@ -1,16 +1,19 @@
-"""Reading and writing: JSON, JSON lines, YAML and safetensors; whole files or none, bounded sizes, clear errors."""
+"""Reading and writing JSON, JSON lines, YAML, safetensors: whole files or none, bounded sizes, clear errors; locks."""
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -246,3 +249,48 @@ def is_hidden_number(value: Any) -> bool:
 def _number(text: str) -> str:
     head, tail = re.split("[eE]", text)
     return f"{head}.0e{tail if tail[0] in '+-' else '+' + tail}"
+
+
+# ---------------------------------------------------------------- one run in a folder at a time
+
+LOCK = ".lock"
+logging.getLogger("filelock").setLevel(logging.INFO)  # below, it logs addresses in memory, which differ from run to run
+
+
+@contextmanager
+def lock(folder: str | Path | None) -> Iterator[None]:
+    """Hold a folder for as long as this context lasts, and take away what runs that were killed in it left unfinished.
+
+    A folder that does not exist is made. One that cannot be written, such as finished results on a read-only disk, and
+    one on a file system without locks are used unheld: reading needs no lock, and a write says itself what is wrong.
+
+    Args:
+        folder: None, a run in memory, holds nothing.
+
+    Raises:
+        UserError: another run holds the folder.
+    """
+    path = None if folder is None else as_path(folder, "the output folder")
+    held = None if path is None else _acquire(path)
+    if path is None or held is None:
+        yield
+        return
+    with held:
+        try:
+            remove_unfinished(path)
+            yield
+        finally:
+            with suppress(OSError):  # while it is held: a later run takes no lock on a file without a name
+                (path / LOCK).unlink()
+
+
+def _acquire(folder: Path) -> AbstractContextManager | None:
+    """The lock, already held, to be let go at the end of the context; None where there can be none."""
+    try:
+        return FileLock(folder / LOCK).acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"{folder} is in use by another run: wait for its end, or choose another output folder"
+        ) from error
+    except OSError:
+        return None

@@ -19,15 +19,15 @@ from tqdm.auto import tqdm
 
 from gradmm import files
 from gradmm.classification import TOKENS_PER_BATCH, Encoded, Evaluation, score
+from gradmm.config import FinetuneConfig
+from gradmm.data import Example, check_examples, refuse_overlap
 from gradmm.errors import UserError, first_line, require, require_flag, require_type
-from gradmm.examples import Example, check_examples, refuse_overlap
-from gradmm.locks import lock
+from gradmm.files import lock
 from gradmm.models import Model, require_model
 from gradmm.runs import RunFolder, finite_or_none
 from gradmm.seeds import generator
 from gradmm.tasks import Task, tokenize_task
 from gradmm.training import (
-    FinetuneConfig,
     adamw,
     finish,
     learnt_weights,

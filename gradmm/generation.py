@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from gradmm.data import Example, check_examples, content_hash
 from gradmm.errors import is_number, is_whole, plain_fields, require, require_type, require_whole, short_repr
-from gradmm.examples import Example, check_examples, content_hash
 from gradmm.models import CachedDecoder, Model, require_model
-from gradmm.readability import flaw
+from gradmm.readability import SENTENCE_ENDS, cut_to_sentence, ends_sentence, flaw
 from gradmm.seeds import generator
-from gradmm.sentences import SENTENCE_ENDS, cut_to_sentence, ends_sentence
 from gradmm.tasks import Task, TaskTokens, tokenize_task, warn_of_equal_prompts
 from gradmm.vocabulary import NEVER, Vocabulary
 

@@ -13,7 +13,7 @@ from gradmm.errors import UserError
 from gradmm.gradients import Factors, Head, HeadSpace, Target, greedy_order, joint_order, losses_as_added, match_groups
 from gradmm.models import Model
 from gradmm.projection import text_mask
-from gradmm.sketch import BodySketch
+from gradmm.spaces import BodySketch
 from gradmm.tasks import TaskTokens
 
 ROWS_PER_BLOCK = 256  # texts whose (V,) deltas are held at once

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from gradmm import files
+from gradmm.data import Example, check_examples
 from gradmm.errors import UserError, first_line, require, require_flag, require_texts, require_type, require_whole
-from gradmm.examples import Example, check_examples
+from gradmm.files import lock
 from gradmm.gradients import DenseTarget, Factors, FactorTarget, HeadSpace, Target
-from gradmm.locks import lock
 from gradmm.matching import factors_of
 from gradmm.mechanism import (
     Ledger,
@@ -51,8 +51,7 @@ from gradmm.mechanism import (
 from gradmm.models import Model, require_model
 from gradmm.runs import differences
 from gradmm.sharding import launched
-from gradmm.sketch import BodySketch
-from gradmm.spaces import coordinates, release_space, space_from, tensors_of
+from gradmm.spaces import BodySketch, coordinates, release_space, space_from, tensors_of
 from gradmm.tasks import Task, TaskTokens, require_task, tokenize_task
 
 FORMAT = "gradmm release 1"
@@ -166,7 +165,7 @@ def release(
             what sets the classes apart). Under the loss that fine-tuning uses, over the label tokens alone, with the
             model's preference among them taken out: "label_rows_calibrated" (C x D) and "label_rows_whitened" (the
             same, of hidden states whitened by those of public texts). Under that loss, and for `search = "pool"` alone,
-            gradients of the body, see `gradmm.sketch`: "body" (a sketch of every linear map's: what fine-tuning
+            gradients of the body, see `gradmm.spaces`: "body" (a sketch of every linear map's: what fine-tuning
             follows). None takes "body" without epsilon and "label_rows" with it: the smaller the space, the less noise,
             and of the two that need no public text it keeps by far the more of what sets the classes apart (notebook 04
             measures it). Give public texts and "label_rows_centred" to keep more. The paper matches "head", which ADMM

@@ -14,9 +14,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from gradmm.data import Example
 from gradmm.errors import require
 from gradmm.evaluation import perplexities
-from gradmm.examples import Example
 from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.readability import ECHO, FRAGMENT, LOOP, MARKUP, WORDLESS, flaw

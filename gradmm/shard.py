@@ -14,12 +14,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from gradmm.config import SynthesisConfig
+from gradmm.config import preset as named
 from gradmm.errors import UserError
 from gradmm.files import read_parameters
 from gradmm.models import load_model
 from gradmm.privacy import load_release
-from gradmm.settings import SynthesisConfig
-from gradmm.settings import preset as named
 from gradmm.sharding import launched
 from gradmm.synthesis import synthesize
 from gradmm.tasks import load_task

@@ -6,7 +6,8 @@ Knows no real text. Letters: C classes, D hidden width, r directions, N public t
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,15 +15,17 @@ from weakref import WeakKeyDictionary
 import torch
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from gradmm import files
 from gradmm.classification import label_logs, label_preference
 from gradmm.errors import require, require_texts, require_whole
 from gradmm.generation import prompted_texts
-from gradmm.gradients import HeadSpace, LabelSpace, Space
-from gradmm.models import Model
-from gradmm.sketch import BodySketch
+from gradmm.gradients import Factors, HeadSpace, LabelSpace, Space
+from gradmm.models import Model, batches_by_length, pad_left
+from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
 
 # Of the gradient of the loss over all tokens.
@@ -38,6 +41,109 @@ FIRST_TEXTS, CALIBRATION_TEXTS = 8, 64
 PREFERENCE_ERROR = 0.15
 DEFAULT_DIRECTIONS = 4  # keeps most of what sets the classes apart and little room for noise; notebook 04 measures it
 RANK_TOLERANCE = 1e-6
+RANK = 16  # r of the body's sketch
+TOKENS_PER_BATCH = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class BodySketch:
+    r"""The coordinates of sketched gradients of every linear map of the body: what fine-tuning moves beyond the head.
+
+    Fine-tuning trains every layer with the loss over the label tokens alone, and an untrained model mostly prefers one
+    of them whatever the text says. So the gradient is that of the cross-entropy over the C label tokens, with the
+    model's preference among them, measured on public texts, taken out. For one text and one map with inputs a_t and
+    output gradients g_t at position t it is sum_t g_t a_t^T; with fixed random matrices P (in, r) and Q (out, r), of
+    entries of variance 1 / r, its sketch is
+
+        sum_t (P^T a_t) (Q^T g_t)^T        (r, r)
+
+    whose inner products are those of the gradients, on average over P and Q. One forward and one backward pass for a
+    batch of texts; no gradient of a single text is ever built. Everything but the texts is public, so a sketch may be
+    clipped and noised like any gradient. Letters: M linear maps, T positions.
+
+    Source: Choe et al. 2024 (LoGra, arXiv 2405.13954) for sketching each linear map on both sides; the calibration is
+    after Zhao et al. 2021.
+
+    Attributes:
+        preference: (C,) mean log-probability of each label token over public texts, taken from the logits.
+        rank: r.
+    """
+
+    preference: Tensor
+    rank: int = RANK
+
+    @staticmethod
+    def of(model: Model, tokens: TaskTokens, texts: Sequence[str], rank: int = RANK) -> "BodySketch":
+        """With the model's preference over public texts."""
+        return BodySketch(label_preference(model, tokens, texts), rank)
+
+    def size(self, model: Model) -> int:
+        """How many numbers a sketch has: M r^2."""
+        return len(linear_maps(model)) * self.rank**2
+
+    def factors(
+        self, model: Model, tokens: TaskTokens, sequences: Sequence[Sequence[int]], classes: Sequence[int]
+    ) -> Factors:
+        """Each text's sketch as the factor pair of 1 and itself: delta (N, 1), hidden (N, `size`), float32 at least.
+
+        Args:
+            sequences: N prompts in tokens.
+            classes: N class numbers.
+        """
+        model.check_lengths(sequences)
+        wide = torch.promote_types(model.dtype, torch.float32)
+        found = torch.zeros(len(sequences), self.size(model), dtype=wide, device=model.device)
+        labels = torch.tensor(list(classes), device=model.device)
+        for rows in batches_by_length(sequences, TOKENS_PER_BATCH):
+            found[rows] = self._batch(model, tokens, [sequences[row] for row in rows], labels[rows])
+        return Factors(torch.ones(len(sequences), 1, dtype=wide, device=model.device), found)
+
+    def _batch(self, model: Model, tokens: TaskTokens, sequences: Sequence[Sequence[int]], labels: Tensor) -> Tensor:
+        ids, mask = pad_left(sequences, model.device)
+        layers = linear_maps(model)
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        with ExitStack() as hooks, torch.enable_grad():
+            for name, layer in layers.items():
+                hooks.callback(layer.register_forward_hook(_recorder(name, inputs, outputs)).remove)
+            embeds = model.embed(ids).detach().requires_grad_(True)
+            hidden = model.body(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
+            loss = cross_entropy(
+                model.logits_of(hidden, tokens.labels) - self.preference.to(hidden.device), labels, reduction="sum"
+            )
+            slopes = torch.autograd.grad(loss, [outputs[name] for name in layers])
+        sketches = []
+        for number, (name, slope) in enumerate(zip(layers, slopes, strict=True)):
+            # Some families run N and T together (OPT).
+            left = self._thin(number, "in", inputs[name]).view(*mask.shape, -1) * mask.unsqueeze(-1)
+            right = self._thin(number, "out", slope).view(*mask.shape, -1)
+            sketches.append(torch.einsum("nti,nto->nio", left, right).flatten(1))
+        return torch.cat(sketches, dim=1)
+
+    def _thin(self, number: int, side: str, values: Tensor) -> Tensor:
+        """A map's inputs by P, or output gradients by Q: (..., in or out) -> (..., r)."""
+        draw = torch.randn(
+            values.shape[-1], self.rank, generator=generator(0, f"sketch {side}", number), dtype=torch.float64
+        )
+        wide = torch.promote_types(values.dtype, torch.float32)
+        return values.to(wide) @ (draw / self.rank**0.5).to(values.device, wide)
+
+
+def linear_maps(model: Model) -> dict[str, torch.nn.Module]:
+    """The body's linear maps by name, in the order in which the model lists them."""
+    inside = set(model.lm.base_model.modules())
+    return {
+        name: layer
+        for name, layer in model.lm.named_modules()
+        if layer in inside and isinstance(layer, (torch.nn.Linear, Conv1D))
+    }
+
+
+def _recorder(name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]):
+    def record(layer, given, output) -> None:
+        inputs[name], outputs[name] = given[0].detach(), output
+
+    return record
 
 
 def release_space(

@@ -14,15 +14,15 @@ import pandas
 
 from gradmm import files, sharding
 from gradmm.card import dataset_card
+from gradmm.config import SynthesisConfig
 from gradmm.errors import require, require_flag, require_type
-from gradmm.locks import lock
+from gradmm.files import lock
 from gradmm.models import Model, require_model
 from gradmm.plan import Plan
 from gradmm.privacy import Release
 from gradmm.runs import RunFolder
 from gradmm.searches import OnStep, SearchOutput, search
 from gradmm.selection import count_dropped
-from gradmm.settings import SynthesisConfig
 from gradmm.sharding import ProcessGroup
 from gradmm.tasks import Task, require_task
 

@@ -1,4 +1,4 @@
-"""Training at one learning rate: the settings, the schedule, the order of batches and the step.
+"""Training at one learning rate: the schedule, the order of batches and the step, with or without a LoRA adapter.
 
 Knows nothing of where examples come from, nor of choosing among rates and steps. Letters: N examples.
 """
@@ -6,120 +6,23 @@ Knows nothing of where examples come from, nor of choosing among rates and steps
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import get_linear_schedule_with_warmup
+from transformers.pytorch_utils import Conv1D
 
-from gradmm.adapters import ADAPTERS, add_lora, fold_lora, start_lora
 from gradmm.classification import Encoded, score
+from gradmm.config import FinetuneConfig
 from gradmm.errors import (
-    is_number,
-    is_whole,
-    plain_fields,
-    require,
-    require_flag,
-    require_whole,
-    settings_from,
-    short_repr,
+    UserError,
 )
 from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
-
-COUNTS = ("steps", "batch_size", "eval_every", "tokens_per_batch", "patience", "max_validation", "adapter_rank")
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Settings of a fine-tuning; the rates and steps suit about a hundred examples and ten million parameters.
-
-    Attributes:
-        steps: AdamW steps at each learning rate.
-        batch_size: examples of a step; fewer if there are fewer.
-        learning_rates: peaks tried one after the other; after `warmup` steps the rate falls linearly to zero.
-        eval_every: steps between looks at the validation examples; step 0 and the last are always looked at.
-        patience: looks without a better validation accuracy after which a rate is given up; None goes on to the end.
-        warmup: steps of linear rise.
-        weight_decay: of AdamW, on every parameter.
-        gradient_clip: largest norm of the whole gradient.
-        max_validation: validation examples used at most, drawn with the seed; None uses all.
-        tokens_per_batch: tokens of one pass, padding included; a step's batch is cut in pieces of similar length, which
-            changes speed and memory but not the gradient.
-        autocast: compute in bfloat16 with weights kept in float32 (float64 models are left alone); seldom faster on a
-            CPU.
-        adapter: what learns: None is every parameter, "lora" a LoRA adapter beside every linear layer but the head,
-            which wants rates about ten times higher and needs the extra `gradmm[lora]`.
-        adapter_rank: rank of the adapter's matrices.
-        seed: names every random draw.
-    """
-
-    steps: int = 60
-    batch_size: int = 16
-    learning_rates: tuple[float, ...] = (5e-5, 2e-4)
-    eval_every: int = 10
-    patience: int | None = 3
-    warmup: int = 10
-    weight_decay: float = 0.01
-    gradient_clip: float = 1.0
-    max_validation: int | None = 300
-    tokens_per_batch: int = 512
-    autocast: bool = False
-    adapter: str | None = None
-    adapter_rank: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        plain_fields(self)
-        rates = self.learning_rates
-        require(
-            isinstance(rates, list | tuple)
-            and len(rates) > 0
-            and all(is_number(rate) and 0 < rate < 1 for rate in rates),
-            f"learning_rates = {short_repr(rates)}, each must be above 0 and below 1: give a list such as "
-            "[0.00005, 0.0002]",
-        )
-        object.__setattr__(self, "learning_rates", tuple(float(rate) for rate in rates))
-        for name in COUNTS:
-            value = getattr(self, name)
-            optional = name in ("patience", "max_validation") and value is None
-            require(
-                optional or (is_whole(value) and value >= 1),
-                f"{name} = {short_repr(value)}, it must be a whole number of at least 1: the default is "
-                f"{_default(name)}",
-            )
-        for name in ("warmup", "weight_decay"):
-            value = getattr(self, name)
-            require(
-                is_number(value) and value >= 0,
-                f"{name} = {short_repr(value)}, it must be at least 0: the default is {_default(name)}",
-            )
-        require(
-            is_number(self.gradient_clip) and self.gradient_clip > 0,
-            f"gradient_clip = {short_repr(self.gradient_clip)}, it must be above 0: the default is 1.0",
-        )
-        require_flag(self.autocast, "autocast")
-        require_whole(self.seed, "seed")
-        require(
-            self.adapter in (None, *ADAPTERS),
-            f"the adapter {short_repr(self.adapter)} is not known: use None or one of {', '.join(ADAPTERS)}",
-        )
-
-    @staticmethod
-    def from_dict(values: dict) -> "FinetuneConfig":
-        """Settings from plain values; unknown names are errors.
-
-        Raises:
-            UserError: a name that is no setting, or a value that a setting cannot have.
-        """
-        return settings_from(FinetuneConfig, values)
-
-
-def _default(name: str):
-    return next(item.default for item in fields(FinetuneConfig) if item.name == name)
 
 
 def trainable_copy(model: Model, config: FinetuneConfig | None = None) -> Model:
@@ -285,3 +188,52 @@ def _step(model: Model, tokens: TaskTokens, data: Encoded, rows: list[int], opti
 def _precision(model: Model, config: FinetuneConfig):
     enabled = config.autocast and model.dtype == torch.float32
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
+
+
+# ---------------------------------------------------------------- LoRA through peft
+
+SCALE = 2  # peft's lora_alpha over r
+
+
+def add_lora(lm: torch.nn.Module, rank: int, seed: int) -> None:
+    """Put a pair of matrices A (r, inputs) and B (outputs, r) beside every linear layer but the head; only these learn.
+
+    Source: Hu et al. 2022, arXiv 2106.09685. The model's outputs stay as they were until B has learnt something.
+
+    Raises:
+        UserError: `peft` is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError(
+            "adapter = 'lora' needs the package peft: install it with pip install 'gradmm[lora]'"
+        ) from error
+    transposed = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's layers hold W the other way round
+    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear", fan_in_fan_out=transposed)
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; what counts is drawn below
+        inject_adapter_in_model(config, lm)
+    start_lora(lm, seed)
+
+
+@torch.no_grad()
+def start_lora(lm: torch.nn.Module, seed: int) -> None:
+    """Give the adapter the weights of step 0: B zero, A uniform as in a linear layer, by its name and the seed."""
+    for name, weights in lm.named_parameters():
+        if ".lora_A." in name:
+            drawn = torch.rand(weights.shape, generator=generator(seed, "LoRA", name), dtype=torch.float64)
+            weights.copy_(math.sqrt(1 / weights.shape[1]) * (2 * drawn - 1))
+        elif ".lora_B." in name:
+            weights.zero_()
+
+
+def fold_lora(lm: torch.nn.Module) -> None:
+    """Add B A to the weights beside which they stand and take the adapter away: what is left is a model like any other.
+
+    By peft's own `merge` of each layer: its `merge_and_unload` belongs to a wrapper that nothing else here needs.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in [(name, module) for name, module in lm.named_modules() if isinstance(module, LoraLayer)]:
+        layer.merge()
+        lm.set_submodule(name, layer.get_base_layer())

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from gradmm.readability import UNSPACED, unseen
-from gradmm.sentences import CLOSERS, END, SENTENCE_ENDS
+from gradmm.readability import CLOSERS, END, SENTENCE_ENDS, UNSPACED, unseen
 
 # States of a text in UTF-8 and the bytes that lead on from each: (first, last, next state). In 0 all characters are
 # whole, in 1 and 2 as many more bytes are needed; 3 to 7 follow a byte that narrows the next one. Overlong forms,

@@ -9,11 +9,11 @@ import scipy.stats
 import torch
 from test_protocol import CONFIG, FOUR, TWO, splits_of, toy
 
+from gradmm.config import PRESETS, SynthesisConfig
+from gradmm.data import Example
 from gradmm.errors import UserError
-from gradmm.examples import Example
 from gradmm.experiments import seed_run
 from gradmm.experiments.ablation import against_base, agreement, changed, effects, value_of, vary
-from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.synthesis import synthesize
 from gradmm.tasks import tokenize_task
 

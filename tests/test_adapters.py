@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from gradmm.classification import evaluate
+from gradmm.config import FinetuneConfig
+from gradmm.data import Example
 from gradmm.errors import UserError
-from gradmm.examples import Example
 from gradmm.finetuning import fit
 from gradmm.tasks import Task
-from gradmm.training import FinetuneConfig, trainable_copy
+from gradmm.training import trainable_copy
 
 TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was", ("a", "the"))
 CONFIG = FinetuneConfig(

@@ -7,8 +7,8 @@ import torch
 from scipy import stats
 
 from gradmm import mechanism
+from gradmm.data import Example
 from gradmm.errors import UserError
-from gradmm.examples import Example
 from gradmm.experiments import audit
 from gradmm.tasks import Task
 

@@ -20,13 +20,13 @@ from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
 from gradmm import admm, files
+from gradmm.config import FinetuneConfig
+from gradmm.data import Example, check_examples, split_by_content
 from gradmm.errors import UserError, is_number, is_whole, short_repr
-from gradmm.examples import Example, check_examples, split_by_content
 from gradmm.experiments import batch
 from gradmm.experiments.protocol import compare
 from gradmm.generation import Sampling
 from gradmm.tasks import tokenize_task
-from gradmm.training import FinetuneConfig
 
 LONG, NULL, NAN, INF = "x" * 5000, "a\0b", math.nan, math.inf
 FIELDS = {"labels": ["bad", "good"], "verbalizers": [" bad", " great"]}

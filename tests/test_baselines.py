@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import pairwise_distances_argmin_min
 
+from gradmm.data import Example
 from gradmm.errors import UserError
-from gradmm.examples import Example
 from gradmm.experiments.baselines import CORESETS, herding_order, k_center_order, select_coreset, select_coresets
 from gradmm.tasks import Task, tokenize_task
 

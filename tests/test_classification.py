@@ -7,8 +7,8 @@ from test_protocol import CONFIG, TWO, splits_of, toy
 
 import gradmm
 from gradmm.classification import check_fit, evaluate
+from gradmm.data import SPLITS, Example, Splits, split_by_content
 from gradmm.errors import UserError
-from gradmm.examples import SPLITS, Example, Splits, split_by_content
 from gradmm.experiments.protocol import compare
 from gradmm.finetuning import finetune
 

@@ -10,13 +10,14 @@ from sklearn.metrics import accuracy_score, f1_score
 from gradmm import files, finetuning
 from gradmm import training as training_room
 from gradmm.classification import Encoded, evaluate, evaluate_calibrated, score
+from gradmm.config import FinetuneConfig
+from gradmm.data import Example, load_data, sample_examples
 from gradmm.errors import DataWarning, UserError
-from gradmm.examples import Example, load_data, sample_examples
 from gradmm.finetuning import Training, finetune, fit
 from gradmm.models import load_model
 from gradmm.tasks import Task, tokenize_task
-from gradmm.training import FinetuneConfig, adamw, train_at_rate, trainable_copy
 from gradmm.training import _order as batches
+from gradmm.training import adamw, train_at_rate, trainable_copy
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), template="{text} it was")
 FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), template="{text} this is")

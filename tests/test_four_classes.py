@@ -10,13 +10,12 @@ from executing import ROOT, execute, quiet
 
 import gradmm
 from gradmm import files
-from gradmm.examples import check_examples
+from gradmm.config import FinetuneConfig, SynthesisConfig
+from gradmm.data import check_examples
 from gradmm.experiments import baselines
 from gradmm.experiments.protocol import compare
 from gradmm.experiments.seed_run import ComparisonConfig
 from gradmm.generation import Sampling, generate_texts
-from gradmm.settings import SynthesisConfig
-from gradmm.training import FinetuneConfig
 
 LABELS = ("a", "b", "c", "d")
 CLUES = ("cat sat", "dog sat", "red movie", "blue film")

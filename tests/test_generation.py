@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from gradmm.data import Example, content_hash, load_data, sample_examples
 from gradmm.errors import DataWarning, UserError
-from gradmm.examples import Example, content_hash, load_data, sample_examples
 from gradmm.generation import Sampling, _Writer, generate_texts, nucleus, prompted_texts
 from gradmm.models import Model, load_model
 from gradmm.tasks import Task, load_task, tokenize_task

@@ -22,7 +22,7 @@ from gradmm.gradients import (
     sum_of,
 )
 from gradmm.matching import Matching
-from gradmm.sketch import BodySketch
+from gradmm.spaces import BodySketch
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was")

@@ -16,14 +16,14 @@ from test_protocol import CONFIG, TWO, splits_of
 from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
-from gradmm import files, locks
+from gradmm import files
 from gradmm.errors import UserError
 from gradmm.experiments import batch
 from gradmm.experiments.protocol import compare
 
 HOLDER = """
 import sys, time
-from gradmm.locks import lock
+from gradmm.files import lock
 with lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -34,7 +34,7 @@ import sacrebleu, transformers.optimization  # they need what the system's name 
 sys.modules |= {"fcntl": None, "resource": None}
 import gradmm, gradmm.experiments
 from importlib import import_module
-from gradmm import locks
+from gradmm import files
 from gradmm.errors import UserError
 for package in (gradmm, gradmm.experiments):
     for room in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
@@ -45,9 +45,9 @@ target = gradmm.release(model, task, gradmm.sample_examples(data.train, 4, task,
 config = gradmm.SynthesisConfig(n_synthetic=2, oversample=2)
 result = gradmm.synthesize(model, task, target, config, sys.argv[1], progress=False)
 assert result.manifest["clock"]["peak_memory"].keys() <= {"cuda"}, result.manifest["clock"]
-with locks.lock(sys.argv[1]):
+with files.lock(sys.argv[1]):
     try:
-        with locks.lock(sys.argv[1]):
+        with files.lock(sys.argv[1]):
             print("two hold one folder")
     except UserError as error:
         print(error)
@@ -63,19 +63,19 @@ def setting(tiny_model):
 
 
 def test_a_held_folder_is_refused_and_free_again_afterwards(tmp_path):
-    with locks.lock(tmp_path / "run"):
-        with pytest.raises(UserError, match=f"run {IN_USE}"), locks.lock(tmp_path / "run"):
+    with files.lock(tmp_path / "run"):
+        with pytest.raises(UserError, match=f"run {IN_USE}"), files.lock(tmp_path / "run"):
             pytest.fail("two runs hold one folder")
-        with locks.lock(tmp_path / "other"), locks.lock(None):
+        with files.lock(tmp_path / "other"), files.lock(None):
             pass
-    with locks.lock(tmp_path / "run"):
+    with files.lock(tmp_path / "run"):
         pass
     assert os.listdir(tmp_path / "run") == []
 
 
 def test_an_error_lets_go(tmp_path):
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt), locks.lock(tmp_path):
+        with pytest.raises(KeyboardInterrupt), files.lock(tmp_path):
             raise KeyboardInterrupt
 
 
@@ -86,15 +86,15 @@ def test_a_killed_process_keeps_nobody_out_and_its_unfinished_files_go(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(root)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=IN_USE), locks.lock(tmp_path):
+        with pytest.raises(UserError, match=IN_USE), files.lock(tmp_path):
             pytest.fail("two processes hold one folder")
         (tmp_path / f".rows.jsonl.x7{files.UNFINISHED}").write_text("half a li")
         (tmp_path / f".running-x7{files.UNFINISHED}").mkdir()
         (tmp_path / "mine.unfinished").write_text("kept")
         holder.send_signal(signal.SIGKILL)
-    assert (tmp_path / locks.NAME).exists()
-    with locks.lock(tmp_path):
-        assert sorted(os.listdir(tmp_path)) == [locks.NAME, "mine.unfinished"]
+    assert (tmp_path / files.LOCK).exists()
+    with files.lock(tmp_path):
+        assert sorted(os.listdir(tmp_path)) == [files.LOCK, "mine.unfinished"]
 
 
 @pytest.mark.slow
@@ -104,13 +104,13 @@ def test_a_system_without_fcntl_and_resource_imports_all_rooms_and_runs(tmp_path
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == f"{tmp_path} {IN_USE}\n2\n"
-    assert locks.NAME not in os.listdir(tmp_path)
+    assert files.LOCK not in os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_what_cannot_be_written_is_used_unheld(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
-    with locks.lock(tmp_path), locks.lock(tmp_path):
+    with files.lock(tmp_path), files.lock(tmp_path):
         pass
 
 
@@ -121,8 +121,8 @@ def test_a_file_system_without_locks_is_used_unheld(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with locks.lock(tmp_path):
-        assert os.listdir(tmp_path) == [locks.NAME]
+    with files.lock(tmp_path):
+        assert os.listdir(tmp_path) == [files.LOCK]
 
 
 def test_no_two_threads_are_ever_inside_together(tmp_path):
@@ -134,7 +134,7 @@ def test_no_two_threads_are_ever_inside_together(tmp_path):
         start.wait()
         for _ in range(200):
             try:
-                with locks.lock(tmp_path):
+                with files.lock(tmp_path):
                     inside[0] += 1
                     most[0], held[0] = max(most[0], inside[0]), held[0] + 1
                     os.stat(tmp_path)
@@ -162,11 +162,11 @@ def test_a_second_synthesis_comparison_and_batch_are_refused_and_change_nothing(
         ),
         "batch": lambda: batch.run([job], 1, progress=False),
     }
-    with locks.lock(tmp_path / "run"):
+    with files.lock(tmp_path / "run"):
         for run in second.values():
             with pytest.raises(UserError, match=IN_USE):
                 run()
-        assert os.listdir(tmp_path / "run") == [locks.NAME]
+        assert os.listdir(tmp_path / "run") == [files.LOCK]
 
 
 def test_a_finished_run_on_a_read_only_disk_is_read_back(setting, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def test_every_import_is_declared():
     notebooks, lora = (names(PROJECT["optional-dependencies"][extra]) for extra in ("notebooks", "lora"))
     assert distributions_imported("gradmm") <= everywhere | notebooks | lora
     assert distributions_imported("gradmm", "batch") <= everywhere | lora  # `batch` alone needs the notebooks' extra
-    assert distributions_imported("gradmm", "adapters") <= everywhere | notebooks  # `adapters` alone the other
+    assert distributions_imported("gradmm", "training") <= everywhere | notebooks  # `training` alone the other
 
 
 def test_the_tests_need_nothing_undeclared():

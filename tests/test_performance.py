@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from gradmm import admm, searches, synthesis
+from gradmm.config import SynthesisConfig
+from gradmm.data import Example
 from gradmm.errors import UserError
-from gradmm.examples import Example
 from gradmm.experiments import performance, roofline
-from gradmm.settings import SynthesisConfig
 from gradmm.tasks import Task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a film was:"))

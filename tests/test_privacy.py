@@ -8,11 +8,11 @@ import torch
 from test_sketch import literal
 
 from gradmm import mechanism, privacy, spaces
+from gradmm.data import Example
 from gradmm.errors import UserError
-from gradmm.examples import Example
 from gradmm.files import read_tensors, write_tensors
 from gradmm.gradients import DenseTarget, FactorTarget, Space
-from gradmm.sketch import BodySketch
+from gradmm.spaces import BodySketch
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was")

@@ -15,10 +15,10 @@ from huggingface_hub import DatasetCard
 
 import gradmm
 from gradmm.card import LEDGER_COLUMNS, dataset_card
+from gradmm.config import SynthesisConfig
 from gradmm.errors import UserError
 from gradmm.gradients import DenseTarget
 from gradmm.models import Model
-from gradmm.settings import SynthesisConfig
 from gradmm.synthesis import synthesize
 from gradmm.tasks import Task, tokenize_task
 

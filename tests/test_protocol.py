@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 import gradmm
 from gradmm import files
+from gradmm.config import FinetuneConfig, SynthesisConfig
+from gradmm.data import Example, Splits, content_hash, refuse_overlap
 from gradmm.errors import UserError
 from gradmm.evaluation import perplexity
-from gradmm.examples import Example, Splits, content_hash, refuse_overlap
 from gradmm.experiments import baselines, metrics, protocol
 from gradmm.experiments import seed_run as trial_room
 from gradmm.experiments.baselines import METHODS, random_directions
@@ -29,10 +30,8 @@ from gradmm.finetuning import finetune
 from gradmm.generation import Sampling
 from gradmm.matching import Matching
 from gradmm.readability import flaw
-from gradmm.settings import SynthesisConfig
 from gradmm.spaces import LABEL_SPACES
 from gradmm.tasks import Task, tokenize_task
-from gradmm.training import FinetuneConfig
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
 FOUR = Task(

@@ -14,8 +14,9 @@ from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
 from gradmm.classification import check_fit, evaluate_calibrated
+from gradmm.config import PRESETS
+from gradmm.data import check_examples
 from gradmm.errors import UserError, is_number, is_whole
-from gradmm.examples import check_examples
 from gradmm.experiments import audit
 from gradmm.experiments.baselines import select_coreset
 from gradmm.experiments.metrics import distinct_n
@@ -24,7 +25,6 @@ from gradmm.experiments.seed_run import ComparisonConfig
 from gradmm.generation import Sampling, generate_texts
 from gradmm.mechanism import CALIBRATIONS, LedgerEntry
 from gradmm.models import Model
-from gradmm.settings import PRESETS
 
 SECRET = "zebra"
 PRIVATE = [

@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gradmm import selection, training
 from gradmm.classification import Encoded
+from gradmm.config import SynthesisConfig
+from gradmm.data import Example
 from gradmm.errors import UserError
-from gradmm.examples import Example
 from gradmm.experiments import roofline
 from gradmm.models import Model, wrap_model
 from gradmm.plan import Plan
 from gradmm.privacy import release
 from gradmm.projection import project
-from gradmm.settings import SynthesisConfig
 from gradmm.tasks import Task
 
 DEEP = 16  # layers: what the code does beyond the floor in the last one then weighs little

@@ -9,8 +9,8 @@ import pandas
 import pytest
 import torch
 
+from gradmm.data import Example, check_examples, load_data
 from gradmm.errors import UserError
-from gradmm.examples import Example, check_examples, load_data
 from gradmm.rows import check_row, read_label_names, read_rows
 from gradmm.tasks import Task, load_task
 

@@ -9,11 +9,11 @@ from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
 from gradmm import searches
+from gradmm.config import SEARCHES
 from gradmm.errors import UserError
 from gradmm.plan import Plan
 from gradmm.runs import RunFolder
 from gradmm.searches import search
-from gradmm.settings import SEARCHES
 from gradmm.sharding import ProcessGroup
 from gradmm.synthesis import synthesize
 

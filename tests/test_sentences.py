@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradmm.sentences import cut_to_sentence, ends_sentence
+from gradmm.readability import cut_to_sentence, ends_sentence
 
 ENDS = [
     ("I saw it.", " It"), ("I saw it.", ""), ("I saw it.", None), ("it was great .", " the film"),

@@ -15,8 +15,8 @@ import yaml
 
 import gradmm
 from gradmm import models, shard, sharding
+from gradmm.config import SynthesisConfig
 from gradmm.errors import UserError
-from gradmm.settings import SynthesisConfig
 from gradmm.sharding import ProcessGroup
 from gradmm.synthesis import synthesize
 

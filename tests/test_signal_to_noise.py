@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gradmm import privacy
+from gradmm.data import Example
 from gradmm.errors import UserError
-from gradmm.examples import Example
 from gradmm.experiments.audit import expected_cosine, signal_to_noise
 from gradmm.experiments.baselines import noise_only
 from gradmm.gradients import Head, head_factors

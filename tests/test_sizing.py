@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import gradmm
+from gradmm.config import SynthesisConfig
 from gradmm.experiments.records import read_record
+from gradmm.plan import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.projection import gathered_numbers
-from gradmm.settings import SynthesisConfig
-from gradmm.sizing import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.synthesis import synthesize
 from gradmm.tasks import Task
 

@@ -6,7 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradmm.errors import UserError
 from gradmm.matching import factors_of
-from gradmm.sketch import BodySketch, linear_maps
+from gradmm.spaces import BodySketch, linear_maps
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good", "odd"), (" bad", " great", " world"), "{text} it was")

@@ -8,8 +8,8 @@ import torch
 
 from gradmm import spaces
 from gradmm.classification import label_logs, label_preference
+from gradmm.data import Example
 from gradmm.errors import UserError
-from gradmm.examples import Example
 from gradmm.generation import prompted_texts
 from gradmm.gradients import LabelSpace, Space
 from gradmm.privacy import release

@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other: the method knows nothing of the experiments.
 METHOD = """
-    errors markup readability sentences vocabulary seeds files locks sharding admm card runs gradients rows tasks
-    examples models projection generation classification adapters training sketch spaces matching mechanism privacy
-    evaluation selection initialisation finetuning sizing settings plan searches synthesis shard
+    errors markup readability vocabulary seeds files sharding admm card runs gradients rows tasks data models projection
+    generation classification spaces matching mechanism privacy evaluation selection initialisation config training
+    finetuning plan searches synthesis shard
 """.split()
 EXPERIMENTS = """
-    records theory trial metrics audit baselines results protocol ablation demo_text demo plots paper roofline
+    records theory seed_run metrics audit baselines results protocol ablation demo_text demo plots paper roofline
     performance reference batch
 """.split()
 ORDER = [*METHOD, *(f"experiments/{room}" for room in EXPERIMENTS)]

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import gradmm
+from gradmm.config import PRESETS, SynthesisConfig
 from gradmm.errors import UserError
 from gradmm.matching import Matching
 from gradmm.plan import Plan, work_units
 from gradmm.readability import flaw
 from gradmm.selection import count_dropped
-from gradmm.settings import PRESETS, SynthesisConfig
 from gradmm.spaces import LABEL_SPACES
 from gradmm.synthesis import synthesize
 from gradmm.tasks import Task, tokenize_task

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from gradmm.data import load_data
 from gradmm.errors import UserError
-from gradmm.examples import load_data
 from gradmm.tasks import (
     TASKS,
     HubSource,

@@ -11,8 +11,8 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from gradmm.classification import evaluate
+from gradmm.data import Example
 from gradmm.errors import UserError
-from gradmm.examples import Example
 from gradmm.experiments import theory
 from gradmm.mechanism import exact_sigma
 from gradmm.tasks import Task

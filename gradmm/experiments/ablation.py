@@ -16,13 +16,13 @@ from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
 from gradmm.classification import label_preference
+from gradmm.config import PRESETS, SynthesisConfig, preset
+from gradmm.data import Example, Splits, check_examples
 from gradmm.errors import require
-from gradmm.examples import Example, Splits, check_examples
 from gradmm.experiments.protocol import compare
 from gradmm.experiments.seed_run import ComparisonConfig, written_texts
 from gradmm.gradients import Factors, Head, head_factors
 from gradmm.models import Model, require_model
-from gradmm.settings import PRESETS, SynthesisConfig, preset
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 QUANTITIES = ("accuracy", "match_loss", "perplexity")

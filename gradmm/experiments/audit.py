@@ -38,8 +38,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
+from gradmm.data import Example, check_examples
 from gradmm.errors import is_number, require, require_texts, require_type, require_whole
-from gradmm.examples import Example, check_examples
 from gradmm.experiments.metrics import longest_shared_spans, words
 from gradmm.gradients import DenseTarget, Factors, Head, HeadSpace, Space, head_factors
 from gradmm.matching import factors_of
@@ -47,7 +47,7 @@ from gradmm.mechanism import Bits, LedgerEntry, clip_scale, noised_sums, plan_en
 from gradmm.models import Model, require_model
 from gradmm.privacy import Release, release
 from gradmm.seeds import generator
-from gradmm.sketch import BodySketch
+from gradmm.spaces import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 LARGEST_EPSILON = 100.0

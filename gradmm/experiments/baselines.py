@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gradmm.data import Example, check_examples, sample_examples
 from gradmm.errors import require, require_whole
-from gradmm.examples import Example, check_examples, sample_examples
 from gradmm.experiments.seed_run import SeedRun
 from gradmm.generation import Sampling, generate_counts
 from gradmm.gradients import Factors, FactorTarget, LabelSpace, Target

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from gradmm import files, runs
 from gradmm.errors import UserError, first_line, near, require
-from gradmm.locks import lock
+from gradmm.files import lock
 
 BACKENDS = ("loky", "threading", "dask")
 PACKAGE = Path(__file__).parents[1]

@@ -13,9 +13,9 @@ import torch
 from sacrebleu.metrics import BLEU
 
 from gradmm.classification import Encoded
+from gradmm.data import Example, content_hash
 from gradmm.errors import require, require_whole
 from gradmm.evaluation import perplexity
-from gradmm.examples import Example, content_hash
 from gradmm.experiments.seed_run import SeedRun
 from gradmm.gradients import FactorTarget, Target
 from gradmm.matching import Matching

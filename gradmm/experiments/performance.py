@@ -14,13 +14,13 @@ import numpy
 import torch
 
 from gradmm import admm, searches
+from gradmm.config import SynthesisConfig
+from gradmm.data import Example
 from gradmm.errors import require
-from gradmm.examples import Example
 from gradmm.experiments.roofline import Cost
 from gradmm.models import DTYPES, Model
 from gradmm.privacy import release
 from gradmm.selection import Selector
-from gradmm.settings import SynthesisConfig
 from gradmm.synthesis import SynthesisResult, synthesize
 from gradmm.tasks import Task
 

@@ -20,19 +20,19 @@ from tqdm.auto import tqdm
 
 from gradmm import files
 from gradmm.classification import check_fit, evaluate
+from gradmm.data import Example, Splits, check_examples, without_overlap
 from gradmm.errors import UserError, is_whole, require, require_flag, require_type, short_repr
-from gradmm.examples import Example, Splits, check_examples, without_overlap
 from gradmm.experiments.baselines import CORESETS, METHODS, WRITING, select_coresets
 from gradmm.experiments.metrics import measure, measure_on, similarities, subsample
 from gradmm.experiments.records import memory_bytes
 from gradmm.experiments.results import Comparison
 from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun
+from gradmm.files import lock
 from gradmm.finetuning import finetune
-from gradmm.locks import lock
 from gradmm.models import Model, require_model
+from gradmm.plan import ModelShape
 from gradmm.rows import SPLITS
 from gradmm.runs import RunFolder, finite_or_none
-from gradmm.sizing import ModelShape
 from gradmm.tasks import Task
 
 TUNING_COPIES = 6  # numbers a weight in a fine-tuning: as it came, as it is, gradient, two moments, and the best so far

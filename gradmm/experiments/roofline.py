@@ -21,12 +21,12 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
+from gradmm.config import FinetuneConfig
 from gradmm.errors import require
 from gradmm.gradients import FactorTarget
 from gradmm.models import Model
 from gradmm.plan import Plan
-from gradmm.sketch import linear_maps
-from gradmm.training import FinetuneConfig
+from gradmm.spaces import linear_maps
 
 PHASES = ("target", "initialisation", "inner steps", "projection", "filter")
 # of a parameter: read forward and backward; its gradient written; weight, gradient and two moments read, three

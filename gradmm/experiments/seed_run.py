@@ -11,18 +11,17 @@ from pathlib import Path
 import torch
 
 from gradmm import files
+from gradmm.config import FinetuneConfig, SynthesisConfig
+from gradmm.data import Example, Splits, check_examples, sample_examples
 from gradmm.errors import is_whole, plain_fields, require, require_type, short_repr
-from gradmm.examples import Example, Splits, check_examples, sample_examples
 from gradmm.generation import Sampling
 from gradmm.gradients import Factors, FactorTarget, Target
 from gradmm.models import Model
 from gradmm.plan import Plan
 from gradmm.privacy import Release, release
-from gradmm.settings import SynthesisConfig
 from gradmm.spaces import SPACES
 from gradmm.synthesis import SynthesisResult, synthesize
 from gradmm.tasks import Task
-from gradmm.training import FinetuneConfig
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from gradmm.classification import Encoded
+from gradmm.data import Example
 from gradmm.errors import require
-from gradmm.examples import Example
 from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.tasks import Task, tokenize_task
 from gradmm.training import trainable_copy

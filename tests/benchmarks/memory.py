@@ -4,7 +4,7 @@ Each row is a fresh process: random weights, a release of random texts, every ph
 last verdict, after a warm-up at the shape `tiny` that loads what is loaded once. On a CPU the peak is that of the
 resident set, read every few milliseconds, minus what was resident before the release; so that it is that of the program
 and not of what the C library keeps for later, glibc is told to give freed blocks back at once. On a GPU it is that of
-the allocator. Prints a table beside what `gradmm.sizing` expects, and with --output writes a record.
+the allocator. Prints a table beside what `gradmm.plan` expects, and with --output writes a record.
 """
 
 import argparse

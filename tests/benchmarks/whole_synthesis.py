@@ -22,14 +22,14 @@ from against_reference import SHAPES, random_model, save
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gradmm import runs
-from gradmm.examples import Example
+from gradmm.config import SynthesisConfig
+from gradmm.data import Example
 from gradmm.experiments import performance, reference, roofline
 from gradmm.initialisation import Shape, normal
 from gradmm.models import Model
 from gradmm.plan import Plan
 from gradmm.privacy import release
 from gradmm.seeds import generator
-from gradmm.settings import SynthesisConfig
 from gradmm.synthesis import SynthesisResult
 from gradmm.tasks import Task
 

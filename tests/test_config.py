@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 import pytest
 
 import gradmm
+from gradmm.config import PRESETS, SynthesisConfig, described
 from gradmm.errors import UserError
-from gradmm.settings import PRESETS, SynthesisConfig, described
 
 SETTINGS = [item.name for item in fields(SynthesisConfig) if item.init]
 

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradmm.errors import DataWarning, UserError
-from gradmm.examples import (
+from gradmm.data import (
     SPLITS,
     Example,
     check_examples,
@@ -22,6 +21,7 @@ from gradmm.examples import (
     sample_examples,
     split_by_content,
 )
+from gradmm.errors import DataWarning, UserError
 from gradmm.tasks import HubSource, Task, load_task
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"))

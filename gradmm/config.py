@@ -1,4 +1,4 @@
-"""The settings of a synthesis, and named ones.
+"""The settings of a synthesis, named ones, and those of a fine-tuning.
 
 Knows no model and no text: what a setting means is told where it is used. Letters: B examples of a group, L tokens.
 """
@@ -26,6 +26,7 @@ from gradmm.projection import PROJECTIONS
 from gradmm.selection import FILTERS, RANKINGS
 
 SEARCHES = ("admm", "pool")
+ADAPTERS = ("lora",)
 _NAMED = {
     "search": SEARCHES,
     "init": INITIALISATIONS,
@@ -216,3 +217,97 @@ def described(name: str, config: SynthesisConfig) -> str:
 def _differing(config: SynthesisConfig, other: SynthesisConfig) -> str:
     theirs = _settings(other)
     return ", ".join(code(f"{name} = {value!r}") for name, value in _settings(config).items() if value != theirs[name])
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+_COUNTS = ("steps", "batch_size", "eval_every", "tokens_per_batch", "patience", "max_validation", "adapter_rank")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of a fine-tuning; the rates and steps suit about a hundred examples and ten million parameters.
+
+    Attributes:
+        steps: AdamW steps at each learning rate.
+        batch_size: examples of a step; fewer if there are fewer.
+        learning_rates: peaks tried one after the other; after `warmup` steps the rate falls linearly to zero.
+        eval_every: steps between looks at the validation examples; step 0 and the last are always looked at.
+        patience: looks without a better validation accuracy after which a rate is given up; None goes on to the end.
+        warmup: steps of linear rise.
+        weight_decay: of AdamW, on every parameter.
+        gradient_clip: largest norm of the whole gradient.
+        max_validation: validation examples used at most, drawn with the seed; None uses all.
+        tokens_per_batch: tokens of one pass, padding included; a step's batch is cut in pieces of similar length, which
+            changes speed and memory but not the gradient.
+        autocast: compute in bfloat16 with weights kept in float32 (float64 models are left alone); seldom faster on a
+            CPU.
+        adapter: what learns: None is every parameter, "lora" a LoRA adapter beside every linear layer but the head,
+            which wants rates about ten times higher and needs the extra `gradmm[lora]`.
+        adapter_rank: rank of the adapter's matrices.
+        seed: names every random draw.
+    """
+
+    steps: int = 60
+    batch_size: int = 16
+    learning_rates: tuple[float, ...] = (5e-5, 2e-4)
+    eval_every: int = 10
+    patience: int | None = 3
+    warmup: int = 10
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    max_validation: int | None = 300
+    tokens_per_batch: int = 512
+    autocast: bool = False
+    adapter: str | None = None
+    adapter_rank: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
+        rates = self.learning_rates
+        require(
+            isinstance(rates, list | tuple)
+            and len(rates) > 0
+            and all(is_number(rate) and 0 < rate < 1 for rate in rates),
+            f"learning_rates = {short_repr(rates)}, each must be above 0 and below 1: give a list such as "
+            "[0.00005, 0.0002]",
+        )
+        object.__setattr__(self, "learning_rates", tuple(float(rate) for rate in rates))
+        for name in _COUNTS:
+            value = getattr(self, name)
+            optional = name in ("patience", "max_validation") and value is None
+            require(
+                optional or (is_whole(value) and value >= 1),
+                f"{name} = {short_repr(value)}, it must be a whole number of at least 1: the default is "
+                f"{_default(name)}",
+            )
+        for name in ("warmup", "weight_decay"):
+            value = getattr(self, name)
+            require(
+                is_number(value) and value >= 0,
+                f"{name} = {short_repr(value)}, it must be at least 0: the default is {_default(name)}",
+            )
+        require(
+            is_number(self.gradient_clip) and self.gradient_clip > 0,
+            f"gradient_clip = {short_repr(self.gradient_clip)}, it must be above 0: the default is 1.0",
+        )
+        require_flag(self.autocast, "autocast")
+        require_whole(self.seed, "seed")
+        require(
+            self.adapter in (None, *ADAPTERS),
+            f"the adapter {short_repr(self.adapter)} is not known: use None or one of {', '.join(ADAPTERS)}",
+        )
+
+    @staticmethod
+    def from_dict(values: dict) -> "FinetuneConfig":
+        """Settings from plain values; unknown names are errors.
+
+        Raises:
+            UserError: a name that is no setting, or a value that a setting cannot have.
+        """
+        return settings_from(FinetuneConfig, values)
+
+
+def _default(name: str):
+    return next(item.default for item in fields(FinetuneConfig) if item.name == name)

@@ -169,8 +169,7 @@ def _notes(rows: Mapping, repeated: list, contradicted: list, elsewhere: Mapping
     if contradicted:
         notes.append(
             f"{len(contradicted)} text(s) stand under several labels in {sum(map(len, contradicted))} rows, which are "
-            "left out"
-            f"{_first(*_contradiction(contradicted[0]))}"
+            f"left out{_first(*_contradiction(contradicted[0]))}"
         )
     for (split, later), pairs in elsewhere.items():
         share = f"all {len(pairs)}" if len(pairs) == len(rows[split]) else f"{len(pairs)} of {len(rows[split])}"
@@ -215,8 +214,7 @@ def sample_examples(examples: Iterable, n: int, task: Task, seed: int) -> list[E
         require(
             want <= len(pool),
             f"n_real = {n} needs {want} examples of {task.labels[label]!r}, but {len(pool)} of at least "
-            f"{task.min_words} "
-            "word(s) exist: lower n_real",
+            f"{task.min_words} word(s) exist: lower n_real",
         )
         order = torch.randperm(len(pool), generator=generator(seed, "real examples", label))[:want]
         drawn += [pool[i] for i in order.tolist()]
@@ -301,8 +299,7 @@ def _folder_examples(rows: Mapping[str, list[Row]], folder: Path, task: Task) ->
     require(
         known or list(names) == [str(number) for number in range(len(task.labels))],
         f"{folder / 'labels.json'} names {', '.join(map(repr, dict.fromkeys(names.values())))}, and task "
-        f"{task.name!r} knows "
-        f"{', '.join(map(repr, task.labels))}: write the same names in both",
+        f"{task.name!r} knows {', '.join(map(repr, task.labels))}: write the same names in both",
     )
     return {
         split: [_of_task(_renamed(row, names) if known else row, task) for row in some] for split, some in rows.items()
@@ -362,6 +359,5 @@ def _check_classes(splits: Splits, task: Task) -> None:
     require(
         not absent,
         f"{splits.source} has no train example of {', '.join(map(repr, absent))}{because}: every one of the "
-        f"{len(task.labels)} "
-        f"classes needs some, so {mend}",
+        f"{len(task.labels)} classes needs some, so {mend}",
     )

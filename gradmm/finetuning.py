@@ -234,8 +234,7 @@ def _drawn(validation: Iterable, task: Task, config: FinetuneConfig) -> list[Exa
     require(
         len(pool) > 0 or not validation,
         f"none of the {len(validation)} validation examples has the {task.min_words} words that task {task.name!r} "
-        "asks for: "
-        "give longer ones or lower its min_words",
+        "asks for: give longer ones or lower its min_words",
     )
     order = torch.randperm(len(pool), generator=generator(config.seed, "validation examples")).tolist()
     return [pool[row] for row in sorted(order[: config.max_validation])]

@@ -158,8 +158,7 @@ def generate_texts(
         require(
             len(found) == n_per_class,
             f"{len(found)} of {n_per_class} texts of {name!r} came out finished, distinct and readable after "
-            f"{len(texts)} tries: "
-            "raise max_tokens, temperature or rounds, or ask for fewer",
+            f"{len(texts)} tries: raise max_tokens, temperature or rounds, or ask for fewer",
         )
     return [example for found in kept for example in found]
 
@@ -217,10 +216,9 @@ def warn_of_prompts(tokens: TaskTokens, vocabulary: Vocabulary) -> None:
         found = tokens.tokenizer.decode([token for token in asked if token in vocabulary.markup][:1])
         if found:
             warnings.warn(
-                f"the generation prompt of label {label!r} of task {tokens.task.name!r} holds {found!r}, a token "
-                "of the model's own "
-                "markup, which no text may hold: leave it out, or set prompt_style: chat, which sets such tokens "
-                "itself",
+                f"the generation prompt of label {label!r} of task {tokens.task.name!r} holds {found!r}, a token of "
+                "the model's own markup, which no text may hold: leave it out, or set prompt_style: chat, which sets "
+                "such tokens itself",
                 stacklevel=2,
             )
 

@@ -165,8 +165,7 @@ def check_delta(delta: float) -> None:
     require(
         not is_number(delta) or delta <= LARGEST_DELTA,
         f"delta = {short_repr(delta)}, it must be at most {LARGEST_DELTA} (whoever hands out each example as it is "
-        "with the "
-        "chance delta keeps to it): give such as 1e-5, well below 1 / number of examples",
+        "with the chance delta keeps to it): give such as 1e-5, well below 1 / number of examples",
     )
 
 
@@ -251,8 +250,7 @@ class Ledger:
         require(
             after <= self.epsilon * (1 + SOLVER_SLACK),
             f"this release would bring the total epsilon to {after:.6g} at delta {self.delta:g}, the budget is "
-            f"{self.epsilon:g} "
-            f"and {self.spent:.6g} is spent: lower epsilon or use a Release that was made already",
+            f"{self.epsilon:g} and {self.spent:.6g} is spent: lower epsilon or use a Release that was made already",
         )
 
     def charge(self, entry: LedgerEntry) -> None:

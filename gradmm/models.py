@@ -220,8 +220,7 @@ class Model:
             more = f", and {len(long) - 1} more of the {len(sequences)} texts are too long" if len(long) > 1 else ""
             raise UserError(
                 f"{places[long[0]]} has {len(sequences[long[0]])} tokens with its template, {self.name} reads "
-                f"{self.context}{more}: "
-                f"shorten {'them or leave them' if more else 'it or leave it'} out"
+                f"{self.context}{more}: shorten {'them or leave them' if more else 'it or leave it'} out"
             )
 
 

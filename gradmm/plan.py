@@ -146,9 +146,8 @@ class Plan:
         count, units = sharding.launched()[1], len(self.batches())
         require(
             self.config.search == "pool" or count <= units,
-            f"{count} processes would share {units} units of work of up to {self.batch} groups: set "
-            "groups_per_batch to at most "
-            f"{max(1, len(self.classes) // count)}, or launch {units} at most",
+            f"{count} processes would share {units} units of work of up to {self.batch} groups: set groups_per_batch "
+            f"to at most {max(1, len(self.classes) // count)}, or launch {units} at most",
         )
 
     @property

@@ -62,8 +62,7 @@ class HubSource:
             and "train" in self.splits
             and set(self.splits) <= {"train", "validation", "test"},
             f"the hub source {self.path!r} has splits = {short_repr(self.splits)}: name the hub's train split, and "
-            "validation and "
-            "test if it has them",
+            "validation and test if it has them",
         )
         require(
             self.classes is None or isinstance(self.classes, list | tuple),
@@ -409,8 +408,7 @@ def _mended(task: Task, tokenizer, tokens: list[int | None], faults: Mapping[int
     plain = {key: value for key, value in values.items() if key in always or value != usual[key]}
     return (
         f"{'; '.join(said)}; write this line, with words that suit the classes, into task.yaml in the data's folder "
-        "or into a "
-        f"file that you give as the task: {json.dumps(plain, ensure_ascii=False)}"
+        f"or into a file that you give as the task: {json.dumps(plain, ensure_ascii=False)}"
     )
 
 
@@ -478,9 +476,8 @@ def warn_of_equal_prompts(task: Task) -> None:
         for label, word in zip(task.labels, words, strict=True)
     ]
     warnings.warn(
-        f"task {task.name!r} has the same generation prompt for the labels {', '.join(map(short_repr, alike))}, so "
-        "a model writes them "
-        "the same kind of text: write into task.yaml such as generation_prompts: "
+        f"task {task.name!r} has the same generation prompt for the labels {', '.join(map(short_repr, alike))}, so a "
+        "model writes them the same kind of text: write into task.yaml such as generation_prompts: "
         f"{json.dumps(line, ensure_ascii=False)}",
         stacklevel=2,
     )
@@ -668,8 +665,7 @@ def _refuse_twins(names: Iterable[str], first: Mapping[int | str, Row]) -> None:
         require(
             other == name,
             f"{first[name].origin} has the label {name!r} and {first[other].origin} {other!r}, which read the same "
-            "but for case or spaces: "
-            "write one of them in all rows",
+            "but for case or spaces: write one of them in all rows",
         )
 
 
@@ -679,8 +675,7 @@ def _unnamed(folder: Path, labels: Sequence[int | str]) -> str:
     if len(labels) == 2 and all(isinstance(label, int) for label in labels):
         names = dict(zip(names, ("negative", "positive"), strict=True))
     return (
-        f"the labels of {folder / 'train.jsonl'} are {short_repr(list(labels))}: use names, or every number from 0, or "
-        "name them in "
-        f"labels.json beside it, {json.dumps({'labels': names}, ensure_ascii=False)}, with your own names for the "
-        "classes"
+        f"the labels of {folder / 'train.jsonl'} are {short_repr(list(labels))}: use names, or every number from 0, "
+        f"or name them in labels.json beside it, {json.dumps({'labels': names}, ensure_ascii=False)}, with your own "
+        "names for the classes"
     )

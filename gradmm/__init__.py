@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not ask
     from gradmm.classification import check_fit, evaluate
-    from gradmm.config import PRESETS, FinetuneConfig, SynthesisConfig, preset
+    from gradmm.config import PRESETS, FinetuneConfig, ReleaseConfig, SynthesisConfig, preset
     from gradmm.data import Example, Splits, load_data, sample_examples
     from gradmm.errors import UserError
     from gradmm.finetuning import finetune
@@ -36,7 +36,7 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 # Each name is imported when it is first asked for: a process that only runs notebooks should not wait for transformers.
 _ROOMS = {
     "classification": ("check_fit", "evaluate"),
-    "config": ("PRESETS", "FinetuneConfig", "SynthesisConfig", "preset"),
+    "config": ("PRESETS", "FinetuneConfig", "ReleaseConfig", "SynthesisConfig", "preset"),
     "data": ("Example", "Splits", "load_data", "sample_examples"),
     "errors": ("UserError",),
     "finetuning": ("finetune",),

@@ -1,8 +1,9 @@
-"""The settings of a synthesis, named ones, and those of a fine-tuning.
+"""The settings of a synthesis, named ones, those of a release and of a fine-tuning.
 
 Knows no model and no text: what a setting means is told where it is used. Letters: B examples of a group, L tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from gradmm.errors import (
     require,
     require_flag,
     require_settings,
+    require_texts,
     require_whole,
     settings_from,
     short_repr,
@@ -22,6 +24,7 @@ from gradmm.errors import (
 from gradmm.gradients import DISTANCES
 from gradmm.initialisation import INITIALISATIONS
 from gradmm.markup import code
+from gradmm.mechanism import check_clipping, check_delta
 from gradmm.projection import PROJECTIONS
 from gradmm.selection import FILTERS, RANKINGS
 
@@ -217,6 +220,82 @@ def described(name: str, config: SynthesisConfig) -> str:
 def _differing(config: SynthesisConfig, other: SynthesisConfig) -> str:
     theirs = _settings(other)
     return ", ".join(code(f"{name} = {value!r}") for name, value in _settings(config).items() if value != theirs[name])
+
+
+# ---------------------------------------------------------------- a release
+
+
+@dataclass(frozen=True)
+class ReleaseConfig:
+    """Settings of a release: its privacy, its coordinates, and the length of the texts that are to follow it.
+
+    Attributes:
+        epsilon: None releases the exact gradients without privacy; otherwise a positive number.
+        delta: the chance with which epsilon may fail, at most 0.01; needed with epsilon. The usual advice is well below
+            1 / number of examples: who hands out each example as it is with the chance delta keeps to it.
+        clip: the largest L2 norm of one example's gradient in the release space (clip, relation and calibration act
+            with epsilon alone).
+        space: "head" (V x D), "label_rows" (the C labels' rows, C x D), "label_rows_subspace" (C x r: those rows times
+            the first r principal directions of the hidden states of `public_texts`) or "label_rows_centred" (C x r: the
+            same without the first direction, which nearly all texts share: it takes most of the clip and says little of
+            what sets the classes apart). Under the loss that fine-tuning uses, over the label tokens alone, with the
+            model's preference among them taken out: "label_rows_calibrated" (C x D) and "label_rows_whitened" (the
+            same, of hidden states whitened by those of public texts). Under that loss, and for `search = "pool"` alone,
+            gradients of the body: "body" (`spaces.BodySketch`, a sketch of every linear map's: what fine-tuning
+            follows). None takes "body" without epsilon and "label_rows" with it: the smaller the space, the less noise,
+            and of the two that need no public text it keeps by far the more of what sets the classes apart (notebook 04
+            measures it). Give public texts and "label_rows_centred" to keep more. The paper matches "head", which ADMM
+            needs.
+        relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
+            "add-remove" (one example comes or goes).
+        calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.
+        length: L, tokens of a synthetic text; public, hence needed with epsilon; None takes the real texts' mean
+            without.
+        public_texts: texts that are not private: needed for the two subspaces; for the spaces under the loss over the
+            label tokens what preference and whitening are measured on (None: texts that the model writes from the
+            public prompts, as many as the estimate needs, see `spaces.own_texts`).
+        directions: r; None takes 4, or as many as there are texts or hidden units if fewer.
+        noise_seed: fixes the noise for a repeatable experiment; the Release is then marked as not private.
+    """
+
+    epsilon: float | None = None
+    delta: float | None = None
+    clip: float = 1.0
+    space: str | None = None
+    relation: str = "replace-one"
+    calibration: str = "exact"
+    length: int | None = None
+    public_texts: Sequence[str] | None = None
+    directions: int | None = None
+    noise_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
+        if self.length is not None:
+            require_whole(self.length, "length", 1)
+        require(
+            self.epsilon is None or self.length is not None,
+            f"epsilon = {self.epsilon} without a length, and the real texts' own length is private: give length, the "
+            "tokens of a synthetic text",
+        )
+        alone = [name for name in ("delta", "noise_seed") if getattr(self, name) is not None]
+        require(
+            self.epsilon is not None or not alone,
+            f"{', '.join(alone)} without epsilon, nothing would be private: give epsilon, or leave them out",
+        )
+        if self.noise_seed is not None:
+            require_whole(self.noise_seed, "noise_seed")
+        check_delta(self.delta)
+        check_clipping(self.clip, self.relation, self.calibration)
+        if self.public_texts is not None:
+            object.__setattr__(self, "public_texts", tuple(require_texts(self.public_texts, "public_texts")))
+        if self.directions is not None:
+            require_whole(self.directions, "directions", 1)
+
+    @property
+    def space_name(self) -> str:
+        """The release space by name, chosen where none is given."""
+        return self.space or ("body" if self.epsilon is None else "label_rows")
 
 
 # ---------------------------------------------------------------- fine-tuning

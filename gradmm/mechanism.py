@@ -156,14 +156,14 @@ def plan_entry(
     return LedgerEntry(what, space, *values)
 
 
-def check_delta(delta: float) -> None:
+def check_delta(delta: float | None) -> None:
     """Check that a delta is a small chance, whatever the number of examples, which is private itself.
 
     Raises:
         UserError: above `LARGEST_DELTA`.
     """
     require(
-        not is_number(delta) or delta <= LARGEST_DELTA,
+        delta is None or not is_number(delta) or delta <= LARGEST_DELTA,
         f"delta = {short_repr(delta)}, it must be at most {LARGEST_DELTA} (whoever hands out each example as it is "
         "with the chance delta keeps to it): give such as 1e-5, well below 1 / number of examples",
     )

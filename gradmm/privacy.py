@@ -23,8 +23,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from inspect import signature
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,15 @@ import torch
 from torch import Tensor
 
 from gradmm import files
+from gradmm.config import ReleaseConfig
 from gradmm.data import Example, check_examples
-from gradmm.errors import UserError, first_line, require, require_flag, require_texts, require_type, require_whole
+from gradmm.errors import UserError, first_line, require, require_flag, require_settings, require_type
 from gradmm.files import lock
 from gradmm.gradients import DenseTarget, Factors, FactorTarget, HeadSpace, Target
 from gradmm.matching import factors_of
 from gradmm.mechanism import (
     Ledger,
     LedgerEntry,
-    check_clipping,
-    check_delta,
     noised_sums,
     plan_entry,
     seeded_bits,
@@ -132,20 +130,12 @@ def release(
     model: Model,
     task: Task,
     examples: Iterable,
+    config: ReleaseConfig | None = None,
     *,
-    epsilon: float | None = None,
-    delta: float | None = None,
-    clip: float = 1.0,
-    space: str | None = None,
-    relation: str = "replace-one",
-    calibration: str = "exact",
-    length: int | None = None,
-    public_texts: Sequence[str] | None = None,
-    directions: int | None = None,
     ledger: Ledger | None = None,
-    noise_seed: int | None = None,
     cache: str | Path | None = None,
     progress: bool = True,
+    **settings: Any,
 ) -> Release:
     """Turn real examples into the gradients that synthetic text is to match.
 
@@ -153,37 +143,14 @@ def release(
         model: the language model.
         task: the task.
         examples: `Example`s, mappings with `text` and `label`, or a `datasets.Dataset` of them, see
-            `examples.check_examples`; at least one of every class.
-        epsilon: None releases the exact gradients without privacy; otherwise a positive number.
-        delta: the chance with which epsilon may fail, at most 0.01; needed with epsilon. The usual advice is well below
-            1 / number of examples: who hands out each example as it is with the chance delta keeps to it.
-        clip: the largest L2 norm of one example's gradient in the release space (clip, relation and calibration act
-            with epsilon alone).
-        space: "head" (V x D), "label_rows" (the C labels' rows, C x D), "label_rows_subspace" (C x r: those rows times
-            the first r principal directions of the hidden states of `public_texts`) or "label_rows_centred" (C x r: the
-            same without the first direction, which nearly all texts share: it takes most of the clip and says little of
-            what sets the classes apart). Under the loss that fine-tuning uses, over the label tokens alone, with the
-            model's preference among them taken out: "label_rows_calibrated" (C x D) and "label_rows_whitened" (the
-            same, of hidden states whitened by those of public texts). Under that loss, and for `search = "pool"` alone,
-            gradients of the body, see `gradmm.spaces`: "body" (a sketch of every linear map's: what fine-tuning
-            follows). None takes "body" without epsilon and "label_rows" with it: the smaller the space, the less noise,
-            and of the two that need no public text it keeps by far the more of what sets the classes apart (notebook 04
-            measures it). Give public texts and "label_rows_centred" to keep more. The paper matches "head", which ADMM
-            needs.
-        relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
-            "add-remove" (one example comes or goes).
-        calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.
-        length: L, tokens of a synthetic text; public, hence needed with epsilon; None takes the real texts' mean
-            without.
-        public_texts: texts that are not private: needed for the two subspaces; for the spaces under the loss over the
-            label tokens what preference and whitening are measured on (None: texts that the model writes from the
-            public prompts, as many as the estimate needs, see `spaces.own_texts`).
-        directions: r; None takes 4, or as many as there are texts or hidden units if fewer.
+            `data.check_examples`; at least one of every class.
+        config: privacy, space and length; None starts from the defaults.
         ledger: the budget to charge; None counts this release alone.
-        noise_seed: fixes the noise for a repeatable experiment; the Release is then marked as not private.
         cache: a folder, such as the run's, that keeps the public texts that the model writes, so that a later release
             of the same model and task reads them back; nothing of the real examples is written there.
         progress: whether to show a progress bar if writing them takes more than two seconds.
+        settings: settings of `ReleaseConfig` by name, instead of those in `config`, such as `epsilon`, `delta`,
+            `length`, `clip` and `space`.
 
     Returns:
         Release.
@@ -205,44 +172,43 @@ def release(
     """
     require_model(model)
     tokens = tokenize_task(task, model.tokenizer)
-    _check_arguments(epsilon, delta, length, ledger, noise_seed)
-    _check_options(delta, clip, relation, calibration, public_texts, directions, cache, progress)
-    space = space or ("body" if epsilon is None else "label_rows")
+    config = _configured(config, settings)
+    _check(config, ledger, cache, progress)
     classes = _by_class(model, tokens, examples, task)  # before the space: some spaces run the model
-    found = release_space(model, tokens, space, public_texts, directions, cache, progress)
-    if epsilon is not None:
-        size = coordinates(model, found) * len(task.labels)
-        entry = plan_entry(
-            "sums of clipped gradients per class", space, epsilon, delta, relation, clip, calibration, size
-        )
-        if ledger is not None:
-            ledger.check(entry)  # before the work of many gradients
-    factors = _factors(model, tokens, classes, found, one_by_one=epsilon is not None)
-    spent: tuple[LedgerEntry, ...] = ()
-    if epsilon is None:
-        targets: tuple[Target, ...] = tuple(FactorTarget(pairs) for pairs in factors)
-        statement = "not private: the gradients of the real examples as they are"
-    else:
-        spent = _charge(ledger, entry)
-        targets = noised_sums(factors, entry, system_bits if noise_seed is None else seeded_bits(noise_seed))
-        statement = _statement(spent, noise_seed)
+    space = release_space(
+        model, tokens, config.space_name, config.public_texts, config.directions, cache=cache, progress=progress
+    )
+    entry = (
+        None if config.epsilon is None else _entry(config.epsilon, config, coordinates(model, space) * len(task.labels))
+    )
+    if entry is not None and ledger is not None:
+        ledger.check(entry)  # before the work of many gradients
+    factors = _factors(model, tokens, classes, space, one_by_one=entry is not None)
+    spent = () if entry is None else _charge(ledger, entry)
     return Release(
-        targets=targets,
-        space=found,
-        space_name=space,
+        targets=_targets(factors, spent, config.noise_seed),
+        space=space,
+        space_name=config.space_name,
         labels=task.labels,
         label_tokens=tokens.labels,
-        private=epsilon is not None and noise_seed is None,
-        statement=statement,
+        private=bool(spent) and config.noise_seed is None,
+        statement=_statement(spent, config.noise_seed),
         ledger=spent,
         model=model.fingerprint,
         task=task.fingerprint,
-        length=_mean_length(tokens, classes) if length is None else int(length),
+        length=_mean_length(tokens, classes) if config.length is None else config.length,
     )
 
 
 def release_once(
-    folder: str | Path, model: Model, task: Task, examples: Iterable, *, source: Mapping[str, Any], **options
+    folder: str | Path,
+    model: Model,
+    task: Task,
+    examples: Iterable,
+    config: ReleaseConfig | None = None,
+    *,
+    source: Mapping[str, Any],
+    **options: Any,
 ) -> Release:
     """A private release that is drawn once and kept: the same call again reads it from its folder and spends nothing.
 
@@ -259,7 +225,7 @@ def release_once(
         model, task, examples: as in `release`; the examples are not looked at where the folder holds their Release.
         source: public facts that say which examples these are, such as the data's name, how many were drawn, and the
             seed.
-        options: as in `release`, without a ledger.
+        config, options: as in `release`, without a ledger.
 
     Raises:
         UserError: the folder holds a Release with other arguments, each that differs is named; or as in `release`.
@@ -268,36 +234,31 @@ def release_once(
         "ledger" not in options,
         "release_once was given a ledger, but its folder has one of its own: use gradmm.release for another",
     )
-    if options.get("epsilon") is None:
-        return release(model, task, examples, **options)
+    place = {name: options.pop(name) for name in ("cache", "progress") if name in options}
+    config = _configured(config, options)
+    if config.epsilon is None:
+        return release(model, task, examples, config, **place)
     require_model(model)
     require_task(task)
     require_type(source, Mapping, "source", "give public facts such as {'data': 'demo', 'seed': 0}")
     folder = files.as_path(folder, "the folder of the release")
     with lock(folder):
-        ledger = _FolderLedger.open(folder / LEDGER_FILE, _public_arguments(model, task, source, options))
-        place = folder / RELEASE_FILE
-        if place.exists():
+        ledger = _FolderLedger.open(folder / LEDGER_FILE, _public_arguments(model, task, source, config))
+        kept = folder / RELEASE_FILE
+        if kept.exists():
             require(
-                bool(ledger.entries), f"{place} has no {LEDGER_FILE} beside it that counts it: choose another folder"
+                bool(ledger.entries), f"{kept} has no {LEDGER_FILE} beside it that counts it: choose another folder"
             )
-            return load_release(place)
-        drawn = release(model, task, examples, **options, ledger=ledger)
-        drawn.save(place)
+            return load_release(kept)
+        drawn = release(model, task, examples, config, **place, ledger=ledger)
+        drawn.save(kept)
         return drawn
 
 
-def _public_arguments(model: Model, task: Task, source: Mapping[str, Any], options: Mapping[str, Any]) -> dict:
-    """All that tells one release from another and is no secret, with the defaults of what was not given."""
-    defaults = {
-        name: option.default
-        for name, option in signature(release).parameters.items()
-        if option.kind is option.KEYWORD_ONLY
-    }
-    given = {**defaults, **options}
-    for name in ("ledger", "cache", "progress"):  # the folder's own, and what changes no number
-        given.pop(name, None)
-    given["public_texts"] = given["public_texts"] and files.digest(list(given["public_texts"]))
+def _public_arguments(model: Model, task: Task, source: Mapping[str, Any], config: ReleaseConfig) -> dict:
+    """All that tells one release from another and is no secret."""
+    given = asdict(config)
+    given["public_texts"] = config.public_texts and files.digest(list(config.public_texts))
     return json.loads(
         json.dumps({"model": model.fingerprint, "task": task.fingerprint, **source, **given}, default=str)
     )
@@ -338,42 +299,40 @@ class _FolderLedger(Ledger):
         self.entries = entries
 
 
-def _check_arguments(epsilon, delta, length, ledger, noise_seed) -> None:
-    if length is not None:
-        require_whole(length, "length", 1)
+def _configured(config: ReleaseConfig | None, settings: Mapping[str, Any]) -> ReleaseConfig:
+    require_type(config, ReleaseConfig | None, "the config", "give a gradmm.ReleaseConfig, or its settings by name")
+    require_settings(ReleaseConfig, settings)
+    return replace(config or ReleaseConfig(), **settings)
+
+
+def _check(config: ReleaseConfig, ledger: Ledger | None, cache: str | Path | None, progress: bool) -> None:
     require_type(ledger, Ledger | None, "the ledger", "give a gradmm.Ledger such as Ledger(epsilon=1.0, delta=1e-5)")
     require(
-        epsilon is None or length is not None,
-        f"epsilon = {epsilon} without a length, and the real texts' own length is private: give length, the tokens of "
-        "a synthetic text",
-    )
-    alone = [
-        name for name, value in (("delta", delta), ("ledger", ledger), ("noise_seed", noise_seed)) if value is not None
-    ]
-    require(
-        epsilon is not None or not alone,
-        f"{', '.join(alone)} without epsilon, nothing would be private: give epsilon, or leave them out",
+        config.epsilon is not None or ledger is None,
+        "ledger without epsilon, nothing would be private: give epsilon, or leave it out",
     )
     processes = launched()[1]
     require(
-        epsilon is None or noise_seed is not None or processes == 1,
-        f"epsilon = {epsilon} in {processes} processes would draw and spend the noise {processes} times: release in "
-        "one process, save the Release, and load it in the others with load_release",
+        config.epsilon is None or config.noise_seed is not None or processes == 1,
+        f"epsilon = {config.epsilon} in {processes} processes would draw and spend the noise {processes} times: "
+        "release in one process, save the Release, and load it in the others with load_release",
     )
-    if noise_seed is not None:
-        require_whole(noise_seed, "noise_seed")
-
-
-def _check_options(delta, clip, relation, calibration, public_texts, directions, cache, progress) -> None:
-    check_delta(delta)
-    check_clipping(clip, relation, calibration)
-    if public_texts is not None:
-        require_texts(public_texts, "public_texts")
-    if directions is not None:
-        require_whole(directions, "directions", 1)
     if cache is not None:
         files.as_path(cache, "the cache")
     require_flag(progress, "progress")
+
+
+def _entry(epsilon: float, config: ReleaseConfig, coordinates: int) -> LedgerEntry:
+    return plan_entry(
+        "sums of clipped gradients per class",
+        config.space_name,
+        epsilon,
+        config.delta,
+        config.relation,
+        config.clip,
+        config.calibration,
+        coordinates,
+    )
 
 
 # ---------------------------------------------------------------- private examples
@@ -428,7 +387,16 @@ def _charge(ledger: Ledger | None, entry: LedgerEntry) -> tuple[LedgerEntry, ...
     return ledger.entries
 
 
+def _targets(factors: list[Factors], spent: tuple[LedgerEntry, ...], noise_seed: int | None) -> tuple[Target, ...]:
+    """The exact gradients, or with an expense what it pays for: the sums of the clipped ones with their noise."""
+    if not spent:
+        return tuple(FactorTarget(pairs) for pairs in factors)
+    return noised_sums(factors, spent[-1], system_bits if noise_seed is None else seeded_bits(noise_seed))
+
+
 def _statement(spent: Sequence[LedgerEntry], noise_seed: int | None) -> str:
+    if not spent:
+        return "not private: the gradients of the real examples as they are"
     entry = spent[-1]
     claim = (
         f"({entry.epsilon:g}, {entry.delta:g})-differential privacy for {entry.relation} neighbours: Gaussian noise of "

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other: the method knows nothing of the experiments.
 METHOD = """
     errors markup readability vocabulary seeds files sharding admm card runs gradients rows tasks data models projection
-    generation classification spaces matching mechanism privacy evaluation selection initialisation config training
+    generation classification spaces matching mechanism evaluation selection initialisation config privacy training
     finetuning plan searches synthesis shard
 """.split()
 EXPERIMENTS = """
@@ -25,7 +25,7 @@ EXPERIMENTS = """
 """.split()
 ORDER = [*METHOD, *(f"experiments/{room}" for room in EXPERIMENTS)]
 # Functions of more than 40 lines or 8 arguments that are still there.
-LARGE = {("privacy", "release"), ("finetuning", "finetune"), ("generation", "generate_texts")}
+LARGE = {("finetuning", "finetune"), ("generation", "generate_texts")}
 ROOMS = sorted(
     path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py") if path.stem != "__init__"
 )

@@ -141,7 +141,18 @@ def generate_texts(
         ]
         return writer.write(batch.label, pools[batch.label], draws)
 
-    tries: list[list[str]] = [[] for _ in pools]
+    return _enough(task, n_per_class, sampling, shots, lambda batches: share(batches, write))
+
+
+def _enough(
+    task: Task,
+    n_per_class: int,
+    sampling: Sampling,
+    shots: Sequence[Example],
+    written: Callable[[Sequence[Batch]], list[list[str]]],
+) -> list[Example]:
+    """Round after round of batches until every class has its usable texts."""
+    tries: list[list[str]] = [[] for _ in task.labels]
     kept = _first_usable(tries, n_per_class, shots, task.instructions)
     for _ in range(sampling.rounds):
         batches = [
@@ -151,7 +162,7 @@ def generate_texts(
         ]
         if not batches:
             break
-        for batch, texts in zip(batches, share(batches, write), strict=True):
+        for batch, texts in zip(batches, written(batches), strict=True):
             tries[batch.label] += texts
         kept = _first_usable(tries, n_per_class, shots, task.instructions)
     for name, texts, found in zip(task.labels, tries, kept, strict=True):

@@ -5,6 +5,7 @@ Knows public inputs only. Letters: K groups, B examples of a group, L positions,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ def generated(
     rows = [label for label in classes for _ in range(shape.count)]
     sampling = Sampling(max_tokens=shape.length, min_tokens=decoding.min_tokens)
     ids = continue_prompts(model, tokens, rows, uniform, sampling, decoding.vocabulary)
-    ids = ids.masked_fill(ids < 0, decoding.end).view(len(classes), shape.count, shape.length)
+    end = cast(int, decoding.end)  # generated starts need an early end, see `SynthesisConfig`
+    ids = ids.masked_fill(ids < 0, end).view(len(classes), shape.count, shape.length)
     return model.embed(ids).to(torch.promote_types(model.dtype, torch.float32)), ids
 
 

@@ -130,7 +130,7 @@ class Plan:
             positions=len(self.tokens.start + self.tokens.prefix + self.tokens.suffix) + self.length,
             prompt=max(map(len, self.tokens.prompts)),
             batch=self.batch,
-            together=self.solver.groups_per_pass,
+            together=self.solver.groups_per_pass or self.batch,
             top_k=self.config.top_k,
             targets=sum(target.numbers for target in self.release.targets),
             gathered=gathered_numbers(self.model.device),

@@ -8,6 +8,7 @@ tokens, D width.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import pandas
 import torch
@@ -67,7 +68,8 @@ def _search_admm(plan: Plan, here: RunContext) -> SearchOutput:
 
     def read(number: int) -> admm.Result:
         processes.find(folder.place(number))
-        return folder.load_result(number, plan.model.device).without_vectors()
+        saved = cast(admm.Result, folder.load_result(number, plan.model.device))  # it was found
+        return saved.without_vectors()
 
     with tqdm(total=total, desc="matching", unit="step", disable=not here.progress) as bar:
 
@@ -225,7 +227,7 @@ class _TextUnits:
 
         def read(unit: int) -> list[str]:
             self.processes.find(self.folder.texts_place(unit))
-            return self.folder.load_texts(unit)
+            return cast(list[str], self.folder.load_texts(unit))  # they were found
 
         return self.processes.share(f"texts {first}", range(first, self.given), work, read)
 

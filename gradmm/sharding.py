@@ -112,14 +112,14 @@ class ProcessGroup:
             failed = self.store.get("failed").decode() if self.store.check(["failed"]) else ""
         require(not failed, f"{failed}: what was finished is kept in the output folder, mend it and start again")
 
-    def find(self, path: Path) -> None:
+    def find(self, path: Path | None) -> None:
         """Wait until a file that another process has written can be seen.
 
         Raises:
             UserError: it does not appear.
         """
         deadline = time.monotonic() + VISIBLE
-        while not path.exists():
+        while path is not None and not path.exists():
             self.check()
             require(
                 time.monotonic() < deadline,

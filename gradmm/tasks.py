@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from gradmm import files
 from gradmm.errors import UserError, is_whole, plain_fields, require, require_type, short_repr
@@ -186,7 +187,8 @@ class Task:
         """
         if self.prompt_style == "chat":
             return self.generation_prompts
-        return tuple(INSTRUCTION.match(prompt).group() for prompt in self.generation_prompts)
+        found = (INSTRUCTION.match(prompt) for prompt in self.generation_prompts)
+        return tuple(match.group() if match else "" for match in found)
 
     @property
     def openings(self) -> tuple[str, ...]:
@@ -237,7 +239,7 @@ class TaskTokens:
     """
 
     task: Task
-    tokenizer: object
+    tokenizer: Any
     start: tuple[int, ...]
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -313,11 +315,11 @@ def tokenize_task(task: Task, tokenizer) -> TaskTokens:
     require_task(task)
     before, after = task.template.split(SLOT)
     tail = _continuation(tokenizer, before + PROBE, after)
-    require(
-        tail is not None,
-        f"what follows the text in the template {task.template!r} joins the text's last token: begin it with a "
-        "space or a line break",
-    )
+    if tail is None:
+        raise UserError(
+            f"what follows the text in the template {task.template!r} joins the text's last token: begin it with a "
+            "space or a line break"
+        )
     return TaskTokens(
         task=task,
         tokenizer=tokenizer,
@@ -390,7 +392,7 @@ def _label_tokens(task: Task, tokenizer) -> tuple[int, ...]:
             first = task.labels[tokens.index(token)]
             faults[number] = f"is the same token as label {first!r}'s, all {len(tokens)} must differ"
     require(not faults, _mended(task, tokenizer, tokens, faults) if faults else "")
-    return tuple(tokens)
+    return tuple(token for token in tokens if token is not None)
 
 
 def _mended(task: Task, tokenizer, tokens: list[int | None], faults: Mapping[int, str]) -> str:
@@ -402,8 +404,8 @@ def _mended(task: Task, tokenizer, tokens: list[int | None], faults: Mapping[int
         verbalizers[number] = [*better, verbalizers[number]][0]
         use = f"use one such as {better}" if better else "the tokenizer has no other word of one token"
         said.append(f"the verbalizer {task.verbalizers[number]!r} of label {task.labels[number]!r} {fault}: {use}")
-    usual = Task(task.name, task.labels, [f" {label}" for label in task.labels]).to_dict()
-    values = replace(task, verbalizers=verbalizers, hub=None).to_dict()
+    usual = Task(task.name, task.labels, tuple(f" {label}" for label in task.labels)).to_dict()
+    values = replace(task, verbalizers=tuple(verbalizers), hub=None).to_dict()
     always = ("labels", "verbalizers", "template")
     plain = {key: value for key, value in values.items() if key in always or value != usual[key]}
     return (
@@ -496,7 +498,11 @@ def _name_of(label: str) -> str:
 
 # ---------------------------------------------------------------- registry
 
-_SENTIMENT = {"labels": ("negative", "positive"), "verbalizers": (" bad", " great"), "template": "{text} it was"}
+_SENTIMENT: dict[str, Any] = {
+    "labels": ("negative", "positive"),
+    "verbalizers": (" bad", " great"),
+    "template": "{text} it was",
+}
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -629,7 +635,7 @@ def _with_labels(task: Task, labels: tuple[str, ...]) -> Task:
     """A registered task with some of its labels, in the folder's order: the rows' numbers count in that order."""
     places = [task.labels.index(label) for label in labels]
     verbalizers, prompts = (
-        [values[place] for place in places] for values in (task.verbalizers, task.generation_prompts)
+        tuple(values[place] for place in places) for values in (task.verbalizers, task.generation_prompts)
     )
     return replace(task, labels=labels, verbalizers=verbalizers, generation_prompts=prompts, hub=None)
 
@@ -648,7 +654,8 @@ def _labels_of(folder: Path) -> tuple[str, ...]:
         f"all {len(rows)} rows of {folder / 'train.jsonl'} have the label {rows[0].label!r}, at least 2 classes are "
         "needed: add rows of others",
     )
-    names, numbers = (sorted(label for label in first if isinstance(label, kind)) for kind in (str, int))
+    names = sorted(label for label in first if isinstance(label, str))
+    numbers = sorted(label for label in first if isinstance(label, int))
     if not numbers:
         _refuse_twins(names, first)
         return tuple(names)

@@ -1,24 +1,38 @@
-"""Labelled real texts: from a folder of JSON lines or the hub, split once by content, drawn with a seed.
+"""Labelled real texts: from files, a `datasets.Dataset` or the hub, split once by content, drawn with a seed.
 
 Train, validation and test never share a text: where the source lacks a split it is carved from train by a hash of the
 text, and a text that occurs in several splits stays in the last of train < validation < test.
 """
 
 import hashlib
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gradmm import files
-from gradmm.errors import DataWarning, UserError, first_line, is_whole, require, short_repr
+from gradmm.errors import DataWarning, UserError, first_line, is_whole, require, require_type, short_repr
 from gradmm.markup import plain_name
-from gradmm.rows import SPLITS, Row, check_row, names_by_label, read_label_names, read_rows
+from gradmm.rows import (
+    ENDINGS,
+    NAMED,
+    SPLITS,
+    Row,
+    check_row,
+    class_names,
+    names_by_label,
+    read_file,
+    read_label_names,
+    read_rows,
+    read_table,
+)
 from gradmm.seeds import generator
-from gradmm.tasks import DEMO, TASKS, HubSource, Task, load_task, require_task
+from gradmm.tasks import DEMO, TASKS, HubSource, Task, implied_task, load_task, require_task, written_task
 
 CARVED_SHARE = 0.1
 LARGE_SHARE = 1 / 3  # of the train rows: more of them in carved splits is said
@@ -60,13 +74,42 @@ def content_hash(text: str) -> str:
     return hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()
 
 
-def load_data(data: str | Path, task: Task | str | Path | Mapping | None = None) -> tuple[Task, Splits]:
+@dataclass(frozen=True)
+class _Given:
+    """Rows as they were given.
+
+    Attributes:
+        rows: by split.
+        names: what the data call each label, see `rows.read_label_names`.
+        source: see `Splits`.
+        folder: where they lie, if in a folder.
+        notes: what was left out.
+    """
+
+    rows: dict[str, list[Row]]
+    names: Mapping[str, str]
+    source: str
+    folder: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    def task(self) -> Task:
+        """The task that they imply."""
+        written = None if self.folder is None else written_task(self.folder)
+        return written or implied_task(self.source.split("@")[0], lambda: self.rows["train"], self.names)
+
+
+def load_data(
+    data: Any, task: Task | str | Path | Mapping | None = None, *, text: str = "text", label: str = "label"
+) -> tuple[Task, Splits]:
     """Load a task's examples; a `DataWarning` says once what was left out or moved.
 
     Args:
-        data: a folder of `{train,validation,test}.jsonl` (`text`, `label`), "demo", or a registered name with a hub
-            source.
-        task: whatever `load_task` takes; None takes the one that the folder or name implies.
+        data: a folder of `{train,validation,test}` files or one file, as JSON lines, CSV or Parquet; a
+            `datasets.Dataset` or `DatasetDict`; a data set's id on the hub or a `tasks.HubSource`; a registered name
+            with a hub source; or "demo". What is missing of validation and test is carved from train.
+        task: whatever `load_task` takes; None takes the one that the data imply.
+        text, label: the columns' names. Labels are names, or numbers from 0, or numbers that the data name themselves
+            (`labels.json`, ClassLabel).
 
     Returns:
         (task, splits).
@@ -84,26 +127,63 @@ def load_data(data: str | Path, task: Task | str | Path | Mapping | None = None)
         Traceback (most recent call last):
         gradmm.errors.UserError: there is no data 'nowhere': give a folder with train.jsonl, demo, or one of ...
     """
-    folder = DEMO if isinstance(data, str) and data == "demo" else files.as_path(data, "the data")
-    task = None if task is None else load_task(task)
-    if folder.is_dir():
-        given = read_rows(folder)
-        task = load_task(folder) if task is None else task
-        rows, source = _folder_examples(given, folder, task), plain_name(folder.resolve().name)
-    else:
-        hub = next((one.hub for one in (task, TASKS.get(str(data))) if one is not None and one.hub is not None), None)
-        if hub is None:
-            raise UserError(
-                f"there is no data {short_repr(str(data))}: give a folder with train.jsonl, demo, or one of "
-                f"{', '.join(TASKS)}"
-            )
-        task = load_task(str(data)) if task is None else task
-        rows, source = _hub_rows(hub, task)
-    splits = split_by_content(rows, source)
+    for name in (text, label):
+        require_type(name, str, "a column's name", "give text such as 'sentence'")
+    task = _named_task(data) if task is None else load_task(task)
+    given = _given(data, task, (text, label))
+    task = task or given.task()
+    splits = split_by_content(_examples(given, task), given.source)
     _check_classes(splits, task)
-    for note in splits.notes:
-        warnings.warn(f"{source}: {note}", DataWarning, stacklevel=2)
+    for note in (*given.notes, *splits.notes):
+        warnings.warn(f"{given.source}: {note}", DataWarning, stacklevel=2)
     return task, splits
+
+
+def _named_task(data: Any) -> Task | None:
+    """The registered task that data of this name have, unless they lie here: by its name or its hub id."""
+    if not isinstance(data, str) or data == "demo" or files.as_path(data, "the data").exists():
+        return None
+    return next((one for one in TASKS.values() if data in (one.name, one.hub and one.hub.path)), None)
+
+
+def _given(data: Any, task: Task | None, columns: tuple[str, str]) -> _Given:
+    """The rows of any source."""
+    if hasattr(data, "column_names"):  # what `datasets` gives; streams have the same attribute
+        return _of_tables(data, "the data set", columns)
+    hub = data if isinstance(data, HubSource) else _hub_source(data, task, columns)
+    if hub is not None:
+        return _of_hub(hub)
+    path = DEMO if isinstance(data, str) and data == "demo" else files.as_path(data, "the data")
+    if path.is_dir():
+        return _Given(read_rows(path, columns), read_label_names(path), plain_name(path.resolve().name), folder=path)
+    if path.is_file():
+        require(
+            path.suffix.lower() in (*ENDINGS, ".json"),
+            f"{path} is no file of rows: give JSON lines, CSV or Parquet ({', '.join(ENDINGS)})",
+        )
+        return _Given({"train": read_file(path, columns)}, {}, plain_name(path.stem))
+    raise UserError(
+        f"there is no data {short_repr(str(data))}: give a folder with train.jsonl, demo, or one of "
+        f"{', '.join(TASKS)}; or a file, or an id on the hub such as stanfordnlp/imdb"
+    )
+
+
+def _examples(given: _Given, task: Task) -> dict[str, list[Example]]:
+    """Rows as examples, their labels as the data call them."""
+    names = given.names
+    if not names and all(label.isdecimal() for label in task.labels):
+        names = names_by_label(task.labels)
+    known = set(names.values()) <= set(task.labels)
+    where = given.source if given.folder is None else given.folder / "labels.json"
+    require(
+        known or list(names) == [str(number) for number in range(len(task.labels))],
+        f"{where} names {', '.join(map(repr, dict.fromkeys(names.values())))}, and task {task.name!r} knows "
+        f"{', '.join(map(repr, task.labels))}: write the same names in both",
+    )
+    return {
+        split: [_of_task(_renamed(row, names) if known else row, task) for row in rows]
+        for split, rows in given.rows.items()
+    }
 
 
 def split_by_content(rows: Mapping[str, list[Example]], source: str) -> Splits:
@@ -258,12 +338,27 @@ def check_examples(rows: Iterable, task: Task, where: str = "row") -> list[Examp
         UserError: no rows, a row without text, with an empty text, or with a label that the task does not know.
     """
     require_task(task)
+    if isinstance(rows, Mapping) and hasattr(rows, "column_names"):
+        raise UserError(f"the rows are {len(rows)} splits, {', '.join(map(repr, rows))}: give one of them")
     require(
         isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping) and not hasattr(rows, "iterrows"),
         f"the rows are of type {type(rows).__name__}: give a list of objects with text and label, which a data frame's "
         'to_dict("records") is',
     )
-    return [_example(row, task, f"{where} {number}") for number, row in enumerate(rows, 1) if not _rejected(row)]
+    names = class_names(rows)
+    if not set(names) & set(task.labels):  # numbers then count as the task's own
+        names = []
+    return [
+        _example(_named(row, names), task, f"{where} {number}")
+        for number, row in enumerate(rows, 1)
+        if not _rejected(row)
+    ]
+
+
+def _named(row: Any, names: Sequence[str]) -> Any:
+    """A row of a data set, its label number as the data set's ClassLabel calls it."""
+    number = row.get("label") if names and isinstance(row, Mapping) else None
+    return {**row, "label": names[number]} if isinstance(number, int) and 0 <= number < len(names) else row
 
 
 def _rejected(row) -> bool:
@@ -290,22 +385,6 @@ def _of_task(row: Row, task: Task) -> Example:
     raise UserError(f"{row.origin} has the label {short_repr(label)}: {known}{mend}")
 
 
-def _folder_examples(rows: Mapping[str, list[Row]], folder: Path, task: Task) -> dict[str, list[Example]]:
-    """A folder's rows as examples, their labels as its labels.json calls them."""
-    names = read_label_names(folder)
-    if not names and all(label.isdecimal() for label in task.labels):
-        names = names_by_label(task.labels)
-    known = set(names.values()) <= set(task.labels)
-    require(
-        known or list(names) == [str(number) for number in range(len(task.labels))],
-        f"{folder / 'labels.json'} names {', '.join(map(repr, dict.fromkeys(names.values())))}, and task "
-        f"{task.name!r} knows {', '.join(map(repr, task.labels))}: write the same names in both",
-    )
-    return {
-        split: [_of_task(_renamed(row, names) if known else row, task) for row in some] for split, some in rows.items()
-    }
-
-
 def _renamed(row: Row, names: Mapping[str, str]) -> Row:
     named = names.get(str(row.label))
     require(
@@ -317,7 +396,59 @@ def _renamed(row: Row, names: Mapping[str, str]) -> Row:
     return row if named is None else row._replace(label=named)
 
 
-def _hub_rows(hub: HubSource, task: Task) -> tuple[dict[str, list[Example]], str]:
+# ---------------------------------------------------------------- data sets and the hub
+
+
+def _of_tables(tables: Any, called: str, columns: tuple[str, str], splits: Mapping[str, str] | None = None) -> _Given:
+    """A `Dataset`, or a `DatasetDict` whose splits are named as usual or as `splits` says."""
+    import datasets
+
+    if isinstance(tables, datasets.Dataset):
+        tables = {"train": tables}
+    require(
+        isinstance(tables, Mapping) and all(isinstance(table, datasets.Dataset) for table in tables.values()),
+        f"{called} is of type {type(tables).__name__}: give a datasets.Dataset or DatasetDict that isn't streamed",
+    )
+    theirs = splits or _splits_of(tables)
+    absent = [name for name in theirs.values() if name not in tables]
+    require(not absent, f"{called} has no split {', '.join(map(repr, absent))}: it has {', '.join(tables)}")
+    require("train" in theirs, f"{called} has no split that is called train: it has {', '.join(map(repr, tables))}")
+    rows, notes = {}, []
+    for split, name in theirs.items():
+        if split != "train" and _unlabelled(tables[name], columns[1]):
+            notes.append(f"the split {name!r} has no labels and is left out")
+            continue
+        rows[split] = read_table(tables[name], f"{called}, {name}", columns)
+        require(len(rows[split]) > 0, f"the split {name!r} of {called} has no rows: leave it out, or add some")
+    names = dict.fromkeys(class_names(tables[theirs["train"]], columns[1]))
+    return _Given(rows, {name: name for name in names}, called.removeprefix("the "), notes=tuple(notes))
+
+
+def _splits_of(tables: Mapping) -> dict[str, str]:
+    """Our split -> theirs, by their usual names; the first of two wins."""
+    found: dict[str, str] = {}
+    for name in tables:
+        if str(name).lower() in NAMED:
+            found.setdefault(NAMED[str(name).lower()], name)
+    return found
+
+
+def _unlabelled(table: Any, column: str) -> bool:
+    """Whether all labels are what data sets put for none, as in the test splits of public benchmarks."""
+    return column in table.column_names and set(table.unique(column)) <= {None, -1}
+
+
+def _hub_source(data: Any, task: Task | None, columns: tuple[str, str]) -> HubSource | None:
+    """Where on the hub data of this name are, unless they lie here."""
+    if not isinstance(data, str) or data == "demo" or files.as_path(data, "the data").exists():
+        return None
+    known = next((one.hub for one in (task, _named_task(data)) if one is not None and one.hub is not None), None)
+    if known is None and re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.startswith("."):
+        return HubSource(data, *columns)
+    return known
+
+
+def _of_hub(hub: HubSource) -> _Given:
     """Read a data set's snapshot with the hub's client: data files only, no loading script."""
     import datasets
     from huggingface_hub import snapshot_download
@@ -325,29 +456,30 @@ def _hub_rows(hub: HubSource, task: Task) -> tuple[dict[str, list[Example]], str
     patterns = ["*.parquet", "*.json", "*.jsonl", "*.csv", "README.md"]
     try:
         folder = snapshot_download(hub.path, repo_type="dataset", revision=hub.revision, allow_patterns=patterns)
-        read = datasets.load_dataset(folder, hub.config)
+        tables = datasets.load_dataset(folder, hub.config)
     except Exception as error:  # the hub's client raises many kinds, all of them about reaching or reading the data
         raise UserError(
-            f"the hub's data set {hub.path!r} could not be loaded ({first_line(error)}): "
-            "check the name and the network, or give a folder with train.jsonl"
+            f"the hub's data set {hub.path!r} could not be loaded ({first_line(error)}): check the name and the "
+            "network, or give a folder or file that is here, such as a folder with train.jsonl"
         ) from error
-    rows = {ours: _hub_split(read, theirs, hub, task) for ours, theirs in hub.splits.items()}
-    return rows, f"{hub.path}@{Path(folder).name}"
+    given = _of_tables(tables, hub.path, (hub.text, hub.label), hub.splits)
+    source = f"{hub.path}@{Path(folder).name}"
+    if hub.classes is None:
+        return replace(given, source=source)
+    return replace(given, source=source, names={}, rows=_of_classes(tables, given, hub))
 
 
-def _hub_split(read: Mapping, split: str, hub: HubSource, task: Task) -> list[Example]:
-    require(split in read, f"the hub's data set {hub.path!r} has no split {split!r}: it has {', '.join(read)}")
-    table, columns = read[split], (hub.text, hub.label)
-    absent = [column for column in columns if column not in table.column_names]
-    require(
-        not absent,
-        f"the hub's data set {hub.path!r} has no column {absent[:1]}: it has {', '.join(table.column_names)}",
-    )
-    found = []
-    for number, (text, label) in enumerate(zip(table[hub.text], table[hub.label], strict=True), 1):
-        if hub.classes is None or label in hub.classes:
-            label = label if hub.classes is None else hub.classes.index(label)
-            found.append(_example({"text": text, "label": label}, task, f"{hub.path}, {split}, row {number}"))
+def _of_classes(tables: Mapping, given: _Given, hub: HubSource) -> dict[str, list[Row]]:
+    """The rows of some classes, numbered in the order in which the task has them."""
+    assert hub.classes is not None
+    found = {}
+    for split, rows in given.rows.items():
+        numbers = tables[(hub.splits or _splits_of(tables))[split]][hub.label]
+        found[split] = [
+            row._replace(label=hub.classes.index(number))
+            for row, number in zip(rows, numbers, strict=True)
+            if number in hub.classes
+        ]
     return found
 
 

@@ -22,8 +22,7 @@ from gradmm.spaces import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 # By the kind of device: rows of a projection. More of them share what a step costs whatever its size, the reading of
-# the weights
-# and the calls, but hold more of the solver's state and more keys and values.
+# the weights and the calls, but hold more of the solver's state and more keys and values.
 TEXTS_PER_BATCH = {"cpu": 100, "other": 256}
 MIN_TOKENS = 4  # of a text that may end early
 # By the weights' type: groups of a pass on a CPU. In bfloat16 two share its calls, and fit beside small weights.

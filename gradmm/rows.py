@@ -1,22 +1,30 @@
 """Rows as their owner gives them: one text and one label each, checked before anything is inferred from them.
 
-Knows files and folders but no task. Messages name file, line and label, never a text.
+They stand in JSON lines, CSV, Parquet or a `datasets.Dataset`. Knows files and folders but no task. Messages name file,
+line and label, never a text.
 """
 
+import csv
+import io
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradmm import files
-from gradmm.errors import UserError, require
+from gradmm.errors import UserError, first_line, require
 from gradmm.markup import plain_name
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 SPLITS = ("train", "validation", "test")
-LINES, TABLES = (".jsonl", ".ndjson"), (".json", ".csv", ".tsv", ".parquet", ".arrow")
+ENDINGS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # of files that are read
+UNREAD = (".json", ".arrow")
+COLUMNS = ("text", "label")
 NAMED = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 NAMED |= dict.fromkeys(("validation", "validate", "valid", "val", "development", "devel", "dev", "eval"), "validation")
 FILLERS = {"of", "part", "shard", "data", "set", "split"}
@@ -32,11 +40,12 @@ class Row(NamedTuple):
     origin: str
 
 
-def check_row(row: Any, where: str) -> Row:
+def check_row(row: Any, where: str, columns: Sequence[str] = COLUMNS) -> Row:
     """A mapping with `text` and `label` as a Row.
 
     Args:
         where: the row as an error names it, such as "train.jsonl, line 4".
+        columns: what the row calls its text and its label.
 
     Raises:
         UserError: no mapping, no text or an empty one, or a label that is neither a whole number nor a short name.
@@ -45,13 +54,13 @@ def check_row(row: Any, where: str) -> Row:
         isinstance(row, Mapping),
         f"{where} is {type(row).__name__}: give an object with text and label, one a line, such as {LINE}",
     )
-    for name in ("text", "label"):
+    for name in columns:
         require(name in row, f"{where} has no {name}: give an object with text and label, such as {LINE}")
-    text = row["text"]
+    text, label = (row[name] for name in columns)
     require(isinstance(text, str), f"{where} has a text of type {type(text).__name__}: give a string, such as {LINE}")
     require(bool(text.strip()), f"{where} has an empty text: every row needs at least one word")
     _check_characters(text, f"{where} has half a surrogate pair in its text")
-    return Row(text.strip(), _check_label(row["label"], where), where)
+    return Row(text.strip(), _check_label(label, where), where)
 
 
 def _check_characters(text: str, fault: str) -> None:
@@ -100,48 +109,133 @@ def _as_json(label: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+# ---------------------------------------------------------------- files and tables
+
+
+def read_file(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
+    """The rows of one file: JSON lines, CSV (commas, semicolons or tabs, a header) or Parquet.
+
+    Args:
+        columns: what it calls the text and the label.
+
+    Raises:
+        UserError: a file of another kind, one without rows or without these columns, or a broken row.
+    """
+    called = f"{plain_name(path.resolve().parent.name)}/{path.name}"
+    if path.suffix.lower() == ".parquet":
+        rows = read_table(_parquet(path), called, columns)
+    elif path.suffix.lower() in (".csv", ".tsv"):
+        rows = [check_row(row, f"{called}, line {line}", columns) for line, row in _csv(path, columns)]
+    else:
+        lines = enumerate(files.read_json_lines(path), 1)
+        rows = [check_row(row, f"{called}, line {line}", columns) for line, row in lines]
+    instead = "" if path.stem not in SPLITS[1:] else ", or remove the file"
+    require(len(rows) > 0, f"{path} is empty: put rows such as {LINE} there, one a line{instead}")
+    return rows
+
+
+def read_table(table: "Dataset", called: str, columns: Sequence[str] = COLUMNS) -> list[Row]:
+    """The rows of a data set; numbers that its ClassLabel names become these names.
+
+    Raises:
+        UserError: no such columns, or a broken row.
+    """
+    _check_columns(table.column_names, columns, called)
+    names = class_names(table, columns[1])
+    rows = zip(*(table[name] for name in columns), strict=True)
+    found = []
+    for number, (text, label) in enumerate(rows, 1):
+        named = names[label] if isinstance(label, int) and 0 <= label < len(names) else label
+        found.append(check_row(dict(zip(columns, (text, named), strict=True)), f"{called}, row {number}", columns))
+    return found
+
+
+def class_names(table: Any, column: str = "label") -> list[str]:
+    """The names that a data set's ClassLabel gives its label numbers; none where it has no such column."""
+    feature = (getattr(table, "features", None) or {}).get(column)
+    return list(getattr(feature, "names", None) or [])
+
+
+def _check_columns(there: Sequence[str], columns: Sequence[str], called: str) -> None:
+    absent = [name for name in columns if name not in there]
+    require(
+        not absent,
+        f"{called} has no column {' and no column '.join(map(repr, absent))}: it has {', '.join(map(repr, there))}; "
+        "say which holds the texts and which the labels, as in load_data(..., text='sentence', label='sentiment')",
+    )
+
+
+def _parquet(path: Path) -> "Dataset":
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    try:
+        return Dataset(pyarrow.parquet.read_table(path))
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no Parquet file that can be read ({first_line(error)}): write it again") from error
+
+
+def _csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict]]:
+    """The rows of a CSV file with the line on which each begins; whole numbers in the label's column become numbers."""
+    text = files.read_text(path)
+    heads = {mark: next(csv.reader(io.StringIO(text), delimiter=mark), []) for mark in ",;\t"}
+    mark = max(heads, key=lambda mark: (set(columns) <= set(heads[mark]), len(heads[mark])))
+    if text.strip():
+        _check_columns(heads[mark], columns, str(path))
+    rows, begins = csv.reader(io.StringIO(text), delimiter=mark, strict=True), 1
+    try:
+        for cells in rows:
+            if begins > 1 and cells:
+                require(
+                    len(cells) == len(heads[mark]),
+                    f"{path}, line {begins} has {len(cells)} cells and the header {len(heads[mark])}: put a text that "
+                    f'holds {mark!r} or a line break in double quotes, and double those within it ("")',
+                )
+                row = dict(zip(heads[mark], cells, strict=True))
+                label = row[columns[1]].strip()
+                yield begins, {**row, columns[1]: int(label) if re.fullmatch(r"-?\d+", label) else row[columns[1]]}
+            begins = rows.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {begins} is no row of a CSV file ({error}): put texts in double quotes, and double those "
+            'within them ("")'
+        ) from error
+
+
 # ---------------------------------------------------------------- folders
 
 
-def read_rows(folder: Path) -> dict[str, list[Row]]:
-    """The rows of `train.jsonl` and, where they are there, of `validation.jsonl` and `test.jsonl`.
+def read_rows(folder: Path, columns: Sequence[str] = COLUMNS) -> dict[str, list[Row]]:
+    """The rows of the file `train` and, where they are there, of `validation` and `test`, whatever their endings.
 
     Raises:
-        UserError: no train.jsonl, an empty file, a broken row, or a file that looks like a split and is not read.
+        UserError: no train file, an empty file, a broken row, or a file that looks like a split and is not read.
     """
     _refuse_unread(folder)
-    there = [split for split in SPLITS if split == "train" or (folder / f"{split}.jsonl").is_file()]
-    return {split: read_split(folder, split) for split in there}
+    require(
+        _file_of(folder, "train") is not None,
+        f"{folder} has no train.jsonl: put rows such as {LINE} there, one a line, or a train.csv or train.parquet",
+    )
+    there = {split: _file_of(folder, split) for split in SPLITS}
+    return {split: read_file(path, columns) for split, path in there.items() if path is not None}
 
 
-def read_split(folder: Path, split: str = "train") -> list[Row]:
-    """The rows of one split.
-
-    Raises:
-        UserError: no such file, one without rows, or a broken row.
-    """
-    path = folder / f"{split}.jsonl"
-    if not path.is_file():
-        _refuse_unread(folder)
-    require(path.is_file(), f"{folder} has no {path.name}: put rows such as {LINE} there, one a line")
-    values = files.read_json_lines(path)
-    instead = "" if split == "train" else ", or remove the file"
-    require(len(values) > 0, f"{path} is empty: put rows such as {LINE} there, one a line{instead}")
-    called = f"{plain_name(folder.resolve().name)}/{path.name}"
-    return [check_row(value, f"{called}, line {number}") for number, value in enumerate(values, 1)]
+def _file_of(folder: Path, split: str) -> Path | None:
+    return next((path for ending in ENDINGS if (path := folder / f"{split}{ending}").is_file()), None)
 
 
 def _refuse_unread(folder: Path) -> None:
     """Raise for a file that looks like a split and would be left aside without a word."""
-    read = [path for split in SPLITS if (path := folder / f"{split}.jsonl").is_file()]
+    read = [path for split in SPLITS if (path := _file_of(folder, split)) is not None]
     for path in sorted(folder.glob("*")):
         split = _split_meant(path)
         if split is None or any(path.samefile(one) for one in read):
             continue
-        wanted = folder / f"{split}.jsonl"
-        if wanted in read:
-            mend = f"add its rows to {wanted.name}"
-        elif path.suffix.lower() in LINES:
+        there, ending = _file_of(folder, split), path.suffix.lower()
+        wanted = folder / f"{split}{ending if ending in ENDINGS else '.jsonl'}"
+        if there is not None:
+            mend = f"add its rows to {there.name}"
+        elif ending in ENDINGS:
             mend = f"rename it with `mv {shlex.quote(str(path))} {shlex.quote(str(wanted))}`"
         else:
             mend = f"write its rows into {wanted.name}, one object a line such as {LINE},"
@@ -151,7 +245,7 @@ def _refuse_unread(folder: Path) -> None:
 
 def _split_meant(path: Path) -> str | None:
     """The split that a data file such as `dev.jsonl` or `train-00000-of-00002.parquet` is named after, or None."""
-    if path.suffix.lower() not in (*LINES, *TABLES) or not path.is_file():
+    if path.suffix.lower() not in (*ENDINGS, *UNREAD) or not path.is_file():
         return None
     words = set(re.findall("[a-z]+", path.stem.lower())) - FILLERS
     name = words.pop() if len(words) == 1 else ""

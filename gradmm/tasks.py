@@ -10,8 +10,8 @@ import re
 import string
 import unicodedata
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from gradmm import files
 from gradmm.errors import UserError, is_whole, plain_fields, require, require_type, short_repr
 from gradmm.markup import check_name, plain_name
-from gradmm.rows import Row, read_label_names, read_split
+from gradmm.rows import SPLITS, Row, read_label_names, read_rows
 
 SLOT = "{text}"
 PROBE = "some words"
@@ -39,7 +39,8 @@ class HubSource:
     Attributes:
         path: the data set's id.
         text, label: the columns' names.
-        splits: our split -> the hub's split; a split that is missing is carved from train by content hash.
+        splits: our split -> the hub's split; None finds them by their usual names. A split that is missing is carved
+            from train by content hash.
         config: the data set's configuration, if it has several.
         classes: the hub's label numbers, in the order of the task's labels; rows of other classes are left out.
         revision: a commit, tag or branch; None is the default branch (the commit found is recorded).
@@ -48,7 +49,7 @@ class HubSource:
     path: str
     text: str = "text"
     label: str = "label"
-    splits: Mapping[str, str] = field(default_factory=lambda: {s: s for s in ("train", "validation", "test")})
+    splits: Mapping[str, str] | None = None
     config: str | None = None
     classes: tuple[int, ...] | None = None
     revision: str | None = None
@@ -59,9 +60,12 @@ class HubSource:
             f"a hub source has the path {short_repr(self.path)}: give the data set's id, a text",
         )
         require(
-            isinstance(self.splits, Mapping)
-            and "train" in self.splits
-            and set(self.splits) <= {"train", "validation", "test"},
+            self.splits is None
+            or (
+                isinstance(self.splits, Mapping)
+                and "train" in self.splits
+                and set(self.splits) <= {"train", "validation", "test"}
+            ),
             f"the hub source {self.path!r} has splits = {short_repr(self.splits)}: name the hub's train split, and "
             "validation and test if it has them",
         )
@@ -182,8 +186,9 @@ class Task:
     def instructions(self) -> tuple[str, ...]:
         """The C generation prompts without the words at their end that begin the text itself: all of a chat's.
 
-        >>> Task("x", ("no", "yes"), (" no", " yes"), generation_prompts=("A sad text: i feel", "Be
-        happy.")).instructions ('A sad text:', 'Be happy.')
+        >>> prompts = ("A sad text: i feel", "Be happy.")
+        >>> Task("x", ("no", "yes"), (" no", " yes"), generation_prompts=prompts).instructions
+        ('A sad text:', 'Be happy.')
         """
         if self.prompt_style == "chat":
             return self.generation_prompts
@@ -504,6 +509,8 @@ _SENTIMENT: dict[str, Any] = {
     "template": "{text} it was",
 }
 
+_ALL = {split: split for split in SPLITS}
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -519,7 +526,7 @@ TASKS: dict[str, Task] = {
             **_SENTIMENT,
             generation_prompts=("this movie was bad .", "this movie was great ."),
             min_words=6,
-            hub=HubSource("cornell-movie-review-data/rotten_tomatoes"),
+            hub=HubSource("cornell-movie-review-data/rotten_tomatoes", splits=_ALL),
         ),
         Task(
             name="emotion",
@@ -529,7 +536,7 @@ TASKS: dict[str, Task] = {
             generation_prompts=tuple(
                 f"A message full of {name}: i feel" for name in ("sadness", "joy", "love", "anger", "fear", "surprise")
             ),
-            hub=HubSource("dair-ai/emotion", config="split"),
+            hub=HubSource("dair-ai/emotion", splits=_ALL, config="split"),
         ),
         Task(
             name="emotion2",
@@ -537,7 +544,7 @@ TASKS: dict[str, Task] = {
             verbalizers=(" sadness", " joy"),
             template="{text} The emotion is",
             generation_prompts=("A message full of sadness: i feel", "A message full of joy: i feel"),
-            hub=HubSource("dair-ai/emotion", config="split", classes=(0, 1)),
+            hub=HubSource("dair-ai/emotion", splits=_ALL, config="split", classes=(0, 1)),
         ),
         Task(
             name="ag_news",
@@ -554,7 +561,7 @@ TASKS: dict[str, Task] = {
 
 
 def load_task(task: "str | Path | Task | Mapping") -> Task:
-    """Find a task: a `Task`, a mapping of its fields, a registered name, a YAML file, or a folder of JSON lines.
+    """Find a task: a `Task`, a mapping of its fields, a registered name, a YAML file, or a folder of rows.
 
     A folder's task is its `task.yaml`; without one, a registered task of the folder's name with the same labels;
     without that, its labels (from `labels.json` or its rows) serve as verbalizers, or letters where they are numbers;
@@ -609,15 +616,41 @@ def _known_fields(values, kind: type, needed: tuple[str, ...], what: str) -> dic
 
 
 def _task_from_folder(folder: Path) -> Task:
-    given, name = folder / "task.yaml", folder.resolve().name
+    return written_task(folder) or implied_task(
+        folder.resolve().name, lambda: read_rows(folder)["train"], read_label_names(folder)
+    )
+
+
+def written_task(folder: Path) -> Task | None:
+    """The task that a folder's `task.yaml` describes, if it has one.
+
+    Raises:
+        UserError: a `task.yaml` that is no task, or a file that looks like one and is not read.
+    """
+    given = folder / "task.yaml"
     if given.is_file():
-        return _task_from_mapping(files.read_yaml(given), plain_name(name))
+        return _task_from_mapping(files.read_yaml(given), plain_name(folder.resolve().name))
     others = [path.name for path in (folder / "task.yml", folder / "task.json") if path.is_file()]
     require(
         not others,
         f"{folder} holds {', '.join(others)}, which is not read: rename it to task.yaml or move it elsewhere",
     )
-    labels, namesake = _labels_of(folder), TASKS.get(name)
+    return None
+
+
+def implied_task(name: str, rows: Callable[[], Sequence[Row]], names: Mapping[str, str]) -> Task:
+    """The task that data imply: of a registered name with the same labels, or else one made of the labels.
+
+    Args:
+        name: of the data.
+        rows: gives the train rows; not asked where there are names.
+        names: what the data call each label, see `rows.read_label_names`; empty: the rows' labels are the names.
+
+    Raises:
+        UserError: rows whose labels make no classes.
+    """
+    labels = tuple(dict.fromkeys(names.values())) or _labels_of(rows())
+    namesake = TASKS.get(name)
     if namesake is not None and set(labels) <= set(namesake.labels):
         return _with_labels(namesake, labels)
     if namesake is not None and labels == tuple(str(number) for number in range(len(namesake.labels))):
@@ -640,18 +673,14 @@ def _with_labels(task: Task, labels: tuple[str, ...]) -> Task:
     return replace(task, labels=labels, verbalizers=verbalizers, generation_prompts=prompts, hub=None)
 
 
-def _labels_of(folder: Path) -> tuple[str, ...]:
-    """The names of a folder's classes: from `labels.json`, or else from the labels of its train rows."""
-    named = read_label_names(folder)
-    if named:
-        return tuple(dict.fromkeys(named.values()))
-    rows = read_split(folder)
+def _labels_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The names of the classes from the labels of train rows."""
     first: dict[int | str, Row] = {}
     for row in rows:
         first.setdefault(row.label, row)
     require(
         len(first) > 1,
-        f"all {len(rows)} rows of {folder / 'train.jsonl'} have the label {rows[0].label!r}, at least 2 classes are "
+        f"all {len(rows)} rows of {_file_of(rows)} have the label {rows[0].label!r}, at least 2 classes are "
         "needed: add rows of others",
     )
     names = sorted(label for label in first if isinstance(label, str))
@@ -660,7 +689,7 @@ def _labels_of(folder: Path) -> tuple[str, ...]:
         _refuse_twins(names, first)
         return tuple(names)
     if names or numbers != list(range(len(numbers))):
-        raise UserError(_unnamed(folder, [*numbers, *names]))
+        raise UserError(_unnamed(_file_of(rows), [*numbers, *names]))
     return tuple(map(str, numbers))
 
 
@@ -676,13 +705,17 @@ def _refuse_twins(names: Iterable[str], first: Mapping[int | str, Row]) -> None:
         )
 
 
-def _unnamed(folder: Path, labels: Sequence[int | str]) -> str:
+def _file_of(rows: Sequence[Row]) -> str:
+    return rows[0].origin.rpartition(", ")[0]
+
+
+def _unnamed(place: str, labels: Sequence[int | str]) -> str:
     """That a folder's labels are no names and no numbers from 0, with a `labels.json` that they can have."""
     names = {str(label): label if isinstance(label, str) else f"class {label}" for label in labels[:MOST_NAMED]}
     if len(labels) == 2 and all(isinstance(label, int) for label in labels):
         names = dict(zip(names, ("negative", "positive"), strict=True))
     return (
-        f"the labels of {folder / 'train.jsonl'} are {short_repr(list(labels))}: use names, or every number from 0, "
+        f"the labels of {place} are {short_repr(list(labels))}: use names, or every number from 0, "
         f"or name them in labels.json beside it, {json.dumps({'labels': names}, ensure_ascii=False)}, with your own "
         "names for the classes"
     )

@@ -1,16 +1,19 @@
 """Rows of every kind that users bring: read, or refused by file, line and value with a line that works."""
 
+import csv
+import io
 import json
 import re
 from pathlib import Path
 
+import datasets
 import numpy
 import pandas
 import pytest
 import torch
 
 from gradmm.data import Example, check_examples, load_data
-from gradmm.errors import UserError
+from gradmm.errors import DataWarning, UserError
 from gradmm.rows import check_row, read_label_names, read_rows
 from gradmm.tasks import Task, load_task
 
@@ -158,18 +161,14 @@ def test_a_file_that_looks_like_a_split_is_not_left_aside_in_silence(tmp_path, n
     assert refused(lambda: load_data(folder_of(tmp_path, GOOD, **{name: GOOD[:2], f"{UNREAD[name]}.jsonl": GOOD[:2]})))
 
 
-@pytest.mark.parametrize("name", ["train.csv", "test.parquet", "validation.json", "train-00001-of-00002.tsv"])
+@pytest.mark.parametrize(
+    "name", ["train.csv", "train.parquet", "validation.json", "train-00001-of-00002.tsv", "dev.csv"]
+)
 def test_a_table_that_looks_like_a_split_is_not_left_aside_in_silence(tmp_path, name):
-    split = re.match("[a-z]*", name).group()
     message = refused(lambda: load_data(folder_of(tmp_path, GOOD, **{name: "text,label\n"})))
-    wanted = (
-        f"add its rows to {split}.jsonl"
-        if split == "train"
-        else f"write its rows into {split}.jsonl, one object a line"
-    )
-    assert f"holds {name}, which looks like a split and is not read: {wanted}" in message
-    (tmp_path / "mine" / "train.jsonl").unlink()
-    assert f"holds {name}, which looks like a split" in refused(lambda: load_task(tmp_path / "mine"))
+    assert f"holds {name}, which looks like a split and is not read: " in message
+    wanted = {"validation.json": "write its rows into validation.jsonl, one object a line", "dev.csv": "rename it with"}
+    assert wanted.get(name, "add its rows to train.jsonl") in message
 
 
 @pytest.mark.parametrize(
@@ -336,3 +335,142 @@ def test_a_row_says_where_it_stands():
     assert (one.origin, two.origin) == ("given 1", "there, line 9")
     assert one == Example("a", 0) and hash(one) == hash(Example("a", 0)) and repr(one) == "Example(text='a', label=0)"
     assert "there, line 9 has the label 5" in refused(lambda: check_examples([Example("b", 5, "there, line 9")], TWO))
+
+
+# ---------------------------------------------------------------- tables
+
+REVIEWS = [('fine, really; "good"', "good"), ("dull\nand long", "bad"), ("  a treat ", "good"), ("très mauvais", "bad")]
+MANY = [{"text": f"{text} {number}", "label": label} for number in range(40) for text, label in REVIEWS]
+MARKS = {"a.csv": ",", "b.csv": ";", "c.tsv": "\t", "d.csv": "\t"}
+
+
+def csv_text(rows, mark=",", columns=("text", "label"), ends="\r\n") -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter=mark, lineterminator=ends)
+    writer.writerows([columns, *(tuple(row.values()) for row in rows)])
+    return stream.getvalue()
+
+
+def texts_of(splits) -> set[tuple[str, int]]:
+    return {(e.text, e.label) for part in (splits.train, splits.validation, splits.test) for e in part}
+
+
+WANTED = {(row["text"].strip(), int(row["label"] == "good")) for row in MANY}
+
+
+@pytest.mark.parametrize("name", MARKS)
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_csv_file_is_read_whatever_its_mark_ends_and_byte_order_mark(tmp_path, name, ends, encoding):
+    (tmp_path / name).write_bytes(csv_text(MANY, MARKS[name], ends=ends).encode(encoding))
+    task, splits = load_data(tmp_path / name)
+    assert task.labels == ("bad", "good") and task.name == name[0] and texts_of(splits) == WANTED
+
+
+@pytest.mark.parametrize("labels", [("0", "1"), (0, 1), ("-1", "2")])
+def test_numbers_in_a_csv_file_are_numbers(tmp_path, labels):
+    rows = [{"text": f"number {i} here", "label": labels[i % 2]} for i in range(40)]
+    (tmp_path / "train.csv").write_text(csv_text(rows))
+    if labels == ("-1", "2"):
+        assert 'name them in labels.json beside it, {"labels": {"-1": "negative"' in refused(
+            lambda: load_data(tmp_path)
+        )
+        (tmp_path / "labels.json").write_text('{"labels": {"-1": "negative", "2": "positive"}}')
+    task, splits = load_data(tmp_path)
+    assert len(task.labels) == 2 and {label for _, label in texts_of(splits)} == {0, 1}
+    assert texts_of(load_data(tmp_path, TWO)[1]) == texts_of(splits)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "ndjson", "csv", "tsv", "parquet"])
+def test_a_folder_or_file_of_every_kind_and_columns_of_any_name(tmp_path, ending):
+    rows = [{"sentence": row["text"], "sentiment": row["label"]} for row in MANY]
+    folder, path = tmp_path / "mine", tmp_path / "mine" / f"train.{ending}"
+    folder.mkdir()
+    if ending == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    elif ending.endswith("sv"):
+        path.write_text(csv_text(rows, "\t" if ending == "tsv" else ",", ("sentence", "sentiment")))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for place in (folder, path):
+        assert texts_of(load_data(place, text="sentence", label="sentiment")[1]) == WANTED
+        message = refused(lambda place=place: load_data(place))
+        assert "has no text" in message or (
+            "has no column 'text' and no column 'label': it has 'sentence', 'sentiment'; say which" in message
+        )
+    (folder / "test.csv").write_text(
+        csv_text([{"text": "the last one", "label": "good"}], columns=("sentence", "sentiment"))
+    )
+    assert [e.text for e in load_data(folder, text="sentence", label="sentiment")[1].test] == ["the last one"]
+
+
+BROKEN_CSV = {
+    "a comma without quotes": (
+        "text,label\na good one,1\nfine, really,0\n",
+        "line 3 has 3 cells and the header 2",
+    ),
+    "a cell that is missing": ("text,label\na good one,1\n\nfine\n", "line 4 has 1 cells and the header 2"),
+    "after a line break": ('text,label\n"one\ntwo",1\nfine\n', "line 4 has 1 cells"),
+    "a quote within": ('text,label\n"a "good" one",1\n', "line 2 is no row of a CSV file"),
+    "an empty text": ('text,label\n" ",1\n', "line 2 has an empty text"),
+    "no header": ("a good one,1\nfine,0\n", "has no column 'text' and no column 'label': it has 'a good one', '1'"),
+    "one column": ("text\na good one\n", "has no column 'label': it has 'text'"),
+    "nothing": ("", "is empty"),
+    "a header alone": ("text,label\n", "is empty"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_CSV)
+def test_a_broken_csv_file_is_named_by_its_line(tmp_path, kind):
+    content, words = BROKEN_CSV[kind]
+    (tmp_path / "mine.csv").write_text(content)
+    for task in (None, TWO):
+        assert words in refused(lambda task=task: load_data(tmp_path / "mine.csv", task))
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "x.parquet").write_text("no")
+    (tmp_path / "x.json").write_text(json.dumps(GOOD))
+    (tmp_path / "x.xlsx").write_text("no")
+    for name, words in (
+        ("parquet", "is no Parquet file"),
+        ("json", "line 1 is list"),
+        ("xlsx", "give JSON lines, CSV"),
+    ):
+        assert words in refused(lambda name=name: load_data(tmp_path / f"x.{name}"))
+
+
+def as_dataset(names=None, rows=MANY, **columns):
+    table = datasets.Dataset.from_list(rows)
+    return table.cast_column("label", datasets.ClassLabel(names=names)) if names else table
+
+
+def test_a_dataset_or_its_splits_are_data():
+    for names in (None, ["good", "bad"], ["bad", "good"]):
+        task, splits = load_data(as_dataset(names))
+        assert set(task.labels) == {"bad", "good"} and task.name == "data set"
+        assert {(text, task.labels[label]) for text, label in texts_of(splits)} == {
+            (row["text"].strip(), row["label"]) for row in MANY
+        }
+    parts = datasets.DatasetDict(train=as_dataset(), dev=as_dataset(rows=[{"text": "a last one", "label": "good"}]))
+    assert [e.text for e in load_data(parts)[1].validation] == ["a last one"]
+    parts["test"] = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]})
+    with pytest.warns(DataWarning, match="the split 'test' has no labels and is left out"):
+        assert load_data(parts)[1].test
+    with pytest.raises(UserError, match="has no split that is called train: it has 'a'"):
+        load_data(datasets.DatasetDict(a=as_dataset()))
+    with pytest.raises(UserError, match="isn't streamed"):
+        load_data(as_dataset().to_iterable_dataset())
+    with pytest.raises(UserError, match="has no column 'text': it has 'a', 'label'"):
+        load_data(as_dataset().rename_column("text", "a"))
+
+
+def test_examples_of_a_dataset_have_the_labels_that_its_names_say():
+    task = Task("x", ("good", "bad"), (" great", " bad"))
+    for names in (None, ["good", "bad"], ["bad", "good"]):
+        found = check_examples(as_dataset(names), task)
+        assert [e.label for e in found] == [int(row["label"] == "bad") for row in MANY]
+    numbered = as_dataset(["neg", "pos"], [{"text": "a", "label": 0}, {"text": "b", "label": 1}])
+    assert [e.label for e in check_examples(numbered, task)] == [0, 1]  # other names: the task's numbers
+    with pytest.raises(UserError, match="the rows are 1 splits, 'train': give one of them"):
+        check_examples(datasets.DatasetDict(train=as_dataset()), task)

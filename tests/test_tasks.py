@@ -126,7 +126,7 @@ UNICODE = tokenize_task(Task("t", template="Review: {text} it was", **TWO), _byt
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_unicode_comes_back_from_its_tokens(text):
     assert UNICODE.decode(UNICODE.encode(text.strip())) == text.strip()
-    assert UNICODE.sequence(text)[-len(UNICODE.tail) :] == list(UNICODE.tail)
+    assert UNICODE.sequence(text)[-len(UNICODE.suffix) :] == list(UNICODE.suffix)
 
 
 def test_special_tokens_spelt_out_in_a_text_are_plain_text(tokenizer):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # for editors and type checkers, which do not ask
     from gradmm.classification import check_fit, evaluate
     from gradmm.config import PRESETS, FinetuneConfig, ReleaseConfig, SynthesisConfig, preset
-    from gradmm.data import Example, Splits, load_data, sample_examples
+    from gradmm.data import Example, Splits, load_data, prompt_completion, sample_examples
     from gradmm.errors import UserError
     from gradmm.finetuning import finetune
     from gradmm.mechanism import Ledger
@@ -37,7 +37,7 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 _ROOMS = {
     "classification": ("check_fit", "evaluate"),
     "config": ("PRESETS", "FinetuneConfig", "ReleaseConfig", "SynthesisConfig", "preset"),
-    "data": ("Example", "Splits", "load_data", "sample_examples"),
+    "data": ("Example", "Splits", "load_data", "prompt_completion", "sample_examples"),
     "errors": ("UserError",),
     "finetuning": ("finetune",),
     "mechanism": ("Ledger",),

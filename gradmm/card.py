@@ -25,9 +25,16 @@ LIMITS = """
   biases included. It describes no real person, product or event.
 - The set is made for fine-tuning classifiers on this task. Judge it on real held-out data, beside texts that were
   written without matching: prompts and the language model may do most of the work.
+- The licence is unknown: what a language model writes falls under its own terms, and a text may by chance repeat what
+  the model was trained on. Name the licence here when you know it.
 - A privacy guarantee covers the real examples that entered the release, not what the language model was trained on
   before.
 """
+KINDS = {
+    "text": "string", "label": "int64", "label_name": "string", "match_loss": "float64", "perplexity": "float64",
+    "group": "int64", "kept": "bool", "reason": "string",
+}  # fmt: skip
+SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
 LEDGER_COLUMNS = (
     "what", "space", "epsilon", "delta", "relation", "clip", "sensitivity", "calibration", "sigma", "coordinates",
 )  # fmt: skip
@@ -41,15 +48,8 @@ def dataset_card(manifest: Mapping) -> str:
     """
     task, model, release = manifest["task"], manifest["model"], manifest["release"]
     revision = f" at revision {model['revision']}" if model["revision"] else ""
-    files = {"default": "train.jsonl", "candidates": "synthetic.jsonl"}
-    header = DatasetCardData(
-        pretty_name=f"Synthetic texts for {task['name']}",
-        tags=["synthetic"],
-        task_categories=["text-classification"],
-        configs=[{"config_name": name, "data_files": file} for name, file in files.items()],
-    )
     parts = [
-        f"---\n{header.to_yaml()}\n---",
+        f"---\n{_header(task, manifest['kept']).to_yaml()}\n---",
         f"# Synthetic texts for {literal(task['name'])}",
         f"{manifest['kept']} synthetic texts with the labels {', '.join(map(literal, task['labels']))}, in "
         "`train.jsonl`, one JSON object a line; `synthetic.jsonl`, the configuration `candidates`, holds all that were "
@@ -71,6 +71,24 @@ def dataset_card(manifest: Mapping) -> str:
         f"## Limits\n{LIMITS}",
     ]  # fmt: skip
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _header(task: Mapping, kept: int) -> DatasetCardData:
+    """What `datasets` and the hub read: which file is which configuration, the columns' types, size and language."""
+    names = {str(number): name for number, name in enumerate(task["labels"])}
+    types = KINDS | {"label": {"class_label": {"names": names}}}
+    files = {"default": "train.jsonl", "candidates": "synthetic.jsonl"}
+    columns = [{"name": name, "dtype": kind} for name, kind in types.items()]
+    return DatasetCardData(
+        pretty_name=f"Synthetic texts for {task['name']}",
+        language=task["language"],
+        license="unknown",
+        size_categories=[next((name for most, name in SIZES.items() if kept < most), "1M<n<10M")],
+        tags=["synthetic"],
+        task_categories=["text-classification"],
+        configs=[{"config_name": name, "data_files": file} for name, file in files.items()],
+        dataset_info=[{"config_name": name, "features": columns} for name in files],
+    )
 
 
 def _privacy(release: Mapping) -> str:

@@ -24,7 +24,7 @@ from gradmm.errors import (
 from gradmm.gradients import DISTANCES
 from gradmm.initialisation import INITIALISATIONS
 from gradmm.markup import code
-from gradmm.mechanism import check_clipping, check_delta
+from gradmm.mechanism import check_budget, check_clipping, check_delta
 from gradmm.projection import PROJECTIONS
 from gradmm.selection import FILTERS, RANKINGS
 
@@ -285,6 +285,8 @@ class ReleaseConfig:
         )
         if self.noise_seed is not None:
             require_whole(self.noise_seed, "noise_seed")
+        if self.epsilon is not None:
+            check_budget(self.epsilon, self.delta)
         check_delta(self.delta)
         check_clipping(self.clip, self.relation, self.calibration)
         if self.public_texts is not None:

@@ -32,7 +32,7 @@ from gradmm.rows import (
     read_table,
 )
 from gradmm.seeds import generator
-from gradmm.tasks import DEMO, TASKS, HubSource, Task, implied_task, load_task, require_task, written_task
+from gradmm.tasks import DEMO, SLOT, TASKS, HubSource, Task, implied_task, load_task, require_task, written_task
 
 CARVED_SHARE = 0.1
 LARGE_SHARE = 1 / 3  # of the train rows: more of them in carved splits is said
@@ -359,6 +359,26 @@ def _named(row: Any, names: Sequence[str]) -> Any:
     """A row of a data set, its label number as the data set's ClassLabel calls it."""
     number = row.get("label") if names and isinstance(row, Mapping) else None
     return {**row, "label": names[number]} if isinstance(number, int) and 0 <= number < len(names) else row
+
+
+def prompt_completion(task: Task, rows: Iterable) -> Any:
+    """Examples as a `datasets.Dataset` of prompts and completions, as trainers of language models such as TRL's take.
+
+    Args:
+        rows: whatever `check_examples` takes, such as the `kept` of a synthesis.
+
+    Raises:
+        UserError: as `check_examples`.
+
+    >>> task = Task("reviews", ("negative", "positive"), (" bad", " great"))
+    >>> prompt_completion(task, [{"text": "A treat.", "label": "positive"}])[0]
+    {'prompt': 'A treat. It was', 'completion': ' great'}
+    """
+    import datasets
+
+    examples = check_examples(rows, task)
+    prompts = [task.template.replace(SLOT, example.text) for example in examples]
+    return datasets.Dataset.from_dict({"prompt": prompts, "completion": [task.verbalizers[e.label] for e in examples]})
 
 
 def _rejected(row) -> bool:

@@ -139,6 +139,23 @@ def plan_entry(
     >>> entry.sensitivity, round(entry.sigma, 2)
     (2.0, 7.46)
     """
+    delta = check_budget(epsilon, delta)
+    check_clipping(clip, relation, calibration)
+    sensitivity = RELATIONS[relation] * clip
+    sigma = sensitivity * CALIBRATIONS[calibration](epsilon, delta)
+    values = (float(epsilon), float(delta), relation, float(clip), sensitivity, calibration, sigma, coordinates)
+    return LedgerEntry(what, space, *values)
+
+
+def check_budget(epsilon: float, delta: float | None) -> float:
+    """Check a claim's epsilon and delta.
+
+    Returns:
+        delta.
+
+    Raises:
+        UserError: epsilon not positive and finite, delta missing or outside (0, 1).
+    """
     require(
         is_number(epsilon) and epsilon > 0,
         f"epsilon = {short_repr(epsilon)}, it must be positive and finite: give such as 1.0",
@@ -149,11 +166,7 @@ def plan_entry(
         is_number(delta) and 0 < delta < 1,
         f"delta = {short_repr(delta)}, it must lie between 0 and 1: give such as 1e-5",
     )
-    check_clipping(clip, relation, calibration)
-    sensitivity = RELATIONS[relation] * clip
-    sigma = sensitivity * CALIBRATIONS[calibration](epsilon, delta)
-    values = (float(epsilon), float(delta), relation, float(clip), sensitivity, calibration, sigma, coordinates)
-    return LedgerEntry(what, space, *values)
+    return delta
 
 
 def check_delta(delta: float | None) -> None:

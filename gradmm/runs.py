@@ -262,20 +262,9 @@ class RunFolder:
             "seconds": round(time.time() - self._begun, 3),
             "peak_memory": peak_memory(),
         }
-        if self.path is None:
-            return
-        rows = [{name: finite_or_none(value) for name, value in row.items()} for row in rows]
-        files.write_json_lines(self.path / "synthetic.jsonl", rows)
-        files.write_json_lines(self.path / "train.jsonl", [row for row in rows if row.get("kept")])
-        files.write_json_lines(
-            self.path / "history.jsonl", plain_rows(history.drop(columns=CLOCK_COLUMNS, errors="ignore"))
-        )
-        files.write_json_lines(
-            self.path / "timings.jsonl", plain_rows(history.filter(["step", "group", *CLOCK_COLUMNS]))
-        )
-        files.write_text(self.path / "README.md", card)
-        files.write_json(self.path / "manifest.json", manifest)
-        _remove_leftovers(self.path)
+        if self.path is not None:
+            write_results(self.path, rows, history, manifest, card)
+            _remove_leftovers(self.path)
 
     def place(self, batch: int) -> Path | None:
         """Where a batch is saved."""
@@ -284,6 +273,18 @@ class RunFolder:
     def texts_place(self, unit: int) -> Path | None:
         """Where a unit of written texts is saved."""
         return None if self.path is None else self.path / f"texts-{unit:04d}.json"
+
+
+def write_results(folder: Path, rows: list[dict], history: pandas.DataFrame, manifest: dict, card: str) -> None:
+    """The files of a finished run; the manifest, which says that it is, comes last."""
+    rows = [{name: finite_or_none(value) for name, value in row.items()} for row in rows]
+    files.write_json_lines(folder / "synthetic.jsonl", rows)
+    files.write_json_lines(folder / "train.jsonl", [row for row in rows if row.get("kept")])
+    timeless = history.drop(columns=CLOCK_COLUMNS, errors="ignore")
+    files.write_json_lines(folder / "history.jsonl", plain_rows(timeless))
+    files.write_json_lines(folder / "timings.jsonl", plain_rows(history.filter(["step", "group", *CLOCK_COLUMNS])))
+    files.write_text(folder / "README.md", card)
+    files.write_json(folder / "manifest.json", manifest)
 
 
 def _held(folder: Path) -> dict:

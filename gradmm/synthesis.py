@@ -5,22 +5,24 @@ Never sees private text: what it knows of the real examples is the Release. Ever
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 import pandas
 
 from gradmm import files, sharding
-from gradmm.card import dataset_card
+from gradmm.card import KINDS, dataset_card
 from gradmm.config import SynthesisConfig
-from gradmm.errors import require, require_flag, require_type
+from gradmm.errors import UserError, first_line, require, require_flag, require_type
 from gradmm.files import lock
 from gradmm.models import Model, require_model
 from gradmm.plan import Plan
 from gradmm.privacy import Release
-from gradmm.runs import RunFolder
+from gradmm.runs import RunFolder, write_results
 from gradmm.searches import OnStep, SearchOutput, search
 from gradmm.selection import count_dropped
 from gradmm.sharding import ProcessGroup
@@ -47,6 +49,35 @@ class SynthesisResult:
     def kept(self) -> datasets.Dataset:
         """The texts that were kept: what to train on."""
         return self.dataset.select([place for place, kept in enumerate(self.dataset["kept"]) if kept])
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Put the data set on the hub with its card and manifest: `load_dataset(repo_id)` gives what was kept.
+
+        Args:
+            repo_id: such as "me/reviews"; it is made if need be.
+            private: whether a repository that is made is visible to you alone.
+            token: of the hub; None takes the one that you are logged in with.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: the hub refuses, or can't be reached.
+        """
+        from huggingface_hub import HfApi
+
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            write_results(folder, self.dataset.to_list(), self.history, self.manifest, dataset_card(self.manifest))
+            api = HfApi(token=token)
+            try:
+                api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+                return str(api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder))
+            except Exception as error:  # the hub's client raises many kinds, all of them about reaching the hub
+                raise UserError(
+                    f"the data set could not be put on the hub as {repo_id!r} ({first_line(error)}): check the name, "
+                    "the network and `hf auth login`"
+                ) from error
 
 
 def synthesize(
@@ -110,7 +141,7 @@ def _conclude(plan: Plan, written: SearchOutput | None, folder: RunFolder) -> Sy
     """The results, read back where they are finished, by another process or an earlier run; else judged and saved."""
     if written is None or folder.finished:
         rows, history, manifest = folder.load()
-        return SynthesisResult(datasets.Dataset.from_list(rows, features=_features()), history, manifest)
+        return SynthesisResult(_dataset(rows, manifest), history, manifest)
     result = _collect(plan, written, folder)
     folder.finish(result.dataset.to_list(), result.history, result.manifest, dataset_card(result.manifest))
     return result
@@ -151,9 +182,7 @@ def _checked(release, model: Model, task: Task) -> Release:
 def _collect(plan: Plan, written: SearchOutput, folder: RunFolder) -> SynthesisResult:
     """The texts' scores and verdicts, and the manifest."""
     judged = zip(plan.selector.rows(written.texts, written.classes), written.groups, strict=True)
-    rows: list[dict] = [
-        {name: group if name == "group" else row[name] for name in _features()} for row, group in judged
-    ]
+    rows: list[dict] = [{name: group if name == "group" else row[name] for name in KINDS} for row, group in judged]
     kept = [row for row in rows if row["kept"]]
     manifest = {
         **folder.manifest,
@@ -164,7 +193,7 @@ def _collect(plan: Plan, written: SearchOutput, folder: RunFolder) -> SynthesisR
         "set_match": dict(zip(plan.task.labels, _set_match(plan, kept), strict=True)),
     }
     history = _choice(plan, kept) if written.history is None else written.history
-    return SynthesisResult(datasets.Dataset.from_list(rows, features=_features()), history, manifest)
+    return SynthesisResult(_dataset(rows, manifest), history, manifest)
 
 
 def _set_match(plan: Plan, kept: list[dict]) -> list[float | None]:
@@ -186,8 +215,10 @@ def _choice(plan: Plan, kept: list[dict]) -> pandas.DataFrame:
     )
 
 
-def _features() -> datasets.Features:
-    kinds = {"text": "string", "label": "int64", "label_name": "string", "match_loss": "float64",
-        "perplexity": "float64",
-             "group": "int64", "kept": "bool", "reason": "string"}  # fmt: skip
-    return datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()})
+def _dataset(rows: list[dict], manifest: Mapping) -> datasets.Dataset:
+    return datasets.Dataset.from_list(rows, features=_features(manifest["task"]))
+
+
+def _features(task: Mapping) -> datasets.Features:
+    labels = datasets.ClassLabel(names=list(task["labels"]))
+    return datasets.Features({name: datasets.Value(kind) for name, kind in KINDS.items()} | {"label": labels})

@@ -92,6 +92,7 @@ class Task:
             classified.
         min_words: real texts with fewer words are not drawn (phrase data sets such as SST-2 need it); at least 1.
         hub: where the rows are on the hub, if they are there.
+        language: the texts' language as its ISO code, such as "en", for the data set's card; None: not said.
 
     Raises:
         UserError: fewer than two labels, lengths that differ, repeated labels, a template without `{text}`, a
@@ -106,6 +107,7 @@ class Task:
     prompt_style: str = "plain"
     min_words: int = 1
     hub: HubSource | None = None
+    language: str | None = None
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -153,6 +155,11 @@ class Task:
         require(
             is_whole(self.min_words) and self.min_words >= 1,
             f"task {self.name!r} has min_words = {short_repr(self.min_words)}: give a whole number of at least 1",
+        )
+        require(
+            self.language is None
+            or (isinstance(self.language, str) and bool(re.fullmatch("[a-z]{2,3}", self.language))),
+            f"task {self.name!r} has language = {short_repr(self.language)}: give an ISO code such as en",
         )
 
     def _check_template(self) -> None:
@@ -520,6 +527,7 @@ TASKS: dict[str, Task] = {
             generation_prompts=("this movie was bad .", "this movie was great ."),
             min_words=6,
             hub=HubSource("stanfordnlp/sst2", text="sentence", splits={"train": "train", "test": "validation"}),
+            language="en",
         ),
         Task(
             name="rotten_tomatoes",
@@ -527,6 +535,7 @@ TASKS: dict[str, Task] = {
             generation_prompts=("this movie was bad .", "this movie was great ."),
             min_words=6,
             hub=HubSource("cornell-movie-review-data/rotten_tomatoes", splits=_ALL),
+            language="en",
         ),
         Task(
             name="emotion",
@@ -537,6 +546,7 @@ TASKS: dict[str, Task] = {
                 f"A message full of {name}: i feel" for name in ("sadness", "joy", "love", "anger", "fear", "surprise")
             ),
             hub=HubSource("dair-ai/emotion", splits=_ALL, config="split"),
+            language="en",
         ),
         Task(
             name="emotion2",
@@ -545,6 +555,7 @@ TASKS: dict[str, Task] = {
             template="{text} The emotion is",
             generation_prompts=("A message full of sadness: i feel", "A message full of joy: i feel"),
             hub=HubSource("dair-ai/emotion", splits=_ALL, config="split", classes=(0, 1)),
+            language="en",
         ),
         Task(
             name="ag_news",
@@ -555,6 +566,7 @@ TASKS: dict[str, Task] = {
                 f"A short news report about {name}:" for name in ("world politics", "sports", "business", "technology")
             ),
             hub=HubSource("fancyzhx/ag_news", splits={"train": "train", "test": "test"}),
+            language="en",
         ),
     )
 }

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import datasets
+import huggingface_hub
 import numpy
 import pandas
 import pytest
@@ -172,6 +173,14 @@ CASES = {
     "release: noise_seed true": (lambda: private(noise_seed=True), "noise_seed = True, it must be a whole number"),
     "release: cache": (lambda: released(space="body", cache=5), "the cache is 5: give a path"),
     "release: progress": (lambda: released(progress="no"), "progress = 'no', it must be True or False"),
+    "release: config": (lambda: released(config={"epsilon": 1.0}), "the config is of type dict: give a gradmm.Release"),
+    "release: a setting": (lambda: released(epsilonn=1.0), "unknown setting 'epsilonn': the settings are calibration"),
+    "ReleaseConfig: epsilon alone": (lambda: gradmm.ReleaseConfig(epsilon=1.0), "epsilon = 1.0 without a length"),
+    "ReleaseConfig: no delta": (lambda: gradmm.ReleaseConfig(epsilon=1.0, length=3), "epsilon = 1.0 without delta"),
+    "prompt_completion: rows": (lambda: gradmm.prompt_completion(TASK, "text"), "the rows are of type str"),
+    "prompt_completion: task": (lambda: gradmm.prompt_completion("demo", PRIVATE), "the task is of type str"),
+    "SynthesisResult: hub": (lambda: written().push_to_hub("a b/c"), "could not be put on the hub as 'a b/c'"),
+    "load_data: a column": (lambda: gradmm.load_data("demo", text=1), "a column's name is of type int"),
     "release_once: model": (lambda: kept(model="demo"), "the model is of type str"),
     "release_once: task": (lambda: kept(task="sst2"), "the task is of type str"),
     "release_once: source": (lambda: kept(source="demo"), "source is of type str: give public facts"),
@@ -354,11 +363,11 @@ TAKERS = {
     "sample_examples": lambda model, rows: gradmm.sample_examples(rows, 4, TWO, 0),
     "finetune": lambda model, rows: gradmm.finetune(
         model, TWO, rows, toy(TWO, 20, 2), toy(TWO, 30, 2), replace(QUICK, steps=2), progress=False).test,
-        "validation": lambda model, rows: gradmm.finetune(
+    "validation": lambda model, rows: gradmm.finetune(
         model, TWO, toy(TWO, 20, 2), rows, toy(TWO, 30, 2), replace(QUICK, steps=2), progress=False).curve,
-        "test": lambda model, rows: gradmm.finetune(
+    "test": lambda model, rows: gradmm.finetune(
         model, TWO, toy(TWO, 20, 2), toy(TWO, 30, 2), rows, replace(QUICK, steps=2), progress=False).test,
-        "loss_scores": lambda model, rows: audit.loss_scores(model, TWO, rows),
+    "loss_scores": lambda model, rows: audit.loss_scores(model, TWO, rows),
     "select_coreset": lambda model, rows: select_coreset(model, TWO, rows, 2, "herding"),
     "audit_release": lambda model, rows: audit.audit_release(
         model, TWO, [(ONE, None)] * 4, rows, epsilon=1.0, delta=1e-5, length=4, relation="add-remove", noise_seed=0),
@@ -387,6 +396,38 @@ def test_what_a_synthesis_returns_every_other_function_takes(tmp_path):
         gradmm.evaluate(model, TASK, rows)
         gradmm.sample_examples(rows, 2, TASK, 0)
         gradmm.finetune(model, TASK, rows, toy(TWO, 20, 2), toy(TWO, 30, 2), replace(QUICK, steps=2), progress=False)
+
+
+def test_labels_keep_their_names_in_the_folder_and_on_the_hub(tmp_path, monkeypatch):
+    result, cache = written(output=tmp_path / "run"), str(tmp_path / "cache")
+    loaded = datasets.load_dataset(str(tmp_path / "run"), split="train", cache_dir=cache)
+    assert result.kept.features["label"].names == list(TASK.labels) and loaded.features == result.kept.features
+    assert loaded.to_list() == result.kept.to_list()
+    seen = {}
+
+    def upload(api, folder_path, **asked):
+        seen.update(asked, files={path.name: path.read_bytes() for path in folder_path.iterdir()})
+        return "https://hub/commit"
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda api, repo_id, **asked: seen.update(made=asked))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    assert written().push_to_hub("me/reviews") == "https://hub/commit"
+    assert (
+        seen["made"] == {"repo_type": "dataset", "private": True, "exist_ok": True} and seen["repo_id"] == "me/reviews"
+    )
+    same = ("train.jsonl", "synthetic.jsonl", "README.md")
+    assert all(seen["files"][name] == (tmp_path / "run" / name).read_bytes() for name in same)
+
+
+def test_prompts_and_completions_are_read_back_as_a_trainer_reads_them(tmp_path):
+    result = written(output=tmp_path / "run")
+    gradmm.prompt_completion(TASK, result.kept).to_json(tmp_path / "sft.jsonl")
+    read = datasets.load_dataset("json", data_files=str(tmp_path / "sft.jsonl"), cache_dir=str(tmp_path / "cache"))
+    for row, ours in zip(read["train"], result.kept, strict=True):
+        assert row == {
+            "prompt": TASK.template.replace("{text}", ours["text"]),
+            "completion": TASK.verbalizers[ours["label"]],
+        }
 
 
 def test_the_pools_of_a_comparison_are_all_candidates(tmp_path):

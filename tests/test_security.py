@@ -228,14 +228,22 @@ def refuse(self, address, *rest):
     if self.family != getattr(socket, "AF_UNIX", None):
         raise AssertionError(f"a call to {address}")
 socket.socket.connect = socket.socket.connect_ex = refuse
-socket.getaddrinfo = socket.gethostbyname = lambda *where, **how: (_ for _ in ()).throw(AssertionError(f"a look-up of
-{where}")) import gradmm from gradmm import evaluation from gradmm.generation import Sampling, generate_texts task, data
-= gradmm.load_data(sys.argv[1]) model = gradmm.load_model(sys.argv[2], device="cpu") real =
-gradmm.sample_examples(data.train, 4, task, seed=0) target = gradmm.release(model, task, real, epsilon=1.0, delta=1e-5,
-length=8) config = gradmm.SynthesisConfig(n_synthetic=2, oversample=2) result = gradmm.synthesize(model, task, target,
-config, sys.argv[3], progress=False) plain = generate_texts(model, task, 1, 0, Sampling(max_tokens=24)) tuning =
-gradmm.FinetuneConfig(steps=1, learning_rates=[2e-4], max_validation=4) found = gradmm.finetune(model, task, real,
-data.validation, data.test[:4], tuning) evaluation.perplexity(model, [one.text for one in plain])
+def look_up(*where, **how):
+    raise AssertionError(f"a look-up of {where}")
+socket.getaddrinfo = socket.gethostbyname = look_up
+import gradmm
+from gradmm import evaluation
+from gradmm.generation import Sampling, generate_texts
+task, data = gradmm.load_data(sys.argv[1])
+model = gradmm.load_model(sys.argv[2], device="cpu")
+real = gradmm.sample_examples(data.train, 4, task, seed=0)
+target = gradmm.release(model, task, real, epsilon=1.0, delta=1e-5, length=8)
+config = gradmm.SynthesisConfig(n_synthetic=2, oversample=2)
+result = gradmm.synthesize(model, task, target, config, sys.argv[3], progress=False)
+plain = generate_texts(model, task, 1, 0, Sampling(max_tokens=24))
+tuning = gradmm.FinetuneConfig(steps=1, learning_rates=[2e-4], max_validation=4)
+found = gradmm.finetune(model, task, real, data.validation, data.test[:4], tuning)
+evaluation.perplexity(model, [one.text for one in plain])
 print(json.dumps({"kept": len(result.kept), "accuracy": found.accuracy}))
 """
 

@@ -56,7 +56,7 @@ def files_of(folder: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def lock(tmp_path_factory) -> Path:
+def alone(tmp_path_factory) -> Path:
     """Every search by one process."""
     folder = tmp_path_factory.mktemp("alone")
     for name, config in CONFIGS.items():
@@ -236,8 +236,9 @@ def on_step(batch, result):
             os.kill(os.getpid(), signal.SIGKILL)
         raise ArithmeticError("something broke")
 for name in test_sharding.CONFIGS if mode == "whole" else ["admm"]:
-    result = test_sharding.synthesize(*test_sharding.problem(), test_sharding.CONFIGS[name], f"{output}/{name}", False,
-    on_step) assert len(result.kept) == test_sharding.CONFIGS[name].n_synthetic
+    config = test_sharding.CONFIGS[name]
+    result = test_sharding.synthesize(*test_sharding.problem(), config, f"{output}/{name}", False, on_step)
+    assert len(result.kept) == config.n_synthetic
 """
 
 

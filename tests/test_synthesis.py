@@ -223,8 +223,10 @@ import conftest, test_synthesis, gradmm.models, gradmm.runs
 gradmm.runs.SNAPSHOT_SECONDS = 0.0
 lm = conftest.make_tiny_lm("llama", dtype=torch.float32)
 model = gradmm.models.wrap_model(lm, conftest.make_toy_tokenizer(), "tiny-llama")
-test_synthesis.long_run(model, sys.argv[2], lambda batch, result: result.state.step < 6 or os.kill(os.getpid(),
-signal.SIGKILL))
+def on_step(batch, result):
+    if result.state.step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+test_synthesis.long_run(model, sys.argv[2], on_step)
 """
 
 

@@ -38,12 +38,17 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Files with long tests first and notebooks before all, since one begun as the last keeps the other workers
-    waiting.
+    """Notebooks and slow tests first and dealt out to the workers, each of which begins with an equal part of the
+    list: one that begins as the last keeps the others waiting.
     """
-    long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in long, item.path.stem != "test_notebooks"))
+    long = [item for item in items if item.get_closest_marker("slow") or "shared_folder" in item.fixturenames]
+    long.sort(key=lambda item: item.path.stem != "test_notebooks")
+    rest = [item for item in items if item not in set(long)]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    part = -(-len(rest) // workers)
+    items[:] = [item for n in range(workers) for item in long[n::workers] + rest[n * part : (n + 1) * part]]
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -69,10 +74,11 @@ def benchmark(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory) -> Path:
-    """A folder of this run of the tests, the same for all worker processes."""
+    """A folder of this run of the tests, the same for all worker processes and for both runs of `make test-all`."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
-    folder.mkdir(exist_ok=True)
+    folder = Path(os.environ.get("GRADMM_TESTS_SHARED", folder))
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

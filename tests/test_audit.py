@@ -42,6 +42,7 @@ def test_the_lower_bound_grows_with_right_guesses_and_is_tight():
     assert audit.p_value(1000, 100, 90, bounds[2], 1e-5) == pytest.approx(1 - CONFIDENCE, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relation", mechanism.RELATIONS)
 @pytest.mark.parametrize("epsilon", CLAIMS)
 def test_true_claims_are_refuted_no_more_often_than_the_confidence_allows(epsilon, relation):
@@ -132,6 +133,7 @@ def test_membership_of_separated_equal_and_reversed_scores():
     assert audit.membership([0.0], [1.0]).auc == 0
 
 
+@pytest.mark.slow
 def test_the_membership_interval_covers_the_truth_about_as_often_as_it_says():
     draw = torch.Generator().manual_seed(0)
     truth = stats.norm.cdf(0.5 / 2**0.5)

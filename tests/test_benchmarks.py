@@ -8,22 +8,8 @@ import pytest
 
 from gradmm.experiments import performance, records, roofline
 
-FEW = [
-    "--shape",
-    "tiny",
-    "--groups",
-    "1",
-    "--count",
-    "2",
-    "--top-k",
-    "5",
-    "--real",
-    "4",
-    "--candidates",
-    "2",
-    "--threads",
-    "1",
-]
+pytestmark = pytest.mark.slow
+FEW = "--shape tiny --groups 1 --count 2 --top-k 5 --real 4 --candidates 2 --threads 1".split()
 
 
 def whole(benchmark, path, *more):
@@ -101,22 +87,8 @@ def test_words_are_read_as_they_are_written(benchmark):
 @pytest.mark.filterwarnings("ignore:\\d+ of \\d+ texts are kept")  # a random model, which is only timed, repeats a word
 def test_scaling_times_every_size(benchmark, tmp_path):
     script = benchmark("scaling")
-    script.main(
-        [
-            *FEW,
-            "--settings",
-            "inner_steps",
-            "n_synthetic",
-            "--outer-steps",
-            "1",
-            "--length",
-            "5",
-            "--repeats",
-            "1",
-            "--output",
-            str(tmp_path / "s.json"),
-        ]
-    )
+    more = "--settings inner_steps n_synthetic --outer-steps 1 --length 5 --repeats 1 --output".split()
+    script.main([*FEW, *more, str(tmp_path / "s.json")])
     found = records.read_record(tmp_path / "s.json")["results"]
     assert list(found) == ["inner_steps", "n_synthetic"] and found["n_synthetic"]["sizes"] == [4, 8, 16, 24, 32]
     for row in found.values():
@@ -128,21 +100,8 @@ def test_scaling_times_every_size(benchmark, tmp_path):
 
 
 def test_one_step_and_one_projection_against_the_literal_ones(benchmark, tmp_path):
-    options = [
-        "--shape",
-        "tiny",
-        "--count",
-        "2",
-        "--length",
-        "4",
-        "--top-k",
-        "5",
-        "--repeats",
-        "1",
-        "--output",
-        str(tmp_path / "r.json"),
-    ]
-    rows = benchmark("against_reference").main(options)
+    options = "--shape tiny --count 2 --length 4 --top-k 5 --repeats 1 --output".split()
+    rows = benchmark("against_reference").main([*options, str(tmp_path / "r.json")])
     assert records.read_record(tmp_path / "r.json")["results"] == {"rows": rows}
     assert [row["work"] for row in rows] == ["inner step", "projection, lm_then_nearest", "projection, nearest_then_lm"]
     assert rows[0]["disagreement"] < 1e-3 and rows[1]["disagreement"] == rows[2]["disagreement"] == 0

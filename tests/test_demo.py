@@ -131,6 +131,7 @@ def test_models_have_learned_the_language(folder):
     assert perplexity(folder) <= 4.0
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_from_end_to_end(tmp_path):
     recipes = {
         "model": replace(demo.main_recipe(), steps=(1, 1), rows=2, texts=2000),

@@ -59,6 +59,7 @@ def test_texts_are_finished_distinct_and_balanced(tiny_model, task, kind, allowe
             assert 4 <= len(tokenize_task(task, model.tokenizer).encode(example.text))
 
 
+@pytest.mark.slow
 def test_neighbours_do_not_change_a_text(tiny_model, task, allowed):
     model = tiny_model()
     for shots in ((), shots_of(task)):

@@ -245,6 +245,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 def test_products_of_many_shapes_hold_no_more_memory_than_those_of_a_hundred():
     environment = {name: value for name, value in os.environ.items() if name not in COMPILED}

@@ -82,6 +82,7 @@ def test_a_line_is_no_deviation_and_a_bend_is():
     assert performance.fit_line([1, 2, 4, 8], [1.0, 4.0, 16.0, 64.0])["worst_percent"] > 10
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:\\d of \\d texts are kept")  # a random model, which is only timed, repeats a word
 def test_one_setting_grows_and_the_others_stay(tiny_model):
     found = performance.time_growth(

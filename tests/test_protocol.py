@@ -129,6 +129,7 @@ def test_differences_are_paired_and_summaries_follow_from_the_records(whole):
             )
 
 
+@pytest.mark.slow
 def test_the_same_seeds_give_the_same_files(model, whole, tmp_path):
     compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0, 1), output=tmp_path, progress=False)
     assert records_of(tmp_path) == records_of(whole[1])
@@ -193,6 +194,7 @@ def test_two_processes_are_usual_where_there_are_threads_for_two(model, monkeypa
     assert protocol.usual_workers(model) == workers
 
 
+@pytest.mark.slow
 def test_four_classes_go_through_every_method_with_a_head_with_bias_and_a_second_model(tiny_model, model):
     phi = tiny_model("phi", dtype=torch.float32)
     config = replace(CONFIG, synthesis=replace(CONFIG.synthesis, n_synthetic=6))
@@ -218,6 +220,7 @@ def test_four_classes_release_and_synthesize(model):
     assert found.manifest["set_match"].keys() == set(FOUR.labels)
 
 
+@pytest.mark.slow
 def test_another_model_learns_from_the_same_examples(tiny_model, model, whole, tmp_path):
     """The learner's figures are those of the same examples given to it by hand; the writer's are those without a
     learner.

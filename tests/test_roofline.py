@@ -81,6 +81,7 @@ def test_an_inner_step_is_a_few_percent_above_its_floor(deep, plan):
     assert work.operations <= done <= 1.06 * work.operations
 
 
+@pytest.mark.slow
 def test_a_projection_is_a_few_percent_above_its_floor(deep, plan):
     v, rows = torch.randn(4, 40, 32, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
     done = counted(lambda: project(deep, plan.tables, v, plan.tokens.prompts, rows, plan.decoding))

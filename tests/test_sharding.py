@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from executing import once
 
 import gradmm
 from gradmm import models, shard, sharding
@@ -56,12 +57,14 @@ def files_of(folder: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
+def alone(shared_folder) -> Path:
     """Every search by one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    for name, config in CONFIGS.items():
-        synthesize(*problem(), config, folder / name, progress=False)
-    return folder
+
+    def run(folder: Path) -> None:
+        for name, config in CONFIGS.items():
+            synthesize(*problem(), config, folder / name, progress=False)
+
+    return once(shared_folder, "alone", run)
 
 
 # ---------------------------------------------------------------- one process
@@ -110,6 +113,7 @@ def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_gives_what_python_gives(alone, tmp_path, capsys):
     release = problem()[2].save(tmp_path / "release.safetensors")
     (tmp_path / "settings.yaml").write_text(

@@ -95,6 +95,7 @@ def spread_of(model, tokens, texts) -> list[float]:
     return ((logs - logs.mean(-1, keepdim=True)).var(1).mean(0) / len(texts)).sqrt().tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
 def test_as_many_texts_are_written_as_the_preference_needs(tiny_model, monkeypatch, kind):
     monkeypatch.setattr(spaces, "CALIBRATION_TEXTS", 64)

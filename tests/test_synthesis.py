@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import KINDS
 
 import gradmm
 from gradmm.config import PRESETS, SynthesisConfig
@@ -262,7 +263,7 @@ def test_the_published_settings_run_too(setting):
     assert {len(tokens.encode(row["text"])) for row in result.dataset} - {5} == set() or result.manifest["length"] == 5
 
 
-@pytest.mark.parametrize("init", ["generated", "normal"])
+@pytest.mark.parametrize(("kind", "init"), [*((kind, "generated") for kind in KINDS), ("phi", "normal")])
 def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init):
     model = tiny_model(kind, dtype=torch.float32)
     release, config = (
@@ -270,8 +271,7 @@ def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init):
         replace(SMALL, init=init, n_synthetic=7, inner_steps=3, outer_steps=3),
     )
     runs = [
-        synthesize(model, TASK, release, replace(config, groups_per_batch=size), progress=False)
-        for size in (1, 2, 3, 6)
+        synthesize(model, TASK, release, replace(config, groups_per_batch=size), progress=False) for size in (1, 3, 6)
     ]
     for other in runs[1:]:
         assert other.dataset.to_list() == runs[0].dataset.to_list()

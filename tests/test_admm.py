@@ -219,7 +219,8 @@ def test_a_gradient_below_the_clip_is_left_as_it_is_and_one_above_it_gets_that_n
     "settings",
     [
         {"rho": 0}, {"rho": -1.0}, {"rho": math.nan}, {"rho": math.inf}, {"outer_steps": 0}, {"inner_steps": 0},
-        {"inner_steps": 2.5}, {"lr": 0}, {"clip": 0}, {"clip": -1.0},
+        {"inner_steps": 2.5}, {"lr": 0}, {"clip": 0}, {"clip": -1.0}, {"clip": math.nan}, {"rho": "0.1"},
+        {"outer_steps": True},
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(settings):

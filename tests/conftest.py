@@ -82,7 +82,7 @@ def shared_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def _configuration(kind: str, tied: bool) -> transformers.PretrainedConfig:
+def configuration_of(kind: str, tied: bool) -> transformers.PretrainedConfig:
     config = transformers.AutoConfig.for_model(kind)
     common = {
         "vocab_size": VOCABULARY,
@@ -118,7 +118,7 @@ def make_tiny_lm(kind: str, seed: int = 0, tied: bool | None = None, dtype: torc
         tied: whether the head shares the embedding's weights; None takes the family's habit.
         dtype: of the weights.
     """
-    config = _configuration(kind, kind in TIED if tied is None else tied)
+    config = configuration_of(kind, kind in TIED if tied is None else tied)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)

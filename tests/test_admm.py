@@ -37,6 +37,11 @@ def coupled(matrix, centre):
     return lambda x, ids, groups: (x.flatten(1) @ matrix.T - centre[groups]).square().sum(-1)
 
 
+def nowhere(v, groups):
+    """A projection that leaves every vector where it is."""
+    return v, torch.zeros(v.shape[:3], dtype=torch.long)
+
+
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=WIDE)
 
@@ -196,6 +201,7 @@ def test_each_groups_gradient_is_clipped_by_itself():
 
 
 def test_a_gradient_below_the_clip_is_left_as_it_is_and_one_above_it_gets_that_norm():
+    """The projection leaves x where it is, so that z = x and lam = 0 in the only step."""
     centres, handed = draw(1, 1, 2, 2), {}
     x, norms = centres + 0.1 * draw(1, 1, 2, 2, seed=1), {clip: [] for clip in (None, 1e3, 0.05)}
     for clip, seen in norms.items():
@@ -204,11 +210,11 @@ def test_a_gradient_below_the_clip_is_left_as_it_is_and_one_above_it_gets_that_n
             seen.append(self.param_groups[0]["params"][0].grad.clone())
             return own(self)
 
-        config = admm.Config(rho=0.5, inner_steps=4, lr=0.01, clip=clip)
+        config = admm.Config(rho=0.5, outer_steps=1, inner_steps=4, lr=0.01, clip=clip)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim.Adam, "step", step)
-            moved, _ = admm._minimise(lambda v: quadratic(centres)(v, None, [0]), x, x, 0 * x, config)
-        handed[clip] = (moved, torch.stack(seen))
+            result = admm.solve(quadratic(centres), nowhere, admm.start(x), config)
+        handed[clip] = (result.state.x, torch.stack(seen))
     assert torch.equal(handed[None][1], handed[1e3][1]) and torch.equal(handed[None][0], handed[1e3][0])
     free, clipped = (handed[clip][1].flatten(1).norm(dim=1) for clip in (None, 0.05))
     assert bool((free > 0.05).all()) and bool((free < 1).all())

@@ -100,14 +100,18 @@ def test_generation_writes_every_class(model, folder):
 
 
 @pytest.mark.slow
-def test_a_comparison_with_a_learner(model, tiny_model, folder):
+def test_a_comparison_with_a_learner_a_second_model_and_a_head_with_bias(model, tiny_model, folder):
     task, data = gradmm.load_data(folder)
     sampling = Sampling(temperature=4.0, max_tokens=16, min_tokens=4, shots=1, rounds=40)
     config = ComparisonConfig(
         n_real=8, synthesis=SYNTHESIS, finetuning=TUNING, sampling=sampling, similarity_steps=(0,)
     )
-    learner = tiny_model("gpt2", dtype=torch.float32)
-    found = compare(model, task, data, config, seeds=(0,), progress=False, learners=(learner,))
+    phi, learner = (tiny_model(kind, dtype=torch.float32) for kind in ("phi", "gpt2"))
+    found = compare(phi, task, data, config, seeds=(0,), progress=False, learners=(learner,), second=model)
+    sizes = {"none": 0, "all_real": len(data.train)}
+    assert {name: row["n"] for name, row in found.methods.items()} == {n: sizes.get(n, 8) for n in baselines.METHODS}
+    assert all(row["second_perplexity"] > 1 for name, row in found.methods.items() if name != "none")
+    assert {label for record in found.records for label in record["predictions"]} <= {0, 1, 2, 3}
     for view in (found, found.on(learner.name)):
         assert set(view.methods) == set(baselines.METHODS) and all(
             0 <= m["macro_f1"] <= 1 for m in view.methods.values()

@@ -117,11 +117,6 @@ def test_neighbouring_series_differ_without_colour():
     assert len(set(plots.MARKERS)) == len(plots.MARKERS) and len(set(plots.COLOURS)) == len(plots.COLOURS)
 
 
-def test_text_in_tables_is_escaped():
-    html = plots.table([{"text": "<script>alert(1)</script>", "match_loss": 0.12345}]).to_html()
-    assert "<script>" not in html and "&lt;script&gt;" in html and "0.123" in html
-
-
 def test_bands_have_a_panel_for_each_quantity_and_no_band_of_one_run():
     frame = pandas.DataFrame({"mean": [0.5, 0.6], "std": [0.1, float("nan")]}, index=[5, 20])
     left, right = plots.bands({"accuracy": {"a": frame, "b": frame}, "loss": {"a": frame}}, "examples").axes

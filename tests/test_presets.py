@@ -70,6 +70,11 @@ def test_every_notebook_has_a_preset(preset):
     )
 
 
+@pytest.mark.parametrize("path", sorted(PARAMS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_sweep_goes_over_parameters_that_exist(path):
+    assert set(files.read_parameters(path)) <= set().union(*map(defaults, NOTEBOOKS))
+
+
 def test_the_readme_names_every_preset():
     text = (PARAMS / "README.md").read_text(encoding="utf-8")
     assert not [path.name for path in PARAMS.iterdir() if path.is_dir() and f"`{path.name}`" not in text]

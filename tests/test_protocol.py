@@ -19,7 +19,7 @@ from gradmm.config import FinetuneConfig, SynthesisConfig
 from gradmm.data import Example, Splits, content_hash, refuse_overlap
 from gradmm.errors import UserError
 from gradmm.evaluation import perplexity
-from gradmm.experiments import baselines, metrics, protocol
+from gradmm.experiments import metrics, protocol
 from gradmm.experiments import seed_run as trial_room
 from gradmm.experiments.baselines import METHODS, random_directions
 from gradmm.experiments.metrics import MEASURES, longest_shared_spans, similarities, words
@@ -192,32 +192,6 @@ def test_two_processes_are_usual_where_there_are_threads_for_two(model, monkeypa
     assert protocol.usual_workers(model) == 1
     monkeypatch.setattr(protocol, "memory_bytes", lambda: None)
     assert protocol.usual_workers(model) == workers
-
-
-@pytest.mark.slow
-def test_four_classes_go_through_every_method_with_a_head_with_bias_and_a_second_model(tiny_model, model):
-    phi = tiny_model("phi", dtype=torch.float32)
-    config = replace(CONFIG, synthesis=replace(CONFIG.synthesis, n_synthetic=6))
-    found = compare(phi, FOUR, splits_of(FOUR), config, seeds=(0,), progress=False, second=model)
-    sizes = {"none": 0, "all_real": 80, "real": 8}
-    assert {name: figures["n"] for name, figures in found.methods.items()} == {
-        name: sizes.get(name, 6) for name in METHODS
-    }
-    assert all(figures["second_perplexity"] > 1 for name, figures in found.methods.items() if name != "none")
-    assert {label for record in found.records for label in record["predictions"]} <= {0, 1, 2, 3}
-
-
-def test_four_classes_release_and_synthesize(model):
-    real = toy(FOUR, 0, 3)
-    found = gradmm.synthesize(
-        model,
-        FOUR,
-        gradmm.release(model, FOUR, real, space="head"),
-        replace(CONFIG.synthesis, n_synthetic=8),
-        progress=False,
-    )
-    assert sorted(found.kept["label"]) == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert found.manifest["set_match"].keys() == set(FOUR.labels)
 
 
 @pytest.mark.slow
@@ -406,9 +380,7 @@ def test_generated_texts_pass_gradmm_s_own_filter_and_repeat_no_shot(model):
 
 def test_shots_that_do_not_fit_the_context_become_fewer(model):
     config = replace(CONFIG, sampling=replace(CONFIG.sampling, shots=40))
-    assert 1 <= baselines._fitting(SeedRun(bench_of(model, config=config), 0)).shots < 40
     assert len(METHODS["few_shot"](SeedRun(bench_of(model, config=config), 0))) == 4
-    assert baselines._fitting(SeedRun(bench_of(model), 0)).shots == 1
 
 
 def test_no_method_sees_the_test_set(model):

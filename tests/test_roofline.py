@@ -37,7 +37,7 @@ def counted(call) -> int:
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "phi"])
 def deep(request) -> Model:
-    config = conftest._configuration(request.param, request.param in conftest.TIED)
+    config = conftest.configuration_of(request.param, request.param in conftest.TIED)
     config.num_hidden_layers = DEEP
     torch.manual_seed(0)
     lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double()

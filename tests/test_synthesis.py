@@ -283,22 +283,6 @@ def _sorted(history):
     return history.drop(columns="seconds").sort_values(["group", "step"], ignore_index=True)
 
 
-def test_a_group_that_stops_changes_no_byte_of_the_others(setting, monkeypatch):
-    model, task, release = setting
-    whole = synthesize(model, task, release, SMALL, progress=False)
-    sound = Matching.of_vectors
-    monkeypatch.setattr(
-        Matching,
-        "of_vectors",
-        lambda self, x, ids, classes: sound(self, x, ids, classes).where(classes == 1, torch.nan),
-    )
-    with pytest.warns(UserWarning, match="2 of 4 texts are kept: .*empty 4"):
-        without = synthesize(model, task, release, SMALL, progress=False)
-    assert len(without.history) < len(whole.history)
-    ours, theirs = (_sorted(run.history[run.history["label"] == "good"]) for run in (without, whole))
-    assert ours.equals(theirs)
-
-
 def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
     model, task, release = setting
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda *_: pytest.fail("memory was asked for"))
@@ -333,8 +317,11 @@ def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
     assert [result.kept["label"].count(label) for label in range(4)] == [2, 2, 1, 1]
 
 
-def test_a_group_without_a_finite_loss_is_reported_and_its_texts_dropped(setting, monkeypatch):
+def test_a_group_without_a_finite_loss_is_reported_its_texts_dropped_and_no_byte_of_the_others_changed(
+    setting, monkeypatch
+):
     model, task, release = setting
+    whole = synthesize(model, task, release, SMALL, progress=False)
     sound = Matching.of_vectors
     monkeypatch.setattr(
         Matching,
@@ -346,6 +333,9 @@ def test_a_group_without_a_finite_loss_is_reported_and_its_texts_dropped(setting
     reasons = {row["label"]: row["reason"] for row in result.manifest["groups_ended"]}
     assert reasons["bad"].startswith("non-finite") and reasons["good"].startswith("step limit")
     assert [row["reason"] for row in result.dataset if row["label"] == 0] == ["dropped: the text is empty"] * 4
+    assert len(result.history) < len(whole.history)
+    ours, theirs = (_sorted(run.history[run.history["label"] == "good"]) for run in (result, whole))
+    assert ours.equals(theirs)
 
 
 UNREADABLE = {
@@ -401,14 +391,6 @@ def test_a_chat_without_a_template_is_refused_before_writing(setting, search):
     model, task, release = setting
     with pytest.raises(UserError, match="prompt_style = 'chat', but this model's tokenizer has no chat template"):
         synthesize(model, replace(task, prompt_style="chat"), release, replace(SMALL, search=search), progress=False)
-
-
-def test_private_text_is_refused_where_a_release_belongs(setting):
-    model, task, release = setting
-    with pytest.raises(
-        UserError, match="given list where a Release belongs: real texts enter through gradmm.release alone"
-    ):
-        synthesize(model, task, REAL, SMALL, progress=False)
 
 
 def test_a_release_of_another_model_or_task_is_refused(setting, tiny_model):

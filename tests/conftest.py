@@ -85,16 +85,10 @@ def shared_folder(tmp_path_factory) -> Path:
 def configuration_of(kind: str, tied: bool) -> transformers.PretrainedConfig:
     config = transformers.AutoConfig.for_model(kind)
     common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "max_position_embeddings": CONTEXT,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
+        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
         "tie_word_embeddings": tied,
-    }
+    }  # fmt: skip
     special = {
         "gpt2": {"n_inner": 2 * WIDTH, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
         "opt": {"ffn_dim": 2 * WIDTH, "word_embed_proj_dim": WIDTH, "dropout": 0.0},

@@ -68,10 +68,8 @@ def test_an_unknown_preset_is_refused_and_a_base_is_called_after_a_preset_that_i
     base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, seed=5))
     with pytest.raises(UserError, match="'Paper' is not known: did you mean paper"):
         changed(base, "preset", "Paper")
-    assert (
-        value_of(base, "preset") == "pool"
-        and value_of(replace(base, synthesis=replace(base.synthesis, top_k=3)), "preset") == "the base"
-    )
+    assert value_of(base, "preset") == "pool"
+    assert value_of(replace(base, synthesis=replace(base.synthesis, top_k=3)), "preset") == "the base"
 
 
 def test_settings_are_compared_with_the_base_by_seed():

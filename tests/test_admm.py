@@ -107,12 +107,9 @@ def test_the_golden_trajectory(clip):
         lam = lam + 0.5 * (new - z)
         gradient = 2 * (new - centres)
         expected = {
-            "match_x": f(new, ids, [0]),
-            "match_z": f(z, ids, [0]),
-            "primal": (new - z).norm(),
-            "dual": (0.5 * (new - x)).norm(),
-            "stationarity": (gradient + lam).norm(),
-        }
+            "match_x": f(new, ids, [0]), "match_z": f(z, ids, [0]), "primal": (new - z).norm(),
+            "dual": (0.5 * (new - x)).norm(), "stationarity": (gradient + lam).norm(),
+        }  # fmt: skip
         x = new
         assert {name: row[name] for name in expected} == pytest.approx(
             {k: float(v) for k, v in expected.items()}, rel=1e-4
@@ -409,17 +406,11 @@ def test_what_is_made_lies_where_x_lies():
 
 def test_a_group_stops_at_its_limits_and_not_before():
     row = {
-        "match_x": 1.0,
-        "match_z": 1.0,
-        "primal": 0.2,
-        "dual": 0.1,
-        "inner_gradient": 1.0,
-        "stationarity": 1.0,
+        "match_x": 1.0, "match_z": 1.0, "primal": 0.2, "dual": 0.1, "inner_gradient": 1.0, "stationarity": 1.0,
         "step": 3,
-    }
-    assert admm._reason(row, admm.Config()) == "" and admm._reason(
-        row, admm.Config(outer_steps=3)
-    ) == admm.STEP_LIMIT.format(3)
+    }  # fmt: skip
+    assert admm._reason(row, admm.Config()) == ""
+    assert admm._reason(row, admm.Config(outer_steps=3)) == admm.STEP_LIMIT.format(3)
     for name in ("match_x", "match_z", "primal", "inner_gradient", "stationarity"):
         assert admm._reason(row | {name: math.nan}, admm.Config()) == admm.NON_FINITE.format(3)
 

@@ -58,10 +58,7 @@ def test_true_claims_are_refuted_no_more_often_than_the_confidence_allows(epsilo
     assert sum(result.correct for result in audits) > 0.5 * sum(result.guesses for result in audits)
 
 
-BROKEN = {
-    "half the noise": {"sigma": 0.5},
-    "a clip that is twice as long": {"clip": 2.0},
-}
+BROKEN = {"half the noise": {"sigma": 0.5}, "a clip that is twice as long": {"clip": 2.0}}
 
 
 @pytest.mark.parametrize("relation", mechanism.RELATIONS)

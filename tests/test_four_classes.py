@@ -30,17 +30,9 @@ generation_prompts: ["", "a", "one cat", "in"]
 min_words: 1
 """
 SYNTHESIS = SynthesisConfig(
-    search="admm",
-    ranking="text",
-    oversample=2.0,
-    n_synthetic=8,
-    group_size=2,
-    outer_steps=2,
-    inner_steps=2,
-    top_k=5,
-    init_candidates=2,
-    length=6,
-)
+    search="admm", ranking="text", oversample=2.0, n_synthetic=8, group_size=2, outer_steps=2, inner_steps=2, top_k=5,
+    init_candidates=2, length=6,
+)  # fmt: skip
 TUNING = FinetuneConfig(steps=4, batch_size=8, learning_rates=(1e-2,), eval_every=2, warmup=1)
 
 
@@ -113,9 +105,8 @@ def test_a_comparison_with_a_learner_a_second_model_and_a_head_with_bias(model, 
     assert all(row["second_perplexity"] > 1 for name, row in found.methods.items() if name != "none")
     assert {label for record in found.records for label in record["predictions"]} <= {0, 1, 2, 3}
     for view in (found, found.on(learner.name)):
-        assert set(view.methods) == set(baselines.METHODS) and all(
-            0 <= m["macro_f1"] <= 1 for m in view.methods.values()
-        )
+        assert set(view.methods) == set(baselines.METHODS)
+        assert all(0 <= m["macro_f1"] <= 1 for m in view.methods.values())
         assert view.methods["real"]["match_loss"] == pytest.approx(0, abs=1e-5)
 
 

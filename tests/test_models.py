@@ -302,12 +302,9 @@ def padded(model, sequence: list[int], places: list[int], length: int):
 
 
 PLACES = {
-    "left": [3, 4, 5, 6, 7],
-    "middle": [0, 1, 2, 6, 7],
-    "before the last": [0, 1, 2, 3, 7],
-    "scattered": [1, 2, 4, 6, 7],
-    "after the first": [0, 4, 5, 6, 7],
-}
+    "left": [3, 4, 5, 6, 7], "middle": [0, 1, 2, 6, 7], "before the last": [0, 1, 2, 3, 7],
+    "scattered": [1, 2, 4, 6, 7], "after the first": [0, 4, 5, 6, 7],
+}  # fmt: skip
 
 
 def assert_padding_changes_nothing(model, tolerance: float):
@@ -333,17 +330,12 @@ def test_padding_anywhere_changes_nothing(tiny_model, kind):
 
 
 FAMILIES = {
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "falcon": {"num_kv_heads": 4},
-    "gemma": {},
-    "gemma3_text": {},
-    "mistral": {},
+    "bloom": {"n_layer": 2, "n_head": 4}, "falcon": {"num_kv_heads": 4}, "gemma": {}, "gemma3_text": {}, "mistral": {},
     "mixtral": {"num_local_experts": 4},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
-    "phi3": {},
-    "qwen3": {},
+    "phi3": {}, "qwen3": {},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
+}  # fmt: skip
 
 
 class Widened(TorchFunctionMode):
@@ -567,12 +559,9 @@ def test_an_encoder_decoder_is_refused(tmp_path, toy_tokenizer):
 
 
 NOT_AFFINE = {
-    "granite": {"logits_scaling": 8.0},
-    "granite slightly": {"logits_scaling": 1.01},
-    "gemma2": {"final_logit_softcapping": 30.0},
-    "cohere": {"logit_scale": 0.0625},
-    "bert": {},
-}
+    "granite": {"logits_scaling": 8.0}, "granite slightly": {"logits_scaling": 1.01},
+    "gemma2": {"final_logit_softcapping": 30.0}, "cohere": {"logit_scale": 0.0625}, "bert": {},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -176,12 +176,10 @@ def test_every_name_comes_from_its_room_and_only_what_is_asked_for_is_imported()
 @pytest.mark.parametrize(
     ("given", "spins"),
     [
-        ({}, "10000"),
-        ({"GOMP_SPINCOUNT": "7"}, "7"),
-        ({"OMP_WAIT_POLICY": "PASSIVE"}, None),
+        ({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None),
         ({"OMP_NUM_THREADS": "1"}, "10000"),
     ],
-)
+)  # fmt: skip
 def test_waiting_threads_are_bounded_before_torch_is_imported_unless_someone_has_decided(given, spins):
     script = "import sys, os, gradmm; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
     environment = {

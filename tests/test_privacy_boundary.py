@@ -24,16 +24,9 @@ from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
 CONFIG = SynthesisConfig(
-    search="admm",
-    ranking="text",
-    oversample=2.0,
-    n_synthetic=4,
-    group_size=2,
-    outer_steps=2,
-    inner_steps=2,
-    top_k=5,
+    search="admm", ranking="text", oversample=2.0, n_synthetic=4, group_size=2, outer_steps=2, inner_steps=2, top_k=5,
     init_candidates=2,
-)
+)  # fmt: skip
 PRIVATE = {"epsilon": 1.0, "delta": 1e-5, "length": 5}
 CLOCKS = {"clock"}
 # Counts and mean lengths that nothing else in a run comes to: 31 + 47 and 59 + 43 texts.

@@ -183,10 +183,8 @@ def test_prompts_are_read_where_the_model_is_and_with_a_mask_only_if_they_differ
 
 def test_text_mask():
     ids = torch.tensor([[5, 0, 7], [0, 0, 0], [1, 2, 3]])
-    assert (
-        text_mask(ids, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]]
-        and text_mask(ids, None).tolist() == [[1] * 3] * 3
-    )
+    assert text_mask(ids, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]]
+    assert text_mask(ids, None).tolist() == [[1] * 3] * 3
 
 
 def test_bad_settings_are_one_sentence(tiny_model):

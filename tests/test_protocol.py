@@ -35,31 +35,19 @@ from gradmm.tasks import Task, tokenize_task
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
 FOUR = Task(
-    "four",
-    ("a", "b", "c", "d"),
-    (" world", " sports", " business", " text"),
-    "{text} this is",
+    "four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is",
     ("", "a:", "the cat:", "in:"),
-)
+)  # fmt: skip
 CONFIG = ComparisonConfig(
     n_real=8,
     synthesis=SynthesisConfig(
-        search="admm",
-        ranking="text",
-        n_synthetic=4,
-        oversample=1.5,
-        group_size=2,
-        outer_steps=2,
-        inner_steps=2,
-        top_k=5,
-        init_candidates=2,
-        length=5,
+        search="admm", ranking="text", n_synthetic=4, oversample=1.5, group_size=2, outer_steps=2, inner_steps=2,
+        top_k=5, init_candidates=2, length=5,
     ),
     finetuning=FinetuneConfig(steps=4, batch_size=4, learning_rates=(3e-3, 1e-2), eval_every=2, warmup=1),
     sampling=Sampling(temperature=4.0, max_tokens=16, min_tokens=4, shots=1, rounds=40),
-    max_test=8,
-    similarity_steps=(0, 2),
-)
+    max_test=8, similarity_steps=(0, 2),
+)  # fmt: skip
 
 
 def splits_of(task: Task) -> Splits:
@@ -94,9 +82,8 @@ def test_every_method_has_its_budget_and_its_figures(whole):
     }
     for name, figures in found.methods.items():
         assert len(figures["accuracy"]["runs"]) == 2 and 0 <= figures["macro_f1"] <= 1
-        assert (figures["match_loss"] is None) == (name == "none") and set(figures["similarity"]) == (
-            {"0", "2"} if name != "none" else set()
-        )
+        assert (figures["match_loss"] is None) == (name == "none")
+        assert set(figures["similarity"]) == ({"0", "2"} if name != "none" else set())
         assert (figures["minus_gradmm"] is None) == (name == "gradmm")
     assert len(found.labels) == 8 and len(found.table()) == len(METHODS)
     json.dumps(found.methods, allow_nan=False)
@@ -123,10 +110,8 @@ def test_differences_are_paired_and_summaries_follow_from_the_records(whole):
         assert list(figures["accuracy"]["runs"]) == pytest.approx(runs)
         if name != "gradmm":
             gap, own = figures["minus_gradmm"], found.methods["gradmm"]["accuracy"]
-            assert (
-                gap["mean"] == pytest.approx(figures["accuracy"]["mean"] - own["mean"])
-                and gap["low"] <= gap["mean"] <= gap["high"]
-            )
+            assert gap["mean"] == pytest.approx(figures["accuracy"]["mean"] - own["mean"])
+            assert gap["low"] <= gap["mean"] <= gap["high"]
 
 
 @pytest.mark.slow
@@ -338,9 +323,8 @@ def test_matched_real_examples_are_unseen_real_ones_that_match_together(model):
     )
     trial = SeedRun(bench_of(model, config=config), 0)
     chosen = METHODS["matched_real"](trial)
-    assert [e.label for e in chosen] == [0, 0, 1, 1] and set(chosen) <= set(trial.experiment.splits.train) - set(
-        trial.real
-    )
+    assert [e.label for e in chosen] == [0, 0, 1, 1]
+    assert set(chosen) <= set(trial.experiment.splits.train) - set(trial.real)
     matching = Matching(model, tokenize_task(TWO, model.tokenizer), trial.release.targets, trial.release.space)
     sets = [chosen, *(METHODS["random"](SeedRun(trial.experiment, seed)) for seed in range(5))]
     best, *others = [sum(matching.of_sets([e.text for e in some], [e.label for e in some])) for some in sets]
@@ -413,9 +397,8 @@ def test_curves_verdicts_and_where_two_methods_part(whole):
     assert curve.loc[2, "mean"] == pytest.approx(sum(look["validation_loss"] for look in rows) / 2)
     assert found.divergence("real", "real", "validation_loss", rate) is None
     assert found.divergence("real", "gradmm", "validation_loss", rate) in (None, 2, 4)
-    assert "gradmm (" in found.verdict("gradmm", "none") and " cannot be told from gradmm" in found.verdict(
-        "gradmm", "gradmm"
-    )
+    assert "gradmm (" in found.verdict("gradmm", "none")
+    assert " cannot be told from gradmm" in found.verdict("gradmm", "gradmm")
     known = Comparison(TWO, (0, 1) * 50, [{"method": m, "seed": 0, "n": 0, "accuracy": a, "macro_f1": a,
         "similarity": {},
         "predictions": p, "curve": [], **dict.fromkeys(MEASURES)} for m, a,
@@ -429,11 +412,9 @@ def test_curves_verdicts_and_where_two_methods_part(whole):
     [
         ({"methods": ("gradm",)}, r"\['gradm'\] are not known: use some of none, all_real"),
         ({"methods": ("none", "none")}, "names one twice"),
-        ({"seeds": (1, 1)}, "they must differ"),
-        ({"seeds": ()}, "at least one"),
-        ({"workers": 0}, "workers = 0"),
+        ({"seeds": (1, 1)}, "they must differ"), ({"seeds": ()}, "at least one"), ({"workers": 0}, "workers = 0"),
     ],
-)
+)  # fmt: skip
 def test_misuse_is_one_sentence(model, options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         compare(model, TWO, splits_of(TWO), CONFIG, **options, output=tmp_path / "run", progress=False)

@@ -35,12 +35,9 @@ def test_two_processes_write_what_one_writes(tiny_model, tmp_path):
     alone = search(plans[0], folders[0], ProcessGroup(), False, None)
     calls = [lambda processes, i=i: search(plans[i], folders[i], processes, False, None) for i in (1, 2)]
     for found in together(*calls):
-        assert (found.texts, found.classes, found.groups, found.ended) == (
-            alone.texts,
-            alone.classes,
-            alone.groups,
-            alone.ended,
-        )
+        assert (
+            found.texts, found.classes, found.groups, found.ended,
+        ) == (alone.texts, alone.classes, alone.groups, alone.ended)  # fmt: skip
         assert found.history.drop(columns="seconds").equals(alone.history.drop(columns="seconds"))
 
 

@@ -33,18 +33,9 @@ LANGUAGE = {"transformers", "tokenizers", "datasets"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 PARALLEL = {"experiments/batch": {"joblib"}}  # joblib to share work between processes, never to load or dump
 UNSAFE_CALLS = {
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "torch.load",
-    "joblib.load",
-    "joblib.dump",
-    "pandas.read_pickle",
-    "pd.read_pickle",
-    "yaml.load",
-    "os.system",
-}
+    "eval", "exec", "compile", "__import__", "torch.load", "joblib.load", "joblib.dump", "pandas.read_pickle",
+    "pd.read_pickle", "yaml.load", "os.system",
+}  # fmt: skip
 MACHINE_PATH = re.compile(r"(?<![\w.:/~$}<-])/(?:work|root|home|Users|tmp)/[\w.]|\b[A-Z]:\\Users\\")
 
 

@@ -32,17 +32,9 @@ TEXTS = {
 }
 REAL = [{"text": text, "label": label} for label, texts in TEXTS.items() for text in texts]
 SMALL = SynthesisConfig(
-    search="admm",
-    ranking="text",
-    n_synthetic=4,
-    oversample=1.5,
-    group_size=2,
-    outer_steps=2,
-    inner_steps=2,
-    top_k=5,
-    init_candidates=2,
-    length=5,
-)
+    search="admm", ranking="text", n_synthetic=4, oversample=1.5, group_size=2, outer_steps=2, inner_steps=2, top_k=5,
+    init_candidates=2, length=5,
+)  # fmt: skip
 CLOCKS = {"clock"}
 
 
@@ -63,15 +55,8 @@ def test_a_run_gives_texts_history_and_manifest(setting, tmp_path):
     model, task, release = setting
     result = synthesize(model, task, release, SMALL, tmp_path / "run", progress=False)
     assert result.dataset.column_names == [
-        "text",
-        "label",
-        "label_name",
-        "match_loss",
-        "perplexity",
-        "group",
-        "kept",
-        "reason",
-    ]
+        "text", "label", "label_name", "match_loss", "perplexity", "group", "kept", "reason",
+    ]  # fmt: skip
     assert len(result.dataset) == 8 and len(result.kept) == 4 and result.kept["label"].count(0) == 2
     assert all(row["reason"].startswith("kept" if row["kept"] else "dropped") for row in result.dataset)
     assert set(result.history.columns) >= {
@@ -80,9 +65,8 @@ def test_a_run_gives_texts_history_and_manifest(setting, tmp_path):
     }  # fmt: skip
     assert len(result.history) == 2 * 4
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert (
-        manifest["status"] == "complete" and manifest["config"]["seed"] == 0 and manifest["release"]["private"] is False
-    )
+    assert manifest["status"] == "complete" and manifest["config"]["seed"] == 0
+    assert manifest["release"]["private"] is False
     assert manifest["clock"]["peak_memory"]["process"] > 0 and manifest["versions"]["torch"] == torch.__version__
     rows = [json.loads(line) for line in (tmp_path / "run" / "synthetic.jsonl").read_text().splitlines()]
     assert rows == result.dataset.to_list()
@@ -415,15 +399,11 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
     [
         ({"n_synthetic": 0}, "n_synthetic = 0, it must be a whole number of at least 1"),
         ({"n_synthetic": 1}, "n_synthetic = 1, but 2 classes need one text each"),
-        ({"n_synthetic": 2.5}, "n_synthetic = 2.5"),
-        ({"group_size": 0}, "group_size = 0"),
+        ({"n_synthetic": 2.5}, "n_synthetic = 2.5"), ({"group_size": 0}, "group_size = 0"),
         ({"oversample": 0.5}, "oversample = 0.5, it must be at least 1"),
         ({"rho": 0}, "rho = 0, it must be a finite number above 0"),
-        ({"rho": -0.1}, "rho = -0.1"),
-        ({"inner_steps": 0}, "inner_steps = 0"),
-        ({"outer_steps": 0}, "outer_steps = 0"),
-        ({"lr": 0.0}, "lr = 0.0"),
-        ({"top_k": 0}, "top_k = 0"),
+        ({"rho": -0.1}, "rho = -0.1"), ({"inner_steps": 0}, "inner_steps = 0"), ({"outer_steps": 0}, "outer_steps = 0"),
+        ({"lr": 0.0}, "lr = 0.0"), ({"top_k": 0}, "top_k = 0"),
         ({"top_k": 5000}, "top_k = 5000, it must be from 1 to the"),
         ({"projection": "beam"}, "projection 'beam' is not known: use one of"),
         ({"init": "zeros"}, "init 'zeros' is not known: use one of generated, normal"),
@@ -438,7 +418,7 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
         ({"groups_per_batch": 0}, "groups_per_batch = 0"),
         ({"search": "best"}, "the search 'best' is not known: use one of admm, pool"),
     ],
-)
+)  # fmt: skip
 def test_bad_settings_are_one_sentence_and_nothing_is_written(setting, tmp_path, settings, message):
     model, task, release = setting
     with pytest.raises(UserError) as caught:

@@ -150,9 +150,7 @@ def make_toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_lm():
-    """The factory `tiny_lm(kind, seed=0, tied=None, dtype=torch.float64)` of transformers models, see
-    `make_tiny_lm`.
-    """
+    """The factory `tiny_lm(kind, seed=0, tied=None, dtype=torch.float64)`, see `make_tiny_lm`."""
     return make_tiny_lm
 
 

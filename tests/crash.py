@@ -102,9 +102,7 @@ def finish(child: int) -> None:
 
 
 def kill(child: int, after: float | None) -> bool:
-    """Kill a run and all that it started, after some seconds or when it has killed itself; whether it had not
-    ended before.
-    """
+    """Kill a run and all that it started, after some seconds or when it has; whether it had not ended before."""
     if after is not None:
         time.sleep(after)
         os.kill(child, signal.SIGKILL)

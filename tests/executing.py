@@ -1,6 +1,4 @@
-"""Notebooks executed and the book built for the tests: once, whatever the number of tests and worker processes
-that ask.
-"""
+"""Notebooks executed and the book built for the tests: once, whoever and however many ask."""
 
 import importlib.util
 import os
@@ -119,9 +117,7 @@ def build(root: Path) -> Path:
 
 
 def smoke_book(shared: Path) -> Path:
-    """The folder of the built pages: those of `make book` where they are current, else built here from the smoke
-    runs.
-    """
+    """The folder of the built pages: those of `make book` where they are current, else of the smoke runs."""
     if is_current():
         return BUILT
 

@@ -31,9 +31,7 @@ def nearest(codes):
 
 
 def coupled(matrix, centre):
-    """A convex quadratic that couples the positions: f(x) = ||M vec(x) - centre||^2, so nearest-by-position is not
-    optimal.
-    """
+    """A convex quadratic that couples the positions, ||M vec(x) - centre||^2; the nearest by position is not best."""
     return lambda x, ids, groups: (x.flatten(1) @ matrix.T - centre[groups]).square().sum(-1)
 
 
@@ -87,9 +85,7 @@ def test_a_convex_set_is_solved_to_its_known_optimum_with_vanishing_residuals():
 
 @pytest.mark.parametrize("clip", [1.0, 0.25])
 def test_the_golden_trajectory(clip):
-    """Guards order, signs and scaling of the three updates. It may change only with a deliberate change of
-    algorithm.
-    """
+    """Guards order, signs and scaling of the updates. It may change only with a deliberate change of algorithm."""
     centres, codes = draw(1, 1, 2, 2), draw(5, 2, seed=3)
     config = admm.Config(rho=0.5, outer_steps=4, inner_steps=5, lr=0.1, clip=clip)
     result = admm.solve(quadratic(centres), nearest(codes), admm.start(draw(1, 1, 2, 2, seed=4)), config)

@@ -1,6 +1,4 @@
-"""The benchmarks run at the shape tiny, and what they write is what they say; how fast, only a quiet machine can
-tell.
-"""
+"""The benchmarks run at the shape tiny and write what they say; how fast, only a quiet machine can tell."""
 
 import math
 

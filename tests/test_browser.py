@@ -1,6 +1,4 @@
-"""The built pages as a reader sees them: a real browser opens each from disk, without a network, wide and narrow,
-light and dark.
-"""
+"""The built pages as a real browser shows them from disk, without a network, wide and narrow, light and dark."""
 
 import ast
 import importlib

@@ -1,6 +1,4 @@
-"""Every command line of the README, the book and the presets' README, in the order in which a reader types them,
-in one folder.
-"""
+"""Every command line of the README, the book and the presets' README, in a reader's order and in one folder."""
 
 import os
 import re

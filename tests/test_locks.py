@@ -1,6 +1,4 @@
-"""One run at a time in an output folder: the second is refused, a killed one keeps nobody out, nothing is left
-behind.
-"""
+"""One run at a time in an output folder: the second is refused, a killed one keeps nobody out, nothing is left."""
 
 import errno
 import os

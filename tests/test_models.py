@@ -123,9 +123,7 @@ def test_a_model_in_memory_has_a_fingerprint_of_its_weights(tiny_lm, toy_tokeniz
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A local copy of the hub's cache; `hub(id)` gives the folder of a model's snapshot. Nothing else can be
-    reached.
-    """
+    """A local copy of the hub's cache, and nothing else; `hub(id)` gives the folder of a model's snapshot."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 

@@ -1,6 +1,4 @@
-"""What a fresh machine relies on: declared dependencies, the wheel's contents, the commands that the README
-promises.
-"""
+"""What a fresh machine relies on: dependencies, the wheel's contents, the commands that the README promises."""
 
 import ast
 import importlib.metadata
@@ -32,9 +30,7 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def distributions_imported(folder: str, without: str = "") -> set[str]:
-    """The installed distributions behind a folder's imports, the standard library, local files and one file left
-    out.
-    """
+    """The installed distributions behind a folder's imports, the standard library and local files left out."""
     modules = set()
     for path in (path for path in (ROOT / folder).rglob("*.py") if path.stem != without):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

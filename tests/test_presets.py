@@ -1,6 +1,4 @@
-"""The presets: they name parameters that exist, with values of the kind the notebook expects, and the paper's name
-all.
-"""
+"""The presets name parameters that exist, with values of the kind that is expected, and the paper's name all."""
 
 import ast
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""What is not in the Release is not in anything that is written: two private data sets with one Release leave the
-same bytes.
-"""
+"""What is not in the Release is in nothing that is written: two private sets, one Release, the same bytes."""
 
 import json
 import logging

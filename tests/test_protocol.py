@@ -1,6 +1,4 @@
-"""The comparison: every method at its budget, the controls know what they should, and a run is a function of its
-seeds.
-"""
+"""The comparison: methods at their budget, controls that know what they should, runs that follow from seeds."""
 
 import json
 import os
@@ -181,9 +179,7 @@ def test_two_processes_are_usual_where_there_are_threads_for_two(model, monkeypa
 
 @pytest.mark.slow
 def test_another_model_learns_from_the_same_examples(tiny_model, model, whole, tmp_path):
-    """The learner's figures are those of the same examples given to it by hand; the writer's are those without a
-    learner.
-    """
+    """The learner's figures are those by hand of the same examples; the writer's those without a learner."""
     names, learner = ("none", "real", "gradmm"), tiny_model("gpt2", dtype=torch.float32)
     found = compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False, learners=(learner,))
     varying = {"settings": None, "elsewhere": None}

@@ -27,9 +27,7 @@ REAL = [Example("a dull plot " * 4, 0), Example("a fine film " * 4, 1), Example(
 
 
 def counted(call) -> int:
-    """Operations of the products of one call; attention by products too, because the counter knows no CPU kernel
-    of it.
-    """
+    """Operations of the products of one call; attention by products too, as the counter knows no CPU kernel of it."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops()

@@ -1,6 +1,4 @@
-"""Nothing gets in: words of others are shown and not obeyed, no name leaves the output folder, nothing calls the
-network.
-"""
+"""Nothing gets in: words of others are shown and not obeyed, and no name leaves the output folder."""
 
 import random
 from dataclasses import replace

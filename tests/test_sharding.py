@@ -255,9 +255,7 @@ def environment() -> dict[str, str]:
 
 
 def accelerated(folder: Path, mode: str) -> subprocess.CompletedProcess:
-    """Two processes on the CPU; `--multi_gpu` is what accelerate calls its launcher of several processes (`--cpu`
-    starts one).
-    """
+    """Two processes on the CPU; `--multi_gpu` is accelerate's launcher of several processes (`--cpu` starts one)."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
         "1",

@@ -1,6 +1,4 @@
-"""The pipeline: the same bytes again, after a kill and a resume; a reason for every text; one sentence for every
-misuse.
-"""
+"""The pipeline: the same bytes again, also after a kill; a reason for every text; one sentence for every misuse."""
 
 import copy
 import json

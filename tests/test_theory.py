@@ -1,6 +1,4 @@
-"""The constants, the bounds and the two views of a Gaussian release, each against something that does not share
-their code.
-"""
+"""The constants, the bounds and the two views of a Gaussian release, each against what does not share its code."""
 
 import math
 

@@ -87,9 +87,7 @@ def literal_bytes(tokenizer, token: int) -> bytes:
 
 
 def can_be_completed(some: bytes) -> bool:
-    """Whether some bytes are whole printable characters but for a beginning of one: all ends of up to three bytes
-    are tried.
-    """
+    """Whether some bytes are printable characters but for a beginning of one: ends of up to three bytes are tried."""
     for tail in (b"", b"\x80", b"\xa5", b"\xbf", *(bytes([a, b]) for a in (0x80, 0x90, 0xA5, 0xBF) for b in (0x80,
         0xBF)),
                  *(bytes([a, 0xA0, b]) for a in (0x90, 0x9F, 0xA0, 0xBF) for b in (0x80, 0x9F))):  # fmt: skip

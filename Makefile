@@ -10,7 +10,10 @@ WORKERS := 3
 # Begun first where no earlier run says how long each takes, so that no core waits for the last one.
 LONGEST := $(addprefix notebooks/,05-ablations.ipynb 03-finetuning.ipynb 08-paper.ipynb)
 
-.PHONY: quickstart test test-oldest coverage mutants lint lab book clean
+# Where both runs of `make test-all` find the notebooks that the first of them has executed.
+SHARED := $(abspath .pytest_cache/shared)
+
+.PHONY: quickstart test test-all test-oldest coverage mutants lint lab book clean
 .DELETE_ON_ERROR:
 
 # A container often forbids Python to keep what it compiles; each process would then compile torch and transformers again, ten
@@ -18,25 +21,32 @@ LONGEST := $(addprefix notebooks/,05-ablations.ipynb 03-finetuning.ipynb 08-pape
 unexport PYTHONDONTWRITEBYTECODE
 
 # Nothing here needs the hub: the embedded default model and data are enough.
-quickstart test coverage mutants book: export HF_HUB_OFFLINE = 1
+quickstart test test-all coverage mutants book: export HF_HUB_OFFLINE = 1
 # The book's notebooks run side by side and share the cores, and so do the tests, few of which take two threads: waiting threads
 # sleep at once. A run by itself would lose half its speed by that; see gradmm/__init__.py.
-book test coverage: export OMP_WAIT_POLICY = PASSIVE
-test coverage mutants: export OMP_NUM_THREADS = 1
+book test test-all coverage: export OMP_WAIT_POLICY = PASSIVE
+test test-all coverage mutants: export OMP_NUM_THREADS = 1
+test test-all: export GRADMM_TESTS_SHARED = $(SHARED)
 
 quickstart: $(VENV)/.installed-notebooks
 	@mkdir -p results && touch results/.started
 	$(PAPERMILL) notebooks/00-quickstart.ipynb results/00-quickstart.ipynb
 	@echo "Written:" && find results -type f -newer results/.started | sort && rm results/.started
 
+# What a change most often breaks, in at most five minutes: all but what is marked slow (see pyproject.toml).
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	@rm -rf $(SHARED)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal
+
+# Everything, in at most fifteen minutes: what `make test` runs, then the rest.
+test-all: test
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
 
 # The suite in an environment of its own with the lowest minor versions that pyproject.toml admits.
 test-oldest:
 	@mkdir -p $(VENV)-oldest
 	sed -nE 's/^    "([A-Za-z-]+)>=([0-9.]+[0-9]).*/\1==\2.*/p' pyproject.toml > $(VENV)-oldest/constraints.txt
-	PIP_CONSTRAINT=$(VENV)-oldest/constraints.txt $(MAKE) test VENV=$(VENV)-oldest
+	PIP_CONSTRAINT=$(VENV)-oldest/constraints.txt $(MAKE) test-all VENV=$(VENV)-oldest
 
 # The suite with the lines of the package that it reaches counted.
 coverage: $(VENV)/.installed-checks

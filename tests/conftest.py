@@ -38,12 +38,17 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Files with long tests first and notebooks before all, since one begun as the last keeps the other workers
-    waiting.
+    """Notebooks and slow tests first and dealt out to the workers, each of which begins with an equal part of the
+    list: one that begins as the last keeps the others waiting.
     """
-    long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in long, item.path.stem != "test_notebooks"))
+    long = [item for item in items if item.get_closest_marker("slow") or "shared_folder" in item.fixturenames]
+    long.sort(key=lambda item: item.path.stem != "test_notebooks")
+    rest = [item for item in items if item not in set(long)]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    part = -(-len(rest) // workers)
+    items[:] = [item for n in range(workers) for item in long[n::workers] + rest[n * part : (n + 1) * part]]
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
@@ -69,26 +74,21 @@ def benchmark(monkeypatch):
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory) -> Path:
-    """A folder of this run of the tests, the same for all worker processes."""
+    """A folder of this run of the tests, the same for all worker processes and for both runs of `make test-all`."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
-    folder.mkdir(exist_ok=True)
+    folder = Path(os.environ.get("GRADMM_TESTS_SHARED", folder))
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _configuration(kind: str, tied: bool) -> transformers.PretrainedConfig:
+def configuration_of(kind: str, tied: bool) -> transformers.PretrainedConfig:
     config = transformers.AutoConfig.for_model(kind)
     common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "max_position_embeddings": CONTEXT,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
+        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
         "tie_word_embeddings": tied,
-    }
+    }  # fmt: skip
     special = {
         "gpt2": {"n_inner": 2 * WIDTH, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
         "opt": {"ffn_dim": 2 * WIDTH, "word_embed_proj_dim": WIDTH, "dropout": 0.0},
@@ -112,7 +112,7 @@ def make_tiny_lm(kind: str, seed: int = 0, tied: bool | None = None, dtype: torc
         tied: whether the head shares the embedding's weights; None takes the family's habit.
         dtype: of the weights.
     """
-    config = _configuration(kind, kind in TIED if tied is None else tied)
+    config = configuration_of(kind, kind in TIED if tied is None else tied)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
@@ -150,9 +150,7 @@ def make_toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_lm():
-    """The factory `tiny_lm(kind, seed=0, tied=None, dtype=torch.float64)` of transformers models, see
-    `make_tiny_lm`.
-    """
+    """The factory `tiny_lm(kind, seed=0, tied=None, dtype=torch.float64)`, see `make_tiny_lm`."""
     return make_tiny_lm
 
 

@@ -102,9 +102,7 @@ def finish(child: int) -> None:
 
 
 def kill(child: int, after: float | None) -> bool:
-    """Kill a run and all that it started, after some seconds or when it has killed itself; whether it had not
-    ended before.
-    """
+    """Kill a run and all that it started, after some seconds or when it has; whether it had not ended before."""
     if after is not None:
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
@@ -150,14 +148,9 @@ def main(kind: str, folder: Path, moments: int, seed: int) -> dict:
     finish(start(run, folder / "whole"))
     seconds, whole = time.monotonic() - begun, held(folder / "whole" / "run")
     found = {
-        "kind": kind,
-        "moments": moments,
-        "killed": 0,
-        "unfinished_seen": 0,
-        "files_read": 0,
-        "differing": {},
+        "kind": kind, "moments": moments, "killed": 0, "unfinished_seen": 0, "files_read": 0, "differing": {},
         "seconds": seconds,
-    }
+    }  # fmt: skip
     for number in range(moments):
         place = folder / f"cut{number:03d}"
         output, at_write = place / "run", draw.randint(1, WRITES[kind]) if number % 2 else None

@@ -1,13 +1,11 @@
-"""Notebooks executed and the book built for the tests: once, whatever the number of tests and worker processes
-that ask.
-"""
+"""Notebooks executed and the book built for the tests: once, whoever and however many ask."""
 
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from unittest import mock
@@ -41,22 +39,33 @@ def quiet(folder: Path) -> AbstractContextManager:
     return mock.patch.dict(os.environ, {**QUIET, "IPYTHONDIR": str(folder / ".ipython")})
 
 
-def smoke_run(name: str, shared: Path) -> Path:
-    """The folder of a notebook's run at its smoke preset: the executed copy and what it wrote.
+def once(shared: Path, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder `shared/name`, filled by `make` the first time that anyone asks for it.
 
     Args:
-        name: of the notebook, without its ending.
         shared: a folder that all workers see; who comes second waits for the first and takes what is there.
+        name: of the folder.
+        make: fills the empty folder that it is given.
     """
-    folder = shared / "executed" / name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = shared / name
     with filelock.FileLock(shared / f"{name}.lock"):
-        if not (folder / "whole").exists():
-            preset = yaml.safe_load((SMOKE / f"{name}.yaml").read_text(encoding="utf-8"))
-            with quiet(folder):
-                execute(ROOT / "notebooks" / f"{name}.ipynb", preset, folder)
-            (folder / "whole").touch()
+        if not (shared / f"{name}.whole").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (shared / f"{name}.whole").touch()
     return folder
+
+
+def smoke_run(name: str, shared: Path) -> Path:
+    """The folder of the one run of a notebook at its smoke preset: the executed copy and what it wrote."""
+
+    def run(folder: Path) -> None:
+        preset = yaml.safe_load((SMOKE / f"{name}.yaml").read_text(encoding="utf-8"))
+        with quiet(folder):
+            execute(ROOT / "notebooks" / f"{name}.ipynb", preset, folder)
+
+    return once(shared, name, run)
 
 
 def pages() -> list[str]:
@@ -97,24 +106,9 @@ def build(root: Path) -> Path:
 
     A warning is an error: RuntimeError with the build's last lines.
     """
-    command = [
-        sys.executable,
-        "-c",
-        "from jupyter_book.cli.main import main; main()",
-        "build",
-        str(root),
-        "--path-output",
-        str(root / "book"),
-    ]
-    command += [
-        "--config",
-        str(root / "book" / "_config.yml"),
-        "--toc",
-        str(root / "book" / "_toc.yml"),
-        "-W",
-        "--keep-going",
-        "-n",
-    ]
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(root)]
+    command += ["--path-output", str(root / "book"), "--config", str(root / "book" / "_config.yml")]
+    command += ["--toc", str(root / "book" / "_toc.yml"), "-W", "--keep-going", "-n"]
     environment = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
@@ -123,16 +117,12 @@ def build(root: Path) -> Path:
 
 
 def smoke_book(shared: Path) -> Path:
-    """The folder of the built pages: those of `make book` where they are current, else built here from the smoke
-    runs.
-    """
+    """The folder of the built pages: those of `make book` where they are current, else of the smoke runs."""
     if is_current():
         return BUILT
-    root = shared / "book"
-    with filelock.FileLock(shared / "book.lock"):
-        if not (root / "whole").exists():
-            shutil.rmtree(root, ignore_errors=True)
-            stage(root, [smoke_run(path.stem, shared) / path.name for path in NOTEBOOKS])
-            build(root)
-            (root / "whole").touch()
-    return root / "book" / "_build" / "html"
+
+    def make(root: Path) -> None:
+        stage(root, [smoke_run(path.stem, shared) / path.name for path in NOTEBOOKS])
+        build(root)
+
+    return once(shared, "book", make) / "book" / "_build" / "html"

@@ -20,6 +20,7 @@ from gradmm.tasks import tokenize_task
 FACTORS = {"rho": [0.5], "n_real": [4], "projection": ["lm_then_nearest", "nearest_then_lm"]}
 
 
+@pytest.mark.slow
 def test_one_factor_changes_at_a_time_and_the_base_is_run_once(tiny_model, tmp_path):
     model = tiny_model("llama", dtype=torch.float32)
     frame = vary(model, TWO, splits_of(TWO), CONFIG, FACTORS, (0, 1), tmp_path, progress=False)
@@ -39,6 +40,7 @@ def test_one_factor_changes_at_a_time_and_the_base_is_run_once(tiny_model, tmp_p
     pandas.testing.assert_frame_equal(frame, again)
 
 
+@pytest.mark.slow
 def test_a_pool_is_written_once_and_chosen_from_as_if_it_were_written_again(tiny_model, tmp_path, monkeypatch):
     model, written = tiny_model("llama", dtype=torch.float32), []
     base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, oversample=2.0, length=5))
@@ -66,10 +68,8 @@ def test_an_unknown_preset_is_refused_and_a_base_is_called_after_a_preset_that_i
     base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, seed=5))
     with pytest.raises(UserError, match="'Paper' is not known: did you mean paper"):
         changed(base, "preset", "Paper")
-    assert (
-        value_of(base, "preset") == "pool"
-        and value_of(replace(base, synthesis=replace(base.synthesis, top_k=3)), "preset") == "the base"
-    )
+    assert value_of(base, "preset") == "pool"
+    assert value_of(replace(base, synthesis=replace(base.synthesis, top_k=3)), "preset") == "the base"
 
 
 def test_settings_are_compared_with_the_base_by_seed():

@@ -31,10 +31,13 @@ def nearest(codes):
 
 
 def coupled(matrix, centre):
-    """A convex quadratic that couples the positions: f(x) = ||M vec(x) - centre||^2, so nearest-by-position is not
-    optimal.
-    """
+    """A convex quadratic that couples the positions, ||M vec(x) - centre||^2; the nearest by position is not best."""
     return lambda x, ids, groups: (x.flatten(1) @ matrix.T - centre[groups]).square().sum(-1)
+
+
+def nowhere(v, groups):
+    """A projection that leaves every vector where it is."""
+    return v, torch.zeros(v.shape[:3], dtype=torch.long)
 
 
 def draw(*shape, seed=0):
@@ -82,9 +85,7 @@ def test_a_convex_set_is_solved_to_its_known_optimum_with_vanishing_residuals():
 
 @pytest.mark.parametrize("clip", [1.0, 0.25])
 def test_the_golden_trajectory(clip):
-    """Guards order, signs and scaling of the three updates. It may change only with a deliberate change of
-    algorithm.
-    """
+    """Guards order, signs and scaling of the updates. It may change only with a deliberate change of algorithm."""
     centres, codes = draw(1, 1, 2, 2), draw(5, 2, seed=3)
     config = admm.Config(rho=0.5, outer_steps=4, inner_steps=5, lr=0.1, clip=clip)
     result = admm.solve(quadratic(centres), nearest(codes), admm.start(draw(1, 1, 2, 2, seed=4)), config)
@@ -102,12 +103,9 @@ def test_the_golden_trajectory(clip):
         lam = lam + 0.5 * (new - z)
         gradient = 2 * (new - centres)
         expected = {
-            "match_x": f(new, ids, [0]),
-            "match_z": f(z, ids, [0]),
-            "primal": (new - z).norm(),
-            "dual": (0.5 * (new - x)).norm(),
-            "stationarity": (gradient + lam).norm(),
-        }
+            "match_x": f(new, ids, [0]), "match_z": f(z, ids, [0]), "primal": (new - z).norm(),
+            "dual": (0.5 * (new - x)).norm(), "stationarity": (gradient + lam).norm(),
+        }  # fmt: skip
         x = new
         assert {name: row[name] for name in expected} == pytest.approx(
             {k: float(v) for k, v in expected.items()}, rel=1e-4
@@ -196,6 +194,7 @@ def test_each_groups_gradient_is_clipped_by_itself():
 
 
 def test_a_gradient_below_the_clip_is_left_as_it_is_and_one_above_it_gets_that_norm():
+    """The projection leaves x where it is, so that z = x and lam = 0 in the only step."""
     centres, handed = draw(1, 1, 2, 2), {}
     x, norms = centres + 0.1 * draw(1, 1, 2, 2, seed=1), {clip: [] for clip in (None, 1e3, 0.05)}
     for clip, seen in norms.items():
@@ -204,11 +203,11 @@ def test_a_gradient_below_the_clip_is_left_as_it_is_and_one_above_it_gets_that_n
             seen.append(self.param_groups[0]["params"][0].grad.clone())
             return own(self)
 
-        config = admm.Config(rho=0.5, inner_steps=4, lr=0.01, clip=clip)
+        config = admm.Config(rho=0.5, outer_steps=1, inner_steps=4, lr=0.01, clip=clip)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim.Adam, "step", step)
-            moved, _ = admm._minimise(lambda v: quadratic(centres)(v, None, [0]), x, x, 0 * x, config)
-        handed[clip] = (moved, torch.stack(seen))
+            result = admm.solve(quadratic(centres), nowhere, admm.start(x), config)
+        handed[clip] = (result.state.x, torch.stack(seen))
     assert torch.equal(handed[None][1], handed[1e3][1]) and torch.equal(handed[None][0], handed[1e3][0])
     free, clipped = (handed[clip][1].flatten(1).norm(dim=1) for clip in (None, 0.05))
     assert bool((free > 0.05).all()) and bool((free < 1).all())
@@ -219,7 +218,8 @@ def test_a_gradient_below_the_clip_is_left_as_it_is_and_one_above_it_gets_that_n
     "settings",
     [
         {"rho": 0}, {"rho": -1.0}, {"rho": math.nan}, {"rho": math.inf}, {"outer_steps": 0}, {"inner_steps": 0},
-        {"inner_steps": 2.5}, {"lr": 0}, {"clip": 0}, {"clip": -1.0},
+        {"inner_steps": 2.5}, {"lr": 0}, {"clip": 0}, {"clip": -1.0}, {"clip": math.nan}, {"rho": "0.1"},
+        {"outer_steps": True},
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(settings):
@@ -402,17 +402,11 @@ def test_what_is_made_lies_where_x_lies():
 
 def test_a_group_stops_at_its_limits_and_not_before():
     row = {
-        "match_x": 1.0,
-        "match_z": 1.0,
-        "primal": 0.2,
-        "dual": 0.1,
-        "inner_gradient": 1.0,
-        "stationarity": 1.0,
+        "match_x": 1.0, "match_z": 1.0, "primal": 0.2, "dual": 0.1, "inner_gradient": 1.0, "stationarity": 1.0,
         "step": 3,
-    }
-    assert admm._reason(row, admm.Config()) == "" and admm._reason(
-        row, admm.Config(outer_steps=3)
-    ) == admm.STEP_LIMIT.format(3)
+    }  # fmt: skip
+    assert admm._reason(row, admm.Config()) == ""
+    assert admm._reason(row, admm.Config(outer_steps=3)) == admm.STEP_LIMIT.format(3)
     for name in ("match_x", "match_z", "primal", "inner_gradient", "stationarity"):
         assert admm._reason(row | {name: math.nan}, admm.Config()) == admm.NON_FINITE.format(3)
 

@@ -42,6 +42,7 @@ def test_the_lower_bound_grows_with_right_guesses_and_is_tight():
     assert audit.p_value(1000, 100, 90, bounds[2], 1e-5) == pytest.approx(1 - CONFIDENCE, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relation", mechanism.RELATIONS)
 @pytest.mark.parametrize("epsilon", CLAIMS)
 def test_true_claims_are_refuted_no_more_often_than_the_confidence_allows(epsilon, relation):
@@ -57,10 +58,7 @@ def test_true_claims_are_refuted_no_more_often_than_the_confidence_allows(epsilo
     assert sum(result.correct for result in audits) > 0.5 * sum(result.guesses for result in audits)
 
 
-BROKEN = {
-    "half the noise": {"sigma": 0.5},
-    "a clip that is twice as long": {"clip": 2.0},
-}
+BROKEN = {"half the noise": {"sigma": 0.5}, "a clip that is twice as long": {"clip": 2.0}}
 
 
 @pytest.mark.parametrize("relation", mechanism.RELATIONS)
@@ -132,6 +130,7 @@ def test_membership_of_separated_equal_and_reversed_scores():
     assert audit.membership([0.0], [1.0]).auc == 0
 
 
+@pytest.mark.slow
 def test_the_membership_interval_covers_the_truth_about_as_often_as_it_says():
     draw = torch.Generator().manual_seed(0)
     truth = stats.norm.cdf(0.5 / 2**0.5)

@@ -111,9 +111,8 @@ def test_a_sweep_gives_each_combination_its_own_files(here):
     notebook = store(here / "one.ipynb", PARAMETERS)
     set_preset(notebook, "demo", {"output": "results/one", "sweep": {"seed": [1, 2], "rho": [0.1, 0.5]}})
     jobs = batch.plan([notebook], "executed", "demo")
-    assert [job.target.name for job in jobs][:2] == ["one--seed=1,rho=0.1.ipynb", "one--seed=1,rho=0.5.ipynb"] and len(
-        jobs
-    ) == 4
+    assert [job.target.name for job in jobs][:2] == ["one--seed=1,rho=0.1.ipynb", "one--seed=1,rho=0.5.ipynb"]
+    assert len(jobs) == 4
     assert [job.parameters["output"] for job in jobs][2:] == [
         "results/one/seed=2,rho=0.1",
         "results/one/seed=2,rho=0.5",
@@ -216,20 +215,9 @@ def test_the_command_line_s_exit_codes_and_table(here, capsys):
     assert batch.main([str(good), "-p", "sede", "1"]) == 2
     assert "did you mean seed?" in capsys.readouterr().err
     swept = [
-        str(good),
-        "--output",
-        "out",
-        "--jobs",
-        "1",
-        "--sweep",
-        "sweep.yaml",
-        "-p",
-        "rho",
-        "1e-5",
-        "-p",
-        "output",
+        str(good), "--output", "out", "--jobs", "1", "--sweep", "sweep.yaml", "-p", "rho", "1e-5", "-p", "output",
         "swept",
-    ]
+    ]  # fmt: skip
     assert batch.main(swept) == 0
     found = {path.parent.name: json.loads(path.read_text()) for path in here.glob("swept/*/numbers.json")}
     assert found == {"seed=1": {"seed": 1, "rho": 1e-5}, "seed=2": {"seed": 2, "rho": 1e-5}}

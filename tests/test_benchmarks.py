@@ -1,6 +1,4 @@
-"""The benchmarks run at the shape tiny, and what they write is what they say; how fast, only a quiet machine can
-tell.
-"""
+"""The benchmarks run at the shape tiny and write what they say; how fast, only a quiet machine can tell."""
 
 import math
 
@@ -8,22 +6,8 @@ import pytest
 
 from gradmm.experiments import performance, records, roofline
 
-FEW = [
-    "--shape",
-    "tiny",
-    "--groups",
-    "1",
-    "--count",
-    "2",
-    "--top-k",
-    "5",
-    "--real",
-    "4",
-    "--candidates",
-    "2",
-    "--threads",
-    "1",
-]
+pytestmark = pytest.mark.slow
+FEW = "--shape tiny --groups 1 --count 2 --top-k 5 --real 4 --candidates 2 --threads 1".split()
 
 
 def whole(benchmark, path, *more):
@@ -36,10 +20,8 @@ def test_both_sides_do_the_same_synthesis(benchmark, tmp_path, capsys):
     record = whole(benchmark, tmp_path / "performance-tiny-cpu.json")
     found = record["results"]
     assert set(found["phases"]) == {*roofline.PHASES, "other", "whole"} and found["same_tokens"] == 1
-    assert (
-        found["groups"] == 2
-        and found["literal"] == "one group measured, times 2 groups; its target once for each of 2 classes"
-    )
+    assert found["groups"] == 2
+    assert found["literal"] == "one group measured, times 2 groups; its target once for each of 2 classes"
     for row in found["phases"].values():
         assert len(row["ratio"]["runs"]) == 2 and row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
     for row in found["floors"]:
@@ -52,20 +34,16 @@ def test_both_sides_do_the_same_synthesis(benchmark, tmp_path, capsys):
     row = performance.summary(record)
     assert (row["shape"], row["type"], row["groups"], row["steps"]) == ("tiny", "float32", 2, "2 x 3")
     assert row["on"].endswith(", 1 thread(s)") and row["seconds"] == found["phases"]["whole"]["fast_seconds"]["median"]
-    assert (
-        row["against the literal method"].startswith(f"{found['phases']['whole']['ratio']['median']:.1f}x (")
-        and "%" in row["floor, projection"]
-    )
+    assert row["against the literal method"].startswith(f"{found['phases']['whole']['ratio']['median']:.1f}x (")
+    assert "%" in row["floor, projection"]
     printed = capsys.readouterr().out
     assert "one group measured" in printed and all(phase in printed for phase in roofline.PHASES)
 
 
 def test_a_quick_reference_says_how_it_was_scaled(benchmark, tmp_path):
     found = whole(benchmark, tmp_path / "quick.json", "--quick", "--dtype", "bfloat16")["results"]
-    assert (
-        found["literal"].endswith("1 x 2 steps and 2 projections scaled to 2 x 3 and 3")
-        and found["same_tokens"] is None
-    )
+    assert found["literal"].endswith("1 x 2 steps and 2 projections scaled to 2 x 3 and 3")
+    assert found["same_tokens"] is None
 
 
 def test_another_family_is_measured_the_same_way(benchmark, tmp_path, monkeypatch):
@@ -82,14 +60,8 @@ def test_one_group_becomes_all_of_them(benchmark, tmp_path):
     spent = {"target": 1.0, "initialisation": 1.0, "inner steps": 1.0, "projection": 1.0, "filter": 1.0, "other": 1.0}
     found = script.extrapolate(spent, {"outer_steps": 1, "inner_steps": 2}, plan)
     assert found == {
-        "target": 2,
-        "initialisation": 6,
-        "inner steps": 60,
-        "projection": 15,
-        "filter": 6,
-        "other": 15,
-        "whole": 104,
-    }
+        "target": 2, "initialisation": 6, "inner steps": 60, "projection": 15, "filter": 6, "other": 15, "whole": 104,
+    }  # fmt: skip
 
 
 def test_words_are_read_as_they_are_written(benchmark):
@@ -101,48 +73,18 @@ def test_words_are_read_as_they_are_written(benchmark):
 @pytest.mark.filterwarnings("ignore:\\d+ of \\d+ texts are kept")  # a random model, which is only timed, repeats a word
 def test_scaling_times_every_size(benchmark, tmp_path):
     script = benchmark("scaling")
-    script.main(
-        [
-            *FEW,
-            "--settings",
-            "inner_steps",
-            "n_synthetic",
-            "--outer-steps",
-            "1",
-            "--length",
-            "5",
-            "--repeats",
-            "1",
-            "--output",
-            str(tmp_path / "s.json"),
-        ]
-    )
+    more = "--settings inner_steps n_synthetic --outer-steps 1 --length 5 --repeats 1 --output".split()
+    script.main([*FEW, *more, str(tmp_path / "s.json")])
     found = records.read_record(tmp_path / "s.json")["results"]
     assert list(found) == ["inner_steps", "n_synthetic"] and found["n_synthetic"]["sizes"] == [4, 8, 16, 24, 32]
     for row in found.values():
-        assert (
-            all(seconds > 0 for seconds in row["seconds"])
-            and math.isfinite(row["worst_percent"])
-            and row["slope_seconds"] > 0
-        )
+        assert all(seconds > 0 for seconds in row["seconds"]) and math.isfinite(row["worst_percent"])
+        assert row["slope_seconds"] > 0
 
 
 def test_one_step_and_one_projection_against_the_literal_ones(benchmark, tmp_path):
-    options = [
-        "--shape",
-        "tiny",
-        "--count",
-        "2",
-        "--length",
-        "4",
-        "--top-k",
-        "5",
-        "--repeats",
-        "1",
-        "--output",
-        str(tmp_path / "r.json"),
-    ]
-    rows = benchmark("against_reference").main(options)
+    options = "--shape tiny --count 2 --length 4 --top-k 5 --repeats 1 --output".split()
+    rows = benchmark("against_reference").main([*options, str(tmp_path / "r.json")])
     assert records.read_record(tmp_path / "r.json")["results"] == {"rows": rows}
     assert [row["work"] for row in rows] == ["inner step", "projection, lm_then_nearest", "projection, nearest_then_lm"]
     assert rows[0]["disagreement"] < 1e-3 and rows[1]["disagreement"] == rows[2]["disagreement"] == 0

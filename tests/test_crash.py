@@ -111,7 +111,6 @@ def test_a_batch_on_a_full_disk_ends_with_the_reason_and_keeps_the_old_notebook(
     monkeypatch.setattr(batch, "_run_papermill", lambda job, draft: draft.write_text("new") and "")
     fill(monkeypatch, 0)
     (outcome,) = batch.run([job], 1, progress=False)
-    assert outcome.state == "failed" and FULL.fullmatch(
-        outcome.note.removeprefix("UserError: ").replace(os.linesep, " ")
-    )
+    assert outcome.state == "failed"
+    assert FULL.fullmatch(outcome.note.removeprefix("UserError: ").replace(os.linesep, " "))
     assert job.target.read_text() == "old" and os.listdir(tmp_path / "run") == ["one.ipynb"]

@@ -10,10 +10,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import gradmm
 from gradmm import files
 from gradmm.errors import UserError
 from gradmm.experiments import demo, demo_text
-from gradmm.seeds import generator
 
 SPLITS = ("train", "validation", "test")
 LEAST = {"train": 1500, "validation": 300, "test": 500}
@@ -131,6 +131,7 @@ def test_models_have_learned_the_language(folder):
     assert perplexity(folder) <= 4.0
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_from_end_to_end(tmp_path):
     recipes = {
         "model": replace(demo.main_recipe(), steps=(1, 1), rows=2, texts=2000),
@@ -147,65 +148,17 @@ def test_the_recipe_runs_from_end_to_end(tmp_path):
 # ---------------------------------------------------------------- headroom
 
 
-class Classifier:
-    """The shipped model as a classifier: softmax over the verbalizers' logits after `text It was`."""
-
-    def __init__(self, data) -> None:
-        self.lm = AutoModelForCausalLM.from_pretrained(demo.MODEL)
-        tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
-        self.words = tokenizer.convert_tokens_to_ids(["Ġbad", "Ġgreat"])
-        self.ids = {s: [tokenizer(f"{row['text']} It was")["input_ids"] for row in data[s]] for s in ("train", "test")}
-        self.labels = {s: torch.tensor([row["label"] for row in data[s]]) for s in ("train", "test")}
-
-    def logits(self, split, chosen):
-        ids = [self.ids[split][index] for index in chosen]
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
-        states = self.lm.base_model(input_ids=padded).last_hidden_state
-        last = states[torch.arange(len(ids)), torch.tensor([len(row) - 1 for row in ids])]
-        return last @ self.lm.get_output_embeddings().weight[self.words].T
-
-    @torch.no_grad()
-    def accuracy(self) -> float:
-        every = sorted(range(len(self.ids["test"])), key=lambda index: len(self.ids["test"][index]))
-        guesses = torch.cat(
-            [self.logits("test", every[start : start + 60]).argmax(1) for start in range(0, len(every), 60)]
-        )
-        return (guesses == self.labels["test"][every]).float().mean().item()
-
-    def fine_tune(self, rows: list[int], steps: int, rate: float, draw: torch.Generator) -> float:
-        """Train all parameters on some rows of train; the test accuracy afterwards."""
-        optimizer = torch.optim.AdamW(self.lm.parameters(), lr=rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1, (step + 1) / 10) * (1 - step / steps)
-        )
-        queue = []
-        for _ in range(steps):
-            if len(queue) < 16:
-                queue += [rows[place] for place in torch.randperm(len(rows), generator=draw)]
-            batch, queue = queue[:16], queue[16:]
-            loss = torch.nn.functional.cross_entropy(self.logits("train", batch), self.labels["train"][batch])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.lm.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-        return self.accuracy()
-
-
-def balanced(classifier, draw, each=25) -> list[int]:
-    labels = classifier.labels["train"]
-    places = [(labels == label).nonzero()[:, 0] for label in (0, 1)]
-    return [int(i) for place in places for i in place[torch.randperm(len(place), generator=draw)[:each]]]
-
-
 @pytest.mark.slow
-def test_fine_tuning_has_room_to_help(data):
-    zero_shot = Classifier(data).accuracy()
-    assert zero_shot <= 0.75
-    few = []
-    for repeat in range(3):
-        draw, classifier = generator(repeat, "test/few"), Classifier(data)
-        few.append(classifier.fine_tune(balanced(classifier, draw), 60, 1e-3, draw))
-    everything = Classifier(data).fine_tune(list(range(len(data["train"]))), 80, 1e-3, generator(0, "test/all"))
-    assert everything >= 0.92
+def test_fine_tuning_has_room_to_help():
+    task, data = gradmm.load_data("demo")
+    model = gradmm.load_model("demo", device="cpu")
+
+    def tuned(train, steps: int, seed: int) -> float:
+        config = gradmm.FinetuneConfig(steps=steps, batch_size=16, learning_rates=(1e-3,), eval_every=steps, seed=seed)
+        return gradmm.finetune(model, task, train, data.validation, data.test, config, progress=False).accuracy
+
+    zero_shot = gradmm.evaluate(model, task, data.test).accuracy
+    few = [tuned(gradmm.sample_examples(data.train, 50, task, seed), 60, seed) for seed in range(3)]
+    everything = tuned(data.train, 80, 0)
+    assert zero_shot <= 0.75 and everything >= 0.92
     assert zero_shot < min(few) and sum(few) / len(few) < everything

@@ -1,6 +1,4 @@
-"""Every command line of the README, the book and the presets' README, in the order in which a reader types them,
-in one folder.
-"""
+"""Every command line of the README, the book and the presets' README, in a reader's order and in one folder."""
 
 import os
 import re
@@ -10,6 +8,7 @@ import sys
 from pathlib import Path
 
 import executing
+import papermill.cli
 import pytest
 import yaml
 
@@ -32,7 +31,7 @@ SMALL = (
 )
 # By how a command begins: how it is checked, with the reason where it is not run in full.
 CHECKED = {
-    "papermill": "run, small",
+    "papermill": "its parameters are looked up; the quickstart and one on a reader's own files are run",
     "make": "its recipe is looked up with make -n: it installs an environment of its own; the notebook that "
     "quickstart runs is run here",
     "python -m gradmm.experiments.batch": "planned and not executed, which takes from minutes to days; "
@@ -85,9 +84,8 @@ def here(tmp_path, monkeypatch) -> Path:
 
 def test_every_command_has_a_way_to_be_checked():
     assert len(commands()) > 15 and not [command for command in commands() if not command.startswith(tuple(CHECKED))]
-    assert all(of_kind(start) for start in CHECKED) and not [
-        name for name in SUBSTITUTES if name not in " ".join(commands())
-    ]
+    assert all(of_kind(start) for start in CHECKED)
+    assert not [name for name in SUBSTITUTES if name not in " ".join(commands())]
 
 
 @pytest.mark.parametrize("command", of_kind("make"))
@@ -96,27 +94,39 @@ def test_a_make_target_has_a_recipe(command):
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
+def test_the_notebooks_of_the_documentation_get_parameters_that_they_have(here, monkeypatch):
+    asked = []
+    monkeypatch.setattr("papermill.cli.execute_notebook", lambda **given: asked.append(given))
+    for command in of_kind("papermill"):
+        papermill.cli.papermill(shlex.split(substituted(command))[1:], standalone_mode=False)
+    for given in asked:
+        assert set(given["parameters"]) <= set(papermill.inspect_notebook(given["input_path"]))
+        assert not [place for place in given["parameters"].values() if "/" in str(place) and not Path(place).is_dir()]
+    assert len(asked) == len(of_kind("papermill")) > 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
-def test_the_notebooks_of_the_documentation_run_one_after_the_other(here):
+def test_the_quickstart_and_the_notebook_on_one_s_own_files_run_as_they_are_typed(here):
+    """The first at its defaults, as `make quickstart` runs it; the second small."""
     recipe = subprocess.run(["make", "-n", "quickstart"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (first,) = re.findall(r"papermill .*", recipe)
-    typed = [first, *of_kind("papermill")]
+    (own,) = (command for command in of_kind("papermill") if "path/to/reviews" in command)
     (here / "results").mkdir()  # the recipe's first line
-    for command in typed:
-        given = shlex.split(f"{substituted(command)} {SMALL}")[1:]
-        kernel = ["--kernel", "python3", "--start-timeout", str(batch.KERNEL_SECONDS)]
+    kernel = f"--kernel python3 --start-timeout {batch.KERNEL_SECONDS}"
+    for command in (first, f"{substituted(own)} {SMALL} {kernel}"):
+        given = shlex.split(command)[1:]
         with executing.quiet(here):
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             done = subprocess.run(
-                [sys.executable, "-m", "papermill", *given, *kernel],
+                [sys.executable, "-m", "papermill", *given],
                 env=environment,
                 capture_output=True,
                 text=True,
                 check=False,
             )
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
-    assert len(list(here.glob("results/00-quickstart/*/00-quickstart.json"))) == len(typed)
+    assert len(list(here.glob("results/00-quickstart/*/00-quickstart.json"))) == 2
 
 
 def test_the_batches_of_the_documentation_can_be_planned(here):

@@ -28,12 +28,9 @@ from gradmm.experiments.metrics import (
 from gradmm.models import load_model
 
 TEXTS = [
+    "the movie was great.", "a", "we saw the dull film and the actor sat on the red cat", "bad music",
     "the movie was great.",
-    "a",
-    "we saw the dull film and the actor sat on the red cat",
-    "bad music",
-    "the movie was great.",
-]
+]  # fmt: skip
 
 
 def test_perplexity_is_the_exponential_of_the_models_own_loss(tiny_model, kind, monkeypatch):

@@ -323,9 +323,8 @@ def test_the_weights_are_those_of_an_uninterrupted_training_to_the_last_bit(tiny
         fit(model, TWO, *sets, config, killed_at(3), finetuning.Checkpoint(tmp_path))
     again = fit(model, TWO, *sets, config, saved=finetuning.Checkpoint(tmp_path))
     theirs = whole.model.lm.state_dict()
-    assert again.step == whole.step and all(
-        torch.equal(value, theirs[name]) for name, value in again.model.lm.state_dict().items()
-    )
+    assert again.step == whole.step
+    assert all(torch.equal(value, theirs[name]) for name, value in again.model.lm.state_dict().items())
 
 
 def test_a_finished_training_is_read_back(tiny_model, tmp_path, monkeypatch):
@@ -333,12 +332,9 @@ def test_a_finished_training_is_read_back(tiny_model, tmp_path, monkeypatch):
     first = run(model, TWO, output=tmp_path, progress=False)
     monkeypatch.setattr(finetuning, "fit", None)
     again = run(model, TWO, output=tmp_path, progress=False)
-    assert (again.curve, again.test, again.seconds, again.macro_f1) == (
-        first.curve,
-        first.test,
-        first.seconds,
-        first.macro_f1,
-    )
+    assert (
+        again.curve, again.test, again.seconds, again.macro_f1,
+    ) == (first.curve, first.test, first.seconds, first.macro_f1)  # fmt: skip
     for changed in ({"config": replace(QUICK, seed=1)}, {"count": 7}):
         with pytest.raises(UserError, match="holds a run with other settings: .*choose another output folder"):
             run(model, TWO, output=tmp_path, progress=False, **changed)
@@ -355,9 +351,8 @@ def test_a_training_that_diverged_is_read_back(tiny_model, tmp_path):
     model = tiny_model("llama", dtype=torch.float32)
     model.head_weight.mul_(1e30)
     first, again = (run(model, TWO, output=tmp_path, progress=False) for _ in range(2))
-    assert [row["step"] for row in again.curve] == [
-        row["step"] for row in first.curve
-    ] and again.test.accuracy == first.test.accuracy
+    assert [row["step"] for row in again.curve] == [row["step"] for row in first.curve]
+    assert again.test.accuracy == first.test.accuracy
 
 
 def test_unfinished_work_that_is_damaged_is_named(tiny_model, tmp_path, monkeypatch):

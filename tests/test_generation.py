@@ -16,12 +16,9 @@ TWO = Task(
     "two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was bad .", "this was great .")
 )
 FOUR = Task(
-    "four",
-    ("a", "b", "c", "d"),
-    (" world", " sports", " business", " text"),
-    "{text} this is",
+    "four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is",
     ("", "a", "the cat", "text"),
-)
+)  # fmt: skip
 SHOTS = [
     Example(f"{word} {clue}.", label)
     for label, clue in enumerate(("dog", "cat", "red", "blue"))
@@ -59,6 +56,7 @@ def test_texts_are_finished_distinct_and_balanced(tiny_model, task, kind, allowe
             assert 4 <= len(tokenize_task(task, model.tokenizer).encode(example.text))
 
 
+@pytest.mark.slow
 def test_neighbours_do_not_change_a_text(tiny_model, task, allowed):
     model = tiny_model()
     for shots in ((), shots_of(task)):
@@ -125,10 +123,8 @@ def test_equal_logits_are_in_the_nucleus_together(top_p):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_no_number_stays_in_its_row(bad):
     logits = torch.tensor([[0.0, 1, 2, 3], [bad] * 4, [3, bad, 1, -torch.inf]])
-    assert torch.equal(nucleus(logits, 0.7)[0], nucleus(logits[:1], 0.7)[0]) and nucleus(logits[1:], 0.7).shape == (
-        2,
-        4,
-    )
+    assert torch.equal(nucleus(logits, 0.7)[0], nucleus(logits[:1], 0.7)[0])
+    assert nucleus(logits[1:], 0.7).shape == (2, 4)
     assert nucleus(logits[1:2], 0.7).shape == (1, 4)
 
 
@@ -174,10 +170,8 @@ def test_equal_prompts_are_read_once_and_no_pass_reads_a_text_that_has_ended(tin
     uniform = torch.rand(12, 16, generator=torch.Generator().manual_seed(0))
     written = (writer._sample([(0, 5, 7)] * 12, uniform, room(uniform)) >= 0).sum(1)
     passes = written.clamp_max(15)  # a text's last token is read: what follows tells whether its sentence ended there
-    assert sizes == [(1, 3), *((int((passes > step).sum()), 1) for step in range(int(passes.max())))] and sizes[-1] < (
-        12,
-        1,
-    )
+    assert sizes == [(1, 3), *((int((passes > step).sum()), 1) for step in range(int(passes.max())))]
+    assert sizes[-1] < (12, 1)
 
 
 def test_masked_tokens_are_not_written(tiny_model, allowed):
@@ -257,9 +251,8 @@ def test_a_text_is_cut_back_to_its_last_sentence_and_ends_at_stops(tiny_model):
         == writer._finish(0, ids(" it."))
     )
     vocabulary = writer.vocabulary
-    assert bool(vocabulary.stops[0]) and vocabulary.closes.nonzero().flatten().tolist() == [
-        model.tokenizer.convert_tokens_to_ids(".")
-    ]
+    assert bool(vocabulary.stops[0])
+    assert vocabulary.closes.nonzero().flatten().tolist() == [model.tokenizer.convert_tokens_to_ids(".")]
 
 
 @pytest.mark.parametrize(
@@ -335,16 +328,10 @@ def test_raw_texts_have_whole_characters_however_short(length):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"temperature": 0},
-        {"top_p": 0},
-        {"top_p": 1.5},
-        {"max_tokens": 0},
-        {"min_tokens": 50},
-        {"shots": 0},
-        {"batch_size": 0.5},
-        {"rounds": 0},
+        {"temperature": 0}, {"top_p": 0}, {"top_p": 1.5}, {"max_tokens": 0}, {"min_tokens": 50}, {"shots": 0},
+        {"batch_size": 0.5}, {"rounds": 0},
     ],
-)
+)  # fmt: skip
 def test_unusable_settings_are_refused(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         Sampling(**setting)

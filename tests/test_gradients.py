@@ -390,10 +390,14 @@ def test_the_calibrated_space_equals_autograd_through_a_head_of_the_label_tokens
     target = [torch.randn(2, *shape, generator=source, dtype=torch.float64) for shape in ((2, 32), (2,))][: 1 + bias]
     matching = Matching(model, tokens, [DenseTarget(*(part[c] for part in target)) for c in (0, 1)], space)
 
+    before, after = (
+        model.embed(torch.tensor([ids] * 3, dtype=torch.long)) for ids in (tokens.start + tokens.prefix, tokens.suffix)
+    )
+
     def literal(x):
         losses = []
         for k, number in enumerate(classes.tolist()):
-            states = model.last_hidden(matching._around(x[k]))
+            states = model.last_hidden(torch.cat([before, x[k], after], 1))
             logits = states @ model.head_weight[rows].T + (model.head_bias[rows] if bias else 0) - preference
             if whitened:  # the same logits from whitened states, by a matrix that learns
                 states = (states - mean) @ basis

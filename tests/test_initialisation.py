@@ -46,11 +46,8 @@ def test_generated_starts_are_allowed_tokens_that_end_once(tiny_model):
     )
     torch.testing.assert_close(x, model.embed(ids))
     mask = text_mask(ids, 0)
-    assert (
-        bool(reading.vocabulary.whole[ids[mask == 1]].all())
-        and bool((mask.sum(-1) >= 2).all())
-        and bool((ids[mask == 0] == 0).all())
-    )
+    assert bool(reading.vocabulary.whole[ids[mask == 1]].all()) and bool((mask.sum(-1) >= 2).all())
+    assert bool((ids[mask == 0] == 0).all())
 
 
 def test_more_candidates_never_start_worse(tiny_model):

@@ -1,6 +1,4 @@
-"""Launch buttons: none without a repository, on the stored notebook with one, refused where they would lead
-elsewhere.
-"""
+"""Launch buttons: none without a repository, on the stored notebook with one, refused where they lead elsewhere."""
 
 import re
 

@@ -1,6 +1,4 @@
-"""One run at a time in an output folder: the second is refused, a killed one keeps nobody out, nothing is left
-behind.
-"""
+"""One run at a time in an output folder: the second is refused, a killed one keeps nobody out, nothing is left."""
 
 import errno
 import os
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from executing import ROOT
 from test_protocol import CONFIG, TWO, splits_of
 from test_synthesis import REAL, SMALL, TASK
 
@@ -20,6 +19,7 @@ from gradmm import files
 from gradmm.errors import UserError
 from gradmm.experiments import batch
 from gradmm.experiments.protocol import compare
+from gradmm.tasks import DEMO
 
 HOLDER = """
 import sys, time
@@ -29,21 +29,34 @@ with lock(sys.argv[1]):
     time.sleep(600)
 """
 ELSEWHERE = """
-import pkgutil, sys
+import pkgutil, socket, sys
 import sacrebleu, transformers.optimization  # they need what the system's name promises: it stays that of a Unix
 sys.modules |= {"fcntl": None, "resource": None}
+def refuse(self, address, *rest):
+    if self.family != getattr(socket, "AF_UNIX", None):
+        raise AssertionError(f"a call to {address}")
+def look_up(*where, **how):
+    raise AssertionError(f"a look-up of {where}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = socket.gethostbyname = look_up
 import gradmm, gradmm.experiments
 from importlib import import_module
 from gradmm import files
 from gradmm.errors import UserError
+from gradmm.evaluation import perplexity
+from gradmm.generation import Sampling, generate_texts
 for package in (gradmm, gradmm.experiments):
     for room in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         import_module(room.name)
-task, data = gradmm.load_data("demo")
-model = gradmm.load_model("demo", device="cpu")
-target = gradmm.release(model, task, gradmm.sample_examples(data.train, 4, task, seed=0))
+task, data = gradmm.load_data(sys.argv[2])
+model = gradmm.load_model(sys.argv[2] + "/model", device="cpu")
+real = gradmm.sample_examples(data.train, 4, task, seed=0)
+target = gradmm.release(model, task, real, epsilon=1.0, delta=1e-5, length=8)
 config = gradmm.SynthesisConfig(n_synthetic=2, oversample=2)
 result = gradmm.synthesize(model, task, target, config, sys.argv[1], progress=False)
+tuning = gradmm.FinetuneConfig(steps=1, learning_rates=[2e-4], max_validation=4)
+gradmm.finetune(model, task, real, data.validation, data.test[:4], tuning)
+perplexity(model, [one.text for one in generate_texts(model, task, 1, 0, Sampling(max_tokens=24))])
 assert result.manifest["clock"]["peak_memory"].keys() <= {"cuda"}, result.manifest["clock"]
 with files.lock(sys.argv[1]):
     try:
@@ -81,9 +94,8 @@ def test_an_error_lets_go(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_process_keeps_nobody_out_and_its_unfinished_files_go(tmp_path):
-    root = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=IN_USE), files.lock(tmp_path):
@@ -98,12 +110,13 @@ def test_a_killed_process_keeps_nobody_out_and_its_unfinished_files_go(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_system_without_fcntl_and_resource_imports_all_rooms_and_runs(tmp_path):
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
+def test_without_fcntl_resource_and_a_network_all_rooms_are_imported_and_a_local_model_and_data_do(tmp_path):
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "run"), str(DEMO)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hub")}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == f"{tmp_path} {IN_USE}\n2\n"
+    assert ended.stdout == f"{tmp_path / 'run'} {IN_USE}\n2\n"
     assert files.LOCK not in os.listdir(tmp_path)
 
 

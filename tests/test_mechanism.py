@@ -20,13 +20,9 @@ DELTAS = numpy.logspace(-12, -1, 12)
 
 def entry(**changes) -> mechanism.LedgerEntry:
     given = {
-        "epsilon": 1.0,
-        "delta": 1e-5,
-        "relation": "replace-one",
-        "clip": 1.0,
-        "calibration": "exact",
+        "epsilon": 1.0, "delta": 1e-5, "relation": "replace-one", "clip": 1.0, "calibration": "exact",
         "coordinates": 64,
-    }
+    }  # fmt: skip
     return mechanism.plan_entry("sums", "head", **{**given, **changes})
 
 
@@ -119,24 +115,15 @@ def test_a_claim_at_a_smaller_delta_costs_more_of_the_budget():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"epsilon": 0}, "epsilon = 0"),
-        ({"epsilon": -1.0}, "epsilon = -1"),
-        ({"epsilon": math.inf}, "epsilon = inf"),
-        ({"epsilon": math.nan}, "epsilon = nan"),
-        ({"epsilon": "1"}, "epsilon = '1'"),
-        ({"delta": None}, "without delta"),
-        ({"delta": 0.0}, "delta = 0.0"),
-        ({"delta": 1.0}, "delta = 1.0"),
-        ({"delta": math.nan}, "delta = nan"),
-        ({"clip": 0.0}, "clip = 0.0"),
-        ({"clip": -1.0}, "clip = -1.0"),
-        ({"clip": math.inf}, "clip = inf"),
-        ({"relation": "swap"}, "'swap'"),
-        ({"calibration": "tight"}, "'tight'"),
+        ({"epsilon": 0}, "epsilon = 0"), ({"epsilon": -1.0}, "epsilon = -1"), ({"epsilon": math.inf}, "epsilon = inf"),
+        ({"epsilon": math.nan}, "epsilon = nan"), ({"epsilon": "1"}, "epsilon = '1'"),
+        ({"delta": None}, "without delta"), ({"delta": 0.0}, "delta = 0.0"), ({"delta": 1.0}, "delta = 1.0"),
+        ({"delta": math.nan}, "delta = nan"), ({"clip": 0.0}, "clip = 0.0"), ({"clip": -1.0}, "clip = -1.0"),
+        ({"clip": math.inf}, "clip = inf"), ({"relation": "swap"}, "'swap'"), ({"calibration": "tight"}, "'tight'"),
         ({"calibration": "classic", "epsilon": 1.5}, "classic"),
         ({"calibration": "zhao2019", "delta": 0.6}, "zhao2019"),
     ],
-)
+)  # fmt: skip
 def test_a_claim_out_of_range_is_refused(changes, words):
     with pytest.raises(UserError, match=words) as caught:
         entry(**changes)

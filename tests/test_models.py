@@ -123,9 +123,7 @@ def test_a_model_in_memory_has_a_fingerprint_of_its_weights(tiny_lm, toy_tokeniz
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A local copy of the hub's cache; `hub(id)` gives the folder of a model's snapshot. Nothing else can be
-    reached.
-    """
+    """A local copy of the hub's cache, and nothing else; `hub(id)` gives the folder of a model's snapshot."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
@@ -237,7 +235,7 @@ def grown(rows, weight=torch.ones(512, 512).bfloat16()):
     return resident() - before
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
-if models._has_any(models.FAST):
+if models.fast_dtype("cpu") == torch.bfloat16:
     grown(range(1, 101))
     print(grown(range(101, 401)))
 else:
@@ -245,6 +243,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 def test_products_of_many_shapes_hold_no_more_memory_than_those_of_a_hundred():
     environment = {name: value for name, value in os.environ.items() if name not in COMPILED}
@@ -301,12 +300,9 @@ def padded(model, sequence: list[int], places: list[int], length: int):
 
 
 PLACES = {
-    "left": [3, 4, 5, 6, 7],
-    "middle": [0, 1, 2, 6, 7],
-    "before the last": [0, 1, 2, 3, 7],
-    "scattered": [1, 2, 4, 6, 7],
-    "after the first": [0, 4, 5, 6, 7],
-}
+    "left": [3, 4, 5, 6, 7], "middle": [0, 1, 2, 6, 7], "before the last": [0, 1, 2, 3, 7],
+    "scattered": [1, 2, 4, 6, 7], "after the first": [0, 4, 5, 6, 7],
+}  # fmt: skip
 
 
 def assert_padding_changes_nothing(model, tolerance: float):
@@ -332,17 +328,12 @@ def test_padding_anywhere_changes_nothing(tiny_model, kind):
 
 
 FAMILIES = {
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "falcon": {"num_kv_heads": 4},
-    "gemma": {},
-    "gemma3_text": {},
-    "mistral": {},
+    "bloom": {"n_layer": 2, "n_head": 4}, "falcon": {"num_kv_heads": 4}, "gemma": {}, "gemma3_text": {}, "mistral": {},
     "mixtral": {"num_local_experts": 4},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
-    "phi3": {},
-    "qwen3": {},
+    "phi3": {}, "qwen3": {},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
-}
+}  # fmt: skip
 
 
 class Widened(TorchFunctionMode):
@@ -566,12 +557,9 @@ def test_an_encoder_decoder_is_refused(tmp_path, toy_tokenizer):
 
 
 NOT_AFFINE = {
-    "granite": {"logits_scaling": 8.0},
-    "granite slightly": {"logits_scaling": 1.01},
-    "gemma2": {"final_logit_softcapping": 30.0},
-    "cohere": {"logit_scale": 0.0625},
-    "bert": {},
-}
+    "granite": {"logits_scaling": 8.0}, "granite slightly": {"logits_scaling": 1.01},
+    "gemma2": {"final_logit_softcapping": 30.0}, "cohere": {"logit_scale": 0.0625}, "bert": {},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

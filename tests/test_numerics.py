@@ -53,9 +53,8 @@ def test_a_zero_target_leaves_every_text_as_far_as_it_is_and_the_run_ends_as_any
             norms = matching.factors([row["text"]], [row["label"]])
             wanted = 1.0 if distance == "cosine" else float(norms.delta.square().sum() * norms.hidden.square().sum())
             assert row["match_loss"] == pytest.approx(wanted, rel=1e-4)
-    assert len(result.kept) == 4 and all(
-        row["reason"].startswith("step limit") for row in result.manifest["groups_ended"]
-    )
+    assert len(result.kept) == 4
+    assert all(row["reason"].startswith("step limit") for row in result.manifest["groups_ended"])
 
 
 def test_a_noised_target_that_came_out_zero_is_the_same(model):

@@ -1,6 +1,4 @@
-"""What a fresh machine relies on: declared dependencies, the wheel's contents, the commands that the README
-promises.
-"""
+"""What a fresh machine relies on: dependencies, the wheel's contents, the commands that the README promises."""
 
 import ast
 import importlib.metadata
@@ -32,9 +30,7 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def distributions_imported(folder: str, without: str = "") -> set[str]:
-    """The installed distributions behind a folder's imports, the standard library, local files and one file left
-    out.
-    """
+    """The installed distributions behind a folder's imports, the standard library and local files left out."""
     modules = set()
     for path in (path for path in (ROOT / folder).rglob("*.py") if path.stem != without):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -176,12 +172,10 @@ def test_every_name_comes_from_its_room_and_only_what_is_asked_for_is_imported()
 @pytest.mark.parametrize(
     ("given", "spins"),
     [
-        ({}, "10000"),
-        ({"GOMP_SPINCOUNT": "7"}, "7"),
-        ({"OMP_WAIT_POLICY": "PASSIVE"}, None),
+        ({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None),
         ({"OMP_NUM_THREADS": "1"}, "10000"),
     ],
-)
+)  # fmt: skip
 def test_waiting_threads_are_bounded_before_torch_is_imported_unless_someone_has_decided(given, spins):
     script = "import sys, os, gradmm; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
     environment = {

@@ -1,6 +1,4 @@
-"""The paper's claims: each names an experiment that has a preset, and own figures are read as the notebooks write
-them.
-"""
+"""The paper's claims: each names an experiment with a preset, and own figures are read as notebooks write them."""
 
 import json
 from dataclasses import replace

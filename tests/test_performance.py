@@ -13,18 +13,9 @@ from gradmm.tasks import Task
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a film was:"))
 REAL = [Example("a dull plot", 0), Example("a fine film", 1)]
 SMALL = SynthesisConfig(
-    search="admm",
-    ranking="text",
-    n_synthetic=2,
-    oversample=1,
-    group_size=1,
-    length=6,
-    outer_steps=2,
-    inner_steps=2,
-    early_end=False,
-    init="normal",
-    top_k=5,
-)
+    search="admm", ranking="text", n_synthetic=2, oversample=1, group_size=1, length=6, outer_steps=2, inner_steps=2,
+    early_end=False, init="normal", top_k=5,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -82,6 +73,7 @@ def test_a_line_is_no_deviation_and_a_bend_is():
     assert performance.fit_line([1, 2, 4, 8], [1.0, 4.0, 16.0, 64.0])["worst_percent"] > 10
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:\\d of \\d texts are kept")  # a random model, which is only timed, repeats a word
 def test_one_setting_grows_and_the_others_stay(tiny_model):
     found = performance.time_growth(
@@ -89,9 +81,8 @@ def test_one_setting_grows_and_the_others_stay(tiny_model):
     )
     assert list(found) == ["length", "n_synthetic"] and found["length"]["sizes"] == [2, 4]
     for row in found.values():
-        assert (
-            row["seconds"] == [sorted(column)[1] for column in zip(*row["runs"], strict=True)] and len(row["runs"]) == 3
-        )
+        assert row["seconds"] == [sorted(column)[1] for column in zip(*row["runs"], strict=True)]
+        assert len(row["runs"]) == 3
         assert row["worst_percent"] == pytest.approx(0, abs=1e-6)  # two points lie on a line
 
 

@@ -1,6 +1,4 @@
-"""The presets: they name parameters that exist, with values of the kind the notebook expects, and the paper's name
-all.
-"""
+"""The presets name parameters that exist, with values of the kind that is expected, and the paper's name all."""
 
 import ast
 from pathlib import Path
@@ -68,6 +66,11 @@ def test_every_notebook_has_a_preset(preset):
         f"write notebooks/params/{preset}/{missing[0]}.yaml: the book and the tests run every notebook with a "
         "preset of its own"
     )
+
+
+@pytest.mark.parametrize("path", sorted(PARAMS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_sweep_goes_over_parameters_that_exist(path):
+    assert set(files.read_parameters(path)) <= set().union(*map(defaults, NOTEBOOKS))
 
 
 def test_the_readme_names_every_preset():

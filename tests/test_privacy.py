@@ -18,12 +18,9 @@ from gradmm.tasks import Task, tokenize_task
 TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was")
 SECRET = "zanzibar"
 EXAMPLES = [
-    Example("the movie is terrible", 0),
-    Example("a good film and a fine story", 1),
-    Example("dull plot", 0),
-    Example("we saw some music", 1),
-    Example(f"the actors {SECRET}", 0),
-]
+    Example("the movie is terrible", 0), Example("a good film and a fine story", 1), Example("dull plot", 0),
+    Example("we saw some music", 1), Example(f"the actors {SECRET}", 0),
+]  # fmt: skip
 OTHERS = [Example("you like this cat", 1), Example("one two three words of text and all that", 0)]
 PUBLIC = ["some words", "a dog sat on the cat", "two red words", "this text is about sports", "they made time"]
 PRIVATE = {"epsilon": 1.0, "delta": 1e-5, "length": 6}
@@ -185,9 +182,8 @@ def test_releases_on_one_ledger_add_up_and_the_last_one_says_so(model):
         f" in the space label_rows; with the 1 earlier release(s) of its ledger ({ledger.spent:.6g}, 1e-05) in all"
     )
     alone = privacy.release(model, TASK, EXAMPLES, **PRIVATE)
-    assert alone.statement.startswith("(1, 1e-05)-differential privacy for") and alone.statement.endswith(
-        " in the space label_rows"
-    )
+    assert alone.statement.startswith("(1, 1e-05)-differential privacy for")
+    assert alone.statement.endswith(" in the space label_rows")
     with pytest.raises(UserError, match="budget"):
         privacy.release(model, TASK, EXAMPLES, epsilon=0.9, **options)
     assert ledger.entries == second.ledger
@@ -229,16 +225,6 @@ def test_a_private_file_says_nothing_of_the_examples_but_their_sums(model, tmp_p
     assert {k: (v.dtype, v.shape) for k, v in found[0][0].items()} == {
         k: (v.dtype, v.shape) for k, v in found[1][0].items()
     }
-
-
-def test_an_examples_gradient_does_not_depend_on_its_companions(tiny_model):
-    model = tiny_model("llama", dtype=torch.float32)
-    tokens = tokenize_task(TASK, model.tokenizer)
-    alone, beside = (
-        privacy._factors(model, tokens, [rows, OTHERS[:1]], Space(), one_by_one=True)[0]
-        for rows in (EXAMPLES[:1], [EXAMPLES[0], *OTHERS * 9])
-    )
-    assert torch.equal(alone.delta[0], beside.delta[0]) and torch.equal(alone.hidden[0], beside.hidden[0])
 
 
 def test_a_private_release_runs_every_text_alone(model, monkeypatch):
@@ -336,10 +322,8 @@ def test_private_noise_is_drawn_by_one_process_alone(model, monkeypatch):
     )
     with pytest.raises(UserError, match=words):
         privacy.release(model, TASK, EXAMPLES, **PRIVATE)
-    assert (
-        not privacy.release(model, TASK, EXAMPLES).private
-        and not privacy.release(model, TASK, EXAMPLES, **PRIVATE, noise_seed=1).private
-    )
+    assert not privacy.release(model, TASK, EXAMPLES).private
+    assert not privacy.release(model, TASK, EXAMPLES, **PRIVATE, noise_seed=1).private
     monkeypatch.setattr(privacy, "launched", lambda: (0, 1))
     assert privacy.release(model, TASK, EXAMPLES, **PRIVATE).private
 
@@ -366,34 +350,25 @@ def test_a_saved_release_comes_back_whole(model, tmp_path, options, space):
     saved = privacy.release(model, TASK, EXAMPLES, **options, space=space, **options_of(space))
     found = privacy.load_release(saved.save(tmp_path / "release.safetensors"))
     assert found.fingerprint == saved.fingerprint == saved.to("cpu").fingerprint
-    assert isinstance(found.targets[0], DenseTarget if options else FactorTarget) and type(found.space) is type(
-        saved.space
-    )
+    assert isinstance(found.targets[0], DenseTarget if options else FactorTarget)
+    assert type(found.space) is type(saved.space)
     for field in ("space_name", "labels", "label_tokens", "private", "statement", "ledger", "model", "task", "length"):
         assert getattr(found, field) == getattr(saved, field)
 
 
-def test_a_release_moves_with_all_its_tensors(model, monkeypatch):
+def test_a_release_moves_with_all_its_tensors(model, monkeypatch, tmp_path):
     found, asked = privacy.release(model, TASK, EXAMPLES), []
+    held, _ = read_tensors(found.save(tmp_path / "release.safetensors"))
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device: asked.append(device) or self)
     moved = found.to("elsewhere")
-    assert (
-        set(asked) == {"elsewhere"}
-        and len(asked) == len(privacy._tensors(found))
-        and moved.fingerprint == found.fingerprint
-    )
+    assert asked == ["elsewhere"] * len(held) and moved.fingerprint == found.fingerprint
 
 
 def test_the_fingerprint_follows_every_field(model):
     found = privacy.release(model, TASK, EXAMPLES, **PRIVATE)
     changes = {
-        "private": False,
-        "statement": "",
-        "ledger": (),
-        "model": "x",
-        "length": 7,
-        "targets": found.targets[::-1],
-    }
+        "private": False, "statement": "", "ledger": (), "model": "x", "length": 7, "targets": found.targets[::-1],
+    }  # fmt: skip
     assert (
         len({found.fingerprint, *(dataclasses.replace(found, **{k: v}).fingerprint for k, v in changes.items())}) == 7
     )
@@ -411,12 +386,11 @@ def test_the_fields_of_a_file_are_written_in_one_way(model, tmp_path):
         f'"ledger": [{charged}], "length": 5, "model": "m", "private": false, "space_name": "label_rows", '
         '"statement": "s", "task": "t"}'
     )
-    assert privacy._fields_json(plain) == fields
     assert read_tensors(plain.save(tmp_path / "release"))[1] == {
         "release": f'{{"fields": {fields}, "fingerprint": "{plain.fingerprint}"}}'
     }
     with pytest.raises(ValueError, match="not JSON compliant"):
-        privacy._fields_json(dataclasses.replace(found, length=float("nan")))
+        dataclasses.replace(found, length=float("nan")).save(tmp_path / "nothing")
 
 
 def test_a_file_that_was_changed_is_refused(model, tmp_path):
@@ -521,15 +495,11 @@ def test_a_charge_that_a_crash_followed_is_counted_in_the_next_release(model, tm
         broken.setattr(privacy, "noised_sums", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             once(tmp_path, model)
-    assert (
-        len(json.loads((tmp_path / "ledger.json").read_text())["entries"]) == 1
-        and not (tmp_path / "release.safetensors").exists()
-    )
+    assert len(json.loads((tmp_path / "ledger.json").read_text())["entries"]) == 1
+    assert not (tmp_path / "release.safetensors").exists()
     found = once(tmp_path, model)
-    assert (
-        len(found.ledger) == 2
-        and "with the 1 earlier release(s) of its ledger (1.46517, 1e-05) in all" in found.statement
-    )
+    assert len(found.ledger) == 2
+    assert "with the 1 earlier release(s) of its ledger (1.46517, 1e-05) in all" in found.statement
     assert once(tmp_path, model).fingerprint == found.fingerprint
 
 

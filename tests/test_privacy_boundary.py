@@ -1,6 +1,4 @@
-"""What is not in the Release is not in anything that is written: two private data sets with one Release leave the
-same bytes.
-"""
+"""What is not in the Release is in nothing that is written: two private sets, one Release, the same bytes."""
 
 import json
 import logging
@@ -24,16 +22,9 @@ from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
 CONFIG = SynthesisConfig(
-    search="admm",
-    ranking="text",
-    oversample=2.0,
-    n_synthetic=4,
-    group_size=2,
-    outer_steps=2,
-    inner_steps=2,
-    top_k=5,
+    search="admm", ranking="text", oversample=2.0, n_synthetic=4, group_size=2, outer_steps=2, inner_steps=2, top_k=5,
     init_candidates=2,
-)
+)  # fmt: skip
 PRIVATE = {"epsilon": 1.0, "delta": 1e-5, "length": 5}
 CLOCKS = {"clock"}
 # Counts and mean lengths that nothing else in a run comes to: 31 + 47 and 59 + 43 texts.

@@ -19,6 +19,10 @@ def vectors(model, count, length, seed=0):
     return model.embedding[ids] + 0.5 * noise
 
 
+def projected(model, *given) -> torch.Tensor:
+    return project(model, TokenTables.of(model), *given)
+
+
 def every(model) -> Vocabulary:
     return Vocabulary.free(torch.ones(model.embedding.shape[0], dtype=torch.bool))
 
@@ -28,7 +32,7 @@ def every(model) -> Vocabulary:
 def test_equals_brute_force_with_prompts_of_any_lengths_side_by_side(tiny_model, kind, order, k):
     model = tiny_model(kind)
     v, rows = vectors(model, 6, 7), torch.tensor([0, 1, 2, 2, 1, 0])
-    ids = project(model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig(order, k, every(model)))
+    ids = projected(model, v, PROMPTS, rows, DecodingConfig(order, k, every(model)))
     for i, row in enumerate(rows.tolist()):
         expected = reference.project(model.lm, v[i : i + 1], PROMPTS[row], order, k, every(model).whole)
         assert torch.equal(ids[i : i + 1], expected)
@@ -38,9 +42,7 @@ def test_a_text_may_have_more_tokens_than_its_vectors_have_numbers(tiny_model):
     model = tiny_model("llama")
     v, rows = vectors(model, 1, 40), torch.zeros(1, dtype=torch.long)
     assert v.shape[1] > v.shape[2]
-    ids = project(
-        model, TokenTables.of(model), v, PROMPTS[:1], rows, DecodingConfig("lm_then_nearest", 3, every(model))
-    )
+    ids = projected(model, v, PROMPTS[:1], rows, DecodingConfig("lm_then_nearest", 3, every(model)))
     assert ids.shape == (1, 40) and bool((ids >= 0).all())
 
 
@@ -50,13 +52,8 @@ def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
     allowed = torch.rand(97, generator=torch.Generator().manual_seed(1)) < 0.2
     v = vectors(model, 5, 6)
     for k in (1, int(allowed.sum())):
-        ids = project(
-            model,
-            TokenTables.of(model),
-            v,
-            PROMPTS[:1],
-            torch.zeros(5, dtype=torch.long),
-            DecodingConfig(order, k, Vocabulary.free(allowed)),
+        ids = projected(
+            model, v, PROMPTS[:1], torch.zeros(5, dtype=torch.long), DecodingConfig(order, k, Vocabulary.free(allowed))
         )
         assert bool(allowed[ids].all())
         assert torch.equal(ids, reference.project(model.lm, v, PROMPTS[0], order, k, allowed))
@@ -82,15 +79,13 @@ def test_limits_of_k_with_all_tokens_as_candidates_one_criterion_rules(tiny_mode
     v, rows = vectors(model, 4, 5), torch.zeros(4, dtype=torch.long)
     nearest = torch.cdist(v.flatten(0, 1), model.embedding).argmin(-1).view(4, 5)
     assert torch.equal(
-        project(model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig("lm_then_nearest", 97, every(model))),
+        projected(model, v, PROMPTS, rows, DecodingConfig("lm_then_nearest", 97, every(model))),
         nearest,
     )
-    greedy = project(
-        model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig("nearest_then_lm", 97, every(model))
-    )
+    greedy = projected(model, v, PROMPTS, rows, DecodingConfig("nearest_then_lm", 97, every(model)))
     assert torch.equal(
         greedy,
-        project(model, TokenTables.of(model), v, PROMPTS, rows, DecodingConfig("lm_then_nearest", 1, every(model))),
+        projected(model, v, PROMPTS, rows, DecodingConfig("lm_then_nearest", 1, every(model))),
     )
 
 
@@ -101,10 +96,11 @@ def test_a_text_ends_at_the_end_token_and_not_before_it_may(tiny_model, order):
     v = vectors(model, 20, 8)
     v[:10, 1:] = model.embedding[end]
     reading = DecodingConfig(order, 97 if order == "lm_then_nearest" else 1, every(model), end=end, min_tokens=4)
-    ids = project(model, TokenTables.of(model), v, PROMPTS, torch.zeros(20, dtype=torch.long), reading)
+    ids = projected(model, v, PROMPTS, torch.zeros(20, dtype=torch.long), reading)
     mask = text_mask(ids, end)
     assert mask.sum(-1)[:10].tolist() == [4] * 10
     assert bool((mask.sum(-1) >= 4).all()) and bool((ids[mask == 0] == end).all())
+    assert bool(reading.vocabulary.whole.all())  # what may stand where it could end is its own mask
 
 
 def test_the_last_token_is_not_read(tiny_model, monkeypatch):
@@ -115,7 +111,7 @@ def test_the_last_token_is_not_read(tiny_model, monkeypatch):
         lambda self, token, own=models.CachedDecoder.read: steps.append(token) or own(self, token),
     )
     reading = DecodingConfig("lm_then_nearest", 4, every(model))
-    project(model, TokenTables.of(model), vectors(model, 2, 5), PROMPTS, torch.tensor([0, 1]), reading)
+    projected(model, vectors(model, 2, 5), PROMPTS, torch.tensor([0, 1]), reading)
     assert len(steps) == 4
 
 
@@ -127,9 +123,8 @@ def test_no_pass_reads_a_text_that_has_ended(tiny_model, monkeypatch):
         lambda self, token, own=models.CachedDecoder.read: sizes.append(len(token)) or own(self, token),
     )
     rows = torch.zeros(9, dtype=torch.long)
-    ids = project(
+    ids = projected(
         model,
-        TokenTables.of(model),
         vectors(model, 9, 8),
         PROMPTS,
         rows,
@@ -182,10 +177,8 @@ def test_prompts_are_read_where_the_model_is_and_with_a_mask_only_if_they_differ
 
 def test_text_mask():
     ids = torch.tensor([[5, 0, 7], [0, 0, 0], [1, 2, 3]])
-    assert (
-        text_mask(ids, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]]
-        and text_mask(ids, None).tolist() == [[1] * 3] * 3
-    )
+    assert text_mask(ids, 0).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]]
+    assert text_mask(ids, None).tolist() == [[1] * 3] * 3
 
 
 def test_bad_settings_are_one_sentence(tiny_model):
@@ -203,19 +196,19 @@ def test_bad_settings_are_one_sentence(tiny_model):
         DecodingConfig("beam", 5, allowed)
     reading, rows = DecodingConfig("lm_then_nearest", 5, allowed), torch.tensor([0])
     with pytest.raises(UserError, match="no tokens"):
-        project(model, TokenTables.of(model), vectors(model, 1, 3), [()], rows, reading)
+        projected(model, vectors(model, 1, 3), [()], rows, reading)
     with pytest.raises(UserError, match="exceed the context of 64"):
-        project(model, TokenTables.of(model), vectors(model, 1, 64), [(0,)], rows, reading)
+        projected(model, vectors(model, 1, 64), [(0,)], rows, reading)
 
 
 @pytest.mark.parametrize("order", PROJECTIONS)
 def test_blocks_of_candidates_change_no_token(tiny_model, order, monkeypatch):
     model, rows = tiny_model("phi"), torch.zeros(7, dtype=torch.long)
     v, reading = vectors(model, 7, 3), DecodingConfig(order, 6, every(model))
-    whole = project(model, TokenTables.of(model), v, PROMPTS, rows, reading)
+    whole = projected(model, v, PROMPTS, rows, reading)
     for numbers in (1, 6 * 32, 2 * 6 * 32, 3 * 6 * 32 + 5):
         monkeypatch.setitem(projection.GATHERED_NUMBERS, "cpu", numbers)
-        assert torch.equal(project(model, TokenTables.of(model), v, PROMPTS, rows, reading), whole)
+        assert torch.equal(projected(model, v, PROMPTS, rows, reading), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -264,26 +257,10 @@ def test_a_gpu_gathers_more_candidates_at_once():
 
 def test_a_prompt_and_text_may_fill_the_context(tiny_model):
     model = tiny_model("llama")
-    ids = project(
-        model,
-        TokenTables.of(model),
-        vectors(model, 1, 63),
-        [(0,)],
-        torch.tensor([0]),
-        DecodingConfig("lm_then_nearest", 5, every(model)),
+    ids = projected(
+        model, vectors(model, 1, 63), [(0,)], torch.tensor([0]), DecodingConfig("lm_then_nearest", 5, every(model))
     )
     assert ids.shape == (1, 63)
-
-
-def test_the_end_is_allowed_from_min_tokens_on_and_the_vocabularys_mask_stays(tiny_model):
-    vocabulary, row = every(tiny_model("llama")), torch.zeros(1, dtype=torch.long)
-    reading = DecodingConfig("lm_then_nearest", 5, vocabulary, end=3, min_tokens=2)
-    masks = [projection._allowed_at(reading, row, row, step, row) for step in range(4)]
-    assert [bool(mask[..., 3].all()) for mask in masks] == [False, False, True, True]
-    assert (
-        bool(vocabulary.whole.all())
-        and projection._allowed_at(DecodingConfig("lm_then_nearest", 5, vocabulary), row, row, 1, row).ndim == 1
-    )
 
 
 @pytest.mark.parametrize("order", PROJECTIONS)
@@ -293,16 +270,11 @@ def test_an_opening_stands_before_each_text_and_is_not_chosen(tiny_model, kind, 
     v, rows = vectors(model, 6, 7), torch.tensor([0, 1, 2, 2, 1, 0])
     openings = [(41,), (), (51, 52, 53)]
     reading = DecodingConfig(order, 5, every(model), end=9, min_tokens=2)
-    ids = project(model, TokenTables.of(model), v, PROMPTS, rows, reading, openings)
+    ids = projected(model, v, PROMPTS, rows, reading, openings)
     for i, row in enumerate(rows.tolist()):
         count = len(openings[row])
-        alone = project(
-            model,
-            TokenTables.of(model),
-            v[i : i + 1, count:],
-            PROMPTS[row : row + 1],
-            torch.zeros(1, dtype=torch.long),
-            reading,
+        alone = projected(
+            model, v[i : i + 1, count:], PROMPTS[row : row + 1], torch.zeros(1, dtype=torch.long), reading
         )
         assert ids[i].tolist() == [*openings[row], *alone[0].tolist()]
 
@@ -325,14 +297,7 @@ def test_every_projection_is_whole_characters_that_begin_with_a_word(order, prom
     model = models.load_model("demo", device="cpu")
     ids = tuple(model.tokenizer(prompt)["input_ids"])
     v = torch.randn(12, 6, model.embedding.shape[1], generator=torch.Generator().manual_seed(0))
-    found = project(
-        model,
-        TokenTables.of(model),
-        v,
-        [ids],
-        torch.zeros(12, dtype=torch.long),
-        DecodingConfig(order, 3000, model.vocabulary),
-    )
+    found = projected(model, v, [ids], torch.zeros(12, dtype=torch.long), DecodingConfig(order, 3000, model.vocabulary))
     for row in found.tolist():
         masks, state = literal_masks(model.vocabulary, row, 6, ids[-1])
         assert state == 0 and all(mask[token] for mask, token in zip(masks, row, strict=True))

@@ -1,6 +1,4 @@
-"""The comparison: every method at its budget, the controls know what they should, and a run is a function of its
-seeds.
-"""
+"""The comparison: methods at their budget, controls that know what they should, runs that follow from seeds."""
 
 import json
 import os
@@ -19,7 +17,7 @@ from gradmm.config import FinetuneConfig, SynthesisConfig
 from gradmm.data import Example, Splits, content_hash, refuse_overlap
 from gradmm.errors import UserError
 from gradmm.evaluation import perplexity
-from gradmm.experiments import baselines, metrics, protocol
+from gradmm.experiments import metrics, protocol
 from gradmm.experiments import seed_run as trial_room
 from gradmm.experiments.baselines import METHODS, random_directions
 from gradmm.experiments.metrics import MEASURES, longest_shared_spans, similarities, words
@@ -35,31 +33,19 @@ from gradmm.tasks import Task, tokenize_task
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
 FOUR = Task(
-    "four",
-    ("a", "b", "c", "d"),
-    (" world", " sports", " business", " text"),
-    "{text} this is",
+    "four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), "{text} this is",
     ("", "a:", "the cat:", "in:"),
-)
+)  # fmt: skip
 CONFIG = ComparisonConfig(
     n_real=8,
     synthesis=SynthesisConfig(
-        search="admm",
-        ranking="text",
-        n_synthetic=4,
-        oversample=1.5,
-        group_size=2,
-        outer_steps=2,
-        inner_steps=2,
-        top_k=5,
-        init_candidates=2,
-        length=5,
+        search="admm", ranking="text", n_synthetic=4, oversample=1.5, group_size=2, outer_steps=2, inner_steps=2,
+        top_k=5, init_candidates=2, length=5,
     ),
     finetuning=FinetuneConfig(steps=4, batch_size=4, learning_rates=(3e-3, 1e-2), eval_every=2, warmup=1),
     sampling=Sampling(temperature=4.0, max_tokens=16, min_tokens=4, shots=1, rounds=40),
-    max_test=8,
-    similarity_steps=(0, 2),
-)
+    max_test=8, similarity_steps=(0, 2),
+)  # fmt: skip
 
 
 def splits_of(task: Task) -> Splits:
@@ -94,9 +80,8 @@ def test_every_method_has_its_budget_and_its_figures(whole):
     }
     for name, figures in found.methods.items():
         assert len(figures["accuracy"]["runs"]) == 2 and 0 <= figures["macro_f1"] <= 1
-        assert (figures["match_loss"] is None) == (name == "none") and set(figures["similarity"]) == (
-            {"0", "2"} if name != "none" else set()
-        )
+        assert (figures["match_loss"] is None) == (name == "none")
+        assert set(figures["similarity"]) == ({"0", "2"} if name != "none" else set())
         assert (figures["minus_gradmm"] is None) == (name == "gradmm")
     assert len(found.labels) == 8 and len(found.table()) == len(METHODS)
     json.dumps(found.methods, allow_nan=False)
@@ -123,12 +108,11 @@ def test_differences_are_paired_and_summaries_follow_from_the_records(whole):
         assert list(figures["accuracy"]["runs"]) == pytest.approx(runs)
         if name != "gradmm":
             gap, own = figures["minus_gradmm"], found.methods["gradmm"]["accuracy"]
-            assert (
-                gap["mean"] == pytest.approx(figures["accuracy"]["mean"] - own["mean"])
-                and gap["low"] <= gap["mean"] <= gap["high"]
-            )
+            assert gap["mean"] == pytest.approx(figures["accuracy"]["mean"] - own["mean"])
+            assert gap["low"] <= gap["mean"] <= gap["high"]
 
 
+@pytest.mark.slow
 def test_the_same_seeds_give_the_same_files(model, whole, tmp_path):
     compare(model, TWO, splits_of(TWO), CONFIG, seeds=(0, 1), output=tmp_path, progress=False)
     assert records_of(tmp_path) == records_of(whole[1])
@@ -193,35 +177,9 @@ def test_two_processes_are_usual_where_there_are_threads_for_two(model, monkeypa
     assert protocol.usual_workers(model) == workers
 
 
-def test_four_classes_go_through_every_method_with_a_head_with_bias_and_a_second_model(tiny_model, model):
-    phi = tiny_model("phi", dtype=torch.float32)
-    config = replace(CONFIG, synthesis=replace(CONFIG.synthesis, n_synthetic=6))
-    found = compare(phi, FOUR, splits_of(FOUR), config, seeds=(0,), progress=False, second=model)
-    sizes = {"none": 0, "all_real": 80, "real": 8}
-    assert {name: figures["n"] for name, figures in found.methods.items()} == {
-        name: sizes.get(name, 6) for name in METHODS
-    }
-    assert all(figures["second_perplexity"] > 1 for name, figures in found.methods.items() if name != "none")
-    assert {label for record in found.records for label in record["predictions"]} <= {0, 1, 2, 3}
-
-
-def test_four_classes_release_and_synthesize(model):
-    real = toy(FOUR, 0, 3)
-    found = gradmm.synthesize(
-        model,
-        FOUR,
-        gradmm.release(model, FOUR, real, space="head"),
-        replace(CONFIG.synthesis, n_synthetic=8),
-        progress=False,
-    )
-    assert sorted(found.kept["label"]) == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert found.manifest["set_match"].keys() == set(FOUR.labels)
-
-
+@pytest.mark.slow
 def test_another_model_learns_from_the_same_examples(tiny_model, model, whole, tmp_path):
-    """The learner's figures are those of the same examples given to it by hand; the writer's are those without a
-    learner.
-    """
+    """The learner's figures are those by hand of the same examples; the writer's those without a learner."""
     names, learner = ("none", "real", "gradmm"), tiny_model("gpt2", dtype=torch.float32)
     found = compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False, learners=(learner,))
     varying = {"settings": None, "elsewhere": None}
@@ -361,9 +319,8 @@ def test_matched_real_examples_are_unseen_real_ones_that_match_together(model):
     )
     trial = SeedRun(bench_of(model, config=config), 0)
     chosen = METHODS["matched_real"](trial)
-    assert [e.label for e in chosen] == [0, 0, 1, 1] and set(chosen) <= set(trial.experiment.splits.train) - set(
-        trial.real
-    )
+    assert [e.label for e in chosen] == [0, 0, 1, 1]
+    assert set(chosen) <= set(trial.experiment.splits.train) - set(trial.real)
     matching = Matching(model, tokenize_task(TWO, model.tokenizer), trial.release.targets, trial.release.space)
     sets = [chosen, *(METHODS["random"](SeedRun(trial.experiment, seed)) for seed in range(5))]
     best, *others = [sum(matching.of_sets([e.text for e in some], [e.label for e in some])) for some in sets]
@@ -403,9 +360,7 @@ def test_generated_texts_pass_gradmm_s_own_filter_and_repeat_no_shot(model):
 
 def test_shots_that_do_not_fit_the_context_become_fewer(model):
     config = replace(CONFIG, sampling=replace(CONFIG.sampling, shots=40))
-    assert 1 <= baselines._fitting(SeedRun(bench_of(model, config=config), 0)).shots < 40
     assert len(METHODS["few_shot"](SeedRun(bench_of(model, config=config), 0))) == 4
-    assert baselines._fitting(SeedRun(bench_of(model), 0)).shots == 1
 
 
 def test_no_method_sees_the_test_set(model):
@@ -438,9 +393,8 @@ def test_curves_verdicts_and_where_two_methods_part(whole):
     assert curve.loc[2, "mean"] == pytest.approx(sum(look["validation_loss"] for look in rows) / 2)
     assert found.divergence("real", "real", "validation_loss", rate) is None
     assert found.divergence("real", "gradmm", "validation_loss", rate) in (None, 2, 4)
-    assert "gradmm (" in found.verdict("gradmm", "none") and " cannot be told from gradmm" in found.verdict(
-        "gradmm", "gradmm"
-    )
+    assert "gradmm (" in found.verdict("gradmm", "none")
+    assert " cannot be told from gradmm" in found.verdict("gradmm", "gradmm")
     known = Comparison(TWO, (0, 1) * 50, [{"method": m, "seed": 0, "n": 0, "accuracy": a, "macro_f1": a,
         "similarity": {},
         "predictions": p, "curve": [], **dict.fromkeys(MEASURES)} for m, a,
@@ -454,11 +408,9 @@ def test_curves_verdicts_and_where_two_methods_part(whole):
     [
         ({"methods": ("gradm",)}, r"\['gradm'\] are not known: use some of none, all_real"),
         ({"methods": ("none", "none")}, "names one twice"),
-        ({"seeds": (1, 1)}, "they must differ"),
-        ({"seeds": ()}, "at least one"),
-        ({"workers": 0}, "workers = 0"),
+        ({"seeds": (1, 1)}, "they must differ"), ({"seeds": ()}, "at least one"), ({"workers": 0}, "workers = 0"),
     ],
-)
+)  # fmt: skip
 def test_misuse_is_one_sentence(model, options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         compare(model, TWO, splits_of(TWO), CONFIG, **options, output=tmp_path / "run", progress=False)

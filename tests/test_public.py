@@ -78,13 +78,9 @@ def drawn(**options):
 
 def compared(**options):
     given = {
-        "model": HELD["model"],
-        "task": TWO,
-        "splits": splits_of(TWO),
-        "config": CONFIG,
-        "methods": ("none",),
+        "model": HELD["model"], "task": TWO, "splits": splits_of(TWO), "config": CONFIG, "methods": ("none",),
         "progress": False,
-    }
+    }  # fmt: skip
     return compare(**{**given, **options})
 
 
@@ -286,7 +282,7 @@ def test_it_is_one_sentence_before_any_work_without_a_real_text(case, tmp_path, 
     act, words = CASES[case]
     with pytest.raises(UserError) as caught:
         act()
-        message = str(caught.value)
+    message = str(caught.value)
     assert words in message and "\n" not in message and len(message) < 400
     assert ": " in message and SECRET not in message
     assert not list(tmp_path.rglob("*"))
@@ -311,13 +307,10 @@ def test_numpy_s_numbers_are_numbers_and_its_bools_are_none():
 def test_settings_of_numpy_are_settings_of_python():
     ours, theirs = replace(SMALL, seed=3, rho=0.5), replace(SMALL, seed=numpy.int64(3), rho=numpy.float64(0.5))
     assert ours == theirs and (type(theirs.seed), type(theirs.rho)) == (int, float)
-    assert (
-        type(replace(QUICK, steps=numpy.int32(12)).steps) is int and type(Sampling(shots=numpy.int64(2)).shots) is int
-    )
-    assert (
-        type(ComparisonConfig(n_real=numpy.int64(4)).n_real) is int
-        and type(replace(TASK, min_words=numpy.int64(2)).min_words) is int
-    )
+    assert type(replace(QUICK, steps=numpy.int32(12)).steps) is int
+    assert type(Sampling(shots=numpy.int64(2)).shots) is int
+    assert type(ComparisonConfig(n_real=numpy.int64(4)).n_real) is int
+    assert type(replace(TASK, min_words=numpy.int64(2)).min_words) is int
 
 
 def test_arguments_of_numpy_do_what_python_s_do():

@@ -27,9 +27,7 @@ REAL = [Example("a dull plot " * 4, 0), Example("a fine film " * 4, 1), Example(
 
 
 def counted(call) -> int:
-    """Operations of the products of one call; attention by products too, because the counter knows no CPU kernel
-    of it.
-    """
+    """Operations of the products of one call; attention by products too, as the counter knows no CPU kernel of it."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops()
@@ -37,7 +35,7 @@ def counted(call) -> int:
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "phi"])
 def deep(request) -> Model:
-    config = conftest._configuration(request.param, request.param in conftest.TIED)
+    config = conftest.configuration_of(request.param, request.param in conftest.TIED)
     config.num_hidden_layers = DEEP
     torch.manual_seed(0)
     lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double()
@@ -81,6 +79,7 @@ def test_an_inner_step_is_a_few_percent_above_its_floor(deep, plan):
     assert work.operations <= done <= 1.06 * work.operations
 
 
+@pytest.mark.slow
 def test_a_projection_is_a_few_percent_above_its_floor(deep, plan):
     v, rows = torch.randn(4, 40, 32, dtype=torch.float64), torch.tensor([0, 0, 1, 1])
     done = counted(lambda: project(deep, plan.tables, v, plan.tokens.prompts, rows, plan.decoding))

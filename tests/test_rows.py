@@ -47,35 +47,27 @@ def labelled(label) -> dict:
 # kind -> what stands in row 3, what the message says of it
 WRONG_LABELS = {
     "a float": {
-        1.0: '1.0, .*"label": 1}',
-        0.0: '0.0, .*"label": 0}',
-        2.5: '2.5, .*"label": 0}',
-        float("nan"): "NaN, ",
-        float("inf"): "Infinity, ",
-        -1.0: '-1.0, .*"label": -1}',
+        1.0: '1.0, .*"label": 1}', 0.0: '0.0, .*"label": 0}', 2.5: '2.5, .*"label": 0}', float("nan"): "NaN, ",
+        float("inf"): "Infinity, ", -1.0: '-1.0, .*"label": -1}',
     },
     "true or false": {True: 'true, .*"label": 1}', False: 'false, .*"label": 0}'},
     "nothing": {None: "null, "},
     "a list": {
         "[1]": r'\[1\], .*"label": 1}',
         '["good"]': r'\["good"\], .*"label": "good"}',
-        "[]": r"\[\], ",
-        "[true]": r'\[true\], .*"label": 1}',
-        "[0, 1]": r"\[0, 1\], ",
+        "[]": r"\[\], ", "[true]": r'\[true\], .*"label": 1}', "[0, 1]": r"\[0, 1\], ",
     },
     "an object": {'{"a": 1}': '{"a": 1}, ', "{}": "{}, "},
     "spaces around a name": {
-        '"positive "': "'positive ', with spaces around the name: write 'positive'",
-        '" a"': "' a', with",
+        '"positive "': "'positive ', with spaces around the name: write 'positive'", '" a"': "' a', with",
         '"a\\n"': "'a.n', with",
     },
     "an empty name": {'""': "an empty label", '" "': "an empty label", '"\\t"': "an empty label"},
     "a whole text": {
         json.dumps("words " * 50): "a label of 300 characters, more than 100",
-        json.dumps(SECRET * 20): "a label of 160",
-        json.dumps("x" * 101): "a label of 101",
+        json.dumps(SECRET * 20): "a label of 160", json.dumps("x" * 101): "a label of 101",
     },
-}
+}  # fmt: skip
 LABELS = [(kind, label, words) for kind, some in WRONG_LABELS.items() for label, words in some.items()]
 
 
@@ -284,16 +276,9 @@ def test_other_values_of_other_libraries_are_not(label):
 
 FRAME = pandas.DataFrame(GOOD)
 WRONG_TYPES = [
-    FRAME,
-    FRAME["text"],
-    GOOD,
-    {"train": GOOD},
-    numpy.array([SECRET]),
-    (SECRET,),
-    SECRET.encode(),
-    {SECRET},
+    FRAME, FRAME["text"], GOOD, {"train": GOOD}, numpy.array([SECRET]), (SECRET,), SECRET.encode(), {SECRET},
     lambda: SECRET,
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", WRONG_TYPES, ids=lambda value: type(value).__name__)

@@ -1,12 +1,6 @@
-"""Nothing gets in: words of others are shown and not obeyed, no name leaves the output folder, nothing calls the
-network.
-"""
+"""Nothing gets in: words of others are shown and not obeyed, and no name leaves the output folder."""
 
-import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,16 +21,14 @@ from gradmm.experiments.protocol import compare
 from gradmm.tasks import Task
 
 EVIL = [
-    "<script>alert(1)</script>",
-    "`<script>alert(1)</script>`",
-    "``` \n<script>alert(1)</script>\n```",
+    "<script>alert(1)</script>", "`<script>alert(1)</script>`", "``` \n<script>alert(1)</script>\n```",
     "| a |\n\n<img src=x onerror=alert(1)>",
     "[here](javascript:alert(1)) <javascript:alert(1)>",
     "\\`<script>alert(1)</script>\\`",
     "&lt;b&gt; <b>bold</b> *stars* _lines_ $x$ {role}`y`",
     "</td></tr></table><script>alert(1)</script>",
     "\u202e<script\u0000>alert(1)</script>",
-]
+]  # fmt: skip
 TAGS = ("<script", "<img", "<b>", "<td><script", 'href="javascript', "onerror=alert(1)>")
 
 
@@ -50,11 +42,8 @@ def obeyed(page: str) -> list[str]:
 
 
 def test_the_check_sees_what_it_forbids():
-    assert (
-        obeyed(rendered(EVIL[0]))
-        and obeyed(rendered(f"| a |\n|---|\n| {EVIL[0]} |"))
-        and obeyed(rendered(f"`a` {EVIL[0]}`"))
-    )
+    assert obeyed(rendered(EVIL[0])) and obeyed(rendered(f"| a |\n|---|\n| {EVIL[0]} |"))
+    assert obeyed(rendered(f"`a` {EVIL[0]}`"))
 
 
 # ---------------------------------------------------------------- words of others
@@ -214,41 +203,6 @@ def test_no_setting_or_name_writes_outside_the_output_folder(tiny_model, tmp_pat
     ):
         with pytest.raises(UserError):
             act()
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and [
-        path.name for path in (tmp_path / "a").iterdir()
-    ] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["run"]
-
-
-# ---------------------------------------------------------------- the network
-
-OFFLINE = """
-import json, socket, sys
-def refuse(self, address, *rest):
-    if self.family != getattr(socket, "AF_UNIX", None):
-        raise AssertionError(f"a call to {address}")
-socket.socket.connect = socket.socket.connect_ex = refuse
-socket.getaddrinfo = socket.gethostbyname = lambda *where, **how: (_ for _ in ()).throw(AssertionError(f"a look-up of
-{where}")) import gradmm from gradmm import evaluation from gradmm.generation import Sampling, generate_texts task, data
-= gradmm.load_data(sys.argv[1]) model = gradmm.load_model(sys.argv[2], device="cpu") real =
-gradmm.sample_examples(data.train, 4, task, seed=0) target = gradmm.release(model, task, real, epsilon=1.0, delta=1e-5,
-length=8) config = gradmm.SynthesisConfig(n_synthetic=2, oversample=2) result = gradmm.synthesize(model, task, target,
-config, sys.argv[3], progress=False) plain = generate_texts(model, task, 1, 0, Sampling(max_tokens=24)) tuning =
-gradmm.FinetuneConfig(steps=1, learning_rates=[2e-4], max_validation=4) found = gradmm.finetune(model, task, real,
-data.validation, data.test[:4], tuning) evaluation.perplexity(model, [one.text for one in plain])
-print(json.dumps({"kept": len(result.kept), "accuracy": found.accuracy}))
-"""
-
-
-@pytest.mark.slow
-def test_with_local_model_and_data_nothing_calls_the_network(tmp_path):
-    from gradmm.tasks import DEMO
-
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hub")}
-    command = [sys.executable, "-c", OFFLINE, str(DEMO), str(DEMO / "model"), str(tmp_path / "run")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["kept"] == 2

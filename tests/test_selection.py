@@ -34,10 +34,8 @@ def chosen(texts, classes, scores, misread, per_class):
 def test_the_lowest_scores_of_each_class_are_kept_and_every_text_has_a_reason():
     verdicts = chosen(["a", "b", "c", "d"], [0, 0, 1, 1], [0.2, 0.1, 0.4, 0.3], [None] * 4, (1, 1))
     assert [v.kept for v in verdicts] == [False, True, False, True]
-    assert (
-        verdicts[0].reason == "dropped: rank 2 of 2, 1 were asked for"
-        and verdicts[1].reason == "kept: rank 1 of 2 by matching loss"
-    )
+    assert verdicts[0].reason == "dropped: rank 2 of 2, 1 were asked for"
+    assert verdicts[1].reason == "kept: rank 1 of 2 by matching loss"
 
 
 def test_misread_empty_and_repeated_texts_are_dropped_for_what_they_are():
@@ -45,11 +43,8 @@ def test_misread_empty_and_repeated_texts_are_dropped_for_what_they_are():
         ["a", " ", "a", "b", "c"], [0, 0, 0, 0, 1], [0.1, 0.0, 0.1, 0.3, 0.1], [None, None, None, 1, None], (1, 1)
     )
     assert [v.kept for v in verdicts] == [True, False, False, False, True]
-    assert (
-        "empty" in verdicts[1].reason
-        and "earlier" in verdicts[2].reason
-        and "reads it as good, 50% sure" in verdicts[3].reason
-    )
+    assert "empty" in verdicts[1].reason and "earlier" in verdicts[2].reason
+    assert "reads it as good, 50% sure" in verdicts[3].reason
 
 
 def test_misread_texts_fill_up_where_too_few_pass_and_say_so():
@@ -197,13 +192,9 @@ def test_barred_texts_never_fill_up():
 
 def test_every_reason_has_its_kind():
     reasons = [
-        EMPTY,
-        DUPLICATE,
-        LABEL.format("bad", 0.7),
-        RANK.format(3, 4, 2),
-        PERPLEXED.format(900, 100),
+        EMPTY, DUPLICATE, LABEL.format("bad", 0.7), RANK.format(3, 4, 2), PERPLEXED.format(900, 100),
         "kept: rank 1 of 1 by x",
-    ]
+    ]  # fmt: skip
     assert count_dropped(reasons) == {"empty": 1, "duplicate": 1, "label": 1, "rank": 1, "perplexity": 1}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from executing import once
 
 import gradmm
 from gradmm import models, shard, sharding
@@ -22,14 +23,9 @@ from gradmm.synthesis import synthesize
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
-    "n_synthetic": 8,
-    "oversample": 1.5,
-    "group_size": 2,
-    "outer_steps": 3,
-    "inner_steps": 2,
-    "top_k": 10,
+    "n_synthetic": 8, "oversample": 1.5, "group_size": 2, "outer_steps": 3, "inner_steps": 2, "top_k": 10,
     "init_candidates": 2,
-}
+}  # fmt: skip
 CONFIGS = {
     "admm": SynthesisConfig(search="admm", ranking="text", **TINY, groups_per_batch=1, length=8),
     "pool": SynthesisConfig(
@@ -56,12 +52,14 @@ def files_of(folder: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def lock(tmp_path_factory) -> Path:
+def alone(shared_folder) -> Path:
     """Every search by one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    for name, config in CONFIGS.items():
-        synthesize(*problem(), config, folder / name, progress=False)
-    return folder
+
+    def run(folder: Path) -> None:
+        for name, config in CONFIGS.items():
+            synthesize(*problem(), config, folder / name, progress=False)
+
+    return once(shared_folder, "alone", run)
 
 
 # ---------------------------------------------------------------- one process
@@ -110,6 +108,7 @@ def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_gives_what_python_gives(alone, tmp_path, capsys):
     release = problem()[2].save(tmp_path / "release.safetensors")
     (tmp_path / "settings.yaml").write_text(
@@ -117,10 +116,8 @@ def test_the_command_line_gives_what_python_gives(alone, tmp_path, capsys):
     )
     given = ["--release", str(release), "--output", str(tmp_path / "run"), "--device", "cpu", "--quiet", "--settings"]
     assert shard.main([*given, str(tmp_path / "settings.yaml")]) == 0
-    assert (
-        files_of(tmp_path / "run") == files_of(alone / "admm")
-        and "8 of 12 texts are kept in" in capsys.readouterr().out
-    )
+    assert files_of(tmp_path / "run") == files_of(alone / "admm")
+    assert "8 of 12 texts are kept in" in capsys.readouterr().out
     (tmp_path / "other.yaml").write_text("sede: 1\n")
     assert shard.main([*given, str(tmp_path / "other.yaml")]) == 2
     assert "unknown setting 'sede'" in capsys.readouterr().err
@@ -236,8 +233,9 @@ def on_step(batch, result):
             os.kill(os.getpid(), signal.SIGKILL)
         raise ArithmeticError("something broke")
 for name in test_sharding.CONFIGS if mode == "whole" else ["admm"]:
-    result = test_sharding.synthesize(*test_sharding.problem(), test_sharding.CONFIGS[name], f"{output}/{name}", False,
-    on_step) assert len(result.kept) == test_sharding.CONFIGS[name].n_synthetic
+    config = test_sharding.CONFIGS[name]
+    result = test_sharding.synthesize(*test_sharding.problem(), config, f"{output}/{name}", False, on_step)
+    assert len(result.kept) == config.n_synthetic
 """
 
 
@@ -257,19 +255,11 @@ def environment() -> dict[str, str]:
 
 
 def accelerated(folder: Path, mode: str) -> subprocess.CompletedProcess:
-    """Two processes on the CPU; `--multi_gpu` is what accelerate calls its launcher of several processes (`--cpu`
-    starts one).
-    """
+    """Two processes on the CPU; `--multi_gpu` is accelerate's launcher of several processes (`--cpu` starts one)."""
     command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
         "1",
-    ]
+    ]  # fmt: skip
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
     command += [program(folder), Path(__file__).parent, mode, folder]
     return subprocess.run(
@@ -290,10 +280,8 @@ def test_a_killed_process_ends_the_other_and_one_process_continues_to_the_same_b
     ended = accelerated(tmp_path, "kill")
     assert ended.returncode != 0 and "SIGKILL" in ended.stderr
     held = {path.name for path in (tmp_path / "admm").iterdir()}
-    assert (
-        json.loads((tmp_path / "admm" / "manifest.json").read_text())["status"] == "running"
-        and "batch-0001.safetensors" in held
-    )
+    assert json.loads((tmp_path / "admm" / "manifest.json").read_text())["status"] == "running"
+    assert "batch-0001.safetensors" in held
     steps = []
     synthesize(*problem(), CONFIGS["admm"], tmp_path / "admm", False, lambda batch, result: steps.append(batch))
     assert 0 < steps.count(3) < 3 and 1 not in steps  # batch 1 was whole, batch 3 begun

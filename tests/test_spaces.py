@@ -64,9 +64,8 @@ def test_the_label_spaces_hold_what_public_texts_say(tiny_model):
     tokens = tokenize_task(TASK, model.tokenizer)
     plain, white = (spaces.release_space(model, tokens, name, PUBLIC) for name in spaces.LABEL_SPACES)
     assert plain.mean is None and plain.basis is None and plain.rows.tolist() == list(tokens.labels)
-    assert torch.equal(plain.preference, white.preference) and torch.equal(
-        plain.preference, label_preference(model, tokens, PUBLIC)
-    )
+    assert torch.equal(plain.preference, white.preference)
+    assert torch.equal(plain.preference, label_preference(model, tokens, PUBLIC))
     assert torch.equal(white.mean, spaces.whitening(model.hidden_of([tokens.sequence(text) for text in PUBLIC]))[0])
     assert not torch.equal(plain.preference, spaces.release_space(model, tokens, "label_rows_calibrated").preference)
     with pytest.raises(UserError, match="the space body needs public texts"):
@@ -83,10 +82,10 @@ def test_a_model_writes_its_own_texts_once_for_a_task(tiny_model, monkeypatch):
     ]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2]) and len(written) == 2
     task = replace(TASK, generation_prompts=("a", "the movie was"))
-    assert (
-        not torch.equal(spaces.release_space(model, tokenize_task(task, model.tokenizer), "body").preference, found[0])
-        and len(written) == 3
+    assert not torch.equal(
+        spaces.release_space(model, tokenize_task(task, model.tokenizer), "body").preference, found[0]
     )
+    assert len(written) == 3
 
 
 def spread_of(model, tokens, texts) -> list[float]:
@@ -95,6 +94,7 @@ def spread_of(model, tokens, texts) -> list[float]:
     return ((logs - logs.mean(-1, keepdim=True)).var(1).mean(0) / len(texts)).sqrt().tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
 def test_as_many_texts_are_written_as_the_preference_needs(tiny_model, monkeypatch, kind):
     monkeypatch.setattr(spaces, "CALIBRATION_TEXTS", 64)
@@ -114,11 +114,8 @@ def test_a_cache_keeps_the_texts_of_one_model_task_and_bound(tiny_model, monkeyp
     written, write = [], spaces.prompted_texts
     monkeypatch.setattr(spaces, "prompted_texts", lambda *some, **more: written.append(some) or write(*some, **more))
     found = [release(tiny_model("llama"), TASK, REAL, cache=tmp_path).fingerprint for _ in range(3)]
-    assert (
-        len(set(found)) == 1
-        and len(written) == 1
-        and [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
-    )
+    assert len(set(found)) == 1 and len(written) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
     assert release(tiny_model("llama"), TASK, REAL).fingerprint == found[0] and len(written) == 2
     assert not {example.text for example in REAL} & set(
         json.loads((tmp_path / "calibration.json").read_text())["texts"]
@@ -149,9 +146,8 @@ def test_a_space_comes_back_from_its_tensors(tiny_model, name):
     space = spaces.release_space(model, tokens, name, PUBLIC if name in spaces.PUBLIC_SPACES else None)
     held = spaces.tensors_of(space)
     again = spaces.space_from(name, held, 2)
-    assert type(again) is type(space) and {k: v.tolist() for k, v in spaces.tensors_of(again).items()} == {
-        k: v.tolist() for k, v in held.items()
-    }
+    assert type(again) is type(space)
+    assert {k: v.tolist() for k, v in spaces.tensors_of(again).items()} == {k: v.tolist() for k, v in held.items()}
     assert spaces.coordinates(model, again) == spaces.coordinates(model, space)
 
 
@@ -176,8 +172,5 @@ def test_tensors_that_are_no_such_space_are_refused(name, tensors):
 
 
 def test_both_kinds_of_space_are_named_apart():
-    assert (
-        len(set(spaces.SPACES)) == len(spaces.SPACES)
-        and isinstance(Space(), Space)
-        and not issubclass(LabelSpace, Space)
-    )
+    assert len(set(spaces.SPACES)) == len(spaces.SPACES) and isinstance(Space(), Space)
+    assert not issubclass(LabelSpace, Space)

@@ -26,29 +26,18 @@ from gradmm.tasks import (
 )
 
 CORPUS = [
-    "the movie was great and the story was good , it was fun",
-    "a bad film : it was terrible , the plot was dull",
-    "Review: some words it was bad",
-    "This news is about sports business world technology politics",
-    "The emotion is joy sadness love anger fear surprise",
-    "Sentiment: positive negative\nAnswer: yes no Yes No",
-] * 20
+    "the movie was great and the story was good , it was fun", "a bad film : it was terrible , the plot was dull",
+    "Review: some words it was bad", "This news is about sports business world technology politics",
+    "The emotion is joy sadness love anger fear surprise", "Sentiment: positive negative\nAnswer: yes no Yes No",
+] * 20  # fmt: skip
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TEXTS = [
-    "the movie was great",
-    "a dull plot , it was bad !",
-    "story",
-    "some words: fun and good",
-    "It was 3 out of 10 .",
-]
+    "the movie was great", "a dull plot , it was bad !", "story", "some words: fun and good", "It was 3 out of 10 .",
+]  # fmt: skip
 TEMPLATES = [
-    "{text} it was",
-    "Review: {text} Sentiment:",
-    "Review: {text}\nAnswer:",
-    "Review:\n{text}\nAnswer:",
-    "Answer: it was {text}",
-    "the review says ({text}) it was",
-]
+    "{text} it was", "Review: {text} Sentiment:", "Review: {text}\nAnswer:", "Review:\n{text}\nAnswer:",
+    "Answer: it was {text}", "the review says ({text}) it was",
+]  # fmt: skip
 TWO = {"labels": ("negative", "positive"), "verbalizers": (" bad", " great")}
 
 
@@ -261,31 +250,19 @@ def test_a_chat_without_a_template_is_refused_where_texts_are_written_and_only_t
 ALIKE = {
     "none": (("no", "yes"), (" bad", " great"), (), "'no', 'yes'", "an example of a no text:"),
     "all the same": (
-        ("no", "yes"),
-        (" bad", " great"),
-        ("A text:", "A text:"),
-        "'no', 'yes'",
-        "an example of a yes text:",
+        ("no", "yes"), (" bad", " great"), ("A text:", "A text:"), "'no', 'yes'", "an example of a yes text:",
     ),
     "the same words": (
-        ("no", "yes"),
-        (" bad", " great"),
-        ("A  text:", "a text: "),
-        "'no', 'yes'",
-        "an example of a yes text:",
+        ("no", "yes"), (" bad", " great"), ("A  text:", "a text: "), "'no', 'yes'", "an example of a yes text:",
     ),
     "two of three": (
-        ("a", "b", "c"),
-        (" bad", " great", " dull"),
-        ("x", "y", "x"),
-        "'a', 'c'",
-        "an example of a b text:",
+        ("a", "b", "c"), (" bad", " great", " dull"), ("x", "y", "x"), "'a', 'c'", "an example of a b text:",
     ),
     "numbers with words": (("0", "1"), (" bad", " great"), (), "'0', '1'", "an example of a bad text:"),
     "mere numbers": (("0", "1"), (" 0", " 1"), (), "'0', '1'", "an example of a (1: say what it is) text:"),
     "numbers with letters": (("0", "1"), (" A", " B"), (), "'0', '1'", "an example of a (0: say what it is) text:"),
     "another script": (("负面", "正面"), (" bad", " great"), (), "'负面', '正面'", "an example of a 负面 text:"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", ALIKE)
@@ -573,20 +550,17 @@ def test_the_task_of_a_folder(tmp_path, case):
     ("labels", "named", "prompts"),
     [
         (
-            ["positive", "negative"],
-            None,
+            ["positive", "negative"], None,
             ("Here is an example of a negative text:", "Here is an example of a positive text:"),
         ),
         (
-            [0, 1],
-            ["low_cost", "high"],
+            [0, 1], ["low_cost", "high"],
             ("Here is an example of a low cost text:", "Here is an example of a high text:"),
         ),
-        ([0, 1, 2], None, ("", "", "")),
-        (["1", "2"], None, ("", "")),
+        ([0, 1, 2], None, ("", "", "")), (["1", "2"], None, ("", "")),
         (["好", "坏"], None, ("Here is an example of a 坏 text:", "Here is an example of a 好 text:")),
     ],
-)
+)  # fmt: skip
 def test_labels_that_are_names_give_prompts_and_numbers_none(tmp_path, labels, named, prompts):
     assert load_task(folder_of(tmp_path, "mine", labels, named)).generation_prompts == prompts
 

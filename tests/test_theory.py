@@ -1,6 +1,4 @@
-"""The constants, the bounds and the two views of a Gaussian release, each against something that does not share
-their code.
-"""
+"""The constants, the bounds and the two views of a Gaussian release, each against what does not share its code."""
 
 import math
 
@@ -20,11 +18,9 @@ from gradmm.training import trainable_copy
 
 TASK = Task("toy", ("negative", "positive"), (" bad", " great"), "{text} it was")
 REAL = [
-    Example("the film was a dull story", 0),
-    Example("we saw fine actors", 1),
-    Example("terrible plot", 0),
+    Example("the film was a dull story", 0), Example("we saw fine actors", 1), Example("terrible plot", 0),
     Example("i love the music", 1),
-]
+]  # fmt: skip
 OTHER = [Example("a bad movie", 0), Example("a great movie and a fine cat", 1)]
 
 
@@ -49,9 +45,8 @@ def test_the_gradient_is_autograds(problem):
             + problem.penalty / 2 * w.square().sum()
         )
         (wanted,) = torch.autograd.grad(loss, w)
-        assert torch.allclose(problem.gradient(point), wanted, rtol=1e-12, atol=1e-14) and problem.value(
-            point
-        ) == pytest.approx(loss.item())
+        assert torch.allclose(problem.gradient(point), wanted, rtol=1e-12, atol=1e-14)
+        assert problem.value(point) == pytest.approx(loss.item())
 
 
 def test_the_constants_enclose_every_curvature(problem):

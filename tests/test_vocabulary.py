@@ -87,9 +87,7 @@ def literal_bytes(tokenizer, token: int) -> bytes:
 
 
 def can_be_completed(some: bytes) -> bool:
-    """Whether some bytes are whole printable characters but for a beginning of one: all ends of up to three bytes
-    are tried.
-    """
+    """Whether some bytes are printable characters but for a beginning of one: ends of up to three bytes are tried."""
     for tail in (b"", b"\x80", b"\xa5", b"\xbf", *(bytes([a, b]) for a in (0x80, 0x90, 0xA5, 0xBF) for b in (0x80,
         0xBF)),
                  *(bytes([a, 0xA0, b]) for a in (0x90, 0x9F, 0xA0, 0xBF) for b in (0x80, 0x9F))):  # fmt: skip
@@ -108,18 +106,8 @@ def test_the_tables_are_those_of_a_literal_walk_over_the_bytes(tokenizer, vocabu
     fragments = [token for token, piece in enumerate(pieces_of(tokenizer)) if "\ufffd" in piece]
     raw = {token: literal_bytes(tokenizer, token) for token in fragments}
     prefixes = (
-        b"",
-        b"\xc2",
-        b"\xc3",
-        b"\xe0",
-        b"\xe4",
-        b"\xed",
-        b"\xef",
-        b"\xf0",
-        b"\xe4\xbd",
-        b"\xf0\x9f",
-        b"\xf0\x9f\x98",
-    )
+        b"", b"\xc2", b"\xc3", b"\xe0", b"\xe4", b"\xed", b"\xef", b"\xf0", b"\xe4\xbd", b"\xf0\x9f", b"\xf0\x9f\x98",
+    )  # fmt: skip
     for prefix in prefixes:
         state = 0
         for byte in prefix:

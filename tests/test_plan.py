@@ -110,15 +110,9 @@ def test_the_manifest_says_what_the_run_was_expected_to_take(tiny_model, kind):
 def test_a_measured_peak_is_near_the_expected_one(tmp_path):
     """Within a factor of 2: the allocator keeps pages, the interpreter loads code, and phases do not peak at once."""
     command = [
-        sys.executable,
-        BENCHMARKS / "memory.py",
-        "--shape",
-        "tiny",
-        "--dtype",
-        "float32",
-        "--output",
+        sys.executable, BENCHMARKS / "memory.py", "--shape", "tiny", "--dtype", "float32", "--output",
         tmp_path / "record.json",
-    ]
+    ]  # fmt: skip
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=300)
     record = read_record(tmp_path / "record.json")
     (row,) = record["results"]["rows"]

@@ -45,13 +45,10 @@ def test_here_none_ends(before, after):
     [
         ("A fine film. It cost $10.", False, "A fine film."),
         ("A fine film. It cost $10.", True, "A fine film. It cost $10."),
-        ("It was on http://www.", True, ""),
-        ("It was so. Then Dr.", True, "It was so."),
+        ("It was on http://www.", True, ""), ("It was so. Then Dr.", True, "It was so."),
         ('He said "it was." and then', False, 'He said "it was."'),
-        ("很好。但是", False, "很好。"),
-        ("no end at all", True, ""),
-        ("", True, ""),
+        ("很好。但是", False, "很好。"), ("no end at all", True, ""), ("", True, ""),
     ],
-)
+)  # fmt: skip
 def test_a_text_goes_back_to_its_last_certain_end(text, complete, left):
     assert cut_to_sentence(text, complete) == left

@@ -15,13 +15,13 @@ import yaml
 
 import gradmm
 from gradmm import files, shard
-from gradmm.experiments import batch, demo_text
+from gradmm.experiments import batch, demo
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md")), ROOT / "notebooks" / "params" / "README.md"]
 # What a command of the documentation names and this machine lacks or has no hours for -> what stands for it here.
 SUBSTITUTES = {
-    "path/to/model": str(demo_text.DATA / "model"),  # a local folder, as it says
+    "path/to/model": str(demo.DATA / "model"),  # a local folder, as it says
     "microsoft/phi-1_5": "demo",  # a model of the hub
     "-p data sst2": "-p data path/to/films",  # data of the hub
     "--task sst2": "--task demo",
@@ -97,7 +97,7 @@ def test_a_make_target_has_a_recipe(command):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_the_notebooks_of_the_documentation_run_one_after_the_other(here):
     recipe = subprocess.run(["make", "-n", "quickstart"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (first,) = re.findall(r"papermill .*", recipe)
@@ -133,7 +133,7 @@ def test_the_batches_of_the_documentation_can_be_planned(here):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_the_launched_synthesis_of_the_documentation_runs(here, capsys):
     (command,) = of_kind("accelerate launch")
     task, data = gradmm.load_data("demo")

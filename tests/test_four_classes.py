@@ -102,11 +102,9 @@ def test_generation_writes_every_class(model, folder):
 def test_a_comparison_with_a_learner(model, tiny_model, folder):
     task, data = gradmm.load_data(folder)
     sampling = Sampling(temperature=4.0, max_tokens=16, min_tokens=4, shots=1, rounds=40)
-    config = ComparisonConfig(
-        n_real=8, synthesis=SYNTHESIS, finetuning=TUNING, sampling=sampling, similarity_steps=(0,)
-    )
-    learner = tiny_model("gpt2", dtype=torch.float32)
-    found = compare(model, task, data, config, seeds=(0,), progress=False, learners=(learner,))
+    learner, few = tiny_model("gpt2", dtype=torch.float32), {"n_real": 8, "similarity_steps": (0,)}
+    config = ComparisonConfig(synthesis=SYNTHESIS, finetuning=TUNING, sampling=sampling, learners=[learner], **few)
+    found = compare(model, task, data, config, seeds=(0,), progress=False)
     for view in (found, found.on(learner.name)):
         assert set(view.methods) == set(baselines.METHODS) and all(
             0 <= m["macro_f1"] <= 1 for m in view.methods.values()

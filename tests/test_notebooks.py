@@ -13,7 +13,7 @@ import pytest
 
 import gradmm
 from gradmm import files
-from gradmm.experiments import batch, demo_text, records
+from gradmm.experiments import batch, demo, records
 from gradmm.runs import NOT_FOR_RELEASE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,7 +287,7 @@ def test_the_search_of_the_quickstart_is_the_package_s_default(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_the_published_search_in_the_quickstart_is_that_of_python(tmp_path):
     """Byte for byte; both sides made small by the same settings, since the published ones take hours."""
     small = {"n_synthetic": 2, "outer_steps": 1, "inner_steps": 1, "top_k": 5}
@@ -308,7 +308,7 @@ def test_the_published_search_in_the_quickstart_is_that_of_python(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_a_private_quickstart_shares_nothing_of_the_private_texts_and_spends_once(tmp_path):
     rows = [
         {"text": f"zebra {n} was {word}", "label": label}
@@ -385,7 +385,7 @@ def test_the_stored_quickstart_runs_cell_by_cell_at_its_defaults(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 @pytest.mark.parametrize("name", ["03-finetuning", "06-transfer"])
 def test_the_same_seeds_give_the_same_numbers(name, tmp_path):
     """Byte for byte, by one kernel after the other; what depends on the clock stays out of this file."""
@@ -402,7 +402,7 @@ def test_the_same_seeds_give_the_same_numbers(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_recorded_comparisons_are_shown_as_they_stand(tmp_path, shared_folder):
     """The last section of 03-finetuning by itself, on records made from the smoke run; by default there are none."""
     folder = executing.smoke_run("03-finetuning", shared_folder)
@@ -436,7 +436,7 @@ def test_recorded_comparisons_are_shown_as_they_stand(tmp_path, shared_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_writes_its_numbers(path, shared_folder):
     preset = files.read_yaml(PRESETS / f"{path.stem}.yaml")

@@ -12,7 +12,6 @@ from typing import Any
 import datasets
 import matplotlib.pyplot as plt
 import pandas
-from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -26,7 +25,7 @@ TEXT = "style='text-align:left;white-space:pre-wrap'"
 STYLE: Any = {  # matplotlib's own settings
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
-    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

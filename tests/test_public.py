@@ -277,7 +277,7 @@ def test_it_is_one_sentence_before_any_work_without_a_real_text(case, tmp_path, 
     act, words = CASES[case]
     with pytest.raises(UserError) as caught:
         act()
-        message = str(caught.value)
+    message = str(caught.value)
     assert words in message and "\n" not in message and len(message) < 400
     assert ": " in message and SECRET not in message
     assert not list(tmp_path.rglob("*"))

@@ -75,7 +75,7 @@ CASES = {
     "output: a file": (lambda at: write(put(at, "taken", "")), "taken is a file: give a folder for the output"),
     "comparison: a seed with a path": (lambda at: contest(at / "run", seeds=("../../x",)),
         "seeds = ['../../x'], they must be whole numbers"),
-    "comparison: workers true": (lambda at: contest(at / "run", workers=True), "workers = True"),
+    "comparison: workers true": (lambda at: replace(CONFIG, workers=True), "workers = True"),
     # batches, presets and parameters
     "batch: a long name": (lambda at: batch.plan([LONG], at), "no usable path (File name too long)"),
     "batch: a preset with a path": (lambda at: batch.plan([notebook(at)], at, "../params"),

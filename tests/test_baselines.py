@@ -13,7 +13,7 @@ from sklearn.metrics import pairwise_distances_argmin_min
 
 from gradmm.data import Example
 from gradmm.errors import UserError
-from gradmm.experiments.baselines import CORESETS, herding_order, k_center_order, select_coreset, select_coresets
+from gradmm.experiments.baselines import CORESETS, herding_order, k_center_order, select_coresets
 from gradmm.tasks import Task, tokenize_task
 
 FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), template="{text} this is")
@@ -72,14 +72,13 @@ def test_coinciding_points_are_taken_once():
         assert choose(points, 4) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("method", ["random", *CORESETS])
-def test_a_coreset_is_balanced_and_depends_on_the_seed_only_where_it_draws(tiny_model, method):
+def test_a_coreset_is_balanced_and_draws_nothing(tiny_model):
     model = tiny_model("opt")
-    chosen = select_coreset(model, FOUR, EXAMPLES, 10, method, seed=0)
-    assert Counter(example.label for example in chosen) == {0: 3, 1: 3, 2: 2, 3: 2}
-    assert set(chosen) <= set(EXAMPLES) and len(set(chosen)) == 10
-    assert chosen == select_coreset(model, FOUR, EXAMPLES, 10, method, seed=0)
-    assert (chosen == select_coreset(model, FOUR, EXAMPLES, 10, method, seed=1)) == (method != "random")
+    found = select_coresets(model, FOUR, EXAMPLES, 10, list(CORESETS))
+    for chosen in found.values():
+        assert Counter(example.label for example in chosen) == {0: 3, 1: 3, 2: 2, 3: 2}
+        assert set(chosen) <= set(EXAMPLES) and len(set(chosen)) == 10
+    assert found == select_coresets(model, FOUR, EXAMPLES, 10, list(CORESETS))
 
 
 @pytest.mark.parametrize("method", ["herding", "k_center"])
@@ -89,7 +88,7 @@ def test_points_are_hidden_states_under_the_prompt_and_classes_do_not_mix(tiny_m
     pool = [example for example in EXAMPLES if example.label == 2]
     whole = [model.lm.base_model(torch.tensor([tokens.sequence(e.text)])).last_hidden_state[0, -1] for e in pool]
     expected = [pool[row] for row in CORESETS[method](torch.stack(whole), 3)]
-    assert select_coreset(model, FOUR, EXAMPLES, 12, method)[6:9] == expected
+    assert select_coresets(model, FOUR, EXAMPLES, 12, [method])[method][6:9] == expected
 
 
 def test_several_methods_choose_as_each_alone_and_texts_are_read_once(tiny_model, monkeypatch):
@@ -100,18 +99,18 @@ def test_several_methods_choose_as_each_alone_and_texts_are_read_once(tiny_model
     )
     found = select_coresets(model, FOUR, EXAMPLES, 10, list(CORESETS))
     assert sum(read) == len(EXAMPLES) and len(read) == 4
-    assert found == {method: select_coreset(model, FOUR, EXAMPLES, 10, method) for method in CORESETS}
+    assert found == {method: select_coresets(model, FOUR, EXAMPLES, 10, [method])[method] for method in CORESETS}
 
 
 def test_short_texts_are_left_out(tiny_model):
-    chosen = select_coreset(tiny_model(), replace(FOUR, min_words=4), EXAMPLES, 20, "k_center")
+    chosen = select_coresets(tiny_model(), replace(FOUR, min_words=4), EXAMPLES, 20, ["k_center"])["k_center"]
     assert all(len(example.text.split()) >= 4 for example in chosen)
 
 
 @pytest.mark.parametrize(
     ("n", "method", "match"),
-    [(3, "random", "at least 4"), (400, "herding", "lower n"), (8, "best", "'best'"), (8, "gradmm", "'gradmm'")],
+    [(3, "herding", "at least 4"), (400, "herding", "lower n"), (8, "best", "'best'"), (8, "gradmm", "'gradmm'")],
 )
 def test_unusable_requests_are_refused(tiny_model, n, method, match):
     with pytest.raises(UserError, match=match):
-        select_coreset(tiny_model(), FOUR, EXAMPLES, n, method)
+        select_coresets(tiny_model(), FOUR, EXAMPLES, n, [method])

@@ -148,7 +148,7 @@ def test_what_a_result_depends_on(here, monkeypatch):
     data.write_text("{}\n{}\n")
     parts.append(batch.plan([notebook], "x", parameters={"data": "rows"})[0].parts)
     store(notebook, PARAMETERS, "2")
-    monkeypatch.setattr(batch, "_package", lambda: "other code")
+    monkeypatch.setattr(batch, "package_digest", lambda: "other code")
     parts.append(batch.plan([notebook], "x", parameters={"data": "rows", "seed": 1})[0].parts)
     differing = [{name for name in old if old[name] != new[name]} for old, new in zip(parts, parts[1:], strict=False)]
     assert differing == [{"the files that parameters name"}, {"notebook", "parameters", "package"}]

@@ -14,11 +14,11 @@ import executing
 import nbformat
 import pytest
 
-from gradmm.experiments import demo_text
+from gradmm.experiments import demo
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here"),
+    pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here"),
 ]
 PAGES = [*executing.pages(), "genindex", "py-modindex", "search"]
 DESKTOP, PHONE = (1280, 900), (390, 844)

@@ -69,7 +69,7 @@ def test_a_text_longer_than_the_context_is_named_by_file_and_line(still, split, 
 
 def test_learners_are_checked_too(learner, still):
     assert "tokens with its template, tiny-phi reads 4" in refused(
-        lambda: compare(still, TWO, splits_of(TWO), CONFIG, ("real",), progress=False, learners=[learner])
+        lambda: compare(still, TWO, splits_of(TWO), replace(CONFIG, learners=[learner]), ("real",), progress=False)
     )
 
 

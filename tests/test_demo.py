@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gradmm
 from gradmm import files
 from gradmm.errors import UserError
-from gradmm.experiments import demo, demo_text
+from gradmm.experiments import demo
+from gradmm.seeds import generator
 
 SPLITS = ("train", "validation", "test")
 LEAST = {"train": 1500, "validation": 300, "test": 500}
@@ -68,17 +69,17 @@ def test_the_composer_reproduces_the_files_byte_for_byte(tmp_path):
 def test_the_bank_is_large_and_each_sentence_is_there_once():
     clauses = [
         clause
-        for domain in demo_text.bank()
+        for domain in demo.bank()
         for pair in [*domain.aspects.values(), domain.closing, (domain.context,)]
         for block in pair
         for clause in block
     ]
     assert len(clauses) >= 1200 and len(set(clauses)) == len(clauses)
-    assert len(demo_text.bank()) >= 10
+    assert len(demo.bank()) >= 10
 
 
 def test_held_out_clauses_are_in_the_test_split_but_not_in_train(data):
-    held = [clause for clause in demo_text.held_out() if "{" not in clause]
+    held = [clause for clause in demo.held_out() if "{" not in clause]
     joined = {split: " ".join(row["text"] for row in data[split]).lower() for split in SPLITS}
     assert not [clause for clause in held if re.search(rf"\b{re.escape(clause.lower())}\b[,.;]", joined["train"])]
     assert sum(clause.lower() in joined["test"] for clause in held) >= len(held) / 2
@@ -86,9 +87,9 @@ def test_held_out_clauses_are_in_the_test_split_but_not_in_train(data):
 
 def test_pretraining_text_holds_no_text_of_validation_or_test(data):
     kept = [row["text"] for split in ("validation", "test") for row in data[split]]
-    for part, noise in enumerate(demo_text.PHASES):
-        stream = list(islice(demo_text.pretraining(noise, part=part), 20_000))
-        assert stream[:50] == list(islice(demo_text.pretraining(noise, part=part), 50))
+    for part, noise in enumerate(demo.PHASES):
+        stream = list(islice(demo.pretraining(noise, part=part), 20_000))
+        assert stream[:50] == list(islice(demo.pretraining(noise, part=part), 50))
         unrated = [re.sub(r"^Rating: \w+\. ", "", text) for text in stream]
         bare = {re.split(r" (?:It was|All in all it was|On the whole it was) [^.]*\.$", text)[0] for text in unrated}
         assert not bare.intersection(kept)
@@ -122,7 +123,7 @@ def test_the_models_differ_in_kind_head_and_vocabulary():
 @torch.no_grad()
 def perplexity(folder) -> float:
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    rows = next(demo.packed(tokenizer, demo_text.pretraining(seed=1), 16))
+    rows = next(demo.packed(tokenizer, demo.pretraining(seed=1), 16))
     return demo.loss_of(lm, rows).exp().item()
 
 

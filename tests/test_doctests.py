@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import gradmm
-from gradmm.experiments import demo_text
+from gradmm.experiments import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {
@@ -23,7 +23,7 @@ CENTRAL = ("admm", "gradients", "projection", "privacy", "mechanism", "tasks", "
 FIRST = ("load_model", "load_data", "release", "synthesize", "finetune")
 
 
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 @pytest.mark.parametrize("room", ROOMS)
 def test_the_examples_of_a_room_run(room):
     found = doctest.testmod(

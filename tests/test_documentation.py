@@ -14,13 +14,13 @@ import yaml
 
 import gradmm
 from gradmm import files, shard
-from gradmm.experiments import batch, demo_text
+from gradmm.experiments import batch, demo
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md")), ROOT / "notebooks" / "params" / "README.md"]
 # What a command of the documentation names and this machine lacks or has no hours for -> what stands for it here.
 SUBSTITUTES = {
-    "path/to/model": str(demo_text.DATA / "model"),  # a local folder, as it says
+    "path/to/model": str(demo.DATA / "model"),  # a local folder, as it says
     "microsoft/phi-1_5": "demo",  # a model of the hub
     "-p data sst2": "-p data path/to/films",  # data of the hub
     "--task sst2": "--task demo",
@@ -106,7 +106,7 @@ def test_the_notebooks_of_the_documentation_get_parameters_that_they_have(here, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_the_quickstart_and_the_notebook_on_one_s_own_files_run_as_they_are_typed(here):
     """The first at its defaults, as `make quickstart` runs it; the second small."""
     recipe = subprocess.run(["make", "-n", "quickstart"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -143,7 +143,7 @@ def test_the_batches_of_the_documentation_can_be_planned(here):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_the_launched_synthesis_of_the_documentation_runs(here, capsys):
     (command,) = of_kind("accelerate launch")
     task, data = gradmm.load_data("demo")

@@ -23,9 +23,9 @@ from gradmm.experiments.metrics import (
     paired_share,
     self_bleu,
     summarise_runs,
-    words,
 )
 from gradmm.models import load_model
+from gradmm.readability import words
 
 TEXTS = [
     "the movie was great.", "a", "we saw the dull film and the actor sat on the red cat", "bad music",

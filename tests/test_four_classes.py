@@ -95,11 +95,10 @@ def test_generation_writes_every_class(model, folder):
 def test_a_comparison_with_a_learner_a_second_model_and_a_head_with_bias(model, tiny_model, folder):
     task, data = gradmm.load_data(folder)
     sampling = Sampling(temperature=4.0, max_tokens=16, min_tokens=4, shots=1, rounds=40)
-    config = ComparisonConfig(
-        n_real=8, synthesis=SYNTHESIS, finetuning=TUNING, sampling=sampling, similarity_steps=(0,)
-    )
     phi, learner = (tiny_model(kind, dtype=torch.float32) for kind in ("phi", "gpt2"))
-    found = compare(phi, task, data, config, seeds=(0,), progress=False, learners=(learner,), second=model)
+    few, models = {"n_real": 8, "similarity_steps": (0,)}, {"learners": [learner], "second": model}
+    config = ComparisonConfig(synthesis=SYNTHESIS, finetuning=TUNING, sampling=sampling, **few, **models)
+    found = compare(phi, task, data, config, seeds=(0,), progress=False)
     sizes = {"none": 0, "all_real": len(data.train)}
     assert {name: row["n"] for name, row in found.methods.items()} == {n: sizes.get(n, 8) for n in baselines.METHODS}
     assert all(row["second_perplexity"] > 1 for name, row in found.methods.items() if name != "none")

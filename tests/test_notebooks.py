@@ -10,7 +10,7 @@ import pytest
 
 import gradmm
 from gradmm import files
-from gradmm.experiments import batch, demo_text, records
+from gradmm.experiments import batch, demo, records
 from gradmm.runs import NOT_FOR_RELEASE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -278,7 +278,7 @@ def test_a_quickstart_writes_what_python_writes(tmp_path, shared_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_a_private_quickstart_shares_nothing_of_the_private_texts_and_spends_once(tmp_path):
     words = ("bad", "dull", "fine", "great")  # four classes
     rows = [{"text": f"zebra {n} was {word}", "label": word} for n in range(31) for word in words]
@@ -312,7 +312,7 @@ def test_an_unknown_parameter_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 @pytest.mark.parametrize("name", ["03-finetuning", "06-transfer"])
 def test_the_same_seeds_give_the_same_numbers(name, tmp_path, shared_folder):
     """Byte for byte, by one kernel after the other; what depends on the clock stays out of this file."""
@@ -324,7 +324,7 @@ def test_the_same_seeds_give_the_same_numbers(name, tmp_path, shared_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_recorded_comparisons_are_shown_as_they_stand(tmp_path, shared_folder):
     """The last section of 03-finetuning by itself, on records made from the smoke run; by default there are none."""
     folder = executing.smoke_run("03-finetuning", shared_folder)
@@ -352,7 +352,7 @@ def test_recorded_comparisons_are_shown_as_they_stand(tmp_path, shared_folder):
     assert f"difference {real['minus_gradmm']['mean']:+.3f}" in text
 
 
-@pytest.mark.skipif(not (demo_text.DATA / "model").is_dir(), reason="the embedded model is not here")
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_writes_its_numbers(path, shared_folder):
     preset = files.read_yaml(PRESETS / f"{path.stem}.yaml")

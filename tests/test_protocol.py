@@ -20,14 +20,14 @@ from gradmm.evaluation import perplexity
 from gradmm.experiments import metrics, protocol
 from gradmm.experiments import seed_run as trial_room
 from gradmm.experiments.baselines import METHODS, random_directions
-from gradmm.experiments.metrics import MEASURES, longest_shared_spans, similarities, words
+from gradmm.experiments.metrics import MEASURES, longest_shared_spans, similarities
 from gradmm.experiments.protocol import compare
 from gradmm.experiments.results import Comparison
 from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun, without_gradient
 from gradmm.finetuning import finetune
 from gradmm.generation import Sampling
 from gradmm.matching import Matching
-from gradmm.readability import flaw
+from gradmm.readability import flaw, words
 from gradmm.spaces import LABEL_SPACES
 from gradmm.tasks import Task, tokenize_task
 
@@ -53,7 +53,7 @@ def splits_of(task: Task) -> Splits:
 
 
 def bench_of(model, task: Task = TWO, config: ComparisonConfig = CONFIG) -> Experiment:
-    return Experiment(model, task, splits_of(task), config, {}, "", None, None)
+    return Experiment(model, task, splits_of(task), config, {}, "", None)
 
 
 def records_of(folder) -> dict[str, str]:
@@ -162,7 +162,7 @@ def test_a_record_of_another_folder_is_refused(model, tmp_path):
 @pytest.mark.skipif(os.environ.get("OMP_NUM_THREADS") != "1", reason="equal to the last bit with equal threads alone")
 def test_two_processes_give_what_one_gives(model, whole, tmp_path):
     methods = ("real", "herding", "shuffled", "gradmm")
-    two = compare(model, TWO, splits_of(TWO), CONFIG, methods, (0, 1), tmp_path, progress=False, workers=2)
+    two = compare(model, TWO, splits_of(TWO), replace(CONFIG, workers=2), methods, (0, 1), tmp_path, progress=False)
     assert two.records == [r for name in methods for r in whole[0].of(name)]
 
 
@@ -181,7 +181,8 @@ def test_two_processes_are_usual_where_there_are_threads_for_two(model, monkeypa
 def test_another_model_learns_from_the_same_examples(tiny_model, model, whole, tmp_path):
     """The learner's figures are those by hand of the same examples; the writer's those without a learner."""
     names, learner = ("none", "real", "gradmm"), tiny_model("gpt2", dtype=torch.float32)
-    found = compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False, learners=(learner,))
+    config = replace(CONFIG, learners=[learner])
+    found = compare(model, TWO, splits_of(TWO), config, names, (0, 1), tmp_path, progress=False)
     varying = {"settings": None, "elsewhere": None}
     assert [r | varying for r in found.records] == [r | varying for name in names for r in whole[0].of(name)]
     there = found.on(learner.name)
@@ -203,12 +204,12 @@ def test_another_model_learns_from_the_same_examples(tiny_model, model, whole, t
             != found.of("gradmm")[seed]["perplexity"]
         )
     assert there.methods["gradmm"]["distinct_2"] == found.methods["gradmm"]["distinct_2"]
-    again = compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False, learners=(learner,))
+    again = compare(model, TWO, splits_of(TWO), config, names, (0, 1), tmp_path, progress=False)
     assert again.records == found.records
     with pytest.raises(UserError, match="learners"):
         compare(model, TWO, splits_of(TWO), CONFIG, names, (0, 1), tmp_path, progress=False)
     with pytest.raises(UserError, match="must have different names"):
-        compare(model, TWO, splits_of(TWO), CONFIG, names, (0,), progress=False, learners=(model,))
+        compare(model, TWO, splits_of(TWO), replace(CONFIG, learners=(model,)), names, (0,), progress=False)
 
 
 def test_a_learner_without_a_verbalizer_is_refused_before_anything_is_written(
@@ -221,9 +222,8 @@ def test_a_learner_without_a_verbalizer_is_refused_before_anything_is_written(
     )
     other = replace(tiny_model("gpt2", dtype=torch.float32), name="other", tokenizer=tokenizer)
     with pytest.raises(UserError, match=r"other cannot learn this task: .*verbalizer ' great'"):
-        compare(
-            model, TWO, splits_of(TWO), CONFIG, ("none",), (0,), tmp_path / "run", progress=False, learners=(other,)
-        )
+        config = replace(CONFIG, learners=(other,))
+        compare(model, TWO, splits_of(TWO), config, ("none",), (0,), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -408,7 +408,7 @@ def test_curves_verdicts_and_where_two_methods_part(whole):
     [
         ({"methods": ("gradm",)}, r"\['gradm'\] are not known: use some of none, all_real"),
         ({"methods": ("none", "none")}, "names one twice"),
-        ({"seeds": (1, 1)}, "they must differ"), ({"seeds": ()}, "at least one"), ({"workers": 0}, "workers = 0"),
+        ({"seeds": (1, 1)}, "they must differ"), ({"seeds": ()}, "at least one"),
     ],
 )  # fmt: skip
 def test_misuse_is_one_sentence(model, options, message, tmp_path):
@@ -435,7 +435,12 @@ def test_without_steps_nothing_is_trained_to_compare_gradients(model, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"similarity_steps": (0, 50)}, "from 0 to the"), ({"max_test": 0}, "max_test = 0")]
+    ("settings", "message"),
+    [
+        ({"similarity_steps": (0, 50)}, "from 0 to the"),
+        ({"max_test": 0}, "max_test = 0"),
+        ({"workers": 0}, "workers = 0"),
+    ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(UserError, match=message):

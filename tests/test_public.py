@@ -19,10 +19,10 @@ from gradmm.config import PRESETS
 from gradmm.data import check_examples
 from gradmm.errors import UserError, is_number, is_whole
 from gradmm.experiments import audit
-from gradmm.experiments.baselines import select_coreset
+from gradmm.experiments.baselines import select_coresets
 from gradmm.experiments.metrics import distinct_n
 from gradmm.experiments.protocol import compare
-from gradmm.experiments.seed_run import ComparisonConfig
+from gradmm.experiments.seed_run import ComparisonConfig, candidates
 from gradmm.generation import Sampling, generate_texts
 from gradmm.mechanism import CALIBRATIONS, LedgerEntry
 from gradmm.models import Model
@@ -255,8 +255,8 @@ CASES = {
     "compare: methods": (lambda: compared(methods="gradmm"), "methods are of type str: give a list"),
     "compare: a method of a list": (lambda: compared(methods=[["gradmm"]]), "are not known: use some of"),
     "compare: seeds": (lambda: compared(seeds=3), "seeds are of type int: give a list"),
-    "compare: pools": (lambda: compared(pools=PRIVATE), "the pools is of type list: give a mapping"),
-    "compare: learners": (lambda: compared(learners=["demo"]), "the model is of type str"),
+    "ComparisonConfig: pools": (lambda: ComparisonConfig(pools=PRIVATE), "the pools is of type list: give a mapping"),
+    "ComparisonConfig: learners": (lambda: ComparisonConfig(learners=["demo"]), "the model is of type str"),
     "compare: output": (lambda: compared(output=1.5), "the output folder is 1.5: give a path"),
     "ComparisonConfig: synthesis": (lambda: ComparisonConfig(synthesis="pool"),
         "a comparison's synthesis is of type str: give a SynthesisConfig"),
@@ -268,7 +268,7 @@ CASES = {
         "the synthetic texts hold something of type dict"),
     "loss_scores: frame": (lambda: audit.loss_scores(HELD["model"], TASK, FRAME),
         "of type DataFrame: give a list of objects"),
-    "select_coreset: n": (lambda: select_coreset(HELD["model"], TASK, PRIVATE, 2.5, "herding"),
+    "select_coresets: n": (lambda: select_coresets(HELD["model"], TASK, PRIVATE, 2.5, ["herding"]),
         "n = 2.5, it must be a whole number"),
     "distinct_n: n true": (lambda: distinct_n(["a b"], True), "n = True, it must be a whole number of at least 1"),
 }  # fmt: skip
@@ -361,7 +361,7 @@ TAKERS = {
     "test": lambda model, rows: gradmm.finetune(
         model, TWO, toy(TWO, 20, 2), toy(TWO, 30, 2), rows, replace(QUICK, steps=2), progress=False).test,
     "loss_scores": lambda model, rows: audit.loss_scores(model, TWO, rows),
-    "select_coreset": lambda model, rows: select_coreset(model, TWO, rows, 2, "herding"),
+    "select_coresets": lambda model, rows: select_coresets(model, TWO, rows, 2, ["herding"]),
     "audit_release": lambda model, rows: audit.audit_release(
         model, TWO, [(ONE, None)] * 4, rows, epsilon=1.0, delta=1e-5, length=4, relation="add-remove", noise_seed=0),
 }  # fmt: skip
@@ -424,8 +424,6 @@ def test_prompts_and_completions_are_read_back_as_a_trainer_reads_them(tmp_path)
 
 
 def test_the_pools_of_a_comparison_are_all_candidates(tmp_path):
-    from gradmm.experiments.protocol import _candidates
-
     result = written()
     full = [text for text in result.dataset["text"] if text]
     for rows in (
@@ -433,7 +431,7 @@ def test_the_pools_of_a_comparison_are_all_candidates(tmp_path):
         result.dataset.to_list(),
         [gradmm.Example(r["text"], r["label"]) for r in result.dataset if r["text"]],
     ):
-        assert [example.text for example in _candidates(rows, TASK)] == full
+        assert [example.text for example in candidates(rows, TASK)] == full
 
 
 def test_kept_texts_are_taken_without_a_bar(capfd):

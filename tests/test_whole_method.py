@@ -51,7 +51,7 @@ def test_the_fast_method_takes_the_same_steps_as_the_literal_one(tiny_model, kin
             lambda v, k=k: reference.project(model.lm, v, tokens.prompts[k], order, 6, allowed),
             model.embedding,
             x[k],
-            rho=0.3, outer_steps=3, inner_steps=4, lr=0.05, clip=1.0,
+            config,
         )  # fmt: skip
         assert torch.equal(fast.value[k], ids)
         assert float(fast.match_loss[k]) == pytest.approx(value, rel=1e-9)

@@ -1,10 +1,9 @@
 """Where the signal goes, and one factor at a time around a base setting: match, fluency and accuracy.
 
-Knows no figure. Every setting is a comparison of its own folder, so an interrupted run continues and a finished one is
-read.
+Every setting is a comparison of its own folder, so an interrupted run continues and a finished one is read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,19 +20,14 @@ from gradmm.data import Example, Splits, check_examples
 from gradmm.errors import require
 from gradmm.experiments.protocol import compare
 from gradmm.experiments.seed_run import ComparisonConfig, written_texts
-from gradmm.gradients import Factors, Head, head_factors
+from gradmm.gradients import Head, head_factors
 from gradmm.models import Model, require_model
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 QUANTITIES = ("accuracy", "match_loss", "perplexity")
 _OF_COMPARISON = {"n_real", "space"}
-_OF_CHOICE = {
-    "space",
-    "ranking",
-    "filter",
-    "distance",
-    "perplexity_weight",
-}  # of the texts of a pool, which do not depend on these
+# of the texts of a pool, which do not depend on these
+_OF_CHOICE = {"space", "ranking", "filter", "distance", "perplexity_weight"}
 _OF_SYNTHESIS = {item.name for item in fields(SynthesisConfig) if item.init} - {"seed", "groups_per_batch"}
 
 
@@ -47,8 +41,7 @@ def agreement(
     is what training on balanced data follows; and a preference for one verbalizer is common to all texts.
 
     Args:
-        real: examples of every class.
-        sets: named sets with examples of every class.
+        real, sets: examples of every class, and named sets of such.
         public: texts over which the model's preference among the verbalizers is taken for the calibrated loss.
 
     Returns:
@@ -66,10 +59,9 @@ def agreement(
         between = float((pairs.sum() - len(pairs)) / (len(pairs) * (len(pairs) - 1)))
         for name, examples in sets.items():
             means = _class_means(model, tokens, head, labels, examples)
-            rows.append(
-                {"loss": loss, "set": name, "per_class": float(cosine_similarity(means, target, dim=-1).mean())}
-                | {"contrast": float(cosine_similarity(means.sum(0), target.sum(0), dim=0)), "classes": between}
-            )
+            alike = float(cosine_similarity(means, target, dim=-1).mean())
+            contrast = float(cosine_similarity(means.sum(0), target.sum(0), dim=0))
+            rows.append({"loss": loss, "set": name, "per_class": alike, "contrast": contrast, "classes": between})
     return pandas.DataFrame(rows)
 
 
@@ -94,7 +86,7 @@ def _class_means(
         texts = [example.text for example in examples if example.label == number]
         require(len(texts) > 0, f"a set has no example of class {number}: every set needs one of each class")
         hidden = model.hidden_of([tokens.sequence(text) for text in texts])
-        found: Factors = head_factors(hidden, torch.full((len(texts),), row, device=hidden.device), head)
+        found = head_factors(hidden, torch.full((len(texts),), row, device=hidden.device), head)
         means.append((found.delta.mT @ found.hidden).flatten() / len(texts))
     return torch.stack(means)
 
@@ -108,7 +100,6 @@ def vary(
     seeds: Sequence[int],
     output: str | Path | None = None,
     progress: bool = True,
-    workers: int | None = 1,
 ) -> pandas.DataFrame:
     """Run gradmm at the base and at every other value of each factor, with the same seeds.
 
@@ -122,26 +113,26 @@ def vary(
         seeds: as in `compare`; runs of one seed see the same real examples, but for "n_real".
         output: a folder that receives one comparison for each setting, or None.
         progress: whether to show a progress bar over settings.
-        workers: as in `compare`.
 
     Returns:
-        One row for each factor, value and seed: factor, value, base (whether it is the base's value), seed and
-            QUANTITIES.
+        One row for each factor, value and seed: factor, value, base (whether it is the base's value), seed, QUANTITIES.
 
     Raises:
         UserError: an unknown factor, or a value that does not fit.
     """
     levels = {factor: _levels(base, factor, values) for factor, values in factors.items()}
-    settings = {"base": (None, base)}  # checked, all of them, before anything runs
+    settings = {"base": base}  # checked, all of them, before anything runs
+    choices: set[str] = set()
+    written: dict[int, list[Example]] = {}
+    found = {}
     for factor, values in levels.items():
-        others = [value for value in values if value != value_of(base, factor)]
-        settings |= {_name(base, factor, value): (factor, changed(base, factor, value)) for value in others}
-    found, written = {}, {}
-    for name, (factor, config) in tqdm(settings.items(), desc="varying", unit="setting", disable=not progress):
-        folder, pools = None if output is None else Path(output) / name, written if factor in _OF_CHOICE else {}
-        found[name] = compare(
-            model, task, splits, config, ["gradmm"], seeds, folder, progress=False, workers=workers, pools=pools
-        ).records
+        others = {_name(base, factor, value): changed(base, factor, value) for value in values}
+        settings |= {name: config for name, config in others.items() if name != "base"}
+        choices |= set(others) - {"base"} if factor in _OF_CHOICE else set()
+    for name, config in tqdm(settings.items(), desc="varying", unit="setting", disable=not progress):
+        folder = None if output is None else Path(output) / name
+        config = replace(config, pools=written) if name in choices else config
+        found[name] = compare(model, task, splits, config, ["gradmm"], seeds, folder, progress=False).records
         if name == "base" and folder is not None and base.synthesis.search == "pool":
             written = written_texts(folder, seeds)
     return pandas.DataFrame(
@@ -178,23 +169,14 @@ def effects(frame: pandas.DataFrame, quantity: str = "accuracy", confidence: flo
 
     Returns:
         One row for each factor, the furthest first: factor, lowest, highest (values), low_mean, high_mean, difference,
-            low,
-        high.
+        low, high.
     """
     rows = []
-    for factor, part in frame.groupby("factor", sort=False):
-        table = part.pivot(index="seed", columns="value", values=quantity)
-        lowest, highest = table.mean().idxmin(), table.mean().idxmax()
-        rows.append(
-            {
-                "factor": factor,
-                "lowest": lowest,
-                "highest": highest,
-                "low_mean": table[lowest].mean(),
-                "high_mean": table[highest].mean(),
-            }
-            | _difference(table[highest] - table[lowest], confidence)
-        )
+    for factor, table in _by_seed(frame, quantity):
+        means = table.mean()
+        ends = {"lowest": means.idxmin(), "highest": means.idxmax(), "low_mean": means.min(), "high_mean": means.max()}
+        gaps = table[ends["highest"]] - table[ends["lowest"]]
+        rows.append({"factor": factor} | ends | _difference(gaps, confidence))
     return pandas.DataFrame(rows).sort_values("difference", ascending=False, ignore_index=True)
 
 
@@ -204,16 +186,18 @@ def against_base(frame: pandas.DataFrame, quantity: str = "accuracy", confidence
     Returns:
         One row for each factor's values but the base's: factor, value, mean, difference (from the base), low, high.
     """
-    rows = []
-    for factor, part in frame.groupby("factor", sort=False):
-        table = part.pivot(index="seed", columns="value", values=quantity)
-        base = part.loc[part["base"], "value"].iloc[0]
-        rows += [
-            {"factor": factor, "value": value, "mean": table[value].mean()}
-            | _difference(table[value] - table[base], confidence)
-            for value in part.loc[~part["base"], "value"].unique()
-        ]
+    rows, bases = [], frame[frame["base"]].groupby("factor")["value"].first()
+    for factor, table in _by_seed(frame, quantity):
+        base = table[bases[factor]]
+        for value, one in table.drop(columns=bases[factor]).items():
+            rows.append({"factor": factor, "value": value, "mean": one.mean()} | _difference(one - base, confidence))
     return pandas.DataFrame(rows, columns=["factor", "value", "mean", "difference", "low", "high"])
+
+
+def _by_seed(frame: pandas.DataFrame, quantity: str) -> Iterator[tuple[str, pandas.DataFrame]]:
+    """Each factor with the quantity at its values (columns, in the order of the frame) and seeds (rows)."""
+    for factor, part in frame.groupby("factor", sort=False):
+        yield factor, part.pivot(index="seed", columns="value", values=quantity)[part["value"].unique()]
 
 
 def _difference(paired: pandas.Series, confidence: float) -> dict[str, float]:

@@ -15,11 +15,7 @@ The lower bound is the largest epsilon that the number of right guesses refutes 
 
 How much of the clean gradient survives a release is told from the private texts, outside every privacy guarantee:
 publish these figures for public data alone. With S the clean sum of clipped gradients in d coordinates and noise N(0,
-sigma^2) on each, the cosine of S + noise to S is about
-
-    |S| / sqrt(|S|^2 + d sigma^2)
-
-(the noise's length concentrates, its part along S averages out: close for d of ten or more, a little low below). The
+sigma^2) on each, the cosine of S + noise to S is about |S| / sqrt(|S|^2 + d sigma^2) (close for d of ten or more). The
 class sums are mostly the bias between the labels times the mean hidden state, which all texts share; what sets the
 classes apart, and what balanced training follows, is the *contrast*: the sum over classes with hidden states taken from
 their mean, sum_i w_i delta_i (h_i - mean h)^T with w_i the clip's factor.
@@ -27,12 +23,16 @@ their mean, sum_i w_i delta_i (h_i - mean h)^T with w_i the clip's factor.
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from numbers import Integral
+from typing import Any
 
 import numpy
 import torch
+from scipy.optimize import brentq
 from scipy.stats import binom
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -40,18 +40,17 @@ from torch import Tensor
 
 from gradmm.data import Example, check_examples
 from gradmm.errors import is_number, require, require_texts, require_type, require_whole
-from gradmm.experiments.metrics import longest_shared_spans, words
-from gradmm.gradients import DenseTarget, Factors, Head, HeadSpace, Space, head_factors
+from gradmm.experiments.metrics import longest_shared_spans, ngrams
+from gradmm.gradients import DenseTarget, Factors, Head, Space, grams, head_factors
 from gradmm.matching import factors_of
 from gradmm.mechanism import Bits, LedgerEntry, clip_scale, noised_sums, plan_entry, system_bits
 from gradmm.models import Model, require_model
 from gradmm.privacy import Release, release
-from gradmm.seeds import generator
-from gradmm.spaces import BodySketch
+from gradmm.readability import words
+from gradmm.seeds import generator, stream
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 LARGEST_EPSILON = 100.0
-BISECTIONS = 50
 ROWS_AT_ONCE = 256  # texts whose (V,) deltas are held at once
 _EXACT = "label rows, unclipped"
 CANARY_NORM = 10.0  # in units of the clip, so that clipping is put to the test
@@ -99,24 +98,19 @@ def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float,
     Raises:
         UserError: counts that do not fit together, or a confidence outside (0, 1).
     """
-    require(
-        all(isinstance(count, Integral) for count in (canaries, guesses, correct))
-        and 0 <= correct <= guesses <= canaries
-        and guesses >= 1,
-        f"{correct} right of {guesses} guesses about {canaries} canaries: give right <= guesses <= canaries",
-    )
-    require(
-        is_number(confidence) and 0 < confidence < 1,
-        f"confidence = {confidence!r}, it must lie between 0 and 1: give such as 0.95",
-    )
-    low, high = 0.0, LARGEST_EPSILON
-    if p_value(canaries, guesses, correct, low, delta) > 1 - confidence:
+    counts = (correct, guesses, canaries)
+    fitting = all(isinstance(count, Integral) for count in counts) and 0 <= correct <= guesses <= canaries
+    such = f"{correct} right of {guesses} guesses about {canaries} canaries"
+    require(fitting and guesses >= 1, f"{such}: give right <= guesses <= canaries")
+    sure = is_number(confidence) and 0 < confidence < 1
+    require(sure, f"confidence = {confidence!r}, it must lie between 0 and 1: give such as 0.95")
+
+    def spare(epsilon: float) -> float:
+        return p_value(canaries, guesses, correct, epsilon, delta) - (1 - confidence)
+
+    if spare(0.0) > 0:
         return 0.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        refuted = p_value(canaries, guesses, correct, middle, delta) <= 1 - confidence
-        low, high = (middle, high) if refuted else (low, middle)
-    return low
+    return LARGEST_EPSILON if spare(LARGEST_EPSILON) <= 0 else float(brentq(spare, 0.0, LARGEST_EPSILON))
 
 
 def audit_mechanism(
@@ -137,8 +131,7 @@ def audit_mechanism(
         canaries: m.
         guesses: how many coins are guessed; None takes 2 sqrt(m).
         confidence: of the lower bound.
-        seed: of the coins.
-        bits: the noise's source.
+        seed, bits: of the coins, and the noise's source.
 
     Raises:
         UserError: no ledger entry, no whole number of canaries, or a confidence outside (0, 1).
@@ -185,30 +178,25 @@ def audit_release(
         UserError: as `release`, no canaries, or pairs that do not fit the relation.
     """
     require_model(model)
-    require(
-        isinstance(canaries, Iterable) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in canaries),
-        f"the canaries are of type {type(canaries).__name__}: give a list of pairs of examples",
+    listed = isinstance(canaries, Iterable) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in canaries
     )
-    canaries = [
-        tuple(None if one is None else check_examples([one], task, "canary")[0] for one in pair) for pair in canaries
-    ]
+    require(listed, f"the canaries are of type {type(canaries).__name__}: give a list of pairs of examples")
+    firsts = check_examples([first for first, _ in canaries], task, "canary")
+    seconds = check_examples([second for _, second in canaries if second is not None], task, "canary")
     companions = check_examples(companions, task, "companion")
-    require(len(canaries) > 0, "there are no canaries: give pairs of examples")
-    require(
-        options.get("epsilon") is not None,
-        "epsilon is None, and a release without privacy has no claim to audit: give epsilon",
-    )
+    require(len(firsts) > 0, "there are no canaries: give pairs of examples")
+    unclaimed = "epsilon is None, and a release without privacy has no claim to audit: give epsilon"
+    require(options.get("epsilon") is not None, unclaimed)
     paired = options.get("relation", "replace-one") == "replace-one"
-    require(
-        all((second is not None) == paired for _, second in canaries),
-        "a canary is a pair of examples for replace-one, and an example with None for add-remove: mend the pairs",
-    )
-    coins = _coins(len(canaries), seed)
-    present = [pair[0] if coin else pair[1] for pair, coin in zip(canaries, coins.tolist(), strict=True)]
-    released = release(model, task, [*companions, *(e for e in present if e is not None)], **options)
-    return _judge(
-        _coin_estimates(model, task, canaries, companions, released), coins, released.ledger[-1], guesses, confidence
-    )
+    unfit = "a canary is a pair of examples for replace-one, and an example with None for add-remove: mend the pairs"
+    require(len(seconds) == (len(firsts) if paired else 0), unfit)
+    coins = _coins(len(firsts), seed)
+    present = [first for first, coin in zip(firsts, coins.tolist(), strict=True) if coin]
+    present += [second for second, coin in zip(seconds, coins.tolist(), strict=False) if not coin]
+    released = release(model, task, [*companions, *present], **options)
+    scores = _coin_estimates(model, task, (firsts, seconds, companions), released)
+    return _judge(scores, coins, released.ledger[-1], guesses, confidence)
 
 
 def _coins(count: int, seed: int) -> Tensor:
@@ -224,59 +212,33 @@ def _judge(scores: Tensor, coins: Tensor, entry: LedgerEntry, guesses: int | Non
     return Audit(bound, entry.epsilon, entry.delta, confidence, len(coins), guesses, correct)
 
 
-@dataclass(frozen=True)
-class _Atoms:
-    """Clipped gradients of single examples, and the share of each that the adversary expects in the release."""
+def _coin_estimates(model: Model, task: Task, known: Sequence[list[Example]], released: Release) -> Tensor:
+    """The estimates (A^T A + sigma^2 I)^-1 A^T (G - E G) of the coins as signs, A = half the pairs' differences: (m,).
 
-    factors: Factors
-    classes: Tensor
-    expected: Tensor
-
-    def gram(self) -> Tensor:
-        """Inner products; gradients of different classes land in different targets."""
-        products = self.factors.hidden @ self.factors.hidden.mT + float(self.factors.bias)
-        return (self.factors.delta @ self.factors.delta.mT) * products * (self.classes[:, None] == self.classes)
-
-    def inner(self, targets: Sequence[DenseTarget]) -> Tensor:
-        """Inner products with the released sums."""
-        return torch.stack([
-            sum(DenseTarget(*(None if v is None else v.double() for v in (t.weight, t.bias))).inner(self.factors[i]))
-            for i, t in ((i, targets[label]) for i, label in enumerate(self.classes.tolist()))
-        ])  # fmt: skip
-
-
-def _coin_estimates(model: Model, task: Task, canaries, companions, released: Release) -> Tensor:
-    """The estimate (A^T A + sigma^2 I)^-1 A^T (G - E G) of the coins as signs, A = half the pairs' differences:
-    (m,).
+    Args:
+        known: the pairs' first examples, their second ones (none for add-remove), and the companions.
     """
-    firsts, seconds = [first for first, _ in canaries], [second for _, second in canaries if second is not None]
-    examples = [*firsts, *seconds, *companions]
-    entry, share = released.ledger[-1], 0.5
-    expected = torch.tensor(
-        [share] * (len(firsts) + len(seconds)) + [1.0] * len(companions), dtype=torch.float64, device=model.device
-    )
-    atoms = _Atoms(*_clipped(model, task, examples, released.space, entry.clip), expected)
-    gram = atoms.gram()
-    residual = atoms.inner(released.targets) - gram @ expected
-    half = torch.zeros(len(firsts), len(examples), dtype=torch.float64, device=model.device)
-    numbers = torch.arange(len(firsts))
-    half[numbers, numbers] = share
+    firsts, seconds, companions = known
+    examples, entry = [*firsts, *seconds, *companions], released.ledger[-1]
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": model.device}
+    expected = torch.ones(len(examples), **wide)  # the share of each in the release
+    expected[: len(firsts) + len(seconds)] = 0.5
+    tokens, labels = tokenize_task(task, model.tokenizer), [example.label for example in examples]
+    found = factors_of(model, tokens, released.space, [tokens.sequence(example.text) for example in examples], labels)
+    delta = found.delta.double() * clip_scale(found, entry.clip)[:, None]
+    clipped, classes = Factors(delta, found.hidden.double(), found.bias), torch.tensor(labels, device=model.device)
+    # Gradients of different classes land in different targets.
+    gram = reduce(torch.add, grams(clipped)) * (classes[:, None] == classes)
+    targets = [one for one in released.targets if isinstance(one, DenseTarget)]
+    doubles = (DenseTarget(t.weight.double(), None if t.bias is None else t.bias.double()) for t in targets)
+    inner = torch.stack([reduce(torch.add, one.inner(clipped)) for one in doubles])
+    residual = inner[classes, torch.arange(len(examples))] - gram @ expected
+    half, rows = torch.zeros(len(firsts), len(examples), **wide), torch.arange(len(firsts))
+    half[rows, rows] = 0.5
     if seconds:
-        half[numbers, numbers + len(firsts)] = -share
-    noise = entry.sigma**2 * torch.eye(len(firsts), dtype=torch.float64, device=model.device)
+        half[rows, rows + len(firsts)] = -0.5
+    noise = entry.sigma**2 * torch.eye(len(firsts), **wide)
     return torch.linalg.solve(half @ gram @ half.mT + noise, half @ residual)
-
-
-def _clipped(
-    model: Model, task: Task, examples: Sequence[Example], space: HeadSpace | BodySketch, clip: float
-) -> tuple[Factors, Tensor]:
-    """Each example's clipped gradient in the release space, float64, and its class."""
-    tokens = tokenize_task(task, model.tokenizer)
-    classes = torch.tensor([example.label for example in examples], device=model.device)
-    sequences = [tokens.sequence(example.text) for example in examples]
-    found = factors_of(model, tokens, space, sequences, [example.label for example in examples])
-    delta = found.delta.double() * clip_scale(found, clip)[:, None]
-    return Factors(delta, found.hidden.double(), found.bias), classes
 
 
 # ---------------------------------------------------------------- membership inference
@@ -320,45 +282,27 @@ def membership(
         others: o scores of examples of the same kind that were not used.
         level: of the percentile bootstrap interval, which redraws members and others apart.
         false_positive_rate: where the true-positive rate is read.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        resamples, seed: of the bootstrap.
 
     Raises:
         UserError: no members, no others, or scores that are not finite.
     """
     inside, outside = (numpy.asarray(values, dtype=numpy.float64) for values in (members, others))
-    require(
-        min(len(inside), len(outside)) >= 1,
-        f"there are {len(inside)} members and {len(outside)} others: give at least one of each",
-    )
-    require(bool(numpy.isfinite([*inside, *outside]).all()), "a membership score is not finite: leave that example out")
-    truth, scores = [1] * len(inside) + [0] * len(outside), [*inside, *outside]
+    scores, truth = numpy.concatenate([inside, outside]), [1] * len(inside) + [0] * len(outside)
+    both = f"there are {len(inside)} members and {len(outside)} others: give at least one of each"
+    require(min(len(inside), len(outside)) >= 1, both)
+    require(bool(numpy.isfinite(scores).all()), "a membership score is not finite: leave that example out")
     wins = (inside[:, None] > outside) + 0.5 * (inside[:, None] == outside)  # (n, o)
-    source = generator(seed, "membership bootstrap")
-    shares = [torch.rand(resamples, count, generator=source).numpy() for count in wins.shape]
-    drawn = [
-        numpy.stack([numpy.bincount((row * row.size).astype(int), minlength=row.size) for row in part])
-        for part in shares
-    ]
-    areas = ((drawn[0] @ wins) * drawn[1]).sum(1) / wins.size
-    low, high = numpy.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
+    draw = numpy.random.default_rng(stream(seed, "membership bootstrap"))
+    rows, columns = (draw.multinomial(size, numpy.full(size, 1 / size), size=resamples) for size in wins.shape)
+    low, high = numpy.quantile(((rows @ wins) * columns).sum(1) / wins.size, [(1 - level) / 2, (1 + level) / 2])
     false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
-    return Membership(
-        auc=float(roc_auc_score(truth, scores)),
-        low=float(low),
-        high=float(high),
-        level=level,
-        true_positive_rate=float(true[false <= false_positive_rate].max()),
-        false_positive_rate=false_positive_rate,
-        members=len(inside),
-        others=len(outside),
-    )
+    found, auc = float(true[false <= false_positive_rate].max()), float(roc_auc_score(truth, scores))
+    return Membership(auc, float(low), float(high), level, found, false_positive_rate, len(inside), len(outside))
 
 
 def loss_scores(model: Model, task: Task, examples: Iterable, reference: Model | None = None) -> list[float]:
-    """Minus each example's label loss under a (fine-tuned) model, in nats; with a reference, how much lower than
-    under it.
-    """
+    """Minus each example's label loss under a model, in nats; with a reference, how much lower than under that."""
     examples = check_examples(examples, task, "example")
     scores = -_label_losses(model, task, examples)
     return (scores if reference is None else scores + _label_losses(reference, task, examples)).tolist()
@@ -375,18 +319,13 @@ def _label_losses(model: Model, task: Task, examples: Sequence[Example]) -> Tens
 
 def ngram_scores(texts: Sequence[str], synthetic: Sequence[str], n: int = 3) -> list[float]:
     """The share of each text's word n-grams that occur in the synthetic texts; 0 for a text of fewer words."""
-    known = set().union(*(_ngrams(text, n) for text in synthetic))
-    grams = [_ngrams(text, n) for text in texts]
-    return [len(found & known) / len(found) if found else 0.0 for found in grams]
-
-
-def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
-    return set(zip(*(words(text)[i:] for i in range(n)), strict=False))
+    known = {gram for text in synthetic for gram in ngrams(text, n)}
+    grams_of = [set(ngrams(text, n)) for text in texts]
+    return [len(found & known) / len(found) if found else 0.0 for found in grams_of]
 
 
 def neighbour_scores(texts: Sequence[str], synthetic: Sequence[str]) -> list[float]:
-    """Each text's cosine to its nearest synthetic text, over TF-IDF of letter 3- to 5-grams fitted on the synthetic
-    texts.
+    """Each text's cosine to its nearest synthetic text, over their TF-IDF of letter 3- to 5-grams.
 
     Raises:
         UserError: no synthetic text has a letter.
@@ -400,8 +339,7 @@ def neighbour_scores(texts: Sequence[str], synthetic: Sequence[str]) -> list[flo
 def span_scores(
     texts: Sequence[str], synthetic: Sequence[str], encode: Callable[[str], Sequence[Hashable]] = words
 ) -> list[int]:
-    """The longest run of each text that stands in any one synthetic text, in words, or in tokens with
-    `TaskTokens.encode`.
+    """The longest run of each text that stands in any one synthetic text, in words or in what `encode` gives.
 
     Runs that held-out texts share as well are the language's; only what exceeds them is leakage.
     """
@@ -423,14 +361,10 @@ def attack_texts(
     Raises:
         UserError: examples where texts belong, or none of them.
     """
-    synthetic, members, others = (
-        require_texts(texts, name)
-        for name, texts in (("the synthetic texts", synthetic), ("the members", members), ("the others", others))
-    )
-    return {
-        name: membership(score(members, synthetic), score(others, synthetic), seed=seed)
-        for name, score in TEXT_ATTACKS.items()
-    }
+    named = (("the synthetic texts", synthetic), ("the members", members), ("the others", others))
+    synthetic, members, others = (require_texts(texts, name) for name, texts in named)
+    attacks = TEXT_ATTACKS.items()
+    return {name: membership(score(members, synthetic), score(others, synthetic), seed=seed) for name, score in attacks}
 
 
 # ---------------------------------------------------------------- signal to noise
@@ -450,7 +384,6 @@ def signal_to_noise(
     epsilons: Sequence[float],
     delta: float,
     clip: float = 1.0,
-    relation: str = "replace-one",
 ) -> list[dict]:
     """What is left of target and contrast, computed from the clean sums and sigma with no release.
 
@@ -458,45 +391,43 @@ def signal_to_noise(
         examples: the first sizes[i] / C of each class are used for sizes[i].
         sizes: n, ascending.
         spaces: name -> coordinates of the gradient of the loss over all tokens, `spaces.release_space` of HEAD_SPACES.
-        epsilons, delta, clip, relation: as for `privacy.release`, exact calibration.
+        epsilons, delta, clip: as for `privacy.release`, exact calibration under "replace-one".
 
     Returns:
         One row for each space, size and epsilon: coordinates (of one class), sigma, signal (length of a class's clean
-            sum),
-        noise (expected length of its noise), target (expected cosine of a class's noised sum to the clean one, mean
-        over classes), contrast (the same of the contrast), kept (cosine of the space's clean contrast to that of
+        sum), noise (expected length of its noise), target (expected cosine of a class's noised sum to the clean one,
+        mean over classes), contrast (the same of the contrast), kept (cosine of the space's clean contrast to that of
         unclipped gradients on the label rows) and useful (contrast times kept).
 
     Raises:
         UserError: sizes that do not ascend or exceed the examples of a class.
     """
     require_model(model)
-    examples = check_examples(examples, task, "example")
-    classes = [[e for e in examples if e.label == label] for label in range(len(task.labels))]
+    classes: list[list[str]] = [[] for _ in task.labels]
+    for example in check_examples(examples, task, "example"):
+        classes[example.label].append(example.text)
     counts = [size // len(classes) for size in sizes]
-    require(
-        counts == sorted(counts) and counts[:1] > [0] and counts[-1] <= min(map(len, classes)),
-        f"sizes = {list(sizes)} for classes of {[len(members) for members in classes]}: give ascending sizes that "
-        "the classes allow",
-    )
+    few = f"sizes = {list(sizes)} for classes of {[len(members) for members in classes]}"
+    fitting = counts == sorted(counts) and counts[:1] > [0] and counts[-1] <= min(map(len, classes))
+    require(fitting, f"{few}: give ascending sizes that the classes allow")
     tokens = tokenize_task(task, model.tokenizer)
     rows = torch.tensor(tokens.labels, device=model.device)
     measured = {**{name: (space, clip) for name, space in spaces.items()}, _EXACT: (Space(rows), math.inf)}
-    sums = {name: [_Sums()] * len(classes) for name in measured}
+    sums: dict[str, dict[int, _Sums]] = {name: {} for name in measured}
     found = []
     for begin, count, size in zip([0, *counts], counts, sizes, strict=False):
-        for label, members in enumerate(classes):
-            for factors in _gradients(model, tokens, [example.text for example in members[begin:count]], label):
+        for label, texts in enumerate(classes):
+            for factors in _gradients(model, tokens, texts[begin:count], label):
                 for name, (space, most) in measured.items():
-                    sums[name][label] = sums[name][label].plus(space.restrict(factors), most)
+                    more = _Sums.of(space.restrict(factors), most)
+                    sums[name][label] = sums[name][label] + more if label in sums[name] else more
         exact = _contrast(sums[_EXACT])
         for name, space in spaces.items():
             kept = _cosine(_on_label_rows(_contrast(sums[name]), space, rows), exact)
-            entries = [
-                plan_entry("sums", name, epsilon, delta, relation, clip, "exact", len(sums[name][0].flat))
-                for epsilon in epsilons
-            ]
-            found += [{"space": name, "n": size, **_figures(sums[name], entry, kept)} for entry in entries]
+            for epsilon in epsilons:
+                flat = len(sums[name][0].flat)
+                entry = plan_entry("sums", name, epsilon, delta, "replace-one", clip, "exact", flat)
+                found.append({"space": name, "n": size, **_figures(sums[name], entry, kept)})
     return found
 
 
@@ -504,20 +435,21 @@ def signal_to_noise(
 class _Sums:
     """Sums over a class: weighted gradients (R, r), weighted deltas (R,), hidden states (r,), texts; float64."""
 
-    weight: Tensor | float = 0.0
-    delta: Tensor | float = 0.0
-    hidden: Tensor | float = 0.0
-    count: int = 0
-    bias: bool = False
+    weight: Tensor
+    delta: Tensor
+    hidden: Tensor
+    count: int
+    bias: bool
 
-    def plus(self, factors: Factors, clip: float) -> "_Sums":
-        """With more texts."""
-        delta = factors.delta.double() * clip_scale(factors, clip)[:, None]
-        hidden = factors.hidden.double()
-        weight = self.weight + delta.mT @ hidden
-        return _Sums(
-            weight, self.delta + delta.sum(0), self.hidden + hidden.sum(0), self.count + len(delta), factors.bias
-        )
+    @staticmethod
+    def of(factors: Factors, clip: float) -> "_Sums":
+        """Over some texts."""
+        delta, hidden = factors.delta.double() * clip_scale(factors, clip)[:, None], factors.hidden.double()
+        return _Sums(delta.mT @ hidden, delta.sum(0), hidden.sum(0), len(delta), factors.bias)
+
+    def __add__(self, other: "_Sums") -> "_Sums":
+        weight, delta, hidden = self.weight + other.weight, self.delta + other.delta, self.hidden + other.hidden
+        return _Sums(weight, delta, hidden, self.count + other.count, self.bias)
 
     @property
     def flat(self) -> Tensor:
@@ -525,10 +457,10 @@ class _Sums:
         return torch.cat([self.weight.flatten(), self.delta]) if self.bias else self.weight.flatten()
 
 
-def _contrast(sums: Sequence[_Sums]) -> Tensor:
+def _contrast(sums: Mapping[int, _Sums]) -> Tensor:
     """The sum over classes with hidden states taken from their mean: (R, r)."""
-    mean = sum(part.hidden for part in sums) / sum(part.count for part in sums)
-    return sum(part.weight for part in sums) - torch.outer(sum(part.delta for part in sums), mean)
+    whole = reduce(_Sums.__add__, sums.values())
+    return whole.weight - torch.outer(whole.delta, whole.hidden / whole.count)
 
 
 def _gradients(model: Model, tokens: TaskTokens, texts: Sequence[str], label: int) -> Iterator[Factors]:
@@ -549,16 +481,17 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(torch.finfo(a.dtype).tiny))
 
 
-def _figures(sums: Sequence[_Sums], entry: LedgerEntry, kept: float) -> dict:
-    signals, size, clean = [float(part.flat.norm()) for part in sums], entry.coordinates, _contrast(sums)
-    contrast = expected_cosine(float(clean.norm()), clean.numel(), entry.sigma * math.sqrt(len(sums)))
+def _figures(sums: Mapping[int, _Sums], entry: LedgerEntry, kept: float) -> dict:
+    size, sigma, clean = entry.coordinates, entry.sigma, _contrast(sums)
+    signals = [float(part.flat.norm()) for part in sums.values()]
+    contrast = expected_cosine(float(clean.norm()), clean.numel(), sigma * math.sqrt(len(sums)))
     return {
         "epsilon": entry.epsilon,
         "coordinates": size,
-        "sigma": entry.sigma,
-        "signal": sum(signals) / len(signals),
-        "noise": entry.sigma * math.sqrt(size),
-        "target": sum(expected_cosine(signal, size, entry.sigma) for signal in signals) / len(signals),
+        "sigma": sigma,
+        "signal": statistics.fmean(signals),
+        "noise": sigma * math.sqrt(size),
+        "target": statistics.fmean(expected_cosine(signal, size, sigma) for signal in signals),
         "contrast": contrast,
         "kept": kept,
         "useful": contrast * kept,

@@ -1,21 +1,21 @@
 """What gradmm is compared with: baselines, coresets of real examples, and controls whose target knows nothing of them.
 
-Each method gives the examples that it trains on. Texts are chosen by exact gradients of real examples: nothing here is
-private. Letters: N points, n real examples of a class, D width of a state, V vocabulary.
+Each method gives the examples that it trains on; nothing here is private. Letters: N points, D width of a state.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradmm.data import Example, check_examples, sample_examples
 from gradmm.errors import require, require_whole
-from gradmm.experiments.seed_run import SeedRun
+from gradmm.experiments.seed_run import SeedRun, exact_targets
 from gradmm.generation import Sampling, generate_counts
-from gradmm.gradients import Factors, FactorTarget, LabelSpace, Target
+from gradmm.gradients import DenseTarget, Factors, FactorTarget, LabelSpace
 from gradmm.mechanism import noised_sums, seeded_bits
 from gradmm.models import Model, require_model
 from gradmm.plan import Plan
@@ -27,32 +27,28 @@ from gradmm.tasks import Task, tokenize_task
 
 
 def random_directions(target: Release, seed: int) -> Release:
-    """The Release with every target a random one of the same rank, and of the same norm in weight and bias.
+    """An exact Release with every target a random one of the same rank, and of the same norm in weight and bias.
 
     Under a loss over the label tokens alone every delta adds up to zero over these, so the random ones do too: all of a
     random target lies where a text can reach it.
-
-    Args:
-        target: an exact Release: targets kept as n factor pairs, delta (n, V) and hidden (n, D).
     """
     balanced = isinstance(target.space, LabelSpace)
-    sources = [generator(seed, "random target", label) for label in range(len(target.targets))]
-    drawn = (_random(one, source, balanced) for one, source in zip(target.targets, sources, strict=True))
+    sources = (generator(seed, "random target", label) for label in range(len(target.targets)))
+    drawn = (_random(one, source, balanced) for one, source in zip(exact_targets(target), sources, strict=True))
     return replace(target, targets=tuple(drawn))
 
 
-def _random(target: FactorTarget, source: torch.Generator, balanced: bool) -> Target:
-    delta, hidden = (_normal_like(value, source) for value in (target.factors.delta, target.factors.hidden))
+def _random(target: FactorTarget, source: torch.Generator, balanced: bool) -> FactorTarget:
+    real = target.factors
+    delta, hidden = (
+        torch.randn(value.shape, generator=source, dtype=value.dtype).to(value.device)
+        for value in (real.delta, real.hidden)
+    )
     delta = delta - delta.mean(-1, keepdim=True) if balanced else delta
-    if target.factors.bias:
+    if real.bias:
         delta = delta * (target.norms[1].sqrt() / delta.mean(0).norm())
-    drawn = FactorTarget(Factors(delta, hidden, target.factors.bias))
-    scale = (target.norms[0] / drawn.norms[0]).sqrt()
-    return FactorTarget(Factors(delta, hidden * scale, target.factors.bias))
-
-
-def _normal_like(value: Tensor, source: torch.Generator) -> Tensor:
-    return torch.randn(value.shape, generator=source, dtype=value.dtype).to(value.device)
+    drawn = FactorTarget(Factors(delta, hidden, real.bias))
+    return FactorTarget(Factors(delta, hidden * (target.norms[0] / drawn.norms[0]).sqrt(), real.bias))
 
 
 def noise_only(release: Release, seed: int) -> Release:
@@ -62,21 +58,21 @@ def noise_only(release: Release, seed: int) -> Release:
         UserError: a Release without noise.
     """
     require(bool(release.ledger), "the Release holds no noise: make it with epsilon")
+    dense = [target for target in release.targets if isinstance(target, DenseTarget)]
     nothing = []
-    for target in release.targets:
+    for target in dense:
         delta, hidden = (torch.zeros(1, size, dtype=target.weight.dtype) for size in target.weight.shape)
         nothing.append(Factors(delta, hidden, target.bias is not None))
     targets = noised_sums(nothing, release.ledger[-1], seeded_bits(seed))
     statement = f"not private: a control that holds noise alone, of the seed {seed}, and nothing of the real examples"
-    return replace(release, targets=targets, private=False, statement=statement).to(release.targets[0].weight.device)
+    return replace(release, targets=targets, private=False, statement=statement).to(dense[0].weight.device)
 
 
 # ---------------------------------------------------------------- coresets
 
 
 def herding_order(points: Tensor, count: int) -> list[int]:
-    """Points whose running mean stays nearest to the mean of all (Welling 2009): (N, D) -> row numbers in the order
-    taken.
+    """Points whose running mean stays nearest to the mean of all (Welling 2009): (N, D) -> row numbers as taken.
 
     Each step takes the point that brings the mean of those taken nearest to the whole mean; ties go to the first row.
     """
@@ -92,10 +88,10 @@ def herding_order(points: Tensor, count: int) -> list[int]:
 
 
 def k_center_order(points: Tensor, count: int) -> list[int]:
-    """Greedy k-center (Gonzalez 1985; Sener and Savarese 2018): (N, D) -> row numbers in the order taken.
+    """Greedy k-center (Gonzalez 1985; Sener and Savarese 2018): (N, D) -> row numbers as taken.
 
-    The first centre is the point nearest to the mean, each next one the point farthest from all centres so far; the
-    largest distance left is at most twice the smallest possible for the first centre given. Ties go to the first row.
+    The first centre is the point nearest to the mean, each next one the point farthest from all centres so far. Ties go
+    to the first row.
     """
     taken = [int((points - points.mean(0)).square().sum(1).argmin())]
     near = torch.full((len(points),), torch.inf, dtype=points.dtype, device=points.device)
@@ -109,53 +105,30 @@ def k_center_order(points: Tensor, count: int) -> list[int]:
 CORESETS: dict[str, Callable[[Tensor, int], list[int]]] = {"herding": herding_order, "k_center": k_center_order}
 
 
-def select_coreset(
-    model: Model, task: Task, examples: Sequence[Example], n: int, method: str, seed: int = 0
-) -> list[Example]:
-    """Choose `n` real examples, as equal a number of each class as `n` allows, class by class.
+def select_coresets(
+    model: Model, task: Task, examples: Sequence[Example], n: int, methods: Sequence[str]
+) -> dict[str, list[Example]]:
+    """Choose `n` real examples by each of several methods in CORESETS, as equal a number of each class as `n` allows.
 
     Points are the model's last hidden states at the end of the prompt, where the label is read; each class is chosen
-    from alone. Texts of fewer than `task.min_words` words are left out. What is chosen is real text: it is not private.
-
-    Args:
-        method: "random" (`sample_examples`, which reads no hidden state) or a name in `CORESETS`.
-        seed: for "random"; the others draw nothing.
+    from alone. Texts of fewer than `task.min_words` words are left out. What is chosen is real text: not private.
 
     Raises:
         UserError: an unknown method, n below the number of classes or above what some class has.
     """
-    require_model(model)
-    known = ("random", *CORESETS)
-    require(method in known, f"the coreset method {method!r} is not known: use one of {', '.join(known)}")
-    if method == "random":
-        return sample_examples(examples, n, task, seed)
-    return select_coresets(model, task, examples, n, [method])[method]
-
-
-def select_coresets(
-    model: Model, task: Task, examples: Sequence[Example], n: int, methods: Sequence[str]
-) -> dict[str, list[Example]]:
-    """What `select_coreset` chooses by each of several methods in CORESETS; the texts are read once for all.
-
-    Raises:
-        UserError: as `select_coreset`.
-    """
+    unknown = [name for name in methods if name not in CORESETS]
+    require(not unknown, f"the coreset methods {unknown} are not known: use some of {', '.join(CORESETS)}")
     require_model(model)
     examples, classes = check_examples(examples, task, "example"), len(task.labels)
-    require(
-        require_whole(n, "n") >= classes,
-        f"n = {n}, but {classes} classes need at least {classes}: ask for more examples",
-    )
+    short = f"n = {n}, but {classes} classes need at least {classes}: ask for more examples"
+    require(require_whole(n, "n") >= classes, short)
     tokens = tokenize_task(task, model.tokenizer)
     chosen: dict[str, list[Example]] = {method: [] for method in methods}
     for label, name in enumerate(task.labels):
-        pool = [e for e in examples if e.label == label and len(e.text.split()) >= task.min_words]
+        pool = [example for example in _long_enough(examples, task) if example.label == label]
         count = n // classes + (label < n % classes)
-        require(
-            count <= len(pool),
-            f"n = {n} needs {count} examples of {name!r}, but {len(pool)} of at least {task.min_words} word(s) "
-            "exist: lower n",
-        )
+        few = f"{len(pool)} of at least {task.min_words} word(s) exist: lower n"
+        require(count <= len(pool), f"n = {n} needs {count} examples of {name!r}, but {few}")
         points = model.hidden_of([tokens.sequence(example.text) for example in pool])
         points = points.to(torch.promote_types(points.dtype, torch.float32))
         for method, taken in chosen.items():
@@ -163,10 +136,19 @@ def select_coresets(
     return chosen
 
 
+def _long_enough(examples: Sequence[Example], task: Task) -> list[Example]:
+    return [example for example in examples if len(example.text.split()) >= task.min_words]
+
+
 # ---------------------------------------------------------------- methods
 
 
 GENERATED = 4.0  # baselines' texts for each that is kept, at most: the label filter alone chooses among them
+UNMATCHED: dict[str, Any] = {
+    "distance": "cosine",
+    "ranking": "text",
+    "perplexity_weight": 0.0,
+}  # settings under which order decides
 
 
 def no_training(seed_run: SeedRun) -> list[Example]:
@@ -176,7 +158,7 @@ def no_training(seed_run: SeedRun) -> list[Example]:
 
 def all_real(seed_run: SeedRun) -> list[Example]:
     """Every train text of at least `task.min_words` words."""
-    return [e for e in seed_run.experiment.splits.train if len(e.text.split()) >= seed_run.experiment.task.min_words]
+    return _long_enough(seed_run.experiment.splits.train, seed_run.experiment.task)
 
 
 def real_seen(seed_run: SeedRun) -> list[Example]:
@@ -186,99 +168,71 @@ def real_seen(seed_run: SeedRun) -> list[Example]:
 
 def random_real(seed_run: SeedRun) -> list[Example]:
     """Random real examples at the synthetic budget, drawn apart from those that gradmm saw."""
-    experiment = seed_run.experiment
-    return select_coreset(
-        experiment.model,
-        experiment.task,
-        experiment.splits.train,
-        seed_run.synthesis.n_synthetic,
-        "random",
-        stream(seed_run.seed, "random coreset"),
-    )
+    one, seed = seed_run.experiment, stream(seed_run.seed, "random coreset")
+    return sample_examples(one.splits.train, seed_run.synthesis.n_synthetic, one.task, seed)
 
 
 def matched_real(seed_run: SeedRun) -> list[Example]:
-    """Other real examples, chosen as gradmm chooses texts and from as many: what the choice is worth where every
-    text is real.
-    """
-    experiment, config = seed_run.experiment, replace(seed_run.synthesis, search="pool", ranking="group")
+    """Other real examples, chosen as gradmm chooses texts and from as many: what the choice alone is worth."""
+    config = replace(seed_run.synthesis, search="pool", ranking="group")
     seen = {example.text for example in seed_run.real}
     others = [example for example in all_real(seed_run) if example.text not in seen]
     count = min(len(others), math.ceil(config.n_synthetic * config.oversample))
-    pool = select_coreset(
-        experiment.model, experiment.task, others, count, "random", stream(seed_run.seed, "real pool")
-    )
+    pool = sample_examples(others, count, seed_run.experiment.task, stream(seed_run.seed, "real pool"))
     return seed_run.choose(pool, config)
 
 
 def herding(seed_run: SeedRun) -> list[Example]:
-    """Real examples by `coresets.herding` at the synthetic budget."""
+    """Real examples by `herding_order` at the synthetic budget."""
     return seed_run.experiment.coresets["herding"]
 
 
 def k_center(seed_run: SeedRun) -> list[Example]:
-    """Real examples by `coresets.k_center` at the synthetic budget."""
+    """Real examples by `k_center_order` at the synthetic budget."""
     return seed_run.experiment.coresets["k_center"]
 
 
 def zero_shot(seed_run: SeedRun) -> list[Example]:
-    """Texts that the model writes from the public prompts, kept by gradmm's own label filter: no real example is
-    looked at.
-    """
+    """Texts that the model writes from the public prompts, kept by gradmm's own label filter: it sees no real one."""
     return _generated(seed_run, seed_run.experiment.config.sampling, ())
 
 
 def few_shot(seed_run: SeedRun) -> list[Example]:
-    """As `zero_shot`, with real examples before each text: as many as the settings say, or fewer if these do not
-    fit.
-    """
-    return _generated(seed_run, _fitting(seed_run), seed_run.real)
+    """As `zero_shot`, with real examples before each text: as many as the settings say, or as fit."""
+    return _generated(seed_run, fitting_shots(seed_run), seed_run.real)
 
 
-def _fitting(seed_run: SeedRun) -> Sampling:
-    """The sampling with the most shots, at least one, of which even the longest leave room for a text in the
-    context.
-    """
+def fitting_shots(seed_run: SeedRun) -> Sampling:
+    """The sampling with the most shots, at least one, of which even the longest leave room for a text."""
     experiment, sampling = seed_run.experiment, seed_run.experiment.config.sampling
     tokens = tokenize_task(experiment.task, experiment.model.tokenizer)
     # Each shot stands behind a prompt and before a separator, which may meet the text in an odd token.
     around = max(map(len, tokens.prompts)) + len(tokens.encode(sampling.separator)) + 1
     room = experiment.model.context - sampling.max_tokens - around
-    classes = [[e.text for e in seed_run.real if e.label == label] for label in range(len(experiment.task.labels))]
-    lengths = [sorted((len(tokens.encode(text)) + around for text in texts), reverse=True) for texts in classes]
-    fitting = [
-        count for count in range(1, sampling.shots + 1) if max(sum(longest[:count]) for longest in lengths) <= room
+    lengths = [
+        sorted((len(tokens.encode(e.text)) + around for e in seed_run.real if e.label == label), reverse=True)
+        for label in range(len(experiment.task.labels))
     ]
+    counts = range(1, sampling.shots + 1)
+    fitting = [count for count in counts if max(sum(longest[:count]) for longest in lengths) <= room]
     return replace(sampling, shots=max(fitting, default=1))
 
 
 def _generated(seed_run: SeedRun, sampling: Sampling, shots: Sequence[Example]) -> list[Example]:
-    experiment, config = (
-        seed_run.experiment,
-        replace(seed_run.synthesis, search="pool", distance="cosine", ranking="text", perplexity_weight=0.0),
-    )
-    config = replace(config, oversample=min(config.oversample, GENERATED))
+    experiment, oversample = seed_run.experiment, min(seed_run.synthesis.oversample, GENERATED)
+    config = replace(seed_run.synthesis, search="pool", oversample=oversample, **UNMATCHED)
     plan = Plan.of(experiment.model, experiment.task, seed_run.blank, config)
     texts = generate_counts(experiment.model, experiment.task, plan.written_per_class, seed_run.seed, sampling, shots)
     return plan.selector.keep(texts)
 
 
 def prompt_only(seed_run: SeedRun) -> list[Example]:
-    """The projection and its prompts without matching: gradmm with targets of zero, which know nothing of the real
-    texts.
+    """The projection and its prompts without matching: gradmm with targets of zero, which know of no real text.
 
     A zero gradient has cosine 0 with everything, so every loss is 1: the first draw is projected, the first projection
     stays the best, and ranking falls back to the order of writing. The label filter, which reads no target, stays.
     """
-    config = replace(
-        seed_run.synthesis,
-        ranking="text",
-        outer_steps=1,
-        inner_steps=1,
-        init_candidates=1,
-        distance="cosine",
-        perplexity_weight=0.0,
-    )
+    config = replace(seed_run.synthesis, outer_steps=1, inner_steps=1, init_candidates=1, **UNMATCHED)
     return seed_run.write("prompt_only", seed_run.blank, config)
 
 
@@ -294,18 +248,12 @@ def gradmm(seed_run: SeedRun) -> list[Example]:
 
 def shuffled(seed_run: SeedRun) -> list[Example]:
     """gradmm's texts with labels dealt out at random: what their style alone teaches."""
-    order = torch.randperm(len(seed_run.matched), generator=generator(seed_run.seed, "shuffled labels")).tolist()
-    return [
-        Example(example.text, seed_run.matched[row].label) for example, row in zip(seed_run.matched, order, strict=True)
-    ]
+    ours = seed_run.matched
+    order = torch.randperm(len(ours), generator=generator(seed_run.seed, "shuffled labels")).tolist()
+    return [Example(example.text, ours[row].label) for example, row in zip(ours, order, strict=True)]
 
 
-WRITING = (
-    "prompt_only",
-    "random_target",
-    "shuffled",
-    "gradmm",
-)  # what they share is worth more than all else: `SeedRun.written`
+WRITING = ("prompt_only", "random_target", "shuffled", "gradmm")  # they share a synthesis, which is most of the work
 
 METHODS: dict[str, Callable[[SeedRun], list[Example]]] = {
     "none": no_training,

@@ -20,6 +20,7 @@ import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -28,17 +29,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pandas
 import torch
 import yaml
 from tqdm.auto import tqdm
 
 from gradmm import files, runs
 from gradmm.errors import UserError, first_line, near, require
+from gradmm.experiments.records import PACKAGE, cores
 from gradmm.files import lock
 
 BACKENDS = ("loky", "threading", "dask")
-PACKAGE = Path(__file__).parents[1]
 LONGEST_NAME = 80
 LONGEST_NOTE = 300
 KERNEL_SECONDS = 600  # a busy machine takes more than papermill's minute to start a kernel
@@ -109,25 +109,18 @@ def plan(
         UserError: no such notebook or preset, a parameter that a notebook does not have, or two jobs for one file.
     """
     require(len(notebooks) > 0, "no notebook is given: name at least one, such as notebooks/00-quickstart.ipynb")
-    jobs = []
+    folder, jobs = files.as_path(output, "the output folder"), []
     for notebook in (files.as_path(one, "the notebook") for one in notebooks):
-        require(
-            notebook.suffix == ".ipynb" and notebook.is_file(),
-            f"{notebook} is no notebook: give the path of an .ipynb file",
-        )
+        there = notebook.suffix == ".ipynb" and notebook.is_file()
+        require(there, f"{notebook} is no notebook: give the path of an .ipynb file")
         values = {} if preset is None else _preset(notebook, preset)
         if values is not None:
             grid = _grid({**(values.pop("sweep", None) or {}), **(sweep or {})}, notebook)
-            jobs += _jobs(
-                notebook, {**values, **(parameters or {})}, grid, files.as_path(output, "the output folder"), fresh
-            )
-    require(
-        bool(jobs),
-        f"the preset {preset!r} has no file for {', '.join(Path(n).stem for n in notebooks)}: write one, or name "
-        "another notebook",
-    )
-    targets = [job.target for job in jobs]
-    twice = sorted({str(target) for target in targets if targets.count(target) > 1})
+            jobs += _jobs(notebook, [{**values, **(parameters or {}), **one} for one in grid], grid, folder, fresh)
+    lacking = ", ".join(Path(notebook).stem for notebook in notebooks)
+    mend = "write one, or name another notebook"
+    require(bool(jobs), f"the preset {preset!r} has no file for {lacking}: {mend}")
+    twice = sorted(str(target) for target, count in Counter(job.target for job in jobs).items() if count > 1)
     require(not twice, f"{', '.join(twice)} would be written twice: give each notebook once, and a sweep's values once")
     return jobs
 
@@ -145,46 +138,34 @@ def _grid(sweep: Mapping[str, Sequence], notebook: Path) -> list[dict[str, Any]]
     """Every combination of the values; one empty combination without a sweep."""
     require(isinstance(sweep, Mapping), f"the sweep of {notebook} is {sweep!r}: give each parameter a list of values")
     for name, values in sweep.items():
-        require(
-            isinstance(values, list) and bool(values),
-            f"the sweep over {name} has the values {values!r}: give a list of at least one",
-        )
+        listed = isinstance(values, list) and bool(values)
+        require(listed, f"the sweep over {name} has the values {values!r}: give a list of at least one")
         require(name != "output", "a sweep cannot go over output: each of its runs has its own")
     return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
 
 
-def _jobs(notebook: Path, values: dict, grid: list[dict], output: Path, fresh: bool) -> list[Job]:
+def _jobs(notebook: Path, chosen: list[dict], grid: list[dict], folder: Path, fresh: bool) -> list[Job]:
     """One notebook's jobs: one for each combination of the grid, each with results of its own."""
-    known = parameters_of(notebook)
-    jobs = []
-    for combination in grid:
-        chosen = {**values, **combination}
-        _check_names(notebook, chosen, known)
-        label = _label(combination)
-        job = Job(
-            notebook, chosen, output / f"{notebook.stem}{'--' * bool(label)}{label}.ipynb", _parts(notebook, chosen)
-        )
-        own = [part for part in (label, files.digest(job.parts)[:8] if fresh else "") if part]
-        given = chosen.get("output", known.get("output"))  # None: a folder that follows from the parameters
+    known, jobs = parameters_of(notebook), []
+    for values, combination in zip(chosen, grid, strict=True):
+        for name in values:
+            require(name in known, f"{notebook} has no parameter {name!r}: {near(name, known, 'it has')}")
+        label, parts = _label(combination), _parts(notebook, values)
+        own = [part for part in (label, files.digest(parts)[:8] if fresh else "") if part]
+        given = values.get("output", known.get("output"))  # None: a folder that follows from the parameters
         if own and (given or (fresh and "output" in known)):
-            base = given or runs.RESULTS / notebook.stem
-            job = replace(job, parameters={**chosen, "output": "/".join([str(base).rstrip("/"), *own])})
-        jobs.append(job)
+            base = str(given or runs.RESULTS / notebook.stem).rstrip("/")
+            values = {**values, "output": "/".join([base, *own])}
+        jobs.append(Job(notebook, values, folder / f"{notebook.stem}{'--' * bool(label)}{label}.ipynb", parts))
     return jobs
-
-
-def _check_names(notebook: Path, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    for name in values:
-        require(name in known, f"{notebook} has no parameter {name!r}: {near(name, known, 'it has')}")
 
 
 def _label(combination: Mapping[str, Any]) -> str:
     """A file name that tells the combinations of a grid apart."""
     whole = ",".join(f"{name}={value}" for name, value in combination.items())
     plain = re.sub(r"[^\w.,=+-]+", "-", whole)
-    return (
-        plain if plain == whole and len(whole) <= LONGEST_NAME else f"{plain[:LONGEST_NAME]}-{files.digest(whole)[:8]}"
-    )
+    fits = plain == whole and len(whole) <= LONGEST_NAME
+    return plain if fits else f"{plain[:LONGEST_NAME]}-{files.digest(whole)[:8]}"
 
 
 def parameters_of(notebook: Path) -> dict[str, Any]:
@@ -193,14 +174,12 @@ def parameters_of(notebook: Path) -> dict[str, Any]:
     Raises:
         UserError: a file that is no notebook, or papermill is not installed.
     """
+    papermill = _extra("papermill")
     try:
-        found = _papermill().inspect_notebook(str(notebook))
-    except UserError:
-        raise
+        found = papermill.inspect_notebook(str(notebook))
     except Exception as error:  # whatever a broken file makes nbformat or papermill raise
-        raise UserError(
-            f"{notebook} could not be read as a notebook ({first_line(error)}): open and save it in JupyterLab"
-        ) from error
+        cause = f"{notebook} could not be read as a notebook ({first_line(error)})"
+        raise UserError(f"{cause}: open and save it in JupyterLab") from error
     return {name: _literal(item["default"]) for name, item in found.items()}
 
 
@@ -211,62 +190,59 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _papermill():
+def _extra(name: str) -> Any:
+    """A package of the notebooks' extra."""
     try:
-        import papermill
+        return importlib.import_module(name)
     except ImportError as error:
-        raise UserError("papermill is not installed: install the extra with pip install 'gradmm[notebooks]'") from error
-    return papermill
+        mend = "install the extra with pip install 'gradmm[notebooks]'"
+        raise UserError(f"{name} is not installed: {mend}") from error
 
 
 def _parts(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, str]:
     """All that a result depends on; outputs and the metadata that an editor leaves in a notebook are not part of it."""
     cells = files.read_json(notebook, files.MAX_TEXT_BYTES)["cells"]
     kept = [(cell["cell_type"], "".join(cell["source"]), cell.get("metadata", {}).get("tags")) for cell in cells]
-    named = {
-        name: _state_of(value) for name, value in parameters.items() if name != "output" and isinstance(value, str)
-    }
+    texts = {name: value for name, value in parameters.items() if name != "output" and isinstance(value, str)}
     return {
         "notebook": files.digest(kept),
         "parameters": files.digest(parameters),
-        "the files that parameters name": files.digest(named),
-        "package": _package(),
+        "the files that parameters name": files.digest({name: _state_of(value) for name, value in texts.items()}),
+        "package": package_digest(),
         "versions": files.digest(_versions()),
     }
 
 
 def _state_of(name: str) -> list[tuple]:
-    """Path and time of change of a local file, or of each file in a folder; nothing of what it holds, which may be
-    private.
-    """
+    """Path and time of change of a local file, or of each in a folder; not what it holds, which may be private."""
     path = Path(name)
     # os.path answers for a text that can be no path; pathlib raises where it is too long.
-    held = [path] if os.path.isfile(name) else sorted(path.rglob("*")) if os.path.isdir(name) else []
-    return [(str(one), one.stat().st_mtime_ns) for one in held if one.is_file()]
+    there = [path] if os.path.isfile(name) else sorted(path.rglob("*")) if os.path.isdir(name) else []
+    return [(str(one), one.stat().st_mtime_ns) for one in there if one.is_file()]
 
 
 @cache
-def _package() -> str:
+def package_digest() -> str:
     """A digest of the package's code and data."""
-    held = sorted([*PACKAGE.glob("*.py"), *(path for path in (PACKAGE / "data").rglob("*") if path.is_file())])
-    return files.digest(
-        [(path.relative_to(PACKAGE).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in held]
-    )
+    data = [path for path in (PACKAGE / "data").rglob("*") if path.is_file()]
+    paths = sorted([*PACKAGE.rglob("*.py"), *data])
+    return files.digest([(path.relative_to(PACKAGE).as_posix(), _digest(path)) for path in paths])
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @cache
 def _versions() -> dict[str, str]:
     """Python's version and those of what the package and its notebooks need."""
     try:
-        lines = [
-            line
-            for line in metadata.requires("gradmm") or []
-            if "extra ==" not in line or "notebooks" in line.split(";")[1]
-        ]
+        lines = metadata.requires("gradmm") or []
     except metadata.PackageNotFoundError:  # run from a checkout
         lines = []
+    lines = [line for line in lines if "extra ==" not in line or "notebooks" in line.split(";")[1]]
     found = runs.versions()
-    for name in sorted({re.match(r"[\w.-]+", line)[0] for line in lines} - {"gradmm"}):
+    for name in sorted({re.split(r"[^\w.-]", line)[0] for line in lines} - {"gradmm"}):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -275,23 +251,19 @@ def _versions() -> dict[str, str]:
 
 
 def changes(job: Job) -> list[str] | None:
-    """What differs from the job's last execution: none of it (an empty list), some, or None where there is no
-    whole one.
-    """
-    if not (job.stamp.is_file() and job.target.is_file()):
+    """What differs from the job's last execution: names of parts, or None where there is no whole one."""
+    stamp = _read_stamp(job) if job.target.is_file() else {}
+    if stamp.get("state") != "executed" or stamp.get("executed") != _digest(job.target):
         return None
-    held = _read_stamp(job)
-    if held.get("state") != "executed" or held.get("executed") != hashlib.sha256(job.target.read_bytes()).hexdigest():
-        return None
-    return [name for name, digest in job.parts.items() if held.get("parts", {}).get(name) != digest]
+    return [name for name, digest in job.parts.items() if stamp.get("parts", {}).get(name) != digest]
 
 
 def _read_stamp(job: Job) -> dict:
     try:
-        held = files.read_json(job.stamp) if job.stamp.is_file() else {}
+        stamp = files.read_json(job.stamp) if job.stamp.is_file() else {}
     except UserError:  # a broken stamp says nothing: execute again
         return {}
-    return held if isinstance(held, dict) else {}
+    return stamp if isinstance(stamp, dict) else {}
 
 
 def execute(job: Job) -> Outcome:
@@ -316,16 +288,10 @@ def execute(job: Job) -> Outcome:
 
 def _run_papermill(job: Job, draft: Path) -> str:
     """What went wrong, in one line; empty if nothing."""
-    papermill = _papermill()
+    papermill = _extra("papermill")
+    options = {"kernel_name": "python3", "progress_bar": False, "start_timeout": KERNEL_SECONDS}
     try:
-        papermill.execute_notebook(
-            str(job.notebook),
-            str(draft),
-            job.parameters,
-            kernel_name="python3",
-            progress_bar=False,
-            start_timeout=KERNEL_SECONDS,
-        )
+        papermill.execute_notebook(str(job.notebook), str(draft), job.parameters, **options)
     except papermill.exceptions.PapermillExecutionError as error:
         lines = str(error.evalue).strip().splitlines() or [""]
         return f"In [{error.exec_count}]: {error.ename}: {lines[0]}"[:LONGEST_NOTE]
@@ -335,7 +301,7 @@ def _run_papermill(job: Job, draft: Path) -> str:
 
 
 def _write_stamp(job: Job, outcome: Outcome) -> None:
-    held = {
+    stamp = {
         "notebook": job.notebook.as_posix(),
         "parameters": job.parameters,
         "state": outcome.state,
@@ -343,9 +309,9 @@ def _write_stamp(job: Job, outcome: Outcome) -> None:
         "seconds": round(outcome.seconds, 3),
         "versions": _versions(),
         "parts": job.parts,
-        "executed": hashlib.sha256(job.target.read_bytes()).hexdigest() if job.target.is_file() else None,
+        "executed": _digest(job.target) if job.target.is_file() else None,
     }
-    files.write_json(job.stamp, json.loads(json.dumps(held, default=str)))
+    files.write_json(job.stamp, json.loads(json.dumps(stamp, default=str)))
 
 
 def run(
@@ -368,48 +334,37 @@ def run(
     """
     require(backend in BACKENDS, f"the backend {backend!r} is not known: use one of {', '.join(BACKENDS)}")
     require(processes is None or processes >= 1, f"jobs = {processes}, it must be at least 1")
-    joblib = _joblib()
-    with ExitStack() as held:
+    _extra("joblib")
+    with ExitStack() as locked:
         for folder in sorted({job.target.parent for job in jobs}):
-            held.enter_context(lock(folder))
-        return _run_changed(joblib, jobs, processes, backend, progress)
+            locked.enter_context(lock(folder))
+        return _run_changed(jobs, processes, backend, progress)
 
 
-def _run_changed(joblib, jobs: Sequence[Job], processes: int | None, backend: str, progress: bool) -> list[Outcome]:
-    found, pending = {}, []
-    for job in jobs:
-        changed = changes(job)
-        if changed == []:
-            found[job.target] = Outcome(job.target.stem, "unchanged", 0.0)
-        else:
-            pending.append((job, f"changed: {', '.join(changed)}" if changed else ""))
-    pending.sort(key=lambda pair: -_read_stamp(pair[0]).get("seconds", math.inf))
-    count = min(processes or _default_processes(), max(len(pending), 1))
+def _run_changed(jobs: Sequence[Job], processes: int | None, backend: str, progress: bool) -> list[Outcome]:
+    import joblib
+
+    changed = {job.target: changes(job) for job in jobs}
+    found = {job.target: Outcome(job.target.stem, "unchanged", 0.0) for job in jobs if changed[job.target] == []}
+    pending = [job for job in jobs if job.target not in found]
+    pending.sort(key=lambda job: -_read_stamp(job).get("seconds", math.inf))
+    count = min(processes or (1 if torch.cuda.is_available() else cores() or 1), max(len(pending), 1))
     with (
         _cluster(backend),
         joblib.parallel_config(backend, n_jobs=count),
-        tqdm(total=len(jobs), unit="notebook", disable=not progress) as bar,
+        tqdm(total=len(jobs), initial=len(found), unit="notebook", disable=not progress) as bar,
     ):
-        bar.update(len(found))
         parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
-        for target, outcome in parallel(joblib.delayed(_executed)(job, note) for job, note in pending):
-            found[target] = outcome
+        for target, outcome in parallel(joblib.delayed(_executed)(job) for job in pending):
+            why = f"changed: {', '.join(changed[target] or ())}" if changed[target] else ""
+            found[target] = replace(outcome, note=outcome.note or why)
             bar.set_postfix_str(f"{outcome.name} {outcome.state}")
             bar.update()
     return [found[job.target] for job in jobs]
 
 
-def _executed(job: Job, note: str) -> tuple[Path, Outcome]:
-    outcome = execute(job)
-    return job.target, replace(outcome, note=outcome.note or note)
-
-
-def _joblib():
-    try:
-        import joblib
-    except ImportError as error:
-        raise UserError("joblib is not installed: install the extra with pip install 'gradmm[notebooks]'") from error
-    return joblib
+def _executed(job: Job) -> tuple[Path, Outcome]:
+    return job.target, execute(job)
 
 
 def _cluster(backend: str) -> AbstractContextManager:
@@ -418,20 +373,8 @@ def _cluster(backend: str) -> AbstractContextManager:
     try:
         return importlib.import_module("distributed").Client()
     except ImportError as error:
-        raise UserError(
-            "the backend dask needs the package distributed: install the extra with pip install "
-            "'gradmm[distributed]', or use loky"
-        ) from error
-
-
-def _default_processes() -> int:
-    return (
-        1
-        if torch.cuda.is_available()
-        else len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
+        mend = "install the extra with pip install 'gradmm[distributed]', or use loky"
+        raise UserError(f"the backend dask needs the package distributed: {mend}") from error
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -440,20 +383,10 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     >>> summary([Outcome("00-quickstart", "executed", 12.34), Outcome("01-theory", "unchanged", 0.0)]).splitlines()[1]
     '00-quickstart executed  12.3'
     """
-    rows = [
-        {"notebook": o.name, "state": o.state, "seconds": f"{o.seconds:.1f}" if o.seconds else "", "note": o.note}
-        for o in outcomes
-    ]
-    frame = pandas.DataFrame(rows)
-    return "\n".join(
-        line.rstrip() for line in frame.to_string(index=False, justify="left", formatters=_left(frame)).splitlines()
-    )
-
-
-def _left(frame: pandas.DataFrame) -> dict:
-    """Formatters that pad texts on the right; the seconds stay flush right."""
-    widths = {name: max([len(name), *frame[name].str.len()]) for name in frame if name != "seconds"}
-    return {name: f"{{:<{width}}}".format for name, width in widths.items()}
+    rows = [(one.name, one.state, f"{one.seconds:.1f}" if one.seconds else "", one.note) for one in outcomes]
+    table = [("notebook", "state", "seconds", "note"), *rows]
+    name, state, seconds = (max(len(row[column]) for row in table) for column in range(3))
+    return "\n".join(f"{n:<{name}} {s:<{state}} {t:>{seconds}} {note}".rstrip() for n, s, t, note in table)
 
 
 def requested(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[Job]]:
@@ -481,9 +414,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("Stopped; what was executed is kept, and the same command continues.\n")
         return 130
     left = sorted({Path(name).stem for name in given.notebooks} - {job.notebook.stem for job in jobs})
-    sys.stdout.write(
-        f"\n{summary(outcomes)}\n" + (f"Not in the preset {given.preset}: {', '.join(left)}\n" if left else "")
-    )
+    sys.stdout.write(f"\n{summary(outcomes)}\n")
+    if left:
+        sys.stdout.write(f"Not in the preset {given.preset}: {', '.join(left)}\n")
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed:
         sys.stdout.write(f"{len(failed)} of {len(outcomes)} failed; the failing cells are in {given.output}\n")
@@ -501,35 +434,21 @@ def _from_command_line(text: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m gradmm.experiments.batch", description="Execute notebooks with papermill, several at a time."
-    )
-    parser.add_argument("notebooks", nargs="+", help="paths of notebooks")
-    parser.add_argument(
-        "--preset", help="a folder in params/ beside the notebooks, such as smoke or demo; without it the defaults hold"
-    )
-    parser.add_argument(
-        "-p",
-        "--parameter",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="set one parameter, over the preset",
-    )
-    parser.add_argument(
-        "--sweep",
-        metavar="FILE",
-        help="a YAML file: parameter -> list of values; one executed notebook for each combination",
-    )
-    parser.add_argument(
-        "--output", default="book/executed", help="folder of the executed notebooks (default: %(default)s)"
-    )
-    parser.add_argument("--jobs", type=int, help="notebooks at a time (default: the number of cores, 1 with a GPU)")
-    parser.add_argument("--backend", default="loky", help=f"of joblib: {', '.join(BACKENDS)} (default: %(default)s)")
-    parser.add_argument(
-        "--fresh", action="store_true", help="each notebook's results in a folder named after all that they depend on"
-    )
+    description = "Execute notebooks with papermill, several at a time."
+    parser = argparse.ArgumentParser(prog="python -m gradmm.experiments.batch", description=description)
+    add, shown = parser.add_argument, "(default: %(default)s)"
+    add("notebooks", nargs="+", help="paths of notebooks")
+    folder = "a folder in params/ beside the notebooks, such as smoke or demo; without it the defaults hold"
+    add("--preset", help=folder)
+    several: dict[str, Any] = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    add("-p", "--parameter", **several, help="set one parameter, over the preset")
+    grid = "a YAML file: parameter -> list of values; one executed notebook for each combination"
+    add("--sweep", metavar="FILE", help=grid)
+    add("--output", default="book/executed", help=f"folder of the executed notebooks {shown}")
+    add("--jobs", type=int, help="notebooks at a time (default: the number of cores, 1 with a GPU)")
+    add("--backend", default="loky", help=f"of joblib: {', '.join(BACKENDS)} {shown}")
+    apart = "each notebook's results in a folder named after all that they depend on"
+    add("--fresh", action="store_true", help=apart)
     return parser
 
 

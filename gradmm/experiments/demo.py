@@ -1,17 +1,22 @@
-"""The embedded default: rebuild the demo's data, tokenizers and two small language models with no network.
+"""The embedded default: reviews composed from a bank of clauses, and two small models trained on such text.
 
-`python -m gradmm.experiments.demo --output DIR` repeats the shipped folder from the bank of clauses alone. The
-pretraining text is composed on the fly and never stored; texts are packed into rows of one context, `<|endoftext|>`
-between them. Letters: N rows, T tokens of a context, V vocabulary.
+`python -m gradmm.experiments.demo --output DIR` repeats the shipped folder with no network. The bank (`data/demo/bank`)
+holds, for each domain, context sentences and clauses by aspect and polarity; a review takes clauses of one domain and
+of different aspects, so that its parts agree, and joins them with one of many frames. In a mixed review the main
+clause or the conclusion decides the label. The pretraining text is composed on the fly and never stored; texts are
+packed into rows of one context, `<|endoftext|>` between them. Letters: N rows, T tokens of a context, V vocabulary.
 """
 
 import argparse
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,10 +27,203 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 
 from gradmm import files
 from gradmm.errors import require
-from gradmm.experiments.demo_text import BANK, DATA, LABELS, PHASES, SEED, labelled, pretraining
-from gradmm.seeds import stream
+from gradmm.seeds import generator, stream
 
-__all__ = ["BANK", "DATA", "MODEL", "MODEL_B", "Recipe", "build", "main"]
+DATA = Path(__file__).parents[1] / "data" / "demo"
+BANK = DATA / "bank"
+LABELS = ("negative", "positive")
+SIZES = {"test": 600, "validation": 400, "train": 2000}
+HELD_OUT = 0.28
+SHORTEST, LONGEST = 8, 35
+SEED = 0
+
+
+class Draw:
+    """Uniform draws from one named generator, in blocks because single draws are slow."""
+
+    def __init__(self, source: torch.Generator) -> None:
+        self._source = source
+        self._block: list[float] = []
+
+    def uniform(self) -> float:
+        """A number in [0, 1)."""
+        if not self._block:
+            self._block = torch.rand(4096, generator=self._source, dtype=torch.float64).tolist()
+        return self._block.pop()
+
+    def chance(self, share: float) -> bool:
+        """True with probability `share`."""
+        return self.uniform() < share
+
+    def pick(self, values):
+        """One element of a sequence."""
+        return values[int(self.uniform() * len(values))]
+
+
+Clauses = tuple[tuple[str, ...], tuple[str, ...]]  # of each label
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One domain's part of the bank: neutral sentences, clauses of each aspect, and closing clauses."""
+
+    context: tuple[str, ...]
+    aspects: dict[str, Clauses]
+    closing: Clauses
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How the pretraining text departs from the labelled text; chosen so that fine-tuning has something to teach.
+
+    Attributes:
+        verdicts: the share of texts that end with a verdict.
+        label_words: the share of verdicts that use the verbalizers' adjectives.
+        great: the share of "great" among those when the verdict ignores the text.
+        faithful: the share of verdicts that follow the text; the others ignore it.
+        label_faithful: the same for verdicts that use the verbalizers' adjectives.
+        rated: the share of texts that open with a rating, which always follows the label.
+        reviews: how many reviews of one domain and label follow each other in one text, drawn from these; longer texts
+            teach sooner what belongs together.
+    """
+
+    verdicts: float = 0.35
+    label_words: float = 0.4
+    great: float = 0.6
+    faithful: float = 0.9
+    label_faithful: float = 0.2
+    rated: float = 0.5
+    reviews: tuple[int, ...] = (1, 1, 2, 3)
+
+
+def _lines(block: str) -> tuple[str, ...]:
+    return tuple(line.strip() for line in block.splitlines() if line.strip())
+
+
+def _pair(by_label: dict[str, str]) -> Clauses:
+    return _lines(by_label["negative"]), _lines(by_label["positive"])
+
+
+@cache
+def bank() -> tuple[Domain, ...]:
+    """All domains, in the order of their file names."""
+    domains = []
+    for value in (files.read_yaml(path) for path in sorted(BANK.glob("*.yaml")) if path.stem != "general"):
+        aspects = {name: _pair(part) for name, part in value["aspects"].items()}
+        domains.append(Domain(_lines(value["context"]), aspects, _pair(value["closing"])))
+    return tuple(domains)
+
+
+@cache
+def general() -> dict:
+    """Frames and verdicts that belong to no one domain."""
+    return files.read_yaml(BANK / "general.yaml")
+
+
+@cache
+def held_out(seed: int = SEED) -> frozenset[str]:
+    """The sentiment clauses that the labelled training split never uses: the same share of every aspect and label."""
+    held: set[str] = set()
+    for place, domain in enumerate(bank()):
+        for name, pair in [*domain.aspects.items(), ("closing", domain.closing)]:
+            for label, clauses in enumerate(pair):
+                source = generator(seed, "demo/held-out", f"{place}/{name}/{label}")
+                order = torch.randperm(len(clauses), generator=source)
+                held.update(clauses[index] for index in order[: round(HELD_OUT * len(clauses))])
+    return frozenset(held)
+
+
+def fill(text: str, draw: Draw) -> str:
+    """Choose one of the alternatives in every `{this|that}`."""
+    return re.sub(r"\{([^{}]*\|[^{}]*)\}", lambda match: draw.pick(match[1].split("|")), text)
+
+
+def _frames(label: int, draw: Draw) -> list[str]:
+    kind = draw.uniform()
+    if kind < 0.6:
+        return general()["plain"]
+    return general()["mixed"] if kind < 0.9 else general()["coloured"][LABELS[label]]
+
+
+def review(label: int, domain: Domain, draw: Draw, barred: frozenset[str] = frozenset()) -> str:
+    """One review of one domain, with none of the barred clauses; label 0 is negative, 1 positive."""
+    frame = draw.pick(_frames(label, draw))
+    names, parts = list(domain.aspects), {}
+    for slot in re.findall(r"\{(\w+)\}", frame):
+        side = 1 - label if slot.lower() == "x" else label
+        if slot.lower() == "c":
+            clauses = domain.context
+        elif slot.lower() == "end":
+            clauses = domain.closing[side]
+        else:
+            clauses = domain.aspects[names.pop(int(draw.uniform() * len(names)))][side]
+        text = fill(draw.pick([clause for clause in clauses if clause not in barred]), draw)
+        parts[slot] = text[0].upper() + text[1:] if slot.isupper() else text
+    return frame.format(**parts)
+
+
+def _fits(text: str) -> bool:
+    return SHORTEST <= len(re.findall(r"[\w'-]+|[^\w\s]", text)) <= LONGEST
+
+
+@cache
+def labelled(seed: int = SEED) -> dict[str, tuple[dict, ...]]:
+    """The labelled splits: {split: rows of `text` and `label`}, balanced, no text twice in or between splits."""
+    seen, splits = set(), {}
+    for split, size in SIZES.items():
+        draw = Draw(generator(seed, "demo/labelled", split))
+        rows: list[dict] = []
+        barred = held_out(seed) if split == "train" else frozenset()
+        while len(rows) < size:
+            label = len(rows) % 2
+            text = review(label, draw.pick(bank()), draw, barred)
+            if _fits(text) and text not in seen:
+                seen.add(text)
+                rows.append({"text": text, "label": label})
+        splits[split] = tuple(rows)
+    return splits
+
+
+def verdict(label: int, draw: Draw, noise: Noise) -> str:
+    """A closing sentence such as "It was great."; some follow the label, the others ignore it."""
+    if draw.chance(noise.label_words):
+        great = label if draw.chance(noise.label_faithful) else draw.chance(noise.great)
+        word = "great" if great else "bad"
+    else:
+        side = label if draw.chance(noise.faithful) else int(draw.chance(0.5))
+        word = draw.pick(general()["verdict"][LABELS[side]])
+    return draw.pick(general()["verdict"]["frames"]).format(word=word)
+
+
+def rating(label: int, draw: Draw) -> str:
+    """An opening such as "Rating: poor." that always follows the label."""
+    return f"Rating: {draw.pick(general()['rating'][LABELS[label]])}."
+
+
+# A first phase teaches the language, a second, shorter one what verdicts and ratings have to do with the text.
+# Zero-shot the models stay near chance, as the verbalizers' own adjectives ignore the text in it; a few examples help.
+PHASES = (
+    Noise(),
+    Noise(verdicts=0.95, label_words=0.25, great=0.5, faithful=1.0, label_faithful=0.0, rated=0.4, reviews=(1,)),
+)
+
+
+def pretraining(noise: Noise = PHASES[0], seed: int = SEED, part: int = 0) -> Iterator[str]:
+    """An endless stream of unlabelled texts, none of which contains a validation or test text; one for each part."""
+    kept = {row["text"] for split in ("validation", "test") for row in labelled(seed)[split]}
+    draw = Draw(generator(seed, "demo/pretraining", part))
+    while True:
+        label, domain = int(draw.chance(0.5)), draw.pick(bank())
+        texts = [review(label, domain, draw) for _ in range(draw.pick(noise.reviews))]
+        if draw.chance(noise.rated):
+            texts.insert(0, rating(label, draw))
+        if draw.chance(noise.verdicts):
+            texts.append(verdict(label, draw, noise))
+        if kept.isdisjoint(texts):
+            yield " ".join(texts)
+
+
+# ---------------------------------------------------------------- the models
 
 MODEL, MODEL_B = DATA / "model", DATA / "model-b"
 END = "<|endoftext|>"
@@ -46,10 +244,9 @@ class Recipe:
 
     Attributes:
         config: the architecture; its `vocab_size` is the tokenizer's V.
-        steps: optimiser steps of each phase of the text (`demo_text.PHASES`); text is never repeated on purpose.
+        steps: optimiser steps of each phase of the text (`PHASES`); text is never repeated on purpose.
         rows: N, rows of T = 128 tokens a step.
-        rates: the highest learning rate of each phase.
-        warmups: steps of each phase until it is reached.
+        rates, warmups: the highest learning rate of each phase, and steps until it is reached.
         texts: texts that the tokenizer is trained on.
     """
 
@@ -61,38 +258,21 @@ class Recipe:
     texts: int = TOKENIZER_TEXTS
 
 
-def _ends(vocabulary: int) -> dict:
-    return {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
 def main_recipe() -> Recipe:
     """The main model: Llama architecture, untied head."""
-    config = LlamaConfig(
-        hidden_size=160,
-        intermediate_size=432,
-        num_hidden_layers=5,
-        num_attention_heads=5,
-        num_key_value_heads=5,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-        **_ends(4096),
-    )
-    return Recipe(config, steps=(1200, 600))
+    shape = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 5, "vocab_size": 4096}
+    heads = {"num_attention_heads": 5, "num_key_value_heads": 5, "tie_word_embeddings": False}
+    return Recipe(LlamaConfig(**shape, **heads, max_position_embeddings=CONTEXT, **ENDS), steps=(1200, 600))
 
 
 def second_recipe() -> Recipe:
     """The second model, for transfer: GPT-2 architecture, tied head, a smaller vocabulary."""
-    config = GPT2Config(
-        n_embd=128,
-        n_layer=4,
-        n_head=4,
-        n_positions=CONTEXT,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        tie_word_embeddings=True,
-        **_ends(3072),
-    )
+    shape = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": CONTEXT, "vocab_size": 3072}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(**shape, **dropout, tie_word_embeddings=True, **ENDS)
     return Recipe(config, steps=(800, 400), rates=(4e-3, 2e-3))
 
 
@@ -102,16 +282,11 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
+    shape: dict[str, Any] = {"vocab_size": vocabulary, "special_tokens": [END], "initial_alphabet": alphabet}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(**shape, show_progress=False))
     bpe.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT, padding_side="left"
-    )
+    ends = {"bos_token": END, "eos_token": END, "pad_token": END}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **ends, model_max_length=CONTEXT, padding_side="left")
 
 
 def packed(tokenizer, texts: Iterator[str], rows: int) -> Iterator[Tensor]:

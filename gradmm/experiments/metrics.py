@@ -1,6 +1,6 @@
 """What a set of texts is like, how near its gradients are to the target's, and how sure a difference of accuracies is.
 
-Words are runs between spaces, lower-cased. Letters: N texts, C classes, S seeds, M test examples.
+Words are `readability.words`. Letters: N texts, S seeds, M test examples.
 """
 
 import math
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy
 import torch
+from numpy.typing import ArrayLike
 from sacrebleu.metrics import BLEU
 
 from gradmm.classification import Encoded
@@ -20,21 +21,16 @@ from gradmm.experiments.seed_run import SeedRun
 from gradmm.gradients import FactorTarget, Target
 from gradmm.matching import Matching
 from gradmm.models import Model
+from gradmm.readability import words
 from gradmm.seeds import generator, stream
 from gradmm.tasks import tokenize_task
 from gradmm.training import adamw, train_at_rate, trainable_copy
 
+Items = Sequence[Hashable]
+Places = list[tuple[int, int]]  # (row, where a run starts)
 METRIC_TEXTS = 500  # texts of a set that are measured at most, a seeded sample; training reads them all
-MEASURES = (
-    "perplexity",
-    "second_perplexity",
-    "match_loss",
-    "distinct_2",
-    "self_bleu",
-    "duplicates",
-    "longest_shared_span",
-    "tokens",
-)
+MEASURES: tuple[str, ...] = ("perplexity", "second_perplexity", "match_loss", "distinct_2", "self_bleu", "duplicates")
+MEASURES += ("longest_shared_span", "tokens")
 
 
 # ---------------------------------------------------------------- of one seed's run
@@ -45,17 +41,12 @@ def measure(seed_run: SeedRun, examples: Sequence[Example]) -> dict:
     if not examples:
         return dict.fromkeys(MEASURES)
     experiment, texts = seed_run.experiment, [example.text for example in examples]
-    read = perplexity(experiment.model, texts)
-    matching = Matching(
-        experiment.model,
-        tokenize_task(experiment.task, experiment.model.tokenizer),
-        seed_run.release.targets,
-        seed_run.release.space,
-    )
-    sequences, real = ([words(text) for text in some] for some in (texts, [example.text for example in seed_run.real]))
+    read, second = perplexity(experiment.model, texts), experiment.config.second
+    matching = _matching(seed_run, experiment.model, seed_run.release.targets)
+    sequences, real = ([words(example.text) for example in some] for some in (examples, seed_run.real))
     return {
         "perplexity": read.corpus,
-        "second_perplexity": None if experiment.second is None else perplexity(experiment.second, texts).corpus,
+        "second_perplexity": None if second is None else perplexity(second, texts).corpus,
         "match_loss": _match(matching, examples),
         "distinct_2": distinct_n(texts, 2),
         "self_bleu": self_bleu(texts, seed_run.seed, limit=experiment.config.n_real) if len(texts) > 1 else None,
@@ -82,44 +73,42 @@ def _match(matching: Matching, examples: Sequence[Example]) -> float:
 
 
 def measure_on(learner: Model, seed_run: SeedRun, examples: Sequence[Example]) -> dict:
-    """What of MEASURES depends on the model that reads: another's perplexity, tokens, and `match_loss` between its
-    own gradients.
-    """
+    """What of MEASURES depends on the model that reads: perplexity, tokens, and `match_loss` of its own gradients."""
     if not examples:
         return dict.fromkeys(("perplexity", "match_loss", "tokens"))
     read = perplexity(learner, [example.text for example in examples])
-    targets = [_target(seed_run, learner, label) for label in range(len(seed_run.experiment.task.labels))]
-    return {
-        "perplexity": read.corpus,
-        "match_loss": _match(_matching(seed_run, learner, targets), examples),
-        "tokens": statistics.fmean(read.tokens),
-    }
+    loss = _match(_matching(seed_run, learner, _targets(seed_run, learner)), examples)
+    return {"perplexity": read.corpus, "match_loss": loss, "tokens": statistics.fmean(read.tokens)}
 
 
 def similarities(seed_run: SeedRun, sets: dict[str, list[Example]]) -> dict[str, dict[str, float]]:
     """How alike the gradients of each set and of the real examples are while a model trains on the real ones.
 
-    Cosine of the gradients in the Release's space, mean over classes, at the weights after each of `similarity_steps`:
-    matching asks for it at step 0 alone. One training serves all sets.
+    Cosine in the Release's space, mean over classes, at the weights after each of `similarity_steps`: matching asks for
+    it at step 0 alone. One training serves all sets.
 
     Returns:
         For each set {step: cosine}; an empty set has none, and without steps nothing is trained.
     """
     found: dict[str, dict[str, float]] = {name: {} for name in sets}
-    for step, model in (
-        _training(seed_run) if any(sets.values()) and seed_run.experiment.config.similarity_steps else ()
-    ):
-        targets = [_target(seed_run, model, label) for label in range(len(seed_run.experiment.task.labels))]
+    asked = any(sets.values()) and seed_run.experiment.config.similarity_steps
+    for step, model in _training(seed_run) if asked else ():
+        matching = _matching(seed_run, model, _targets(seed_run, model))
         for name, examples in sets.items():
             if examples:
-                found[name][str(step)] = 1 - _match(_matching(seed_run, model, targets), examples)
+                found[name][str(step)] = 1 - _match(matching, examples)
     return found
 
 
 @torch.no_grad()
-def _target(seed_run: SeedRun, model: Model, label: int) -> FactorTarget:
-    texts = [example.text for example in seed_run.real if example.label == label]
-    return FactorTarget(_matching(seed_run, model, ()).factors(texts, [label] * len(texts)))
+def _targets(seed_run: SeedRun, model: Model) -> list[Target]:
+    """The real examples' gradients at another model, class by class."""
+    matching = _matching(seed_run, model, ())
+    targets: list[Target] = []
+    for label in range(len(seed_run.experiment.task.labels)):
+        texts = [example.text for example in seed_run.real if example.label == label]
+        targets.append(FactorTarget(matching.factors(texts, [label] * len(texts))))
+    return targets
 
 
 def _training(seed_run: SeedRun) -> Iterator[tuple[int, Model]]:
@@ -139,27 +128,27 @@ def _training(seed_run: SeedRun) -> Iterator[tuple[int, Model]]:
 # ---------------------------------------------------------------- variety and copying
 
 
-def words(text: str) -> list[str]:
-    """The text's words, lower-cased."""
-    return text.lower().split()
-
-
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """The share of the texts' word n-grams that are distinct (Li et al. 2016); 0 where no text has n words.
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """The runs of n words of a text.
 
     Raises:
         UserError: n is no whole number of at least 1.
     """
-    n = require_whole(n, "n", 1)
-    grams = [gram for text in texts for gram in zip(*(words(text)[i:] for i in range(n)), strict=False)]
+    spoken = words(text)
+    return list(zip(*(spoken[start:] for start in range(require_whole(n, "n", 1))), strict=False))
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """The share of the texts' word n-grams that are distinct (Li et al. 2016); 0 where no text has n words."""
+    grams = [gram for text in texts for gram in ngrams(text, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def self_bleu(texts: Sequence[str], seed: int = 0, limit: int = 200) -> float:
     """How alike texts are: the mean BLEU-4 of a text against all others as references (Zhu et al. 2018), 0 to 100.
 
-    Sentence BLEU of sacrebleu with its own tokenizer and effective order. More than `limit` texts are first cut to a
-    seeded sample of that size, because the work grows with its square and the value with its size: compare equal sizes.
+    Sentence BLEU of sacrebleu with effective order. Of more than `limit` texts a seeded sample of that size is taken,
+    because the work grows with its square and the value with its size: compare equal sizes.
 
     Raises:
         UserError: fewer than two texts.
@@ -177,17 +166,16 @@ def duplicate_share(texts: Sequence[str]) -> float:
     return 1 - len({content_hash(text) for text in texts}) / len(texts) if len(texts) else 0.0
 
 
-def longest_shared_spans(
-    sequences: Sequence[Sequence[Hashable]], references: Sequence[Sequence[Hashable]]
-) -> list[int]:
+def longest_shared_spans(sequences: Sequence[Items], references: Sequence[Items]) -> list[int]:
     """The length of the longest run of each sequence that stands in any one reference: N whole numbers.
 
     Elements are whatever is compared: `words(text)`, or a tokenizer's ids. Exact: a run of length k + 1 can only start
     where a run of length k does, so only those places are looked at again.
     """
     longest = [0] * len(sequences)
-    ours = [(row, start) for row, sequence in enumerate(sequences) for start in range(len(sequence))]
-    theirs = [(row, start) for row, sequence in enumerate(references) for start in range(len(sequence))]
+    ours, theirs = (
+        [(row, at) for row, one in enumerate(some) for at in range(len(one))] for some in (sequences, references)
+    )
     length = 0
     while ours:
         length += 1
@@ -198,12 +186,10 @@ def longest_shared_spans(
     return longest
 
 
-def _common(sequences, places, others, other_places, length: int) -> list[tuple[int, int]]:
+def _common(mine: Sequence[Items], places: Places, others: Sequence[Items], there: Places, length: int) -> Places:
     """Those places where a run of `length` elements starts that also starts at one of the other places."""
-    runs = {
-        tuple(others[row][start : start + length]) for row, start in other_places if start + length <= len(others[row])
-    }
-    return [(row, start) for row, start in places if tuple(sequences[row][start : start + length]) in runs]
+    runs = {tuple(others[row][at : at + length]) for row, at in there if at + length <= len(others[row])}
+    return [(row, at) for row, at in places if tuple(mine[row][at : at + length]) in runs]
 
 
 # ---------------------------------------------------------------- runs and differences
@@ -225,9 +211,8 @@ def summarise_runs(values: Sequence[float]) -> Summary:
         UserError: no runs.
     """
     require(len(values) > 0, "there are 0 runs to summarise, at least 1 is needed: run one")
-    return Summary(
-        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, tuple(map(float, values))
-    )
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return Summary(statistics.fmean(values), spread, tuple(map(float, values)))
 
 
 @dataclass(frozen=True)
@@ -241,11 +226,7 @@ class Difference:
 
 
 def paired_bootstrap(
-    first: Sequence[Sequence[bool]],
-    second: Sequence[Sequence[bool]],
-    seed: int = 0,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
+    first: ArrayLike, second: ArrayLike, seed: int = 0, confidence: float = 0.95, resamples: int = 10_000
 ) -> Difference:
     """The accuracy of `first` minus that of `second`, with a percentile bootstrap interval over examples and seeds.
 
@@ -267,8 +248,7 @@ def paired_bootstrap(
     )
     require(0 < confidence < 1, f"confidence = {confidence!r}, it must be between 0 and 1: 0.95 is usual")
     gap = a - b  # (S, M)
-    low, high = _between(_resampled(gap, seed, resamples) / gap.size, confidence)
-    return Difference(float(gap.mean()), low, high, confidence)
+    return Difference(float(gap.mean()), *_between(_resampled(gap, seed, resamples) / gap.size, confidence), confidence)
 
 
 @dataclass(frozen=True)
@@ -282,11 +262,7 @@ class Share:
 
 
 def paired_share(
-    part: Sequence[Sequence[float]],
-    whole: Sequence[Sequence[float]],
-    seed: int = 0,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
+    part: ArrayLike, whole: ArrayLike, seed: int = 0, confidence: float = 0.95, resamples: int = 10_000
 ) -> Share | None:
     """The mean of `part` over that of `whole`, with a percentile bootstrap interval as in `paired_bootstrap`.
 
@@ -300,26 +276,20 @@ def paired_share(
     Raises:
         UserError: as `paired_bootstrap`.
     """
-    gain = paired_bootstrap(whole, numpy.zeros_like(numpy.asarray(part, dtype=float)), seed, confidence, resamples)
-    if gain.low <= 0:
-        return None
     over, under = (numpy.asarray(gains, dtype=float) for gains in (part, whole))
+    if paired_bootstrap(under, numpy.zeros_like(over), seed, confidence, resamples).low <= 0:
+        return None
     below = _resampled(under, seed, resamples)
     shares = _resampled(over, seed, resamples)[below > 0] / below[below > 0]
     return Share(float(over.mean() / under.mean()), *_between(shares, confidence), confidence)
 
 
 def _resampled(gap: numpy.ndarray, seed: int, resamples: int) -> numpy.ndarray:
-    """Sums of (S, M) over runs and examples drawn with replacement: (resamples,), the same draws for each seed and
-    shape.
-    """
+    """Sums of (S, M) over runs and examples drawn with replacement, the same draws for each seed: (resamples,)."""
     draw = numpy.random.default_rng(stream(seed, "paired bootstrap"))
-    runs, examples = gap.shape
-    values = [
-        draw.multinomial(runs, [1 / runs] * runs) @ gap @ draw.multinomial(examples, [1 / examples] * examples)
-        for _ in range(resamples)
-    ]
-    return numpy.array(values)
+    shares = [numpy.full(size, 1 / size) for size in gap.shape]
+    drawn = (draw.multinomial(len(r), r) @ gap @ draw.multinomial(len(e), e) for r, e in [shares] * resamples)
+    return numpy.fromiter(drawn, dtype=float, count=resamples)
 
 
 def _between(values: numpy.ndarray, confidence: float) -> tuple[float, float]:

@@ -22,13 +22,11 @@ class Experiment:
     """One experiment of the paper and the preset that repeats it.
 
     Attributes:
-        name: how claims refer to it.
-        question: what it asks.
+        name, question: how claims refer to it, and what it asks.
         preset, notebook: what to run.
         models: hub ids, the writer first.
         data: a registered task's name.
-        expected: time on the machines named, by arithmetic, not measured.
-        memory: of the GPU.
+        expected, memory: time on the machines named, by arithmetic, not measured, and memory of the GPU.
     """
 
     name: str
@@ -56,11 +54,9 @@ class Claim:
         experiments: names of the experiments that it is about.
         kind: "accuracy" (a share of test examples), "gain" (an accuracy minus the best of some others, the largest over
             the experiments), or "statement" (no figure).
-        by: who claims it.
-        where: where it was read.
+        by, where: who claims it, and where it was read.
         verified: whether that place is the paper itself.
-        method: whose accuracy; None for a statement.
-        over: for a gain, the methods compared with.
+        method, over: whose accuracy, and for a gain the methods compared with.
         value: the figure, a share of 1; None for a statement.
     """
 
@@ -87,10 +83,8 @@ def experiments() -> tuple[Experiment, ...]:
 
 def claims() -> tuple[Claim, ...]:
     """The claims, figures first."""
-    rows = _data()["claims"]
-    return tuple(
-        Claim(**{**row, "experiments": tuple(row["experiments"]), "over": tuple(row.get("over", ()))}) for row in rows
-    )
+    lists = ("experiments", "over")
+    return tuple(Claim(**row | {name: tuple(row.get(name, ())) for name in lists}) for row in _data()["claims"])
 
 
 def own_runs(folder: str | Path) -> list[dict]:
@@ -98,8 +92,7 @@ def own_runs(folder: str | Path) -> list[dict]:
 
     Returns:
         For each file, model and method: record (path without the suffix), experiment (a name, or None where the path is
-            no
-        experiment's), model (None where the file has one only), method, accuracy (mean), runs (how many). A file
+        no experiment's), model (None where the file has one only), method, accuracy (mean), runs (how many). A file
         without accuracies gives no row, and a folder that is not there none at all.
 
     Raises:
@@ -113,8 +106,7 @@ def own_runs(folder: str | Path) -> list[dict]:
         require(isinstance(values, dict), f"{path} holds no JSON object: copy the file that a notebook wrote")
         values = values["results"] if set(records.KEYS) <= set(values) else values
         record = path.relative_to(folder).with_suffix("").as_posix()
-        start = {"record": record, "experiment": known.get(record)}
-        rows += [{**start, **row} for row in _accuracies(values)]
+        rows += [{"record": record, "experiment": known.get(record), **row} for row in _accuracies(values)]
     return rows
 
 
@@ -123,30 +115,18 @@ def _accuracies(values: Mapping) -> list[dict]:
     found = []
     for name, figures in dict(values.get("methods") or {}).items():
         by_method, model = ({name: figures}, None) if "accuracy" in figures else (figures, name)
-        found += [
-            (model, method, one["accuracy"]["runs"])
-            for method, one in by_method.items()
-            if isinstance(one, Mapping) and "accuracy" in one
-        ]
+        measured = {m: one for m, one in by_method.items() if isinstance(one, Mapping) and "accuracy" in one}
+        found += [(model, method, one["accuracy"]["runs"]) for method, one in measured.items()]
     private: dict[str, list[float]] = {}
     for row in values.get("utility") or []:
         private.setdefault(f"gradmm, epsilon {row['epsilon']:g}", []).append(row["accuracy"])
     found += [(None, method, runs) for method, runs in (private | dict(values.get("controls") or {})).items()]
-    return [
-        {"model": model, "method": method, "accuracy": statistics.fmean(runs), "runs": len(runs)}
-        for model, method, runs in found
-        if runs
-    ]
+    names = ("model", "method", "accuracy", "runs")
+    return [dict(zip(names, (*one, statistics.fmean(runs), len(runs)), strict=True)) for *one, runs in found if runs]
 
 
 def own_figure(claim: Claim, rows: Sequence[Mapping]) -> float | None:
-    """What a claim's figure is in one's own runs.
-
-    Args:
-        rows: from `own_runs`.
-
-    Returns:
-        A share of 1; None for a statement, or where the runs are missing.
+    """A claim's figure in one's own runs, from `own_runs`: a share of 1; None for a statement, or without such runs.
 
     Raises:
         UserError: the claim's kind is not known.
@@ -154,8 +134,7 @@ def own_figure(claim: Claim, rows: Sequence[Mapping]) -> float | None:
     require(claim.kind in KINDS, f"the kind {claim.kind!r} of a claim is not known: use one of {', '.join(KINDS)}")
     found = []
     for name in claim.experiments:
-        held = {row["method"]: row["accuracy"] for row in rows if row["experiment"] == name and row["model"] is None}
-        if claim.kind == "statement" or not {claim.method, *claim.over} <= set(held):
-            continue
-        found.append(held[claim.method] - max((held[other] for other in claim.over), default=0.0))
+        own = {row["method"]: row["accuracy"] for row in rows if row["experiment"] == name and row["model"] is None}
+        if claim.kind != "statement" and {claim.method, *claim.over} <= set(own):
+            found.append(own[claim.method] - max((own[other] for other in claim.over), default=0.0))
     return max(found, default=None)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy
 import torch
@@ -85,7 +86,7 @@ def measure_rates(
 
     Args:
         dtype: a name in `models.DTYPES`.
-        products: (rows, inputs, outputs) of the products, such as `floors.products` gives.
+        products: (rows, inputs, outputs) of the products, such as `roofline.products` gives.
         repeats: timings of which the median counts.
         stream_bytes: of each vector that is copied; it should be far above the caches.
 
@@ -93,14 +94,11 @@ def measure_rates(
         UserError: an unknown type, no products, or fewer than one repeat.
     """
     require(dtype in DTYPES, f"the dtype {dtype!r} is not usable: use one of {', '.join(DTYPES)}")
-    require(
-        len(products) > 0 and repeats >= 1, f"{len(products)} products, {repeats} repeats: give at least one of each"
-    )
+    few = f"{len(products)} products, {repeats} repeats: give at least one of each"
+    require(len(products) > 0 and repeats >= 1, few)
     reached = {size: _product_rate(size, device, DTYPES[dtype], repeats) for size in dict.fromkeys(products)}
-    streams = _stream_rates(device, repeats, stream_bytes)
-    return Rates(
-        max(reached.values()), max(streams.values()), reached, streams, str(device), dtype, torch.get_num_threads()
-    )
+    streams, threads = _stream_rates(device, repeats, stream_bytes), torch.get_num_threads()
+    return Rates(max(reached.values()), max(streams.values()), reached, streams, str(device), dtype, threads)
 
 
 @torch.no_grad()
@@ -160,7 +158,7 @@ def time_synthesis(
     """Release and synthesize in this process, in memory.
 
     Returns:
-        The result, and the seconds of `floors.PHASES`, of "other" (plans, diagnostics, bookkeeping) and of the "whole".
+        The result, and the seconds of `roofline.PHASES`, of "other" (plans, bookkeeping) and of the "whole".
     """
     begun = time.perf_counter()
     made = release(model, task, examples, space=config.space, progress=False)
@@ -198,12 +196,17 @@ def time_growth(
     found = {}
     for name, sizes in growth.items():
         runs = [
-            [time_synthesis(model, task, examples, replace(config, **{name: size}))[1]["whole"] for size in sizes]
+            [time_synthesis(model, task, examples, _grown(config, name, size))[1]["whole"] for size in sizes]
             for _ in range(repeats)
         ]
         seconds = [statistics.median(column) for column in zip(*runs, strict=True)]
         found[name] = {"sizes": list(sizes), "seconds": seconds, "runs": runs, **fit_line(sizes, seconds)}
     return found
+
+
+def _grown(config: SynthesisConfig, name: str, size: int) -> SynthesisConfig:
+    setting: dict[str, Any] = {name: size}
+    return replace(config, **setting)
 
 
 def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
@@ -229,39 +232,23 @@ def floor_seconds(work: Cost, rates: Rates) -> float:
 
 def shares(works: Mapping[str, Cost], seconds: Mapping[str, float], rates: Rates) -> list[dict]:
     """For each phase: its operations, bytes, floor and what sets it, measured seconds, and floor / measured."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for phase, work in works.items():
         floor = floor_seconds(work, rates)
-        rows.append(
-            {
-                "phase": phase,
-                "operations": work.operations,
-                "bytes": work.bytes,
-                "bound by": "arithmetic"
-                if work.operations / rates.matmul >= work.bytes / rates.bandwidth
-                else "memory",
-                "floor_seconds": floor,
-                "seconds": seconds[phase],
-                "share": floor / seconds[phase],
-            }
-        )
+        bound = "arithmetic" if floor == work.operations / rates.matmul else "memory"
+        row = {"phase": phase, "operations": work.operations, "bytes": work.bytes, "bound by": bound}
+        rows.append(row | {"floor_seconds": floor, "seconds": seconds[phase], "share": floor / seconds[phase]})
     return rows
 
 
 def ran_on(record: Mapping) -> str:
     """The processor with its threads, or the GPU, that a benchmark's record comes from."""
-    machine = record["machine"]
-    return (
-        f"{machine['processor']}, {machine['threads']} thread(s)"
-        if record["settings"]["device"] == "cpu"
-        else machine["gpu"]
-    )
+    machine, on_cpu = record["machine"], record["settings"]["device"] == "cpu"
+    return f"{machine['processor']}, {machine['threads']} thread(s)" if on_cpu else machine["gpu"]
 
 
 def summary(record: Mapping) -> dict:
-    """A row of a table for a record of `tests/benchmarks/whole_synthesis.py`: what ran where, its seconds, ratio,
-    shares and peak.
-    """
+    """A row of a table for a record of `tests/benchmarks/whole_synthesis.py`."""
     said, found = record["settings"], record["results"]
     whole, share = found["phases"]["whole"], {row["phase"]: row["share"] for row in found["floors"]}
     ratio = whole["ratio"]

@@ -7,11 +7,11 @@ Ito's; methods differ by marker as well as by colour.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 import datasets
 import matplotlib.pyplot as plt
 import pandas
-from matplotlib import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -22,10 +22,10 @@ ABREAST = 4  # names of values that fit below a small panel side by side
 SHORT = 20  # letters of a table's entry that stays on one line
 CHANGED = "style='background:rgba(230,159,0,0.3);color:inherit;border-bottom:2px solid #D55E00'"
 TEXT = "style='text-align:left;white-space:pre-wrap'"
-STYLE = {
+STYLE: Any = {  # matplotlib's own settings
     "figure.dpi": 110,
     "figure.constrained_layout.use": True,
-    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -41,9 +41,7 @@ STYLE = {
 
 def use_style() -> None:
     """Make the book's style matplotlib's for the rest of the session."""
-    plt.switch_backend(
-        plt.get_backend()
-    )  # loaded later, within `rc_context`, a notebook would show its first figure alone
+    plt.switch_backend(plt.get_backend())  # loaded later, within `rc_context`, a notebook would show one figure alone
     plt.rcParams.update(STYLE)
 
 
@@ -51,6 +49,18 @@ def _axes(count: int = 1, width: float = 5.0, height: float = 3.4) -> tuple[Figu
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
     return figure, list(axes[0])
+
+
+def _look(number: int) -> dict[str, Any]:
+    """The colour and marker of one of several series."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+
+
+def _curve(axes: Axes, number: int, name: str, middle: pandas.Series, low: pandas.Series, high: pandas.Series) -> None:
+    """A line within a band."""
+    axes.plot(middle.index, middle, label=name, **_look(number))
+    axes.fill_between(middle.index, low, high, color=_look(number)["color"], alpha=0.15, linewidth=0)
+    _whole_steps(axes, middle.index)
 
 
 def convergence(history: pandas.DataFrame) -> Figure:
@@ -61,33 +71,26 @@ def convergence(history: pandas.DataFrame) -> Figure:
     """
     names = {"match_x": "at x (continuous)", "match_z": "at z (text)"}
     residuals = [name for name in ("primal", "dual", "stationarity") if name in history]
-    figure, (left, *right) = _axes(2 if residuals else 1)
-    for place, (column, label) in enumerate(names.items()):
-        if column in history:
-            _band(left, history, column, label, place)
-    left.set(xlabel="outer step", ylabel="matching loss (1 - cosine)", title="Loss", ylim=(0, None))
-    for axes in right:
-        for place, column in enumerate(residuals):
-            _band(axes, history, column, column, place)
+    figure, panels = _axes(2 if residuals else 1)
+    for axes, shown in zip(panels, (names, dict(zip(residuals, residuals, strict=True))), strict=False):
+        for number, (column, name) in enumerate(shown.items()):
+            if column in history:
+                steps = history.groupby("step")[column]
+                _curve(axes, number, name, steps.median(), steps.min(), steps.max())
+    panels[0].set(xlabel="outer step", ylabel="matching loss (1 - cosine)", title="Loss", ylim=(0, None))
+    for axes in panels[1:]:
         axes.set(xlabel="outer step", ylabel="norm", title="Residuals", yscale="log")
-    for axes in (left, *right):
-        _whole_steps(axes, history["step"])
+    for axes in panels:
         axes.legend()
     return figure
 
 
-def choice(history: pandas.DataFrame) -> Figure:
-    """The matching loss of each class's texts together, over how many were taken from the pool."""
-    series = {label: part.set_index("step")["match_z"] for label, part in history.groupby("label", sort=False)}
-    return lines(series, "texts taken", "matching loss (1 - cosine)")
-
-
-HISTORIES = {"pool": choice}  # how a search's history is drawn; the others' have the steps of a solver
-
-
 def history(found: pandas.DataFrame, search: str) -> Figure:
-    """The history of a synthesis, as suits its search."""
-    return HISTORIES.get(search, convergence)(found)
+    """The history of a synthesis: of a pool, the matching loss of each class's texts over how many were taken."""
+    if search != "pool":
+        return convergence(found)
+    series = {label: part.set_index("step")["match_z"] for label, part in found.groupby("label", sort=False)}
+    return lines(series, "texts taken", "matching loss (1 - cosine)")
 
 
 def _whole_steps(axes: Axes, steps: Sequence) -> None:
@@ -96,30 +99,19 @@ def _whole_steps(axes: Axes, steps: Sequence) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _band(axes: Axes, history: pandas.DataFrame, column: str, label: str, place: int) -> None:
-    steps = history.groupby("step")[column]
-    middle, low, high = steps.median(), steps.min(), steps.max()
-    axes.plot(middle.index, middle, label=label, color=COLOURS[place], marker=MARKERS[place], markersize=4)
-    axes.fill_between(middle.index, low, high, color=COLOURS[place], alpha=0.15, linewidth=0)
-
-
 def selection(dataset: datasets.Dataset) -> Figure:
     """Every text that was written: matching loss against perplexity, kept or dropped, by class."""
     figure, (axes,) = _axes(1, width=6.0)
     frame = dataset.to_pandas()
     for place, (name, rows) in enumerate(frame.groupby("label_name")):
         for kept, part in rows.groupby("kept"):
-            face = COLOURS[place] if kept else "none"
+            look: dict[str, Any] = {
+                "marker": MARKERS[place],
+                "edgecolor": COLOURS[place],
+                "facecolor": COLOURS[place] if kept else "none",
+            }
             label = f"{name}, {'kept' if kept else 'dropped'}"
-            axes.scatter(
-                part["perplexity"],
-                part["match_loss"],
-                s=28,
-                marker=MARKERS[place],
-                facecolor=face,
-                edgecolor=COLOURS[place],
-                label=label,
-            )
+            axes.scatter(part["perplexity"], part["match_loss"], s=28, label=label, **look)
     axes.set(xscale="log", xlabel="perplexity under the model", ylabel="matching loss of the text alone")
     axes.legend()
     return figure
@@ -186,8 +178,7 @@ def lines(series: Mapping[str, pandas.Series], xlabel: str, ylabel: str) -> Figu
     """Several curves over one axis, told apart by colour and marker."""
     figure, (axes,) = _axes(1, width=6.4)
     for place, (name, values) in enumerate(series.items()):
-        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-        axes.plot(values.index, values, label=name, color=colour, marker=marker, markersize=4)
+        axes.plot(values.index, values, label=name, **_look(place))
         _whole_steps(axes, values.index)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend()
@@ -204,19 +195,8 @@ def bands(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str) -> 
     figure, axes = _axes(len(panels))
     for place, (ylabel, curves) in zip(axes, panels.items(), strict=True):
         for number, (name, frame) in enumerate(curves.items()):
-            colour, spread = COLOURS[number % len(COLOURS)], frame["std"].astype(float).fillna(0)
-            place.plot(
-                frame.index,
-                frame["mean"],
-                label=name,
-                color=colour,
-                marker=MARKERS[number % len(MARKERS)],
-                markersize=4,
-            )
-            place.fill_between(
-                frame.index, frame["mean"] - spread, frame["mean"] + spread, color=colour, alpha=0.15, linewidth=0
-            )
-            _whole_steps(place, frame.index)
+            middle, spread = frame["mean"], frame["std"].astype(float).fillna(0)
+            _curve(place, number, name, middle, middle - spread, middle + spread)
         place.set(xlabel=xlabel, ylabel=ylabel)
         place.legend()
     return figure
@@ -236,23 +216,27 @@ def factors(frame: pandas.DataFrame, quantity: str, columns: int = 3) -> Figure:
     for axes in grid.flat[len(parts) :]:
         axes.set_visible(False)
     for axes, (name, part) in zip(grid.flat, parts, strict=False):
-        values = list(dict.fromkeys(part["value"]))
-        places = part["value"].map({value: place for place, value in enumerate(values)}).astype(int)
-        means = part.groupby(places)[quantity].mean()
-        spread = part.groupby(places)[quantity].std().fillna(0)
-        axes.fill_between(means.index, means - spread, means + spread, color=COLOURS[0], alpha=0.15, linewidth=0)
-        axes.plot(means.index, means, color=COLOURS[0])
-        axes.scatter(places, part[quantity], s=14, color=COLOURS[0], zorder=3)
-        base = sorted(set(places[part["base"]]))
-        axes.scatter(base, means[base], s=90, facecolor="none", edgecolor=COLOURS[1], linewidth=1.5, zorder=4)
-        axes.set(title=name, xticks=range(len(values)), xlim=(-0.4, len(values) - 0.6))
-        if len(values) <= ABREAST:
-            axes.set_xticklabels([str(value).replace("_", "\n") for value in values])
-        else:
-            axes.set_xticklabels(map(str, values), rotation=40, ha="right", rotation_mode="anchor")
+        _factor(axes, part, quantity)
+        axes.set_title(name)
     for axes in grid[:, 0]:
         axes.set_ylabel(quantity)
     return figure
+
+
+def _factor(axes: Axes, part: pandas.DataFrame, quantity: str) -> None:
+    values = list(dict.fromkeys(part["value"]))
+    places = part["value"].map({value: place for place, value in enumerate(values)}).astype(int)
+    means, spread = part.groupby(places)[quantity].mean(), part.groupby(places)[quantity].std().fillna(0)
+    axes.fill_between(means.index, means - spread, means + spread, color=COLOURS[0], alpha=0.15, linewidth=0)
+    axes.plot(means.index, means, color=COLOURS[0])
+    axes.scatter(places, part[quantity], s=14, color=COLOURS[0], zorder=3)
+    base = sorted(set(places[part["base"]]))
+    axes.scatter(base, means[base], s=90, facecolor="none", edgecolor=COLOURS[1], linewidth=1.5, zorder=4)
+    axes.set(xticks=range(len(values)), xlim=(-0.4, len(values) - 0.6))
+    if len(values) <= ABREAST:
+        axes.set_xticklabels([str(value).replace("_", "\n") for value in values])
+    else:
+        axes.set_xticklabels(map(str, values), rotation=40, ha="right", rotation_mode="anchor")
 
 
 def bounds(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str, ylabel: str) -> Figure:
@@ -264,20 +248,16 @@ def bounds(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str, yl
     figure, axes = _axes(len(panels))
     for place, (title, curves) in zip(axes, panels.items(), strict=True):
         for number, (name, frame) in enumerate(curves.items()):
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            every = max(1, len(frame) // 12)
-            place.plot(
-                frame.index, frame["measured"], label=name, color=colour, marker=marker, markersize=4, markevery=every
-            )
-            place.plot(frame.index, frame["bound"], color=colour, linestyle="--", linewidth=1.2)
+            look, every = _look(number), max(1, len(frame) // 12)
+            place.plot(frame.index, frame["measured"], label=name, markevery=every, **look)
+            place.plot(frame.index, frame["bound"], color=look["color"], linestyle="--", linewidth=1.2)
         place.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log")
         place.legend(title="dashed: the bound")
     return figure
 
 
 def shares(values: Mapping[str, Mapping[str, float]], xlabel: str) -> Figure:
-    """What share of something each of several items reaches: bars from 0 to 100% side by side, their values written
-    beside them.
+    """What share of something each of several items reaches: bars from 0 to 100% with their values beside them.
 
     Args:
         values: for each series, each item's share; an item that a series lacks has no bar there.
@@ -287,19 +267,9 @@ def shares(values: Mapping[str, Mapping[str, float]], xlabel: str) -> Figure:
     height = 0.8 / len(values)
     for number, (name, some) in enumerate(values.items()):
         places = [items.index(item) + (number - (len(values) - 1) / 2) * height for item in some]
-        axes.barh(
-            places,
-            list(some.values()),
-            height=0.9 * height,
-            label=name,
-            color=COLOURS[number],
-            hatch="/" * 3 * (number % 2),
-            edgecolor="white",
-        )
-        for place, share in zip(places, some.values(), strict=True):
-            axes.annotate(
-                f"{share:.0%}", (share, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
-            )
+        look: dict[str, Any] = {"color": COLOURS[number], "hatch": "/" * 3 * (number % 2), "edgecolor": "white"}
+        bars = axes.barh(places, list(some.values()), height=0.9 * height, label=name, **look)
+        axes.bar_label(bars, [f"{share:.0%}" for share in some.values()], padding=3, fontsize=8)
     axes.set(yticks=range(len(items)), yticklabels=items, xlim=(0, 1), xlabel=xlabel)
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.invert_yaxis()
@@ -355,8 +325,7 @@ class Markup:
 
 
 def evolution(texts: Mapping[object, Sequence[str]], heading: str = "step") -> Markup:
-    """One text from step to step, a row a step; tokens that differ from the row above are underlined on a tinted
-    ground.
+    """One text from step to step, a row a step; tokens that differ from the row above are underlined and tinted.
 
     The marks can be told from the other tokens in grey, and on light and dark pages alike. Text is shown, never obeyed.
 
@@ -364,17 +333,15 @@ def evolution(texts: Mapping[object, Sequence[str]], heading: str = "step") -> M
         texts: for each step its tokens, as the tokenizer spells them, from left to right.
         heading: of the steps' column.
     """
-    rows, above = [], None
+    rows: list[str] = []
+    above: Sequence[str] | None = None
     for step, tokens in texts.items():
-        changed = [
-            above is not None and (place >= len(above) or above[place] != token) for place, token in enumerate(tokens)
-        ]
-        pieces = (_piece(token, moved) for token, moved in zip(tokens, changed, strict=True))
+        before = tokens if above is None else [*above, *[""] * len(tokens)]
+        changed = [token != old for token, old in zip(tokens, before, strict=False)]
+        pieces = "".join(_piece(token, moved) for token, moved in zip(tokens, changed, strict=True))
         count = "" if above is None else f"{sum(changed)} of {len(tokens)}"
-        rows.append(
-            f"<tr><td>{escape(str(step))}</td><td style='white-space:nowrap'>{count}</td><td "
-            f"{TEXT}>{''.join(pieces)}</td></tr>"
-        )
+        narrow = f"<td style='white-space:nowrap'>{count}</td>"
+        rows.append(f"<tr><td>{escape(str(step))}</td>{narrow}<td {TEXT}>{pieces}</td></tr>")
         above = tokens
     head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in (heading, "tokens changed", "text"))
     return Markup(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>")

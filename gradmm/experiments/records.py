@@ -31,20 +31,12 @@ def write_record(path: str | Path, results: dict[str, Any], settings: dict[str, 
     Raises:
         UserError: something that JSON cannot hold (a tensor, infinity, not a number), or a file that cannot be written.
     """
-    whole = {
-        "settings": settings,
-        "machine": machine(),
-        "versions": runs.versions(),
-        "commit": commit(),
-        "results": results,
-    }
+    whole = dict(zip(KEYS, (settings, machine(), runs.versions(), commit(), results), strict=True))
     try:
         plain = json.loads(json.dumps(whole, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot hold these results or settings ({first_line(error)}): give finite numbers, texts, "
-            "lists and mappings"
-        ) from error
+        cause = f"{path} cannot hold these results or settings ({first_line(error)})"
+        raise UserError(f"{cause}: give finite numbers, texts, lists and mappings") from error
     files.write_json(Path(path), plain)
 
 
@@ -54,13 +46,11 @@ def read_record(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, not JSON, or one of these is missing.
     """
-    held = files.read_json(Path(path), files.MAX_TEXT_BYTES)
-    missing = [key for key in KEYS if key not in held] if isinstance(held, dict) else list(KEYS)
-    require(
-        not missing,
-        f"{path} is no record, it has no {', '.join(missing)}: write it with gradmm.experiments.records.write_record",
-    )
-    return held
+    record = files.read_json(Path(path), files.MAX_TEXT_BYTES)
+    missing = ", ".join(key for key in KEYS if not isinstance(record, dict) or key not in record)
+    mend = "write it with gradmm.experiments.records.write_record"
+    require(not missing, f"{path} is no record, it has no {missing}: {mend}")
+    return record
 
 
 def read_records(folder: str | Path, prefix: str) -> dict[str, dict[str, Any]]:
@@ -71,9 +61,8 @@ def read_records(folder: str | Path, prefix: str) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: one of the files is no record.
     """
-    return {
-        path.stem: read_record(path) for path in sorted(Path(folder).glob("*.json")) if path.name.startswith(prefix)
-    }
+    paths = [path for path in sorted(Path(folder).glob("*.json")) if path.name.startswith(prefix)]
+    return {path.stem: read_record(path) for path in paths}
 
 
 def machine() -> dict[str, Any]:
@@ -85,12 +74,17 @@ def machine() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": memory_bytes(),
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if has_gpu else None,
     }
+
+
+def cores() -> int | None:
+    """Cores that the program may use; None where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _processor() -> str | None:
@@ -105,7 +99,7 @@ def memory_bytes() -> int | None:
     """The machine's memory; None where the system does not tell."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not told by this system
+    except (AttributeError, OSError, ValueError):
         return None
 
 
@@ -121,10 +115,9 @@ def commit() -> str:
 
 def _git(*arguments: str) -> str | None:
     """What a git command about the package's folder says, or None if it fails or there is no git."""
+    command = ["git", "-C", str(PACKAGE), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, timeout=60, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -1,8 +1,8 @@
 """The literal method, slow and plain: the oracle of the tests and the baseline of every speed figure.
 
 One group at a time, the head's gradient as an explicit V x D matrix with a graph behind it, the whole prefix recomputed
-for every token, full sorts of the vocabulary. It shares no numerical code with the fast path, only the model and Adam.
-Letters: B examples of a group, L positions of text, D hidden width, V vocabulary, n real examples.
+for every token, full sorts of the vocabulary. It shares no numerical code with the fast path, only the model, the
+settings and Adam. Letters: B examples of a group, L positions of text, D hidden width, V vocabulary, n real examples.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, embedding, linear
+
+from gradmm.admm import Config
 
 
 def head_gradient(lm, embeds: Tensor, labels: Tensor, create_graph: bool = False) -> list[Tensor]:
@@ -31,21 +33,21 @@ def head_gradient(lm, embeds: Tensor, labels: Tensor, create_graph: bool = False
 
 def real_gradient(lm, sequences: Sequence[Sequence[int]], labels: Sequence[int]) -> list[Tensor]:
     """The mean of the head's gradients of real prompts, one after the other."""
-    device = lm.get_output_embeddings().weight.device
     table = lm.get_input_embeddings().weight
-    total = None
+    total: list[Tensor] = []
     for ids, label in zip(sequences, labels, strict=True):
-        embeds = embedding(torch.tensor([ids], device=device), table)
-        found = head_gradient(lm, embeds, torch.tensor([label], device=device))
-        total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
+        embeds = embedding(torch.tensor([ids], device=table.device), table)
+        found = head_gradient(lm, embeds, torch.tensor([label], device=table.device))
+        total = [a + b for a, b in zip(total, found, strict=True)] if total else found
     return [value.detach() / len(sequences) for value in total]
 
 
 def distance(gradient: Sequence[Tensor], target: Sequence[Tensor], kind: str) -> Tensor:
     """1 - cosine averaged over tensors, or the squared Euclidean distance summed over tensors."""
+    pairs = list(zip(gradient, target, strict=True))
     if kind == "l2":
-        return sum((a - b).pow(2).sum() for a, b in zip(gradient, target, strict=True))
-    return sum(1 - (a * b).sum() / (a.norm() * b.norm()) for a, b in zip(gradient, target, strict=True)) / len(target)
+        return torch.stack([(a - b).pow(2).sum() for a, b in pairs]).sum()
+    return torch.stack([1 - (a * b).sum() / (a.norm() * b.norm()) for a, b in pairs]).mean()
 
 
 def match_loss(
@@ -64,7 +66,8 @@ def project(lm, v: Tensor, prompt: Sequence[int], order: str, k: int, allowed: T
 
 @torch.no_grad()
 def _project_row(lm, row: Tensor, ids: list[int], order: str, k: int, allowed: Tensor) -> Tensor:
-    table, chosen = lm.get_input_embeddings().weight, []
+    table = lm.get_input_embeddings().weight
+    chosen: list[int] = []
     for target in row:
         logits = lm(input_ids=torch.tensor([ids + chosen], device=row.device), use_cache=False).logits[0, -1]
         likely = logits.masked_fill(~allowed, -torch.inf)
@@ -84,35 +87,26 @@ def solve(
     projection: Callable[[Tensor], Tensor],
     table: Tensor,
     x: Tensor,
-    *,
-    rho: float,
-    outer_steps: int,
-    inner_steps: int,
-    lr: float,
-    clip: float,
+    config: Config,
 ) -> tuple[Tensor, float]:
-    """ADMM on one group, as written in the paper with z first: (best ids (B, L), their f).
-
-    Raises:
-        AssertionError: fewer than 0 outer steps.
-    """
-    lam = torch.zeros_like(x)
-    best_ids, best = None, float("inf")
-    for outer in range(outer_steps + 1):
+    """ADMM on one group, as written in the paper with z first: (best ids (B, L), their f)."""
+    lam, rho = torch.zeros_like(x), config.rho
+    best_ids, best = torch.empty(0), float("inf")
+    for outer in range(config.outer_steps + 1):
         ids = projection(x + lam / rho)
         z = embedding(ids, table)
         value = float(f(z).detach())
         if value < best:
             best_ids, best = ids, value
-        if outer == outer_steps:
-            return best_ids, best
+        if outer == config.outer_steps:
+            break
         x = x.clone().requires_grad_(True)
-        adam = torch.optim.Adam([x], lr=lr)
-        for _ in range(inner_steps):
+        adam = torch.optim.Adam([x], lr=config.lr)
+        for _ in range(config.inner_steps):
             adam.zero_grad()
             (f(x) + rho / 2 * (x - z + lam / rho).pow(2).sum()).backward()
-            torch.nn.utils.clip_grad_norm_([x], clip)
+            torch.nn.utils.clip_grad_norm_([x], float("inf") if config.clip is None else config.clip)
             adam.step()
         x = x.detach()
         lam = lam + rho * (x - z)
-    raise AssertionError("outer_steps must be at least 0")
+    return best_ids, best

@@ -1,5 +1,4 @@
-"""What a comparison found: means over seeds, paired differences, training curves, and sentences that the numbers
-decide.
+"""What a comparison found: means over seeds, paired differences, training curves, sentences that the numbers decide.
 
 Letters: M test examples.
 """
@@ -37,16 +36,12 @@ class Comparison:
         return [record for record in self.records if record["method"] == method]
 
     def on(self, learner: str) -> "Comparison":
-        """The same examples judged by another model: accuracies, curves, `match_loss`, perplexity and tokens are the
-        learner's.
+        """The same examples judged by another model: accuracies, curves, `match_loss`, perplexity and tokens are its.
 
         What tells of the texts alone stays; the similarity, which is the writer's training, is left out.
         """
-        return Comparison(
-            self.task,
-            self.labels,
-            [{**record, **record["elsewhere"][learner], "similarity": {}} for record in self.records],
-        )
+        records = [{**record, **record["elsewhere"][learner], "similarity": {}} for record in self.records]
+        return Comparison(self.task, self.labels, records)
 
     @cached_property
     def methods(self) -> dict[str, dict]:
@@ -70,11 +65,11 @@ class Comparison:
         }
 
     def difference(self, first: str, second: str) -> dict[str, float]:
-        """The accuracy of `first` minus that of `second`, see `evaluation.paired_bootstrap`."""
+        """The accuracy of `first` minus that of `second`, see `metrics.paired_bootstrap`."""
         return asdict(paired_bootstrap(self._correct(first), self._correct(second)))
 
     def transfer_ratio(self, learner: str, method: str, base: str = "none") -> dict[str, float] | None:
-        """The share of a method's gain over `base` that another model makes too, see `evaluation.paired_share`.
+        """The share of a method's gain over `base` that another model makes too, see `metrics.paired_share`.
 
         None where the gain on the model that wrote or chose the examples cannot be told from none.
         """
@@ -90,11 +85,8 @@ class Comparison:
 
     def verdict(self, first: str, second: str) -> str:
         """Whether `first` beats `second`, as a sentence; only an interval that leaves out 0 decides."""
-        gap, (one, other) = (
-            self.difference(first, second),
-            (self.methods[name]["accuracy"]["mean"] for name in (first, second)),
-        )
-        return _sentence(first, one, second, other, gap)
+        one, other = (self.methods[name]["accuracy"]["mean"] for name in (first, second))
+        return _sentence(first, one, second, other, self.difference(first, second))
 
     def table(self) -> pandas.DataFrame:
         """One row for each method."""
@@ -111,8 +103,7 @@ class Comparison:
         return pandas.DataFrame({"mean": values.mean(axis=1), "std": values.std(axis=1)})
 
     def divergence(self, first: str, second: str, column: str, learning_rate: float) -> int | None:
-        """The first step at which two methods' curves differ by more than twice the standard error of the paired
-        difference.
+        """The first step at which two curves differ by more than twice the standard error of the paired difference.
 
         None if there is no such step, or one seed alone.
         """
@@ -130,21 +121,12 @@ class Comparison:
 
 
 def table_of(methods: Mapping[str, Mapping]) -> pandas.DataFrame:
-    """One row for each method.
-
-    Args:
-        methods: `Comparison.methods`, or what a notebook's JSON holds of it.
-    """
+    """One row for each method of `Comparison.methods`, or of what a notebook's JSON holds of it."""
     return pandas.DataFrame([_table_row(name, figures) for name, figures in methods.items()])
 
 
 def verdicts_of(methods: Mapping[str, Mapping]) -> list[str]:
-    """Whether each method beats gradmm, a sentence each; only an interval that leaves out 0 decides. None without
-    gradmm.
-
-    Args:
-        methods: as in `table_of`.
-    """
+    """Whether each method beats gradmm, a sentence each as in `Comparison.verdict`; methods as in `table_of`."""
     means = {name: figures["accuracy"]["mean"] for name, figures in methods.items()}
     gaps = {name: figures["minus_gradmm"] for name, figures in methods.items() if figures["minus_gradmm"] is not None}
     return [_sentence(name, means[name], "gradmm", means["gradmm"], gap) for name, gap in gaps.items()]
@@ -160,10 +142,11 @@ def _sentence(first: str, one: float, second: str, other: float, gap: Mapping[st
 
 def _mean(values: Sequence[float | None]) -> float | None:
     """The mean; None where a run has no figure (no examples, or not finite)."""
-    return None if any(value is None for value in values) else statistics.fmean(values)
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
-def _table_row(name: str, figures: dict) -> dict:
+def _table_row(name: str, figures: Mapping) -> dict:
     accuracy, gap = figures["accuracy"], figures["minus_gradmm"]
     return {
         "method": name,

@@ -1,14 +1,12 @@
 r"""What each phase of a synthesis must compute and move, whatever the code: the floor under its time.
 
 Arithmetic alone: knows shapes, no clock and no machine. Operations are those of matrix products, a multiplication and
-an addition counted as two. Bytes are what no cache of the processor can hold from one pass to the next: every weight
-once a pass, the keys and values read back, candidates' rows, the optimiser's state. Activations and logits may stay
-where they were made, so they count nothing. What is left out makes a floor lower, never higher.
+an addition counted as two. Bytes are what no cache can hold from one pass to the next: every weight once a pass, the
+keys and values read back, candidates' rows, the optimiser's state. What is left out makes a floor lower, never higher.
 
 What *must* be computed: of the last layer, keys and values at every position and the rest at the last one; nothing for
 a template's tokens before the text, whose keys and values are constants. A backward pass to the inputs costs a forward
-pass, because the weights are frozen; attention costs twice. Attention is counted over the whole rectangle of queries
-and keys, as kernels compute it at these lengths.
+pass, because the weights are frozen; attention costs twice, over the whole rectangle of queries and keys.
 
 Letters: K groups, B texts of a group, N texts, L tokens, T positions, D width, V vocabulary, n real examples, k
 candidates.
@@ -29,8 +27,7 @@ from gradmm.plan import Plan
 from gradmm.spaces import linear_maps
 
 PHASES = ("target", "initialisation", "inner steps", "projection", "filter")
-# of a parameter: read forward and backward; its gradient written; weight, gradient and two moments read, three
-# written
+# of a parameter: read forward and backward; its gradient written; weight, gradient and two moments read, three written
 ADAMW_NUMBERS = 10
 
 
@@ -112,7 +109,7 @@ class Body:
             lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         return Body.of(Model(lm, None, config.model_type, None, ""))
 
-    def forward(self, texts: int, positions: int, before: int = 0, all_positions: bool = False) -> Cost:
+    def forward(self, texts: int, positions: float, before: int = 0, all_positions: bool = False) -> Cost:
         """One pass of the body.
 
         Args:
@@ -123,12 +120,12 @@ class Body:
         maps, attention = self._parts(texts, positions, before, all_positions)
         return Cost(maps + attention, self._weights())
 
-    def backward(self, texts: int, positions: int, before: int = 0) -> Cost:
+    def backward(self, texts: int, positions: float, before: int = 0) -> Cost:
         """From the last position's states to the inputs, after `forward` without `all_positions`."""
         maps, attention = self._parts(texts, positions, before, False)
         return Cost(maps + 2 * attention, self._weights())
 
-    def weight_gradients(self, texts: int, positions: int) -> Cost:
+    def weight_gradients(self, texts: int, positions: float) -> Cost:
         """Those of the linear maps, after `backward`; their bytes are the optimiser's."""
         return Cost(self._parts(texts, positions, 0, False)[0])
 
@@ -149,12 +146,11 @@ class Body:
         attention = 4 * texts * self.attended * len(self.layers)
         cache = texts * self.cached * len(self.layers) * self.number
         moving = Cost(steps * maps + read * attention, steps * self._weights() + read * cache)
-        rows = Cost(
-            2 * texts * candidates * self.width, min(texts * candidates, self.vocabulary) * self.width * self.number
-        )
+        distinct = min(texts * candidates, self.vocabulary)
+        rows = Cost(2 * texts * candidates * self.width, distinct * self.width * self.number)
         return self.forward(prompts, prompt) + moving + length * (self.head(texts) + rows)
 
-    def _parts(self, texts: int, positions: int, before: int, all_positions: bool) -> tuple[float, float]:
+    def _parts(self, texts: int, positions: float, before: int, all_positions: bool) -> tuple[float, float]:
         """Operations of the linear maps and of attention, forward."""
         whole = 2 * positions * (sum(self.layers) + self.outside)
         square = 4 * positions * (before + positions) * self.attended
@@ -169,12 +165,13 @@ class Body:
 
 
 def _numbers(part: torch.nn.Module) -> int:
-    return part.weight.numel() if isinstance(part, (torch.nn.Linear, Conv1D)) else 0
+    return part.weight.numel() if isinstance(part, torch.nn.Linear | Conv1D) else 0
 
 
 def _sides(part: torch.nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a linear map; GPT-2's hold their matrix the other way round."""
-    return tuple(part.weight.shape) if isinstance(part, Conv1D) else tuple(part.weight.shape[::-1])
+    first, second = part.get_parameter("weight").shape
+    return (first, second) if isinstance(part, Conv1D) else (second, first)
 
 
 # ---------------------------------------------------------------- a synthesis
@@ -259,10 +256,8 @@ def evaluation(body: Body, job: Workload) -> Cost:
 
 def inner_step(body: Body, job: Workload) -> Cost:
     """The matching loss of every group and its gradient in x."""
-    backward = (
-        body.backward(job.texts, job.positions, job.before) + body.head(job.texts) + _matching(body, job, job.count)
-    )
-    return evaluation(body, job) + backward
+    back = body.backward(job.texts, job.positions, job.before)
+    return evaluation(body, job) + back + body.head(job.texts) + _matching(body, job, job.count)
 
 
 def projection(body: Body, job: Workload) -> Cost:
@@ -313,8 +308,6 @@ def finetuning(body: Body, config: FinetuneConfig, lengths: Mapping[str, float],
 
 
 def products(body: Body, job: Workload) -> list[tuple[int, int, int]]:
-    """(rows, inputs, outputs) of products that the phases are made of: the largest map, for a group and for all,
-    and the head.
-    """
+    """(rows, inputs, outputs) of products in the phases: the largest map, for a group and for all, and the head."""
     group = job.count * job.positions
     return [(group, *body.largest), (group * job.groups, *body.largest), (job.texts, body.width, body.vocabulary)]

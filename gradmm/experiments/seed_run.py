@@ -1,9 +1,9 @@
-"""What a comparison of training sets shares: its settings, its experiment, and the seed_run of one seed.
+"""What a comparison of training sets shares: its settings, its experiment, and the run of one seed.
 
-Reads real examples; knows no method. Letters: M test examples.
+Reads real examples; knows no method.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,10 @@ import torch
 from gradmm import files
 from gradmm.config import FinetuneConfig, SynthesisConfig
 from gradmm.data import Example, Splits, check_examples, sample_examples
-from gradmm.errors import is_whole, plain_fields, require, require_type, short_repr
+from gradmm.errors import is_whole, plain_fields, require, require_type, require_whole, short_repr
 from gradmm.generation import Sampling
-from gradmm.gradients import Factors, FactorTarget, Target
-from gradmm.models import Model
+from gradmm.gradients import Factors, FactorTarget
+from gradmm.models import Model, require_model
 from gradmm.plan import Plan
 from gradmm.privacy import Release, release
 from gradmm.spaces import SPACES
@@ -37,7 +37,14 @@ class ComparisonConfig:
         sampling: of the zero-shot and few-shot texts.
         max_test: test examples used at most, the same for all seeds; None uses all.
         similarity_steps: steps of training on the real examples after which gradients are compared, at the last of the
-            learning rates; at most the fine-tuning's own. None compares no gradients: ().
+            learning rates. None compares no gradients: ().
+        second: another model for a second perplexity.
+        learners: further models, of any architecture and tokenizer, that are trained and judged on the same examples;
+            see `Comparison.on`.
+        pools: for some seeds the texts that these settings would write, if another comparison or synthesis wrote them,
+            kept or not: gradmm chooses from them. Others would make other results without a word.
+        workers: processes on the CPU that share the runs and the threads; None takes two on a CPU where torch has two
+            threads or more, else one. Results are equal to the last bit where the number of threads of each is.
     """
 
     n_real: int = 50
@@ -47,15 +54,16 @@ class ComparisonConfig:
     sampling: Sampling = Sampling()
     max_test: int | None = None
     similarity_steps: tuple[int, ...] = (0, 10, 50)
+    second: Model | None = field(default=None, repr=False)
+    learners: Sequence[Model] = field(default=(), repr=False)
+    pools: Mapping[int, Iterable] = field(default_factory=dict, repr=False)
+    workers: int | None = 1
 
     def __post_init__(self) -> None:
         plain_fields(self)
         for name, kind in (("synthesis", SynthesisConfig), ("finetuning", FinetuneConfig), ("sampling", Sampling)):
             require_type(getattr(self, name), kind, f"a comparison's {name}", f"give a {kind.__name__}")
-        require(
-            is_whole(self.n_real) and self.n_real >= 1,
-            f"n_real = {short_repr(self.n_real)}, it must be a whole number of at least 1: give such as 50",
-        )
+        require_whole(self.n_real, "n_real", 1)
         require(
             self.space is None or (isinstance(self.space, str) and self.space in SPACES),
             f"the space {short_repr(self.space)} is not known: use one of {', '.join(SPACES)}",
@@ -66,16 +74,25 @@ class ComparisonConfig:
             f"similarity_steps = {short_repr(steps)}, each must be a whole number from 0 to the fine-tuning's "
             f"{last} steps: give such as (0, {last})",
         )
-        require(
-            self.max_test is None or (is_whole(self.max_test) and self.max_test >= 1),
-            f"max_test = {short_repr(self.max_test)}, it must be a whole number of at least 1, or None for all",
-        )
+        for name, value in (("max_test", self.max_test), ("workers", self.workers)):
+            if value is not None:
+                require_whole(value, name, 1)
+        for one in (*([] if self.second is None else [self.second]), *self.learners):
+            require_model(one)
+        require_type(self.pools, Mapping, "the pools", "give a mapping from seeds to texts")
         object.__setattr__(self, "similarity_steps", tuple(steps))
+        object.__setattr__(self, "learners", tuple(self.learners))
 
     @property
     def release_space(self) -> str:
         """`space`, or what suits the search."""
         return self.space or self.synthesis.space
+
+
+def candidates(rows: Iterable, task: Task) -> list[Example]:
+    """A pool as Examples: all texts to choose from, whether or not another choice kept them; none that is empty."""
+    rows = [row if isinstance(row, Example) else {**row, "kept": True} for row in rows]
+    return check_examples((row for row in rows if isinstance(row, Example) or row.get("text")), task, "pool text")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +103,6 @@ class Experiment:
         coresets: the examples of the methods that draw nothing, chosen once.
         settings: SHA-256 of all that a record depends on but its method and seed.
         folder: None keeps everything in memory.
-        second: a model that reads the texts but did not write them, or None.
-        learners: further models that are trained on every method's examples.
-        pools: for some seeds the texts that gradmm would write.
     """
 
     model: Model
@@ -98,13 +112,6 @@ class Experiment:
     coresets: dict[str, list[Example]]
     settings: str
     folder: Path | None
-    second: Model | None
-    learners: tuple[Model, ...] = ()
-    pools: Mapping[int, Sequence[Example]] = field(default_factory=dict)
-
-    def place(self, method: str, seed: int) -> Path:
-        """Where the record of a method and seed is written."""
-        return self.folder / "records" / f"{method}-seed{seed}.json"
 
     def load(self, method: str, seed: int) -> dict | None:
         """A finished record, or None.
@@ -112,21 +119,28 @@ class Experiment:
         Raises:
             UserError: the record there was made with other settings.
         """
-        if self.folder is None or not self.place(method, seed).exists():
+        place = self._place(method, seed)
+        if place is None or not place.exists():
             return None
-        record = files.read_json(self.place(method, seed), files.MAX_TEXT_BYTES)
+        record = files.read_json(place, files.MAX_TEXT_BYTES)
         require(
             isinstance(record, dict) and record.get("settings") == self.settings,
-            f"{self.place(method, seed)} was made with other settings than its folder: remove it and run again",
+            f"{place} was made with other settings than its folder: remove it and run again",
         )
         return record
+
+    def save(self, record: dict) -> None:
+        """Keep a finished record, if there is a folder."""
+        if place := self._place(record["method"], record["seed"]):
+            files.write_json(place, record)
+
+    def _place(self, method: str, seed: int) -> Path | None:
+        return None if self.folder is None else self.folder / "records" / f"{method}-seed{seed}.json"
 
 
 @dataclass(frozen=True, eq=False)
 class SeedRun:
-    """What every method of one seed is given; real examples, Releases and gradmm's texts are made once, when asked
-    for.
-    """
+    """What every method of one seed is given; real examples, Releases and texts are made once, when asked for."""
 
     experiment: Experiment
     seed: int
@@ -139,15 +153,14 @@ class SeedRun:
     @cached_property
     def real(self) -> list[Example]:
         """The real examples."""
-        return sample_examples(
-            self.experiment.splits.train, self.experiment.config.n_real, self.experiment.task, self.seed
-        )
+        one = self.experiment
+        return sample_examples(one.splits.train, one.config.n_real, one.task, self.seed)
 
     @cached_property
     def release(self) -> Release:
         """Their exact gradients."""
-        space, cache = self.experiment.config.release_space, self.experiment.folder
-        return release(self.experiment.model, self.experiment.task, self.real, space=space, cache=cache, progress=False)
+        one, space = self.experiment, self.experiment.config.release_space
+        return release(one.model, one.task, self.real, space=space, cache=one.folder, progress=False)
 
     @cached_property
     def blank(self) -> Release:
@@ -162,19 +175,15 @@ class SeedRun:
     @cached_property
     def matched(self) -> list[Example]:
         """The texts whose gradients match the Release."""
-        return (
-            self.choose(self.pool, self.synthesis) if self.seed in self.experiment.pools else self._kept(self.written)
-        )
+        if self.seed in self.experiment.config.pools:
+            return self.choose(self.pool, self.synthesis)
+        return self._kept(self.written)
 
     @cached_property
     def pool(self) -> Sequence[Example]:
         """All texts that gradmm wrote, or what the experiment was given for them."""
-        written = self.experiment.pools.get(self.seed)
-        return (
-            [Example(row["text"], row["label"]) for row in self.written.dataset.to_list()]
-            if written is None
-            else written
-        )
+        given = self.experiment.config.pools.get(self.seed)
+        return _examples_of(self.written.dataset.to_list()) if given is None else list(given)
 
     def write(self, name: str, target: Release, config: SynthesisConfig) -> list[Example]:
         """The texts that gradmm keeps for another target; a pool, which depends on no target, is not written again."""
@@ -192,30 +201,43 @@ class SeedRun:
 
     def _synthesize(self, name: str, target: Release, config: SynthesisConfig) -> SynthesisResult:
         """A synthesis; continued where it was interrupted."""
-        folder = None if self.experiment.folder is None else _synthesis_folder(self.experiment.folder, name, self.seed)
-        return synthesize(self.experiment.model, self.experiment.task, target, config, folder, progress=False)
+        one = self.experiment
+        folder = None if one.folder is None else _synthesis_folder(one.folder, name, self.seed)
+        return synthesize(one.model, one.task, target, config, folder, progress=False)
 
     def _kept(self, found: SynthesisResult) -> list[Example]:
         return check_examples([row for row in found.dataset.to_list() if row["kept"]], self.experiment.task)
 
 
 def written_texts(folder: Path, seeds: Sequence[int]) -> dict[int, list[Example]]:
-    """What gradmm wrote in a finished comparison's folder with each seed, kept or not: see `Experiment.pools`."""
+    """What gradmm wrote in a finished comparison's folder with each seed, kept or not: see `ComparisonConfig.pools`."""
     places = {seed: _synthesis_folder(folder, "gradmm", seed) / "synthetic.jsonl" for seed in seeds}
-    return {
-        seed: [Example(row["text"], row["label"]) for row in files.read_json_lines(place)]
-        for seed, place in places.items()
-    }
+    return {seed: _examples_of(files.read_json_lines(place)) for seed, place in places.items()}
 
 
 def _synthesis_folder(folder: Path, name: str, seed: int) -> Path:
     return folder / "synthesis" / f"{name}-seed{seed}"
 
 
+def _examples_of(rows: Iterable[dict]) -> list[Example]:
+    return [Example(row["text"], row["label"]) for row in rows]
+
+
+def exact_targets(target: Release) -> list[FactorTarget]:
+    """The targets of a Release without noise.
+
+    Raises:
+        UserError: a Release with noise.
+    """
+    found = [one for one in target.targets if isinstance(one, FactorTarget)]
+    require(len(found) == len(target.targets), "the Release holds noise: give one that was made without epsilon")
+    return found
+
+
 def without_gradient(target: Release) -> Release:
-    """The Release with every target zero."""
-    return replace(target, targets=tuple(_zero(one.factors) for one in target.targets))
-
-
-def _zero(pairs: Factors) -> Target:
-    return FactorTarget(Factors(torch.zeros_like(pairs.delta[:1]), torch.zeros_like(pairs.hidden[:1]), pairs.bias))
+    """An exact Release with every target zero."""
+    zeros = []
+    for pairs in (one.factors for one in exact_targets(target)):
+        zero = Factors(torch.zeros_like(pairs.delta[:1]), torch.zeros_like(pairs.hidden[:1]), pairs.bias)
+        zeros.append(FactorTarget(zero))
+    return replace(target, targets=tuple(zeros))

@@ -13,6 +13,7 @@ Letters: n examples, C classes, D hidden width, P parameters, T steps.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy
 import torch
@@ -106,7 +107,8 @@ def descend(
         The gaps f(w_t) - f* (T + 1), the error norms ||e_t|| (T) and the path (T + 1).
     """
     w, step = problem.origin, 1 / problem.smoothness
-    path, errors = [w], []
+    path: list[Tensor] = [w]
+    errors: list[float] = []
     for t in range(steps):
         gradient = problem.gradient(w)
         wrong = error(t, w, gradient)
@@ -173,17 +175,13 @@ def follow(
         gradients), cosine of the two, and from the second row on smoothness, ||change of the real gradient|| / ||change
         of the weights||.
     """
-    trained, rows, before = trainable_copy(model), [], None
+    trained, before = trainable_copy(model), None
+    rows: list[dict[str, Any]] = []
     for step in range(steps + 1):
         loss, wanted = loss_gradient(trained, task, real)
         train_loss, used = (loss, wanted) if train is real else loss_gradient(trained, task, train)
-        row = {
-            "step": step,
-            "loss": loss,
-            "train_loss": train_loss,
-            "gradient": _norm(wanted),
-            "error": _norm(used - wanted),
-        }
+        row: dict[str, Any] = {"step": step, "loss": loss, "train_loss": train_loss, "gradient": _norm(wanted)}
+        row["error"] = _norm(used - wanted)
         row["cosine"] = _inner(wanted, used) / max(_norm(wanted) * _norm(used), 1e-30)
         row["smoothness"] = None if before is None else _norm(wanted - before[0]) / (rate * before[1])
         rows.append(row)
@@ -206,9 +204,7 @@ def _norm(value: Tensor) -> float:
 
 
 def gaussian_delta(epsilon: float, mu: float) -> float:
-    """The smallest delta of the Gaussian mechanism at epsilon, mu = sensitivity / sigma (Balle and Wang 2018,
-    theorem 8).
-    """
+    """The Gaussian mechanism's smallest delta at epsilon, mu = sensitivity / sigma (Balle and Wang 2018, theorem 8)."""
     return float(ndtr(mu / 2 - epsilon / mu) - numpy.exp(epsilon) * ndtr(-mu / 2 - epsilon / mu))
 
 

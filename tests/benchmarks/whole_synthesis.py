@@ -131,9 +131,8 @@ def literal_group(
     x = clocked("initialisation", lambda: best_start(model, plan, match))
     begun = time.perf_counter()
     objective = lambda x: match(x) if x.requires_grad else clocked("other", lambda: match(x))  # noqa: E731
-    ids, _ = reference.solve(
-        objective, project, model.embedding, x, rho=config.rho, lr=config.lr, clip=config.solver.clip, **steps
-    )
+    solver = dataclasses.replace(config.solver, **steps)
+    ids, _ = reference.solve(objective, project, model.embedding, x, solver)
     performance.wait(model.device)
     spent["inner steps"] = time.perf_counter() - begun - spent["projection"] - spent["other"]
     clocked("filter", lambda: judge(model, plan, ids, match))

@@ -14,7 +14,6 @@ import gradmm
 from gradmm import files
 from gradmm.errors import UserError
 from gradmm.experiments import demo
-from gradmm.seeds import generator
 
 SPLITS = ("train", "validation", "test")
 LEAST = {"train": 1500, "validation": 300, "test": 500}

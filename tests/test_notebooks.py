@@ -2,10 +2,13 @@
 
 import ast
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import executing
 import nbformat
+import papermill
 import pytest
 
 import gradmm
@@ -309,6 +312,25 @@ def test_a_private_quickstart_shares_nothing_of_the_private_texts_and_spends_onc
 def test_an_unknown_parameter_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no parameter outer_stepps"):
         executing.execute(NOTEBOOKS[0], {"outer_stepps": 1}, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
+def test_the_stored_quickstart_runs_cell_by_cell(tmp_path):
+    """As an editor runs it, by nbval, with small parameters below its own."""
+    notebook = papermill.parameterize.parameterize_notebook(
+        papermill.iorw.load_notebook_node(str(NOTEBOOKS[0])), files.read_yaml(PRESETS / "00-quickstart.yaml")
+    )
+    nbformat.write(notebook, tmp_path / "00-quickstart.ipynb")
+    seconds = str(batch.KERNEL_SECONDS)
+    asked = ["--nbval-lax", "--nbval-cell-timeout", seconds, "--nbval-kernel-startup-timeout", seconds]
+    with executing.quiet(tmp_path):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *asked, "00-quickstart.ipynb"],
+            cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    cells = sum(cell.cell_type == "code" for cell in notebook.cells)
+    assert done.returncode == 0 and f"{cells} passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.slow

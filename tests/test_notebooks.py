@@ -250,8 +250,7 @@ def test_every_parameter_is_described_to_papermill(path):
     found = papermill.inspect_notebook(str(path))
     assert list(found) == list(own["__annotations__"])
     assert not [name for name, item in found.items() if item["inferred_type_name"] == "None" or not item["help"]]
-    optional = {name for name, item in found.items() if item["inferred_type_name"].startswith("Optional[")}
-    assert {name for name in found if own[name] is None} <= optional
+    assert all(found[name]["inferred_type_name"].endswith(" or None") for name in found if own[name] is None)
     assert batch.parameters_of(path) == {name: own[name] for name in found}
 
 

@@ -10,13 +10,14 @@ URL, SERVICES = (
     "https://github.com/someone/copy",
     {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"},
 )
+PAGE = executing.NOTEBOOKS[-1]  # the one that links to no other notebook: a book of two pages has none
 needs_jupyter_book = pytest.mark.skipif(not executing.can_build(), reason="jupyter-book is not installed")
 
 
 def small_book(root, **settings) -> str:
     """The notebook's page in a book of two pages, with these settings added to the book's own."""
-    executing.stage(root, executing.NOTEBOOKS[:1])
-    book, name = root / "book", executing.NOTEBOOKS[0].stem
+    executing.stage(root, [PAGE])
+    book, name = root / "book", PAGE.stem
     (book / "start.md").write_text("# Start\n", encoding="utf-8")
     toc = {"format": "jb-book", "root": "book/start", "chapters": [{"file": f"book/executed/{name}"}]}
     (book / "_toc.yml").write_text(yaml.safe_dump(toc), encoding="utf-8")
@@ -33,7 +34,7 @@ def test_with_a_repository_the_buttons_open_the_stored_notebook(tmp_path):
         repository={"url": URL, "branch": "main"},
         launch_buttons={**SERVICES, "notebook_interface": "jupyterlab"},
     )
-    name = executing.NOTEBOOKS[0].name
+    name = PAGE.name
     links = set(re.findall(r'href="(https://(?:mybinder|colab)[^"]*)"', text))
     assert links == {
         f"https://mybinder.org/v2/gh/someone/copy/main?urlpath=lab/tree/notebooks/{name}",
@@ -46,8 +47,8 @@ def test_with_a_repository_the_buttons_open_the_stored_notebook(tmp_path):
 def test_without_a_repository_a_page_says_how_to_run_it_and_names_no_service(tmp_path):
     text = small_book(tmp_path)
     assert not re.findall(r"mybinder|colab\.|unpkg|sphinx-thebe", text)
-    assert 'id="run-it-yourself"' in text and f"papermill notebooks/{executing.NOTEBOOKS[0].name}" in text
-    assert f'download href="../../_sources/book/executed/{executing.NOTEBOOKS[0].name}"' in text
+    assert 'id="run-it-yourself"' in text and f"papermill notebooks/{PAGE.name}" in text
+    assert f'download href="../../_sources/book/executed/{PAGE.name}"' in text
 
 
 @pytest.mark.slow

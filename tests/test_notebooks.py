@@ -1,6 +1,7 @@
 """Every notebook runs from end to end at its smoke preset, and the numbers that it writes are what it says they are."""
 
 import ast
+import itertools
 import json
 import subprocess
 import sys
@@ -215,6 +216,32 @@ ADDS_RUNS = {
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_parameter_is_described_to_papermill(path):
+    """As `papermill --help-notebook` lists them; it reads a cell by lines and leaves out what it cannot read."""
+    (cell,) = (
+        cell for cell in nbformat.read(path, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])
+    )
+    own = {}
+    exec(cell.source, own)
+    found = papermill.inspect_notebook(str(path))
+    assert list(found) == list(own["__annotations__"])
+    assert not [name for name, item in found.items() if item["inferred_type_name"] == "None" or not item["help"]]
+    assert all(found[name]["inferred_type_name"].endswith(" or None") for name in found if own[name] is None)
+    assert batch.parameters_of(path) == {name: own[name] for name in found}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_type_of_a_model_s_weights_is_a_parameter(path):
+    trees = [ast.parse(cell.source) for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    loads = [
+        node for tree in trees for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "gradmm.load_model"
+    ]  # fmt: skip
+    assert "dtype" in batch.parameters_of(path) and loads
+    assert {"device", "dtype"} <= set.intersection(*({word.arg for word in load.keywords} for load in loads))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_s_folder_follows_from_all_its_parameters(path):
     notebook = nbformat.read(path, as_version=4)
     trees = [ast.parse(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
@@ -236,17 +263,20 @@ def test_a_notebook_s_folder_follows_from_all_its_parameters(path):
     ]  # refused before any of it
 
 
+def before_loading(notebook) -> list:
+    """The code cells up to the first that loads data: parameters, imports, settings and the folder of the results."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return list(itertools.takewhile(lambda cell: "gradmm.load_data(" not in cell.source, code))
+
+
 def resolved(name: str, folder: Path, **given) -> gradmm.SynthesisConfig:
     """The settings that a notebook arrives at with these parameters and no others."""
-    cells = [
-        cell.source
-        for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
-        if cell.cell_type == "code"
-    ]
+    first, *setup = before_loading(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4))
     own = {}
-    exec(cells[0], own)
+    exec(first.source, own)
     own |= given | {"output": folder / name}
-    exec(cells[1].split("task, splits =")[0], own)
+    for cell in setup:
+        exec(cell.source, own)
     return own.get("synthesis", own.get("config"))
 
 
@@ -357,7 +387,7 @@ def test_recorded_comparisons_are_shown_as_they_stand(tmp_path, shared_folder):
     notebook = nbformat.read(ROOT / "notebooks" / "03-finetuning.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     start = [place for place, cell in enumerate(code) if cell.source.startswith("recorded = ")][0]
-    notebook.cells = [*code[:2], *code[start:]]
+    notebook.cells = [*before_loading(notebook), *code[start:]]
     nbformat.write(notebook, tmp_path / "section.ipynb")
     with executing.quiet(tmp_path):
         (tmp_path / "run").mkdir()

@@ -4,13 +4,14 @@ import json
 import math
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from gradmm import runs
 from gradmm.errors import UserError
-from gradmm.experiments import records
+from gradmm.experiments import paper, records
 
 RESULTS = {"tokens_per_second": 12.5, "curve": {0: [1, 2.5, None]}}
 
@@ -81,3 +82,29 @@ def test_the_records_of_a_folder_are_chosen_by_their_names_first_letters(tmp_pat
     assert list(found) == ["07-a", "07-b"] and found["07-a"]["results"] == {"name": "07-a"}
     assert list(records.read_records(tmp_path, "")) == ["03-finetuning-sst2", "07-a", "07-b"]
     assert records.read_records(tmp_path / "absent", "07-") == {}
+
+
+@pytest.mark.parametrize("place", [".", "notebooks", "notebooks/params/demo"])
+def test_records_are_found_from_the_checkout_and_from_every_folder_in_it(place, tmp_path, monkeypatch):
+    records.write_record(tmp_path / "book" / "records" / "07-a.json", {"methods": {}}, {})
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / place)
+    assert list(records.read_records("book/records", "07-")) == ["07-a"]
+    assert records.find_folder("book/records") == tmp_path / "book" / "records"
+    assert paper.own_runs("book/records") == []  # it holds no accuracies
+
+
+def test_nearer_records_come_first_and_what_is_nowhere_is_empty(tmp_path, monkeypatch):
+    records.write_record(tmp_path / "mine" / "07-far.json", {}, {})
+    records.write_record(tmp_path / "lab" / "mine" / "07-near.json", {}, {})
+    monkeypatch.chdir(tmp_path / "lab")
+    assert list(records.read_records("mine", "07-")) == ["07-near"]
+    assert list(records.read_records(tmp_path / "mine", "07-")) == ["07-far"]
+    assert records.read_records("not/there", "07-") == {} and records.find_folder("not/there") == Path("not/there")
+
+
+@pytest.mark.parametrize("gpu", [None, "NVIDIA H100"])
+def test_the_origin_of_a_record_names_its_machine_commit_and_settings(gpu):
+    machine = {"gpu": gpu, "processor": "a processor"}
+    record = {"machine": machine, "versions": {"torch": "2.13"}, "commit": "0123456789abcdef", "settings": {"n": 2}}
+    assert records.origin(record) == f"{gpu or 'a processor'}, torch 2.13, commit `0123456789ab`; n = 2"

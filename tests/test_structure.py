@@ -1,6 +1,7 @@
 """The shape of the repository: who imports whom, what code may never do, and how notebooks are stored."""
 
 import ast
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -186,3 +187,50 @@ def test_a_notebook_is_stored_clean(path):
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells) == 1
     functions = [node for cell in code for node in ast.walk(parse_cell(cell)) if isinstance(node, ast.FunctionDef)]
     assert not [node.name for node in functions if node.end_lineno - node.lineno >= 10]
+
+
+def code_cells(path: Path) -> list:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_s_code_fits_a_page(path):
+    """At most 100 columns, and 20 lines a cell; the parameters are one cell however many there are."""
+    cells = code_cells(path)
+    assert not [line for cell in cells for line in cell.source.splitlines() if len(line) > 100]
+    long = [cell for cell in cells if len(cell.source.splitlines()) > 20]
+    assert not [cell.id for cell in long if "parameters" not in tags(cell)]
+
+
+def is_plumbing(cell) -> bool:
+    """Whether a cell imports, claims a folder, ends in a computed sentence, or writes the results."""
+    body = parse_cell(cell).body
+    return (
+        any(isinstance(node, ast.Import | ast.ImportFrom) for node in body)
+        or ast.unparse(body[-1]).startswith("display(Markdown(")
+        or any(call in cell.source for call in ("output_folder(", "files.write_json("))
+    )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_plumbing_is_hidden_and_what_draws_is_shown(path):
+    cells = [cell for cell in code_cells(path) if "parameters" not in tags(cell)]
+    assert not [cell.id for cell in cells if is_plumbing(cell) and tags(cell) != ["hide-input"]]
+    assert not [cell.id for cell in cells if "figure = " in cell.source and tags(cell)]
+
+
+@pytest.mark.parametrize("path, following", list(itertools.pairwise(NOTEBOOKS)), ids=lambda path: path.stem)
+def test_a_notebook_ends_with_a_link_to_the_next(path, following):
+    last = nbformat.read(path, as_version=4).cells[-1]
+    assert last.cell_type == "markdown" and f"[{following.stem}]({following.name})" in last.source
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_preset_sets_only_parameters_that_exist(path):
+    named = [notebook for notebook in NOTEBOOKS if notebook.stem == path.stem] or NOTEBOOKS
+    known = set().union(*(parameter_names(nbformat.read(notebook, as_version=4)) for notebook in named))
+    assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= known

@@ -19,9 +19,11 @@ BLOCK = """
 <section id="run-it-yourself" class="run-it-yourself">
 <h2>Run it yourself<a class="headerlink" href="#run-it-yourself" title="Link to this heading">#</a></h2>
 <p><code>make lab</code> in a checkout of the repository opens JupyterLab; this page is <code>{name}.ipynb</code> there,
-stored without outputs. From the command line:</p> <div class="highlight"><pre>papermill notebooks/{name}.ipynb
-mine.ipynb -p seed 1</pre></div> <p>The copy that this page shows, with its parameters and outputs, can be <a download
-href="{source}">downloaded</a>; <a href="{reproduce}">how to reproduce</a> says more.</p> </section>
+stored without outputs. From the command line:</p>
+<div class="highlight"><pre>papermill notebooks/{name}.ipynb mine.ipynb -p seed 1</pre></div>
+<p>The copy that this page shows, with its parameters and outputs, can be
+<a download href="{source}">downloaded</a>; <a href="{reproduce}">how to reproduce</a> says more.</p>
+</section>
 """
 
 

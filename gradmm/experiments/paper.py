@@ -98,7 +98,7 @@ def own_runs(folder: str | Path) -> list[dict]:
     Raises:
         UserError: a file that is not JSON, or holds no object.
     """
-    folder = Path(folder)
+    folder = records.find_folder(folder)
     known = {f"{one.preset}/{one.notebook}": one.name for one in experiments()}
     rows = []
     for path in sorted(folder.rglob("*.json")):

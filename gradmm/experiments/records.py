@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,30 @@ def read_record(path: str | Path) -> dict[str, Any]:
 def read_records(folder: str | Path, prefix: str) -> dict[str, dict[str, Any]]:
     """Read every `<prefix>*.json` of a folder: file name without its ending -> record, sorted by name.
 
-    A folder that is not there has no records.
+    A folder that is not there has no records; see `find_folder` for where it is sought.
 
     Raises:
         UserError: one of the files is no record.
     """
-    paths = [path for path in sorted(Path(folder).glob("*.json")) if path.name.startswith(prefix)]
-    return {path.stem: read_record(path) for path in paths}
+    found = sorted(find_folder(folder).glob("*.json"))
+    return {path.stem: read_record(path) for path in found if path.name.startswith(prefix)}
+
+
+def find_folder(folder: str | Path) -> Path:
+    """A folder of records: a relative path is tried from the working folder, then from each folder above it.
+
+    So `book/records` is found from the checkout and from `notebooks/`, where JupyterLab starts a notebook's kernel.
+    What is nowhere is given back as it is.
+    """
+    above = (place / folder for place in (Path.cwd(), *Path.cwd().parents))
+    return next((place for place in above if place.is_dir()), Path(folder))
+
+
+def origin(record: Mapping[str, Any]) -> str:
+    """Where a record comes from, in Markdown: GPU or processor, torch, commit, then every setting."""
+    machine, settings = record["machine"], record["settings"]
+    where = f"{machine['gpu'] or machine['processor']}, torch {record['versions']['torch']}"
+    return f"{where}, commit `{record['commit'][:12]}`; " + ", ".join(f"{k} = {v}" for k, v in settings.items())
 
 
 def machine() -> dict[str, Any]:

@@ -227,10 +227,3 @@ def test_plumbing_is_hidden_and_what_draws_is_shown(path):
 def test_a_notebook_ends_with_a_link_to_the_next(path, following):
     last = nbformat.read(path, as_version=4).cells[-1]
     assert last.cell_type == "markdown" and f"[{following.stem}]({following.name})" in last.source
-
-
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_preset_sets_only_parameters_that_exist(path):
-    named = [notebook for notebook in NOTEBOOKS if notebook.stem == path.stem] or NOTEBOOKS
-    known = set().union(*(parameter_names(nbformat.read(notebook, as_version=4)) for notebook in named))
-    assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= known

@@ -9,7 +9,7 @@ import pytest
 import sacrebleu
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gradmm import evaluation
@@ -83,13 +83,34 @@ def test_distinct_n_by_hand():
         distinct_n(["a"], 0)
 
 
-def test_self_bleu_is_sacrebleus_mean():
-    texts = [*TEXTS, "the film was great, not dull."]
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.lists(
+            st.sampled_from(
+                ["the", "film", "was", "a-\nb", "3-4", "$1,000.50", "not.", "&amp;", "(no)", "3.", "很好", "x_y"]
+            ),
+            max_size=9,
+        ).map(" ".join),
+        min_size=2,
+        max_size=6,
+    )
+)
+@example([*TEXTS, "the film was great, not dull."])
+@example(["", "the film"])
+@example(["film", "film", "the film the film the film"])
+@example(["Don't! It's 3-4 e-mails, $1,000.50 [sic] & more... ok?", "It's 3-4 more e-mails & 1,000.50, ok?"])
+def test_self_bleu_is_sacrebleus_mean(texts):
     scores = [
-        sacrebleu.sentence_bleu(text, texts[:i] + texts[i + 1 :]).score  # its effective order is on as well
+        sacrebleu.sentence_bleu(
+            text, texts[:i] + texts[i + 1 :], lowercase=True
+        ).score  # its effective order is on as well
         for i, text in enumerate(texts)
     ]
     assert self_bleu(texts) == pytest.approx(statistics.fmean(scores))
+
+
+def test_self_bleu_grows_with_what_texts_share():
     assert self_bleu(["the movie was great fun."] * 4) == pytest.approx(100)
     assert self_bleu(["one two three four", "red blue cat dog"]) < 5
     many = [f"the {a} and {b}" for a in "abcdefgh" for b in "klmnop"]
@@ -136,7 +157,7 @@ def test_one_run_gives_scipys_paired_bootstrap():
     found = paired_bootstrap(a, b, resamples=5000)
     reference = scipy.stats.bootstrap(
         (a[0], b[0]), lambda x, y, axis: x.mean(axis) - y.mean(axis), paired=True, vectorized=True, method="percentile",
-        n_resamples=5000, rng=numpy.random.default_rng(0),
+        n_resamples=5000, random_state=numpy.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     assert found.mean == pytest.approx(a.mean() - b.mean())
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.006)
@@ -147,7 +168,7 @@ def test_many_seeds_of_one_example_give_scipys_bootstrap_over_seeds():
     found = paired_bootstrap(a, b, resamples=5000, confidence=0.9)
     reference = scipy.stats.bootstrap(
         (a[:, 0] * 1.0 - b[:, 0],), numpy.mean, method="percentile", n_resamples=5000, confidence_level=0.9,
-        rng=numpy.random.default_rng(0),
+        random_state=numpy.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.01)
 
@@ -174,7 +195,7 @@ def test_a_share_has_the_interval_that_scipy_gives_a_ratio():
     reference = scipy.stats.bootstrap(
         (part[0], whole[0]), lambda x, y, axis: x.mean(axis) / y.mean(axis), paired=True, vectorized=True,
         method="percentile",
-        n_resamples=5000, rng=numpy.random.default_rng(0),
+        n_resamples=5000, random_state=numpy.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     assert found.share == pytest.approx(part.mean() / whole.mean())
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.01)

@@ -1,7 +1,12 @@
-# Two commands to start with: `make quickstart` and `make test`. Versions of dependencies are in pyproject.toml alone.
+# Two commands to start with: `make quickstart` and `make test`. The versions that are installed are in constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The exact versions that are installed; CONSTRAINTS=/dev/null takes the newest that pyproject.toml admits.
+CONSTRAINTS ?= constraints.txt
+# Of torch, which test-oldest keeps: another one is gigabytes where the registry has it with CUDA alone. TORCH= takes its floor too.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+PIP_INSTALL = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check
 # A busy machine takes more than the usual minute to start a kernel.
 KERNEL_SECONDS := 600
 PAPERMILL = $(BIN)/papermill --kernel python3 --start-timeout $(KERNEL_SECONDS)
@@ -42,11 +47,13 @@ test: $(VENV)/.installed-test
 test-all: test
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
 
-# The suite in an environment of its own with the lowest minor versions that pyproject.toml admits.
-test-oldest:
-	@mkdir -p $(VENV)-oldest
-	sed -nE 's/^    "([A-Za-z-]+)>=([0-9.]+[0-9]).*/\1==\2.*/p' pyproject.toml > $(VENV)-oldest/constraints.txt
-	PIP_CONSTRAINT=$(VENV)-oldest/constraints.txt $(MAKE) test-all VENV=$(VENV)-oldest
+# The same in an environment of its own with the lowest versions that pyproject.toml admits.
+test-oldest: $(VENV)-oldest/constraints.txt
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$<
+
+%-oldest/constraints.txt: pyproject.toml constraints.txt tests/floors.py
+	@mkdir -p $(@D)
+	$(PYTHON) tests/floors.py $(if $(TORCH),--torch $(TORCH)) > $@
 
 # The suite with the lines of the package that it reaches counted.
 coverage: $(VENV)/.installed-checks
@@ -74,12 +81,18 @@ book: $(VENV)/.installed-book
 	$(BIN)/jupyter-book build . --path-output book --config book/_config.yml --toc book/_toc.yml -W --keep-going -n
 	@echo "Open book/_build/html/index.html"
 
-# One stamp for each extra: installed once, and again when pyproject.toml changes. Python compiles a module when it is first
+# One stamp for each extra: installed once, and again when a bound or a version changes. Python compiles a module when it is first
 # imported; most of those installed never are, and compiling them all takes a minute or two. The pip that comes with Python 3.11
 # takes another minute to settle on versions, so a newer one is fetched first.
-$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/.torch
 	@echo "Installing gradmm[$*] into $(VENV); the first time takes minutes"
-	$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -e ".[$*]"
+	$(PIP_INSTALL) -c $(CONSTRAINTS) -e ".[$*]"
+	@touch $@
+
+# Where there is no NVIDIA driver: torch without CUDA, gigabytes less, if the registry has such a build; else the usual one follows.
+$(VENV)/.torch: | $(BIN)/python $(CONSTRAINTS)
+	@version=$$(sed -n 's/^torch==//p' $(CONSTRAINTS)); test -z "$$version" || command -v nvidia-smi >/dev/null || \
+		$(PIP_INSTALL) -c $(CONSTRAINTS) "torch==$$version+cpu" >/dev/null 2>&1 || true
 	@touch $@
 
 $(BIN)/python:

@@ -12,7 +12,7 @@ Reference: Nguyen et al., ICML 2025, arXiv 2502.17607.
 """
 
 import os
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not ask
@@ -52,10 +52,12 @@ __all__ = sorted(_ROOM_OF)
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return globals().setdefault(name, metadata.version("gradmm"))
     if name not in _ROOM_OF:
         raise AttributeError(f"module 'gradmm' has no attribute {name!r}")
     return globals().setdefault(name, getattr(import_module(f"gradmm.{_ROOM_OF[name]}"), name))
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "__version__"})

@@ -12,6 +12,7 @@ import argparse
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -23,7 +24,7 @@ from transformers import HfArgumentParser
 from gradmm import __version__
 from gradmm.classification import check_fit, evaluate
 from gradmm.config import FinetuneConfig, ReleaseConfig, SynthesisConfig, preset
-from gradmm.data import Splits, load_data, sample_examples
+from gradmm.data import Splits, load_data, read_examples, sample_examples
 from gradmm.errors import UserError, require
 from gradmm.files import read_parameters
 from gradmm.finetuning import finetune
@@ -135,7 +136,7 @@ class _Parser(HfArgumentParser):
 def _attributes(kind: type) -> dict[str, str]:
     """What a dataclass's docstring says of each of its settings."""
     listed = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]
-    found = {}
+    found: dict[str, str] = {}
     for names, text in re.findall(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE):
         found |= dict.fromkeys(names.split(", "), " ".join(text.replace("`", "").split()))
     return found
@@ -154,7 +155,7 @@ def _parse(command: str, kinds: Sequence[type], arguments: Sequence[str]) -> lis
 
 
 def _synthesize(arguments: Sequence[str]) -> None:
-    """Write a small set of synthetic texts whose gradients match those of labelled real texts, or of a saved Release."""
+    """Write synthetic texts whose gradients match those of labelled real texts, or of a saved Release."""
     kinds = (Inputs, Synthesis, ReleaseConfig, SynthesisConfig)
     first, own, private, changes = _parse("synthesize", kinds, arguments)
     inputs, given = Inputs(**first), Synthesis(**own)
@@ -166,7 +167,7 @@ def _synthesize(arguments: Sequence[str]) -> None:
     else:
         require(
             not private and inputs.data is None and given.n_real is None,
-            f"--release holds a finished release, and {', '.join([*private, 'data'][:1])} would make one: leave one out",
+            f"--release holds a finished release, in which {[*private, 'data'][0]} has no part: leave one of them out",
         )
         release, task = load_release(given.release), load_task(inputs.task or "demo")
         model = inputs.load_model()
@@ -215,7 +216,9 @@ def _finetune(arguments: Sequence[str]) -> None:
     inputs, given = Inputs(**first), Training(**own)
     config = FinetuneConfig(**settings)
     model, task, splits = inputs.load()
-    train = splits.train if given.train is None else load_data(given.train, task)[1].train
+    train = (
+        splits.train if given.train is None else read_examples(given.train, task, text=inputs.text, label=inputs.label)
+    )
     found = finetune(
         model, task, train, splits.validation, splits.test, config, inputs.output, progress=not inputs.quiet
     )
@@ -254,6 +257,11 @@ def _say(text: str) -> None:
         sys.stdout.write(f"{text}\n")
 
 
+def _note(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning as one line, without the place in the package that gave it."""
+    sys.stderr.write(f"{message}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0 all well, 2 the request cannot be met."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -268,7 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument("command", choices=COMMANDS, help="with --help behind it, what it takes")
         parser.parse_args(arguments)
     try:
-        return COMMANDS[arguments[0]](arguments[1:]) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            return COMMANDS[arguments[0]](arguments[1:]) or 0
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -139,6 +139,16 @@ def load_data(
     return task, splits
 
 
+def read_examples(data: Any, task: Task, *, text: str = "text", label: str = "label") -> list[Example]:
+    """All train rows of any data that `load_data` takes: nothing is carved or left out, as what is to be learnt.
+
+    Raises:
+        UserError: as `load_data`.
+    """
+    require_task(task)
+    return _examples(_given(data, task, (text, label)), task)["train"]
+
+
 def _named_task(data: Any) -> Task | None:
     """The registered task that data of this name have, unless they lie here: by its name or its hub id."""
     if not isinstance(data, str) or data == "demo" or files.as_path(data, "the data").exists():

@@ -136,7 +136,7 @@ class Model:
 
     def read(self, ids: Tensor, mask: Tensor | None = None, cache=None):
         """Read tokens behind those of a cache: (N, T) ids, (N, P + T) mask or None -> ((N, D) at the end, cache)."""
-        if cache is not None and not any(hasattr(layer, "keys") for layer in cache.layers):
+        if cache is not None and not any(hasattr(layer, "keys") for layer in getattr(cache, "layers", ())):
             mask = None  # a recurrent state (Mamba) has nothing of the padding before it
         output = self.body(
             inputs_embeds=self.embed(ids),
@@ -148,8 +148,9 @@ class Model:
 
     @cached_property
     def _cache_name(self) -> str:
-        """What this family calls the keys and values of tokens that it has read: `cache` since transformers 5.24."""
-        return "cache" if "cache" in inspect.signature(self.lm.base_model.forward).parameters else "past_key_values"
+        """What this family and version of transformers call the keys and values, or the state, of tokens once read."""
+        known = inspect.signature(self.lm.base_model.forward).parameters
+        return next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
 
     def body(self, **inputs):
         """One pass of the body; positions count the tokens that the mask keeps, so padding changes nothing."""
@@ -276,7 +277,7 @@ class CachedDecoder:
 
     def select(self, rows: Tensor) -> None:
         """Go on with these sequences alone, in this order; one may come several times."""
-        self.cache.reorder_cache(rows)
+        _reorder(self.cache, rows)
         self.state, self.mask = self.state[rows], None if self.mask is None else self.mask[rows]
 
     def read(self, token: Tensor) -> None:
@@ -294,6 +295,15 @@ class CachedDecoder:
         if len(going):
             self.read(token[going])
         return rows[going]
+
+
+def _reorder(cache, rows: Tensor) -> None:
+    """Keep these sequences of a cache, in this order; Mamba's, in transformers 5.4, has no method for it."""
+    if hasattr(cache, "reorder_cache"):
+        cache.reorder_cache(rows)
+        return
+    for states in (cache.conv_states, cache.ssm_states):
+        states[:] = [state[rows] for state in states]
 
 
 def pad_left(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

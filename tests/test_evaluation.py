@@ -133,7 +133,7 @@ def test_one_run_gives_scipys_paired_bootstrap():
     found = paired_bootstrap(a, b, resamples=5000)
     reference = scipy.stats.bootstrap(
         (a[0], b[0]), lambda x, y, axis: x.mean(axis) - y.mean(axis), paired=True, vectorized=True, method="percentile",
-        n_resamples=5000, rng=numpy.random.default_rng(0),
+        n_resamples=5000, random_state=numpy.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     assert found.mean == pytest.approx(a.mean() - b.mean())
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.006)
@@ -144,7 +144,7 @@ def test_many_seeds_of_one_example_give_scipys_bootstrap_over_seeds():
     found = paired_bootstrap(a, b, resamples=5000, confidence=0.9)
     reference = scipy.stats.bootstrap(
         (a[:, 0] * 1.0 - b[:, 0],), numpy.mean, method="percentile", n_resamples=5000, confidence_level=0.9,
-        rng=numpy.random.default_rng(0),
+        random_state=numpy.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.01)
 
@@ -171,7 +171,7 @@ def test_a_share_has_the_interval_that_scipy_gives_a_ratio():
     reference = scipy.stats.bootstrap(
         (part[0], whole[0]), lambda x, y, axis: x.mean(axis) / y.mean(axis), paired=True, vectorized=True,
         method="percentile",
-        n_resamples=5000, rng=numpy.random.default_rng(0),
+        n_resamples=5000, random_state=numpy.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     assert found.share == pytest.approx(part.mean() / whole.mean())
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.01)

@@ -8,10 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
 
+import floors
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -23,6 +25,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+CONSTRAINTS = [
+    Requirement(line)
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+]
+COMES_WITH = {"tokenizers": "transformers"}  # which of its versions, the other alone knows
+BROKEN = {"jupyter-book": "<2"}  # upper bounds, each with its reason in pyproject.toml
+ALL = [
+    requirement
+    for line in [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    if (requirement := Requirement(line)).name != "gradmm"
+]
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -40,9 +54,8 @@ def distributions_imported(folder: str, without: str = "") -> set[str]:
                 modules.add(node.module.split(".")[0])
     local = {path.stem for path in (ROOT / folder).rglob("*.py")} | {"gradmm"}
     known = importlib.metadata.packages_distributions()
-    return {
-        canonicalize_name(known.get(module, [module])[0]) for module in modules - local - set(sys.stdlib_module_names)
-    }
+    found = {canonicalize_name(known.get(name, [name])[0]) for name in modules - local - set(sys.stdlib_module_names)}
+    return {COMES_WITH.get(name, name) for name in found}
 
 
 def test_every_import_is_declared():
@@ -60,12 +73,12 @@ def test_the_tests_need_nothing_undeclared():
     )
 
 
-@pytest.mark.parametrize("line", [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])])
-def test_a_dependency_is_bounded_and_what_is_installed_fits(line):
-    requirement = Requirement(line)
-    if requirement.name == "gradmm":
-        return
-    assert any(bound.operator in {"<", "=="} for bound in requirement.specifier)
+@pytest.mark.parametrize("requirement", ALL, ids=str)
+def test_a_dependency_has_a_floor_and_no_cage_and_what_is_installed_fits(requirement):
+    bounds = {bound.operator: bound.version for bound in requirement.specifier}
+    assert ">=" in bounds
+    above = {operator + version for operator, version in bounds.items() if operator != ">="}
+    assert above == {BROKEN[requirement.name]} if requirement.name in BROKEN else not above
     try:
         installed = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
@@ -73,9 +86,69 @@ def test_a_dependency_is_bounded_and_what_is_installed_fits(line):
     assert requirement.specifier.contains(installed)
 
 
+def test_an_upper_bound_has_its_reason_beside_it():
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    assert all(re.search(r",  # \w", line) for line in lines if re.match(r' +"[\w-]+>=[^"]*<', line))
+
+
+def test_the_constraints_name_one_exact_version_of_every_dependency_that_its_bounds_admit():
+    exact = {canonicalize_name(line.name): str(line.specifier) for line in CONSTRAINTS}
+    assert len(exact) == len(CONSTRAINTS) and all(version.startswith("==") for version in exact.values())
+    assert not [version for version in exact.values() if "+" in version]  # a build that only some registries have
+    refused = [line for line in ALL if not line.specifier.contains(exact[canonicalize_name(line.name)][2:])]
+    assert not refused
+
+
+def test_the_floors_are_those_of_the_project():
+    project = {
+        "dependencies": ["numpy>=2.2", "torch[opt]>=2.11,<4", "tqdm"],
+        "optional-dependencies": {"more": ["gradmm[less]", "jupyter-book>=1.0.4.post1,<2"]},
+    }
+    assert floors.floors(project) == {"numpy": "2.2", "torch": "2.11", "jupyter-book": "1.0.4.post1"}
+    assert floors.floors(PROJECT).keys() == {line.name for line in ALL}
+    printed = subprocess.run(
+        [sys.executable, ROOT / "tests" / "floors.py", "--torch", "2.13.0"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert "torch==2.13.0" in printed and len(printed) == len({line.name for line in ALL})
+
+
+@pytest.mark.parametrize(
+    ("driver", "constraints", "asked"),
+    [
+        (False, "numpy==2.2\ntorch==2.13.0\n", ["torch==2.13.0+cpu"]),
+        (True, "torch==2.13.0\n", []),
+        (False, "", []),
+    ],
+)
+def test_without_a_driver_of_a_gpu_torch_comes_without_cuda_if_the_registry_has_it(
+    tmp_path, driver, constraints, asked
+):
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "constraints.txt").write_text(constraints)
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name in ("sh", "sed", "touch", "test"):
+        (commands / name).symlink_to(shutil.which(name))
+    fakes = {tmp_path / "venv" / "bin" / "python": f'for word; do last=$word; done; echo "$last" >> {tmp_path}/asked'}
+    fakes |= {commands / "nvidia-smi": ":"} if driver else {}
+    for fake, script in fakes.items():
+        fake.write_text(f"#!/bin/sh\n{script}\nexit 1\n")  # as of a registry without such a build
+        fake.chmod(0o755)
+    subprocess.run(
+        [shutil.which("make"), f"{tmp_path}/venv/.torch", f"VENV={tmp_path}/venv",
+         f"CONSTRAINTS={tmp_path}/constraints.txt"],
+        cwd=ROOT, env={"PATH": str(commands)}, check=True, capture_output=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    given = (tmp_path / "asked").read_text().splitlines() if (tmp_path / "asked").exists() else []
+    assert given == asked and (tmp_path / "venv" / ".torch").exists()
+
+
 def test_one_version_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert PROJECT["version"] == citation["version"] == importlib.metadata.version("gradmm")
+    assert gradmm.__version__ == PROJECT["version"] and "__version__" in dir(gradmm)
+    changes = re.findall(r"^## \[(.+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert changes[0] == PROJECT["version"]
     assert PROJECT["license"] == citation["license"] == "MIT"
 
 
@@ -125,17 +198,22 @@ def test_an_old_python_is_refused_in_words(tmp_path):
     assert not (tmp_path / "venv").exists()
 
 
-@pytest.mark.slow
-def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(tmp_path):
+@pytest.fixture
+def checkout(tmp_path) -> tuple[Path, set[str]]:
+    """A copy of the tracked files, and their names."""
     listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listing.returncode:
         pytest.skip("not a git checkout")
-    tracked = [name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()]
-    source = tmp_path / "source"
+    tracked = {name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()}
     for name in tracked:
-        if name.startswith("gradmm/") or "/" not in name:
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, source / name)
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / "source" / name)
+    return tmp_path / "source", tracked
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(tmp_path, checkout):
+    source, tracked = checkout
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
         check=True, stdin=subprocess.DEVNULL,
@@ -143,6 +221,27 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == {name for name in tracked if name.startswith("gradmm/")}
+
+
+def test_the_source_distribution_holds_every_tracked_file_and_nothing_else(tmp_path, checkout):
+    source, tracked = checkout
+    for rest in ("book/_build/index.html", "book/executed/00.ipynb", "notebooks/results/a.json", "tests/a.pyc"):
+        (source / rest).parent.mkdir(parents=True, exist_ok=True)
+        (source / rest).touch()
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("gradmm-*.tar.gz")
+    with tarfile.open(archive) as held:
+        files = {name.partition("/")[2] for name in (file.name for file in held if file.isfile())}
+    made = {name for name in files if name in ("PKG-INFO", "setup.cfg") or name.startswith("gradmm.egg-info/")}
+    assert files - made == tracked - {".gitignore"}
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "constraints.txt"} < files
+
+
+def test_a_note_says_where_each_embedded_file_comes_from():
+    note = (ROOT / "gradmm" / "data" / "README.md").read_text(encoding="utf-8")
+    files = {path.name for folder in ("data", "data/demo") for path in (ROOT / "gradmm" / folder).iterdir()}
+    assert not [name for name in files - {"README.md", "demo"} if name not in note]
 
 
 def test_every_name_comes_from_its_room_and_only_what_is_asked_for_is_imported():
@@ -167,6 +266,24 @@ def test_every_name_comes_from_its_room_and_only_what_is_asked_for_is_imported()
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         == "True\n"
     )
+
+
+def test_matplotlib_is_imported_by_the_plots_alone():
+    rooms = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "gradmm").rglob("*.py"))
+    names = [".".join(room.parts).removesuffix(".__init__") for room in rooms]
+    assert "gradmm.experiments.plots" in names
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print(not {'matplotlib', 'sacrebleu'} & set(sys.modules))\n"
+        "import gradmm.experiments.plots\n"
+        "print('matplotlib' in sys.modules)"
+    )
+    others = [name for name in names if name != "gradmm.experiments.plots"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *others], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert done == ["True", "True"]
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ PACKAGE = ROOT / "gradmm"
 METHOD = """
     errors markup readability vocabulary seeds files sharding admm card runs gradients rows tasks data models projection
     generation classification spaces matching mechanism evaluation selection initialisation config privacy training
-    finetuning plan searches synthesis shard
+    finetuning plan searches synthesis
 """.split()
 EXPERIMENTS = """
     records theory seed_run metrics audit baselines results protocol ablation demo plots paper roofline
     performance reference batch
 """.split()
-ORDER = [*METHOD, *(f"experiments/{room}" for room in EXPERIMENTS)]
+ORDER = [*METHOD, *(f"experiments/{room}" for room in EXPERIMENTS), "cli", "__main__"]
 # Functions of more than 40 lines or 8 arguments that are still there.
 LARGE = {("finetuning", "finetune")}  # three sets, a place to keep, and who sees the looks
 ROOMS = sorted(

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 import numpy
 import torch
 from numpy.typing import ArrayLike
-from sacrebleu.metrics import BLEU
 
 from gradmm.classification import Encoded
 from gradmm.data import Example, content_hash
-from gradmm.errors import require, require_whole
+from gradmm.errors import UserError, require, require_whole
 from gradmm.evaluation import perplexity
 from gradmm.experiments.seed_run import SeedRun
 from gradmm.gradients import FactorTarget, Target
@@ -151,8 +150,14 @@ def self_bleu(texts: Sequence[str], seed: int = 0, limit: int = 200) -> float:
     because the work grows with its square and the value with its size: compare equal sizes.
 
     Raises:
-        UserError: fewer than two texts.
+        UserError: fewer than two texts, or `sacrebleu` is not installed.
     """
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError as error:
+        raise UserError(
+            "self-BLEU needs the package sacrebleu: install it with pip install 'gradmm[notebooks]'"
+        ) from error
     require(len(texts) >= 2, f"self-BLEU of {len(texts)} text(s): at least 2 are needed, so give more")
     drawn = torch.randperm(len(texts), generator=generator(seed, "self-BLEU"))[:limit].tolist()
     some = [texts[row].lower() for row in sorted(drawn)]

@@ -1,284 +1,52 @@
-"""The command `gradmm`: a synthesis from data to texts, a fine-tuning, an evaluation, notebooks in batches.
-
-    gradmm synthesize --model HuggingFaceTB/SmolLM2-135M --data reviews.csv --output synthetic
-    accelerate launch --num_processes 4 -m gradmm synthesize --release sst2.safetensors --task sst2 --output synthetic
-
-Every setting of `ReleaseConfig`, `SynthesisConfig` and `FinetuneConfig` is an option of the same name. With one process
-or many, on one machine or several that see the output folder, the result is the same; interrupted work is continued by
-the same command. Exit codes: 0 all well, 2 the request cannot be met.
-"""
+"""The command `gradmm`: what it can do, and the way to it. Imports nothing slow before it knows what is asked."""
 
 import argparse
-import inspect
-import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
-from typing import Any, get_args
-
-from transformers import HfArgumentParser
 
 from gradmm import __version__
-from gradmm.classification import check_fit, evaluate
-from gradmm.config import FinetuneConfig, ReleaseConfig, SynthesisConfig, preset
-from gradmm.data import Splits, load_data, read_examples, sample_examples
-from gradmm.errors import UserError, require
-from gradmm.files import read_parameters
-from gradmm.finetuning import finetune
-from gradmm.models import Model, load_model
-from gradmm.privacy import Release, load_release, release_once
-from gradmm.runs import RESULTS, output_folder
-from gradmm.sharding import launched
-from gradmm.synthesis import synthesize
-from gradmm.tasks import Task, load_task
+from gradmm.errors import UserError
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """What every command starts from.
-
-    Attributes:
-        model: a hub id, a folder, or demo.
-        data: a folder or file of rows (JSON lines, CSV, Parquet), an id on the hub, a registered name, or demo.
-        task: a registered name, a YAML file or a folder; without it the task that the data imply.
-        text, label: the columns' names.
-        revision: of the model on the hub.
-        device: cpu, cuda or auto.
-        dtype: of the weights: float32, bfloat16, float64 or auto.
-        output: a folder for results and unfinished work, seen by all processes; without it one in results/.
-        quiet: no progress bar.
-    """
-
-    model: str = "demo"
-    data: str | None = None
-    task: str | None = None
-    text: str = "text"
-    label: str = "label"
-    revision: str | None = None
-    device: str = "auto"
-    dtype: str | None = None
-    output: str | None = None
-    quiet: bool = False
-
-    def load(self) -> tuple[Model, Task, Splits]:
-        """The model, the task and the examples, which fit one another."""
-        require(self.data is not None, "no data is given: add --data with a folder or file, or demo")
-        task, splits = load_data(self.data, self.task, text=self.text, label=self.label)
-        model = self.load_model()
-        check_fit(model, task, splits)
-        return model, task, splits
-
-    def load_model(self) -> Model:
-        """The model alone."""
-        return load_model(self.model, revision=self.revision, device=self.device, dtype=self.dtype)
-
-
-@dataclass(frozen=True)
-class Synthesis:
-    """Settings of `gradmm synthesize` beside those of the release and of the synthesis.
-
-    Attributes:
-        release: a file that Release.save wrote, instead of data.
-        n_real: how many of the train rows are released, all classes together; without it all.
-        search: the preset that the settings start from: pool, admm, paper or official.
-        settings: a YAML file of SynthesisConfig's settings, over the preset.
-    """
-
-    release: str | None = None
-    n_real: int | None = None
-    search: str = "pool"
-    settings: str | None = None
-
-
-@dataclass(frozen=True)
-class Training:
-    """Settings of `gradmm finetune` beside those of the fine-tuning.
-
-    Attributes:
-        train: a folder or file of rows to learn from, such as a synthesis's output; without it the data's train rows.
-    """
-
-    train: str | None = None
-
-
-@dataclass(frozen=True)
-class Split:
-    """Settings of `gradmm evaluate`.
-
-    Attributes:
-        split: train, validation or test.
-    """
-
-    split: str = "test"
-
-
-class _Parser(HfArgumentParser):
-    """Options from dataclasses: help from their docstrings, and nothing in the result but what was given."""
-
-    def __init__(self, kinds: Sequence[type], **options: Any) -> None:
-        self._help = {name: text for kind in kinds for name, text in _attributes(kind).items()}
-        super().__init__(kinds, conflict_handler="resolve", **options)
-
-    def add_argument(self, *names, **options):
-        if options.get("action") != "help":
-            own = names[0].removeprefix("--").removeprefix("no_")
-            options |= {"default": argparse.SUPPRESS, "help": self._help.get(own, "").replace("%", "%%")}
-            if get_args(options.get("type")):  # several values, such as tuple[float, ...]
-                options |= {"type": get_args(options["type"])[0], "nargs": "+"}
-            if str not in (options.get("type"), None) and "metavar" not in options and "nargs" not in options:
-                options["metavar"] = getattr(options["type"], "__name__", "value").upper()
-        return super().add_argument(*names, **options)
-
-
-def _attributes(kind: type) -> dict[str, str]:
-    """What a dataclass's docstring says of each of its settings."""
-    listed = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]
-    found: dict[str, str] = {}
-    for names, text in re.findall(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE):
-        found |= dict.fromkeys(names.split(", "), " ".join(text.replace("`", "").split()))
-    return found
-
-
-def _parse(command: str, kinds: Sequence[type], arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """What was given for each dataclass; a setting that two have belongs to the first."""
-    about = (inspect.getdoc(COMMANDS[command]) or "").split("\n\n")[0]
-    given = vars(_Parser(kinds, prog=f"gradmm {command}", description=about, allow_abbrev=False).parse_args(arguments))
-    parts = []
-    for kind in kinds:
-        names = {item.name for item in fields(kind)}
-        parts.append({name: value for name, value in given.items() if name in names})
-        given = {name: value for name, value in given.items() if name not in names}
-    return parts
-
-
-def _synthesize(arguments: Sequence[str]) -> None:
-    """Write synthetic texts whose gradients match those of labelled real texts, or of a saved Release."""
-    kinds = (Inputs, Synthesis, ReleaseConfig, SynthesisConfig)
-    first, own, private, changes = _parse("synthesize", kinds, arguments)
-    inputs, given = Inputs(**first), Synthesis(**own)
-    if given.release is not None:
-        changes |= {name: private.pop(name) for name in ("length",) if name in private}
-    config = _config(given, changes)
-    if given.release is None:
-        release, model, task, folder = _released(inputs, given, ReleaseConfig(**private), config)
-    else:
-        require(
-            not private and inputs.data is None and given.n_real is None,
-            f"--release holds a finished release, in which {[*private, 'data'][0]} has no part: leave one of them out",
-        )
-        release, task = load_release(given.release), load_task(inputs.task or "demo")
-        model = inputs.load_model()
-        folder = Path(inputs.output or RESULTS / "synthesize" / Path(given.release).stem)
-    result = synthesize(model, task, release, config, folder, progress=not inputs.quiet)
-    _say(
-        f"{len(result.kept)} of {len(result.dataset)} texts are kept in {folder}/train.jsonl; the release is "
-        f"{release.statement}"
-    )
-
-
-def _config(given: Synthesis, changes: dict[str, Any]) -> SynthesisConfig:
-    """A preset's settings, with those of a file and then those of the command line over them."""
-    values = {} if given.settings is None else read_parameters(given.settings)
-    return preset(given.search, **{**values, **changes})
-
-
-def _released(
-    inputs: Inputs, given: Synthesis, private: ReleaseConfig, config: SynthesisConfig
-) -> tuple[Release, Model, Task, Path]:
-    model, task, splits = inputs.load()
-    seed = config.seed
-    source = {"data": splits.source, "n_real": given.n_real, "seed": seed}
-    real = splits.train if given.n_real is None else sample_examples(splits.train, given.n_real, task, seed)
-    folder = Path(inputs.output) if inputs.output else _default_folder(inputs, given, private, config)
-    space = private.space or (config.space if private.epsilon is None else None)
-    target = release_once(
-        folder / "release", model, task, real, private, source=source, space=space, progress=not inputs.quiet
-    )
-    return target, model, task, folder
-
-
-def _default_folder(inputs: Inputs, given: Synthesis, private: ReleaseConfig, config: SynthesisConfig) -> Path:
-    every = {
-        item.name: getattr(one, item.name)
-        for one in (inputs, given, config, private)
-        for item in fields(one)
-        if item.name not in ("output", "quiet", "solver")
-    }
-    return output_folder("synthesize", None, **every)
-
-
-def _finetune(arguments: Sequence[str]) -> None:
-    """Fine-tune a model on examples, choose rate and step on the validation rows, and report the test accuracy."""
-    first, own, settings = _parse("finetune", (Inputs, Training, FinetuneConfig), arguments)
-    inputs, given = Inputs(**first), Training(**own)
-    config = FinetuneConfig(**settings)
-    model, task, splits = inputs.load()
-    train = (
-        splits.train if given.train is None else read_examples(given.train, task, text=inputs.text, label=inputs.label)
-    )
-    found = finetune(
-        model, task, train, splits.validation, splits.test, config, inputs.output, progress=not inputs.quiet
-    )
-    _say(
-        f"test accuracy {found.accuracy:.4f} on {len(splits.test)} texts after {found.step} steps at rate "
-        f"{found.learning_rate:g}, learnt from {len(train)} examples"
-    )
-
-
-def _evaluate(arguments: Sequence[str]) -> None:
-    """Report how often a model names the right label, as it is."""
-    first, own = _parse("evaluate", (Inputs, Split), arguments)
-    inputs, split = Inputs(**first), Split(**own).split
-    require(split in ("train", "validation", "test"), f"split = {split!r} is not known: use train, validation or test")
-    model, task, splits = inputs.load()
-    examples = getattr(splits, split)
-    found = evaluate(model, task, examples)
-    _say(f"{split} accuracy {found.accuracy:.4f}, macro F1 {found.macro_f1:.4f} on {len(examples)} texts")
-
-
-def _batch(arguments: Sequence[str]) -> int:
-    """Execute notebooks, several at a time: `gradmm batch --help` says more."""
-    return import_module("gradmm.experiments.batch").main(arguments)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    "synthesize": _synthesize,
-    "finetune": _finetune,
-    "evaluate": _evaluate,
-    "batch": _batch,
+COMMANDS = {
+    "synthesize": "write synthetic texts from labelled real ones, or from a saved Release",
+    "finetune": "fine-tune a model on examples and report the test accuracy",
+    "evaluate": "report how often a model names the right label, as it is",
+    "batch": "execute notebooks, several at a time",
 }
-
-
-def _say(text: str) -> None:
-    if launched()[0] == 0:
-        sys.stdout.write(f"{text}\n")
-
-
-def _note(message, category, filename, lineno, file=None, line=None) -> None:
-    """A warning as one line, without the place in the package that gave it."""
-    sys.stderr.write(f"{message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0 all well, 2 the request cannot be met."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] not in COMMANDS:
-        listed = "\n".join(
-            f"  {name:<12}{(inspect.getdoc(call) or '').split(chr(10))[0]}" for name, call in COMMANDS.items()
-        )
-        parser = argparse.ArgumentParser(
-            prog="gradmm", epilog=f"commands:\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        parser.add_argument("--version", action="version", version=__version__)
-        parser.add_argument("command", choices=COMMANDS, help="with --help behind it, what it takes")
-        parser.parse_args(arguments)
+        _parser().parse_args(arguments)  # ends here: help, the version, or what is wrong
     try:
+        if arguments[0] == "batch":
+            return import_module("gradmm.experiments.batch").main(arguments[1:])
         with warnings.catch_warnings():
             warnings.showwarning = _note
-            return COMMANDS[arguments[0]](arguments[1:]) or 0
+            getattr(import_module("gradmm.commands"), arguments[0])(arguments[1:])
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    listed = "\n".join(f"  {name:<12}{about}" for name, about in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="gradmm",
+        usage="gradmm [--help] [--version] COMMAND ...",
+        epilog=f"commands (each has a --help of its own):\n{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser
+
+
+def _note(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning as one line, without the place in the package that gave it."""
+    sys.stderr.write(f"{message}\n")

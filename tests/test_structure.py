@@ -23,7 +23,7 @@ EXPERIMENTS = """
     records theory seed_run metrics audit baselines results protocol ablation demo plots paper roofline
     performance reference batch
 """.split()
-ORDER = [*METHOD, *(f"experiments/{room}" for room in EXPERIMENTS), "cli", "__main__"]
+ORDER = [*METHOD, *(f"experiments/{room}" for room in EXPERIMENTS), "commands", "cli", "__main__"]
 # Functions of more than 40 lines or 8 arguments that are still there.
 LARGE = {("finetuning", "finetune")}  # three sets, a place to keep, and who sees the looks
 ROOMS = sorted(

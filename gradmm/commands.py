@@ -97,7 +97,8 @@ class Training:
     """Settings of `gradmm finetune` beside those of the fine-tuning.
 
     Attributes:
-        train: a folder or file of rows to learn from, such as a synthesis's output; without it the data's train rows.
+        train: a folder or file of rows (text, label) to learn from, such as the output of a synthesis; without it the
+            data's train rows.
     """
 
     train: str | None = None

@@ -119,6 +119,7 @@ def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
     Raises:
         UserError: no such file, or not a whole safetensors file.
     """
+    require(Path(path).is_file(), f"{path} does not exist: give the path of a readable file")
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})

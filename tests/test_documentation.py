@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import gradmm
-from gradmm import files, shard
+from gradmm import cli, files
 from gradmm.experiments import batch, demo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,7 +152,7 @@ def test_the_launched_synthesis_of_the_documentation_runs(here, capsys):
     )
     small = {"groups_per_batch": 1, "n_synthetic": 2, "outer_steps": 1, "inner_steps": 1, "init_candidates": 2}
     (here / "settings.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
-    assert shard.main(shlex.split(substituted(command).split("gradmm.shard")[1])) == 0
+    assert cli.main(shlex.split(substituted(command).split("-m gradmm")[1])) == 0
     assert "texts are kept in results/sst2/train.jsonl" in capsys.readouterr().out
 
 

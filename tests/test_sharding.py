@@ -15,7 +15,7 @@ import yaml
 from executing import once
 
 import gradmm
-from gradmm import models, shard, sharding
+from gradmm import cli, models, sharding
 from gradmm.config import SynthesisConfig
 from gradmm.errors import UserError
 from gradmm.sharding import ProcessGroup
@@ -114,15 +114,26 @@ def test_the_command_line_gives_what_python_gives(alone, tmp_path, capsys):
     (tmp_path / "settings.yaml").write_text(
         yaml.safe_dump(TINY | {"search": "admm", "ranking": "text", "groups_per_batch": 1, "length": 8})
     )
-    given = ["--release", str(release), "--output", str(tmp_path / "run"), "--device", "cpu", "--quiet", "--settings"]
-    assert shard.main([*given, str(tmp_path / "settings.yaml")]) == 0
+    given = [
+        "synthesize",
+        "--task",
+        "demo",
+        "--release",
+        str(release),
+        "--output",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+        "--quiet",
+        "--settings",
+    ]
+    assert cli.main([*given, str(tmp_path / "settings.yaml")]) == 0
     assert files_of(tmp_path / "run") == files_of(alone / "admm")
     assert "8 of 12 texts are kept in" in capsys.readouterr().out
     (tmp_path / "other.yaml").write_text("sede: 1\n")
-    assert shard.main([*given, str(tmp_path / "other.yaml")]) == 2
+    assert cli.main([*given, str(tmp_path / "other.yaml")]) == 2
     assert "unknown setting 'sede'" in capsys.readouterr().err
-    assert shard.settings("official", None) == gradmm.PRESETS["official"]
-    assert shard.main([*given, str(tmp_path / "settings.yaml"), "--preset", "Paper"]) == 2
+    assert cli.main([*given, str(tmp_path / "settings.yaml"), "--search", "Paper"]) == 2
     assert capsys.readouterr().err == "search = 'Paper' is not known: did you mean paper?\n"
 
 

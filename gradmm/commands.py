@@ -28,6 +28,7 @@ from gradmm.errors import require
 from gradmm.files import read_parameters
 from gradmm.models import Model, load_model
 from gradmm.privacy import Release, load_release, release_once
+from gradmm.progress import shown, stage
 from gradmm.runs import RESULTS, output_folder
 from gradmm.sharding import launched
 from gradmm.tasks import Task, load_task
@@ -235,7 +236,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     require(split in ("train", "validation", "test"), f"split = {split!r} is not known: use train, validation or test")
     model, task, splits = inputs.load()
     examples = getattr(splits, split)
-    found = classification.evaluate(model, task, examples)
+    with shown(not inputs.quiet), stage("reading", len(examples)):
+        found = classification.evaluate(model, task, examples)
     _say(f"{split} accuracy {found.accuracy:.4f}, macro F1 {found.macro_f1:.4f} on {len(examples)} texts")
 
 

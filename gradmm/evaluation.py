@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from gradmm.errors import require
 from gradmm.models import TOKENS_PER_BATCH, Model, batches_by_length, pad_left
+from gradmm.progress import advance
 from gradmm.tasks import from_start
 
 LOGITS_AT_ONCE = 1 << 22  # numbers held at once; bounds memory, not results
@@ -81,6 +82,7 @@ def _negative_log_likelihoods(
         losses = torch.zeros(predicted.shape, dtype=torch.float64, device=model.device)
         losses[predicted] = _token_losses(model, hidden[:, :-1][predicted], ids[:, 1:][predicted])
         sums[rows] = losses.sum(1).cpu()
+        advance(len(rows))
     return sums.tolist(), [len(sequence) - 1 for sequence in sequences]
 
 

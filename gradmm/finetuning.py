@@ -24,9 +24,10 @@ from gradmm.data import Example, check_examples, refuse_overlap
 from gradmm.errors import UserError, first_line, require, require_flag, require_type
 from gradmm.files import lock
 from gradmm.models import Model, require_model
+from gradmm.progress import shown, stage
 from gradmm.runs import RunFolder, finite_or_none
 from gradmm.seeds import generator
-from gradmm.tasks import Task, tokenize_task
+from gradmm.tasks import Task, TaskTokens, tokenize_task
 from gradmm.training import (
     adamw,
     finish,
@@ -139,7 +140,7 @@ def finetune(
             look = show if on_look is None else lambda row: (show(row), on_look(row))
             found = fit(model, task, train, validation, config, look, saved)
         result = FinetuneResult(
-            test=score(found.model, tokens, asked, TOKENS_PER_BATCH),
+            test=_tested(found.model, tokens, asked, progress),
             learning_rate=found.learning_rate,
             step=found.step,
             validation_accuracy=found.validation_accuracy,
@@ -148,6 +149,11 @@ def finetune(
         )
         _write(folder, result)
     return result
+
+
+def _tested(model: Model, tokens: TaskTokens, data: Encoded, progress: bool) -> Evaluation:
+    with shown(progress), stage("testing", len(data.sequences)):
+        return score(model, tokens, data, TOKENS_PER_BATCH)
 
 
 def _check(model, config, progress, on_look) -> None:

@@ -7,6 +7,7 @@ code from a model's folder is never run.
 import hashlib
 import inspect
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,9 +26,11 @@ from transformers.utils import logging as transformers_logging
 from gradmm import files
 from gradmm.errors import UserError, first_line, require, require_type, short_repr
 from gradmm.markup import plain_name
+from gradmm.progress import advance
 from gradmm.sharding import launched
 from gradmm.vocabulary import Vocabulary
 
+LOG = logging.getLogger(__name__)
 DATA = Path(__file__).parent / "data" / "demo"
 BUILT_IN = {"demo": DATA / "model", "demo-b": DATA / "model-b"}
 SAFE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -202,6 +205,7 @@ class Model:
         for rows in batches_by_length(sequences, tokens_per_batch):
             ids, mask = pad_left([sequences[row] for row in rows], self.device)
             states[rows] = self.last_hidden(self.embed(ids), mask)
+            advance(len(rows))
         return states
 
     def check_lengths(self, sequences: Sequence[Sequence[int]], places: Sequence[str] = ()) -> None:
@@ -385,6 +389,7 @@ def load_model(
         dtype = torch.float32
     folder, found = _folder(str(name), revision)
     lm, tokenizer = _load(folder, str(name), dtype)
+    LOG.info("%s loaded on %s in %s", name, device, str(dtype).removeprefix("torch."))
     called = str(name) if found or str(name) in BUILT_IN else plain_name(Path(folder).resolve().name)
     return wrap_model(lm.to(device), tokenizer, called, found, _hash_files(folder))
 

@@ -113,7 +113,7 @@ class Plan:
                       "dtype": str(self.model.dtype).removeprefix("torch.")},
             "release": {"fingerprint": self.release.fingerprint, "private": self.release.private,
                         "statement": self.release.statement,
-                            "ledger": [asdict(entry) for entry in self.release.ledger]},
+                        "ledger": [asdict(entry) for entry in self.release.ledger]},
             "length": self.length,
             "groups": len(self.classes),
             "groups_per_batch": self.batch,

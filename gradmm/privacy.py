@@ -47,6 +47,7 @@ from gradmm.mechanism import (
     total_epsilon,
 )
 from gradmm.models import Model, require_model
+from gradmm.progress import shown, stage
 from gradmm.runs import differences
 from gradmm.sharding import launched
 from gradmm.spaces import BodySketch, coordinates, release_space, space_from, tensors_of
@@ -183,7 +184,8 @@ def release(
     )
     if entry is not None and ledger is not None:
         ledger.check(entry)  # before the work of many gradients
-    factors = _factors(model, tokens, classes, space, one_by_one=entry is not None)
+    with shown(progress), stage("reading gradients", sum(map(len, classes)), "example"):
+        factors = _factors(model, tokens, classes, space, one_by_one=entry is not None)
     spent = () if entry is None else _charge(ledger, entry)
     return Release(
         targets=_targets(factors, spent, config.noise_seed),

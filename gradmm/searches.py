@@ -19,6 +19,7 @@ from gradmm import admm
 from gradmm.generation import Batch, Sampling, generate_counts, warn_of_prompts
 from gradmm.initialisation import Shape, best_of
 from gradmm.plan import MIN_TOKENS, Plan
+from gradmm.progress import advance, stage
 from gradmm.projection import project, text_mask
 from gradmm.runs import RunFolder
 from gradmm.seeds import generator, stream
@@ -193,9 +194,9 @@ def _search_pool(plan: Plan, here: RunContext) -> SearchOutput:
     longest = max(MIN_TOKENS, min(2 * plan.length, plan.model.context - around))
     sampling = Sampling(max_tokens=longest, min_tokens=MIN_TOKENS)
     share = _TextUnits(here.folder, here.processes)
-    pool = generate_counts(
-        plan.model, plan.task, plan.written_per_class, stream(plan.config.seed, "pool"), sampling, share=share
-    )
+    source = stream(plan.config.seed, "pool")
+    with stage("writing texts", sum(plan.written_per_class)):
+        pool = generate_counts(plan.model, plan.task, plan.written_per_class, source, sampling, share=share)
     classes = [example.label for example in pool]
     ended = [
         {"group": number, "label": label, "reason": "the pool is written", "match_loss": None}
@@ -223,6 +224,7 @@ class _TextUnits:
             if texts is None:
                 texts = write(batches[unit - first])
                 self.folder.save_texts(unit, texts)
+            advance(len(texts))
             return texts
 
         def read(unit: int) -> list[str]:

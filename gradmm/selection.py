@@ -19,6 +19,7 @@ from gradmm.errors import require
 from gradmm.evaluation import perplexities
 from gradmm.matching import Matching
 from gradmm.models import Model
+from gradmm.progress import stage
 from gradmm.readability import ECHO, FRAGMENT, LOOP, MARKUP, WORDLESS, flaw
 from gradmm.tasks import TaskTokens
 
@@ -136,7 +137,8 @@ class Selector:
         usable = [barred[i] is None and misread[i] is None for i in spoken]
         criterion, rank = RANKINGS[self.ranking]
         some, labels = [texts[i] for i in spoken], [classes[i] for i in spoken]
-        match, scores = rank(self.matching, some, labels, usable, penalties, self.per_class)
+        with stage("reading the texts' gradients", len(some)):
+            match, scores = rank(self.matching, some, labels, usable, penalties, self.per_class)
         match, scores = (_spread(values, spoken, len(texts)) for values in (match, scores))
         names = self.tokens.task.labels
         verdicts = select(barred, classes, scores, misread, probabilities, self.per_class, names, criterion)
@@ -159,7 +161,8 @@ class Selector:
 
     def _perplexities(self, texts: list[str]) -> list[float]:
         spoken = [i for i, text in enumerate(texts) if text]
-        return _spread(perplexities(self.model, [texts[i] for i in spoken]), spoken, len(texts))
+        with stage("reading perplexities", len(spoken)):
+            return _spread(perplexities(self.model, [texts[i] for i in spoken]), spoken, len(texts))
 
 
 def unreadable(texts: Sequence[str], instructions: Sequence[str], perplexities: Sequence[float]) -> list[str | None]:

@@ -4,6 +4,7 @@ Knows no real text. Letters: C classes, D hidden width, r directions, N public t
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,7 +17,6 @@ import torch
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from gradmm import files
@@ -25,9 +25,11 @@ from gradmm.errors import require, require_texts, require_whole
 from gradmm.generation import prompted_texts
 from gradmm.gradients import Factors, HeadSpace, LabelSpace, Space
 from gradmm.models import Model, batches_by_length, pad_left
+from gradmm.progress import advance, shown, stage
 from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
 
+LOG = logging.getLogger(__name__)
 # Of the gradient of the loss over all tokens.
 HEAD_SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred")
 PUBLIC_SPACES = ("label_rows_subspace", "label_rows_centred")  # made from public texts, which must be given
@@ -96,6 +98,7 @@ class BodySketch:
         labels = torch.tensor(list(classes), device=model.device)
         for rows in batches_by_length(sequences, TOKENS_PER_BATCH):
             found[rows] = self._batch(model, tokens, [sequences[row] for row in rows], labels[rows])
+            advance(len(rows))
         return Factors(torch.ones(len(sequences), 1, dtype=wide, device=model.device), found)
 
     def _batch(self, model: Model, tokens: TaskTokens, sequences: Sequence[Sequence[int]], labels: Tensor) -> Tensor:
@@ -207,6 +210,7 @@ def own_texts(
         progress: whether to show a bar if it takes more than two seconds.
     """
     key = (tokens, bound)
+    LOG.debug("texts of the model's own are %s", "at hand" if _WRITTEN.get(model, (None,))[0] == key else "sought")
     if _WRITTEN.get(model, (None,))[0] != key:
         _WRITTEN[model] = (key, _kept(model, tokens, bound, cache) or _write(model, tokens, bound, progress))
     if cache is not None:
@@ -217,9 +221,7 @@ def own_texts(
 def _write(model: Model, tokens: TaskTokens, bound: float, progress: bool) -> list[str]:
     """Stein's two stages: the spread within the classes of a first few texts says how many are needed in all."""
     classes, first = len(tokens.labels), min(FIRST_TEXTS, CALIBRATION_TEXTS)
-    with tqdm(
-        total=first * classes, desc="measuring the model's preference", unit="text", disable=not progress, delay=2
-    ) as bar:
+    with shown(progress), stage("measuring the model's preference", first * classes):
         texts = prompted_texts(model, tokens, first)
         logs = label_logs(model, tokens, texts).double()
         spread = (
@@ -230,11 +232,8 @@ def _write(model: Model, tokens: TaskTokens, bound: float, progress: bool) -> li
         )
         error = float(spread.max() / (first * classes)) ** 0.5
         needed = math.ceil(min(CALIBRATION_TEXTS, first * (error / bound) ** 2)) if bound else CALIBRATION_TEXTS
-        bar.total = max(first, needed) * classes
-        bar.update(len(texts))
         if needed > first:
             texts += prompted_texts(model, tokens, needed - first, seed=1)
-            bar.update(len(texts) - bar.n)
     return texts
 
 

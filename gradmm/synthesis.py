@@ -4,6 +4,7 @@ Never sees private text: what it knows of the real examples is the Release. Ever
 (seed, purpose, group) alone, and it writes as it goes, so an interrupted run continues to the same bytes.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,11 +23,14 @@ from gradmm.files import lock
 from gradmm.models import Model, require_model
 from gradmm.plan import Plan
 from gradmm.privacy import Release
+from gradmm.progress import shown
 from gradmm.runs import RunFolder, write_results
 from gradmm.searches import OnStep, SearchOutput, search
 from gradmm.selection import count_dropped
 from gradmm.sharding import ProcessGroup
 from gradmm.tasks import Task, require_task
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,16 @@ def synthesize(
     release, config = _checked(release, model, task).to(model.device), config or SynthesisConfig()
     plan = Plan.of(model, task, release, config)
     plan.check_processes()
+    LOG.info(
+        "%d groups of texts of %d tokens, %d in a batch, %s in a pass",
+        *(len(plan.classes), plan.length, plan.batch, plan.solver.groups_per_pass),
+    )
     with sharding.processes(output) as processes, lock(output if processes.leads else None):
+        show = progress and processes.leads
         folder = processes.main_first("open", lambda: _open(plan, output, processes))
-        written = None if folder.finished else search(plan, folder, processes, progress and processes.leads, on_step)
-        return processes.main_first("close", lambda: _conclude(plan, written, folder))
+        with shown(show):
+            written = None if folder.finished else search(plan, folder, processes, show, on_step)
+            return processes.main_first("close", lambda: _conclude(plan, written, folder))
 
 
 def _open(plan: Plan, output: str | Path | None, processes: ProcessGroup) -> RunFolder:
@@ -140,6 +150,7 @@ def _open(plan: Plan, output: str | Path | None, processes: ProcessGroup) -> Run
 def _conclude(plan: Plan, written: SearchOutput | None, folder: RunFolder) -> SynthesisResult:
     """The results, read back where they are finished, by another process or an earlier run; else judged and saved."""
     if written is None or folder.finished:
+        LOG.info("results are read back from %s", folder.path)
         rows, history, manifest = folder.load()
         return SynthesisResult(_dataset(rows, manifest), history, manifest)
     result = _collect(plan, written, folder)

@@ -1,0 +1,47 @@
+"""One bar at a time for what takes more than two seconds, without a parameter in every function on the way.
+
+Who is asked says whether bars are shown; who works says what a stage is and how far it is. A stage within a stage
+counts nothing: the outer one does. Nothing is shown by default.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from tqdm.auto import tqdm
+
+SECONDS = 2.0  # what is done sooner shows no bar
+_SHOWN: ContextVar[bool] = ContextVar("shown", default=False)
+_BAR: ContextVar[tqdm | None] = ContextVar("bar", default=None)
+
+
+@contextmanager
+def shown(show: bool) -> Iterator[None]:
+    """Within this, stages show a bar or do not."""
+    before = _SHOWN.set(show)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(before)
+
+
+@contextmanager
+def stage(what: str, total: int, unit: str = "text") -> Iterator[None]:
+    """A part of the work with a bar of its own, which `advance` moves: rate and time left."""
+    if _BAR.get() is not None:
+        yield
+        return
+    with tqdm(total=total, desc=what, unit=unit, disable=not _SHOWN.get(), delay=SECONDS) as bar:
+        before = _BAR.set(bar)
+        try:
+            yield
+        finally:
+            _BAR.reset(before)
+
+
+def advance(count: int) -> None:
+    """So many more are done; the bar grows where there are more than was thought."""
+    bar = _BAR.get()
+    if bar is not None:
+        bar.total = max(bar.total, bar.n + count)
+        bar.update(count)

@@ -34,6 +34,7 @@ LOG = logging.getLogger(__name__)
 DATA = Path(__file__).parent / "data" / "demo"
 BUILT_IN = {"demo": DATA / "model", "demo-b": DATA / "model-b"}
 SAFE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 FAST = ("amx_bf16", "avx512_bf16")  # what the framework calls a processor's instructions for bfloat16
@@ -398,6 +399,9 @@ def _load(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel,
     _refuse_pickles(folder, name)
     try:
         with _quiet():
+            require(
+                any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)), "it has no tokenizer files"
+            )
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             lm, loading = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -567,7 +571,7 @@ def _refuse_pickles(folder: Path, name: str) -> None:
 
 def _hash_files(folder: Path) -> str:
     digest = hashlib.sha256()
-    patterns = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "*.model")
+    patterns = ("config.json", "*.safetensors", "merges.txt", *TOKENIZER_FILES)
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
         digest.update(path.name.encode())
         with open(path, "rb") as file:

@@ -487,7 +487,7 @@ def test_what_the_hub_lacks_is_named(hub):
     assert "\n" not in str(caught.value)
     snapshot = hub("cornell-movie-review-data/rotten_tomatoes")
     write_rows(snapshot / "train.jsonl", rows_of(20))
-    with pytest.raises(UserError, match="has no split 'validation': it has train"):
+    with pytest.raises(UserError, match="has no split 'validation', 'test': it has train"):
         load_data("rotten_tomatoes")
     task = Task(
         "t",
@@ -495,5 +495,5 @@ def test_what_the_hub_lacks_is_named(hub):
         TWO.verbalizers,
         hub=HubSource("cornell-movie-review-data/rotten_tomatoes", "sentence", splits={"train": "train"}),
     )
-    with pytest.raises(UserError, match="has no column .'sentence'.: it has text, label"):
+    with pytest.raises(UserError, match="has no column 'sentence': it has 'text', 'label'; say which"):
         load_data("t", task)

@@ -516,7 +516,8 @@ def test_a_tied_model_needs_no_head_of_its_own(tmp_path, saved, toy_tokenizer):
 def test_a_missing_or_misshapen_weight_is_refused(saved):
     folder = saved("llama")
     path = folder / "model.safetensors"
-    tensors = safetensors.torch.load_file(path)
+    # In memory of their own: older versions of safetensors map the file, which is overwritten below.
+    tensors = {key: value.clone() for key, value in safetensors.torch.load_file(path).items()}
     name = "model.layers.1.mlp.up_proj.weight"
     safetensors.torch.save_file({k: v for k, v in tensors.items() if k != name}, path, {"format": "pt"})
     with pytest.raises(UserError, match=f"lacks 1 of its weights, such as .'{name}'"):
@@ -545,7 +546,7 @@ def test_a_model_may_lie_in_a_folder_of_any_name(tmp_path, tiny_lm, toy_tokenize
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path, tiny_lm):
     tiny_lm("llama").save_pretrained(tmp_path / "bare")
-    with pytest.raises(UserError, match="bare is no causal language model that can be loaded"):
+    with pytest.raises(UserError, match="bare is no causal language model .*it has no tokenizer files"):
         load_model(tmp_path / "bare")
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not ask
     from gradmm.errors import UserError
     from gradmm.finetuning import finetune
     from gradmm.mechanism import Ledger
-    from gradmm.models import Model, load_model
+    from gradmm.models import Model, load_model, wrap_model
     from gradmm.privacy import Release, load_release, release, release_once
     from gradmm.synthesis import SynthesisResult, synthesize
     from gradmm.tasks import TASKS, Task, load_task
@@ -41,7 +41,7 @@ _ROOMS = {
     "errors": ("UserError",),
     "finetuning": ("finetune",),
     "mechanism": ("Ledger",),
-    "models": ("Model", "load_model"),
+    "models": ("Model", "load_model", "wrap_model"),
     "privacy": ("Release", "load_release", "release", "release_once"),
     "synthesis": ("SynthesisResult", "synthesize"),
     "tasks": ("TASKS", "Task", "load_task"),

@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,14 +38,21 @@ BUILT_IN = {"demo": DATA / "model", "demo-b": DATA / "model-b"}
 SAFE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
 FAST = ("amx_bf16", "avx512_bf16")  # what the framework calls a processor's instructions for bfloat16
 INSTRUCTIONS = (*FAST, "bf16")  # and ARM's, about whose speed nothing is known here
 # oneDNN's and PyTorch's cache of compiled products.
 COMPILED = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 KEPT = "64"  # of each: a step has some twenty shapes of product
 TOKENS_PER_BATCH = 2048
+ONE_DEVICE = (
+    "a model stands on one device here: leave device_map out, give device such as 'cuda:0', and dtype='bfloat16' for "
+    "half the memory"
+)
 HEAD_SCALE = 1000.0
+LARGEST_LOGIT = 1e4  # of the check in float16, which ends at 65,504
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,17 +361,20 @@ def load_model(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
 ) -> Model:
     """Load a causal language model.
 
     Args:
-        name: a hub id, a local folder, "demo" or "demo-b" (the small models shipped with the package).
+        name: a hub id, a local folder, a GGUF file (`gradmm[gguf]`; its weights are widened to `dtype`), "demo" or
+            "demo-b" (the small models shipped with the package).
         revision: a hub commit, tag or branch; the commit found is recorded in `Model.revision`.
         device: default "cuda" if there is one, else "cpu"; "cuda" is the GPU of this process's number where a launcher
             started several on this machine, else the first.
-        dtype: "float32" (default), "bfloat16", "float64", or "auto": bfloat16 where the device multiplies it fast (see
-            `fast_dtype`), else float32. "bfloat16" on a processor without instructions for it warns and loads float32.
-            Only float32 and float64 on a CPU give the same bytes on every run of a machine type.
+        dtype: "float32" (default), "bfloat16", "float16", "float64", or "auto": bfloat16 where the device multiplies it
+            fast (see `fast_dtype`), else float32. "bfloat16" on a processor without instructions for it warns and loads
+            float32. Only float32 and float64 on a CPU give the same bytes on every run of a machine type.
+        device_map: refused: a model stands on one device.
 
     Raises:
         UserError: not found, no safetensors weights (pickles are never read), no output head, an unknown device or
@@ -376,9 +388,14 @@ def load_model(
         ('demo', 128)
     """
     require(
+        not isinstance(name, torch.nn.Module),
+        f"the model is an object of type {type(name).__name__}: give it and its tokenizer to gradmm.wrap_model",
+    )
+    require(
         isinstance(name, str | Path) and str(name) != "",
         f"the model is {short_repr(name)}: give a hub id, a folder, or demo",
     )
+    require(device_map is None, f"device_map = {short_repr(device_map)}, but {ONE_DEVICE}")
     require_type(revision, str | None, "the revision", "give a hub commit, tag or branch as text")
     device = _device(device)
     dtype = _dtype(dtype, device)
@@ -388,6 +405,8 @@ def load_model(
             stacklevel=2,
         )
         dtype = torch.float32
+    if str(name).endswith(".gguf"):
+        return _load_gguf(files.as_path(name, "the model"), device, dtype)
     folder, found = _folder(str(name), revision)
     lm, tokenizer = _load(folder, str(name), dtype)
     LOG.info("%s loaded on %s in %s", name, device, str(dtype).removeprefix("torch."))
@@ -421,13 +440,45 @@ def _load(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel,
     return lm, tokenizer
 
 
-def wrap_model(lm, tokenizer, name: str, revision: str | None = None, fingerprint: str | None = None) -> Model:
+def _load_gguf(path: Path, device: torch.device, dtype: torch.dtype) -> Model:
+    """A model from one GGUF file, its weights widened."""
+    require(path.is_file(), f"there is no model file {path}: check the path")
+    require(find_spec("gguf") is not None, "a GGUF file needs gguf: install it with pip install 'gradmm[gguf]'")
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+            lm = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:  # transformers raises many kinds; each means that the file is no usable model
+        raise UserError(
+            f"{path} is no causal language model that can be loaded ({first_line(error)}): give a GGUF file of a "
+            "family that transformers widens, or the folder that it was made of"
+        ) from error
+    _align(lm)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return wrap_model(lm.to(device), tokenizer, plain_name(path.stem), None, digest)
+
+
+def wrap_model(
+    lm, tokenizer, name: str = "model", revision: str | None = None, fingerprint: str | None = None
+) -> Model:
     """Make a `Model` of a transformers model already in memory: freezes it, puts it in evaluation mode, checks it.
+
+    Args:
+        lm: on one device, its weights as they are to be used.
+        tokenizer: its tokenizer.
+        name: for reports.
 
     Raises:
         UserError: no output head, logits that are not W h + b of the last hidden state (scaled or capped), a state that
             depends on later tokens, or a tokenizer with more tokens than the model.
     """
+    require_type(lm, PreTrainedModel, "the model", "give a causal language model of transformers")
+    require_type(tokenizer, PreTrainedTokenizerBase, "the tokenizer", "give the one that belongs to the model")
+    devices = set((getattr(lm, "hf_device_map", None) or {}).values())
+    require(len(devices) < 2, f"{name} is on {len(devices)} devices, but {ONE_DEVICE}")
     lm.requires_grad_(False).eval()
     use_fast_kernels(lm)
     model = Model(lm, tokenizer, name, revision, fingerprint or _hash_state(lm))
@@ -601,10 +652,12 @@ def _check_head(model: Model) -> None:
     ids = torch.arange(3, device=model.device)[None] % model.embedding.shape[0]
     tolerance = max(1e-3, 4 * torch.finfo(model.dtype).eps)  # bfloat16 rounds each logit by up to 2^-8 of itself
     try:
-        with _scaled_input(head, HEAD_SCALE):
+        states = model.hidden_of([ids[0, :1].tolist(), ids[0].tolist()])
+        largest = float(linear(states, model.head_weight, model.head_bias).abs().max())
+        scale = min(HEAD_SCALE, LARGEST_LOGIT / largest) if model.dtype == torch.float16 else HEAD_SCALE
+        with _scaled_input(head, scale):
             logits = model.lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        states = HEAD_SCALE * model.hidden_of([ids[0, :1].tolist(), ids[0].tolist()])
-        expected = linear(states, model.head_weight, model.head_bias)
+        expected = linear(scale * states, model.head_weight, model.head_bias)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{model.name} could not be run as a causal language model ({first_line(error)}): give another model"

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md")), ROOT / "notebooks" / "params" / "README.md"]
 # What a command of the documentation names and this machine lacks or has no hours for -> what stands for it here.
 SUBSTITUTES = {
+    "HuggingFaceTB/SmolLM2-135M": "demo",  # a model of the hub
     "path/to/model": str(demo.DATA / "model"),  # a local folder, as it says
     "microsoft/phi-1_5": "demo",  # a model of the hub
     "-p data sst2": "-p data path/to/films",  # data of the hub
@@ -36,6 +37,7 @@ CHECKED = {
     "quickstart runs is run here",
     "python -m gradmm.experiments.batch": "planned and not executed, which takes from minutes to days; "
     "tests/test_batch.py executes",
+    "gradmm ": "run on the embedded model, small",
     "accelerate launch": "run by one process, on the demo, small; tests/test_sharding.py launches several",
     "python tests/benchmarks/": "its options are looked up: it wants a quiet machine; tests/test_benchmarks.py "
     "runs it small",
@@ -154,6 +156,20 @@ def test_the_launched_synthesis_of_the_documentation_runs(here, capsys):
     (here / "settings.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
     assert cli.main(shlex.split(substituted(command).split("-m gradmm")[1])) == 0
     assert "texts are kept in results/sst2/train.jsonl" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
+def test_the_commands_of_the_documentation_run_one_after_the_other(here, capsys):
+    words = {"negative": ("dull", "awful", "poor"), "positive": ("lovely", "great", "fine")}
+    rows = [f'"A {word} room, number {n}.",{label}' for n in range(10) for label, two in words.items() for word in two]
+    (here / "reviews.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    small = {"synthesize": "--n-synthetic 4 --oversample 3", "finetune": "--steps 1 --learning-rates 1e-4"}
+    for command in of_kind("gradmm "):
+        name, *given = shlex.split(substituted(command))[1:]
+        assert cli.main([name, *given, *shlex.split(small.get(name, "")), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "4 of 12 texts are kept in synthetic/train.jsonl" in said and "learnt from 4 examples" in said
 
 
 @pytest.mark.parametrize("command", of_kind("python tests/benchmarks/"))

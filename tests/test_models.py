@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy
 import pytest
 import safetensors.torch
 import torch
@@ -23,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
+import gradmm
 from gradmm import models
 from gradmm.errors import UserError
 from gradmm.models import (
@@ -36,6 +38,8 @@ from gradmm.models import (
     pad_left,
     wrap_model,
 )
+from gradmm.tasks import Task
+from gradmm.training import trainable_copy
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SMALL = {
@@ -621,7 +625,7 @@ def test_a_device_that_is_not_here_is_refused(device):
     ("given", "message"),
     [
         ({"device": 3.5}, "the device is of type float: use cpu, cuda or auto"),
-        ({"dtype": 32}, "the dtype is of type int: use one of float32, float64, bfloat16 or auto"),
+        ({"dtype": 32}, "the dtype is of type int: use one of float32, float64, bfloat16, float16 or auto"),
     ],
 )
 def test_a_device_or_dtype_of_another_type_is_refused_by_its_type(given, message):
@@ -629,9 +633,11 @@ def test_a_device_or_dtype_of_another_type_is_refused_by_its_type(given, message
         load_model("anything", **given)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "half", "int8", torch.float16, torch.int8])
+@pytest.mark.parametrize("dtype", ["float8", "half", "int8", torch.float8_e5m2, torch.int8])
 def test_a_dtype_that_is_not_used_is_refused(dtype):
-    with pytest.raises(UserError, match="the dtype .* is not usable: use one of float32, float64, bfloat16 or auto"):
+    with pytest.raises(
+        UserError, match="the dtype .* is not usable: use one of float32, float64, bfloat16, float16 or auto"
+    ):
         load_model("anything", dtype=dtype)
 
 
@@ -675,3 +681,92 @@ def test_reading_on_from_a_cache_equals_reading_at_once(tiny_model, family):
     model, ids = tiny_model(family), torch.arange(12).view(2, 6)
     _, cache = model.read(ids[:, :4])
     torch.testing.assert_close(model.read(ids[:, 4:], cache=cache)[0], model.read(ids)[0])
+
+
+# ---------------------------------------------------------------- models as users have them
+
+
+def write_gguf(path: Path, tokenizer) -> dict[str, numpy.ndarray]:
+    """A tiny Llama with random weights and a byte-level vocabulary as one GGUF file; the weights."""
+    gguf = pytest.importorskip("gguf")
+    held = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocabulary = sorted(held["vocab"], key=held["vocab"].get)
+    sizes = {"attn_q": (32, 32), "attn_k": (32, 32), "attn_v": (32, 32), "attn_output": (32, 32)}
+    sizes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
+    shapes = {"token_embd": (len(vocabulary), 32), "output": (len(vocabulary), 32), "output_norm": (32,)}
+    shapes |= {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in sizes.items()}
+    draw = numpy.random.default_rng(0)
+    weights = {name: draw.normal(0.3, 0.3, shape).astype(numpy.float32) for name, shape in shapes.items()}
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in held["merges"]])
+    writer.add_token_types([1] * len(vocabulary))
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    for name, value in weights.items():
+        writer.add_tensor(f"{name}.weight", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def test_a_gguf_file_is_a_model(tmp_path):
+    demo = load_model("demo", device="cpu")
+    weights = write_gguf(tmp_path / "tiny one.gguf", demo.tokenizer)
+    model = load_model(tmp_path / "tiny one.gguf", device="cpu")
+    assert model.name == "tiny one" and model.revision is None and model.context == 64
+    assert torch.equal(model.head_weight, torch.from_numpy(weights["output"]))
+    text = "The room was lovely, and the staff great."
+    assert model.tokenizer.decode(model.tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    task = Task("x", ("no", "yes"), (" bad", " great"), generation_prompts=("Bad.", "Good."))
+    rows = [{"text": text, "label": 1}, {"text": "It was dull.", "label": 0}]
+    assert gradmm.release(model, task, rows, space="head").length > 4 and gradmm.evaluate(model, task, rows).loss > 0
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    for name, words in {"broken": "is no causal language model that can", "none": "there is no model file"}.items():
+        with pytest.raises(UserError, match=words):
+            load_model(tmp_path / f"{name}.gguf")
+
+
+def test_a_model_in_memory_is_wrapped_and_other_objects_are_refused(tiny_lm, toy_tokenizer, tmp_path):
+    model = gradmm.wrap_model(tiny_lm("llama"), toy_tokenizer)
+    assert model.name == "model" and len(model.fingerprint) == 64
+    with pytest.raises(UserError, match="type LlamaForCausalLM: give it and its tokenizer to gradmm.wrap_model"):
+        load_model(tiny_lm("llama"))
+    with pytest.raises(UserError, match="the model is of type Linear: give a causal language model of transformers"):
+        gradmm.wrap_model(torch.nn.Linear(2, 2), toy_tokenizer)
+    with pytest.raises(UserError, match="the tokenizer is of type str: give the one that belongs to the model"):
+        gradmm.wrap_model(tiny_lm("llama"), "gpt2")
+    spread = tiny_lm("llama")
+    spread.hf_device_map = {"model.embed_tokens": 0, "lm_head": 1}
+    with pytest.raises(
+        UserError, match="mine is on 2 devices, but a model stands on one device here: leave device_map"
+    ):
+        gradmm.wrap_model(spread, toy_tokenizer, "mine")
+    for value in ("auto", {"": 0}):
+        with pytest.raises(UserError, match="device_map = .*, but a model stands on one device here"):
+            load_model("demo", device_map=value)
+
+
+def test_a_model_in_float16_is_checked_read_and_trained(tiny_lm, toy_tokenizer, tmp_path):
+    model = load_model(save(tiny_lm("llama"), toy_tokenizer, tmp_path / "x"), device="cpu", dtype="float16")
+    wide = load_model(tmp_path / "x", device="cpu")
+    assert model.dtype == torch.float16 and trainable_copy(model).dtype == torch.float32
+    states, exact = (one.hidden_of([[5, 6, 7], [8, 9]]).float() for one in (model, wide))
+    assert torch.allclose(states, exact, atol=2e-2)
+    capped = tiny_lm("llama")
+    head, forward = capped.get_output_embeddings(), capped.get_output_embeddings().forward
+    head.forward = lambda states: 30 * torch.tanh(forward(states) / 30)
+    with pytest.raises(UserError, match="are not W h"):
+        gradmm.wrap_model(capped.half(), toy_tokenizer)

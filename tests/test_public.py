@@ -175,7 +175,8 @@ CASES = {
     "ReleaseConfig: no delta": (lambda: gradmm.ReleaseConfig(epsilon=1.0, length=3), "epsilon = 1.0 without delta"),
     "prompt_completion: rows": (lambda: gradmm.prompt_completion(TASK, "text"), "the rows are of type str"),
     "prompt_completion: task": (lambda: gradmm.prompt_completion("demo", PRIVATE), "the task is of type str"),
-    "SynthesisResult: hub": (lambda: written().push_to_hub("a b/c"), "could not be put on the hub as 'a b/c'"),
+    "load_model: a device map": (lambda: gradmm.load_model("demo", device_map="auto"), "device_map = 'auto', but"),
+    "wrap_model: a name": (lambda: gradmm.wrap_model("demo", None), "the model is of type str: give a causal language"),
     "load_data: a column": (lambda: gradmm.load_data("demo", text=1), "a column's name is of type int"),
     "release_once: model": (lambda: kept(model="demo"), "the model is of type str"),
     "release_once: task": (lambda: kept(task="sst2"), "the task is of type str"),
@@ -410,6 +411,12 @@ def test_labels_keep_their_names_in_the_folder_and_on_the_hub(tmp_path, monkeypa
     )
     same = ("train.jsonl", "synthetic.jsonl", "README.md")
     assert all(seen["files"][name] == (tmp_path / "run" / name).read_bytes() for name in same)
+
+
+def test_a_hub_that_refuses_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="could not be put on the hub as 'me/reviews' .*check the name, the network"):
+        written().push_to_hub("me/reviews")
 
 
 def test_prompts_and_completions_are_read_back_as_a_trainer_reads_them(tmp_path):

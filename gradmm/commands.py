@@ -175,7 +175,7 @@ def synthesize(arguments: Sequence[str]) -> None:
         folder = Path(inputs.output or RESULTS / "synthesize" / Path(given.release).stem)
     result = synthesis.synthesize(model, task, release, config, folder, progress=not inputs.quiet)
     _say(
-        f"{len(result.kept)} of {len(result.dataset)} texts are kept in {folder}/train.jsonl; the release is "
+        f"{len(result.kept)} of {len(result.candidates)} texts are kept in {folder}/train.jsonl; the release is "
         f"{release.statement}"
     )
 

@@ -90,7 +90,7 @@ class Selector:
             classes: the label number that each is meant to have.
 
         Returns:
-            N rows of the columns of `SynthesisResult.dataset`, without the group.
+            N rows of the columns of `SynthesisResult.candidates`, without the group.
         """
         perplexity = self._perplexities(texts)
         verdicts, match = self.choose(texts, classes, perplexity)

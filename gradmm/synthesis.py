@@ -38,21 +38,22 @@ class SynthesisResult:
     """What a synthesis gives.
 
     Attributes:
-        dataset: every text written, kept or not: text, label, label_name, match, perplexity, group, kept, reason.
+        candidates: every text written, kept or not: text, label, label_name, match_loss, perplexity, group,
+            kept, reason.
         history: one row per step and group, with its label; `admm.step` names the columns. Of a pool one row per text
             kept, in the order in which they were taken, with the loss (match_z) of its class's texts up to it taken
             together.
         manifest: settings, versions, seeds, reasons, times; plain values.
     """
 
-    dataset: datasets.Dataset
+    candidates: datasets.Dataset
     history: pandas.DataFrame
     manifest: dict
 
     @cached_property
     def kept(self) -> datasets.Dataset:
         """The texts that were kept: what to train on."""
-        return self.dataset.select([place for place, kept in enumerate(self.dataset["kept"]) if kept])
+        return self.candidates.select([place for place, kept in enumerate(self.candidates["kept"]) if kept])
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
         """Put the data set on the hub with its card and manifest: `load_dataset(repo_id)` gives what was kept.
@@ -72,7 +73,7 @@ class SynthesisResult:
 
         with TemporaryDirectory() as name:
             folder = Path(name)
-            write_results(folder, self.dataset.to_list(), self.history, self.manifest, dataset_card(self.manifest))
+            write_results(folder, self.candidates.to_list(), self.history, self.manifest, dataset_card(self.manifest))
             api = HfApi(token=token)
             try:
                 api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
@@ -122,7 +123,7 @@ def synthesize(
         >>> target = gradmm.release(model, task, gradmm.sample_examples(data.train, 4, task, seed=0))
         >>> config = gradmm.SynthesisConfig(n_synthetic=2, oversample=2)
         >>> result = gradmm.synthesize(model, task, target, config, progress=False)
-        >>> len(result.dataset), [row["label_name"] for row in result.kept]
+        >>> len(result.candidates), [row["label_name"] for row in result.kept]
         (4, ['negative', 'positive'])
     """
     _check_arguments(config, output, progress, on_step)
@@ -154,7 +155,7 @@ def _conclude(plan: Plan, written: SearchOutput | None, folder: RunFolder) -> Sy
         rows, history, manifest = folder.load()
         return SynthesisResult(_dataset(rows, manifest), history, manifest)
     result = _collect(plan, written, folder)
-    folder.finish(result.dataset.to_list(), result.history, result.manifest, dataset_card(result.manifest))
+    folder.finish(result.candidates.to_list(), result.history, result.manifest, dataset_card(result.manifest))
     return result
 
 

@@ -73,7 +73,7 @@ def test_release_synthesize_and_fine_tune(model, folder, epsilon, choices):
     assert len(target.targets) == 4
     made = gradmm.synthesize(model, task, target, config, progress=False)
     counts = [made.kept["label"].count(label) for label in range(4)]
-    assert made.dataset.to_list() and {row["label_name"] for row in made.dataset.to_list()} == set(LABELS)
+    assert made.candidates.to_list() and {row["label_name"] for row in made.candidates.to_list()} == set(LABELS)
     if "filter" in choices:  # a random model's labels are chance, so a class may lose more than it has spare
         assert max(counts) <= 2
     else:

@@ -193,7 +193,7 @@ def test_a_finished_run_on_a_read_only_disk_is_read_back(setting, tmp_path, monk
     for module, name in ((os, "open"), (files.tempfile, "mkstemp"), (files.os, "replace"), (Path, "unlink")):
         monkeypatch.setattr(module, name, read_only)
     again = gradmm.synthesize(model, task, release, SMALL, tmp_path / "a", progress=False)
-    assert again.dataset.to_list() == first.dataset.to_list() and again.manifest == first.manifest
+    assert again.candidates.to_list() == first.candidates.to_list() and again.manifest == first.manifest
     assert (
         compare(model, TWO, splits_of(TWO), CONFIG, ["none"], (0,), tmp_path / "b", progress=False).records
         == compared.records

@@ -48,7 +48,7 @@ def test_a_zero_target_leaves_every_text_as_far_as_it_is_and_the_run_ends_as_any
     release = zeroed(gradmm.release(model, TASK, REAL, space="head"))
     result = gradmm.synthesize(model, TASK, release, replace(SMALL, distance=distance), progress=False)
     matching = Matching(model, tokenize_task(TASK, model.tokenizer), release.targets, release.space, distance)
-    for row in result.dataset:
+    for row in result.candidates:
         if row["text"]:
             norms = matching.factors([row["text"]], [row["label"]])
             wanted = 1.0 if distance == "cosine" else float(norms.delta.square().sum() * norms.hidden.square().sum())
@@ -61,7 +61,7 @@ def test_a_noised_target_that_came_out_zero_is_the_same(model):
     release = gradmm.release(model, TASK, REAL, epsilon=1.0, delta=1e-5, length=5)
     nothing = replace(release, targets=tuple(DenseTarget(target.weight * 0, None) for target in release.targets))
     result = gradmm.synthesize(model, TASK, nothing, SMALL, progress=False)
-    assert {row["match_loss"] for row in result.dataset if row["text"]} == {1.0}
+    assert {row["match_loss"] for row in result.candidates if row["text"]} == {1.0}
 
 
 def test_one_example_a_class_is_enough(model):
@@ -87,7 +87,7 @@ def test_identical_synthetic_texts_are_kept_once(model, monkeypatch):
     monkeypatch.setattr("gradmm.tasks.TaskTokens.decode", lambda self, ids: "one text")
     with pytest.warns(UserWarning, match="1 of 4 texts are kept: .*duplicate 7"):
         result = gradmm.synthesize(model, TASK, gradmm.release(model, TASK, REAL, space="head"), SMALL, progress=False)
-    reasons = [row["reason"] for row in result.dataset]
+    reasons = [row["reason"] for row in result.candidates]
     assert reasons.count("dropped: the same text stands earlier") == len(reasons) - 1 and len(result.kept) == 1
 
 
@@ -132,8 +132,8 @@ def test_how_far_apart_runs_with_other_threads_or_types_are(demo):
             torch.set_num_threads(1)
     base = found["one thread"]
     for name in ("two threads", "bfloat16"):
-        same = sum(a == b for a, b in zip(base.dataset["text"], found[name].dataset["text"], strict=True)) / len(
-            base.dataset
+        same = sum(a == b for a, b in zip(base.candidates["text"], found[name].candidates["text"], strict=True)) / len(
+            base.candidates
         )
         apart = [abs(a - found[name].manifest["set_match"][label]) for label, a in base.manifest["set_match"].items()]
         print(

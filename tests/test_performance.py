@@ -44,7 +44,7 @@ def test_what_cannot_be_measured_is_refused(change, named):
 
 def test_the_phases_add_up_to_the_whole(tiny_model):
     result, seconds = performance.time_synthesis(tiny_model(dtype=torch.float32), TASK, REAL, SMALL)
-    assert set(seconds) == {*roofline.PHASES, "other", "whole"} and len(result.dataset) == 2
+    assert set(seconds) == {*roofline.PHASES, "other", "whole"} and len(result.candidates) == 2
     assert all(seconds[phase] > 0 for phase in roofline.PHASES) and seconds["other"] > 0
     assert sum(value for name, value in seconds.items() if name != "whole") == pytest.approx(seconds["whole"])
 
@@ -64,7 +64,7 @@ def test_a_clock_changes_no_text(tiny_model):
     plain = synthesis.synthesize(
         model, TASK, performance.release(model, TASK, REAL, space="head"), SMALL, progress=False
     )
-    assert timed.dataset.to_list() == plain.dataset.to_list()
+    assert timed.candidates.to_list() == plain.candidates.to_list()
 
 
 def test_a_line_is_no_deviation_and_a_bend_is():

@@ -299,7 +299,7 @@ def test_a_pool_is_written_once_and_every_target_chooses_from_it(model, monkeypa
         trial_room, "synthesize", lambda *args, _run=trial_room.synthesize, **how: done.append(1) or _run(*args, **how)
     )
     chosen = {name: METHODS[name](trial) for name in ("gradmm", "random_target", "prompt_only", "shuffled")}
-    pool = [(row["text"], row["label"]) for row in trial.written.dataset]
+    pool = [(row["text"], row["label"]) for row in trial.written.candidates]
     assert len(done) == 1 and len(pool) == 12
     assert all(
         len(texts) == 4 and {(e.text, e.label) for e in texts} <= set(pool)
@@ -307,7 +307,7 @@ def test_a_pool_is_written_once_and_every_target_chooses_from_it(model, monkeypa
         if name != "shuffled"
     )
     assert [e.text for e in chosen["shuffled"]] == [e.text for e in chosen["gradmm"]]
-    passed = [row for row in trial.written.dataset if not row["reason"].startswith("dropped: the model reads")]
+    passed = [row for row in trial.written.candidates if not row["reason"].startswith("dropped: the model reads")]
     first = [[row["text"] for row in passed if row["label"] == label][:2] for label in (0, 1)]
     assert [e.text for e in chosen["prompt_only"]] == first[0] + first[1]  # in the order of writing
     assert len(METHODS["zero_shot"](trial)) == 4 and len(done) == 1

@@ -377,14 +377,14 @@ def test_rows_of_every_kind_go_in_alike(taker, kind):
 
 def test_what_a_synthesis_returns_every_other_function_takes(tmp_path):
     model, result = HELD["model"], written(output=tmp_path / "run")
-    rejected = len(result.dataset) - len(result.kept)
-    assert rejected > 0 and all(result.kept["kept"]) and result.kept.column_names == result.dataset.column_names
+    rejected = len(result.candidates) - len(result.kept)
+    assert rejected > 0 and all(result.kept["kept"]) and result.kept.column_names == result.candidates.column_names
     loaded = datasets.load_dataset(str(tmp_path / "run"), split="train", cache_dir=str(tmp_path / "cache"))
     everything = datasets.load_dataset(
         str(tmp_path / "run"), "candidates", split="train", cache_dir=str(tmp_path / "cache")
     )
-    assert loaded["text"] == result.kept["text"] and everything["text"] == result.dataset["text"]
-    for rows in (result.kept, result.dataset, result.kept.to_list(), loaded, everything):
+    assert loaded["text"] == result.kept["text"] and everything["text"] == result.candidates["text"]
+    for rows in (result.kept, result.candidates, result.kept.to_list(), loaded, everything):
         assert [example.text for example in check_examples(rows, TASK)] == result.kept["text"]
         gradmm.release(model, TASK, rows, space="head")
         gradmm.evaluate(model, TASK, rows)
@@ -432,18 +432,18 @@ def test_prompts_and_completions_are_read_back_as_a_trainer_reads_them(tmp_path)
 
 def test_the_pools_of_a_comparison_are_all_candidates(tmp_path):
     result = written()
-    full = [text for text in result.dataset["text"] if text]
+    full = [text for text in result.candidates["text"] if text]
     for rows in (
-        result.dataset,
-        result.dataset.to_list(),
-        [gradmm.Example(r["text"], r["label"]) for r in result.dataset if r["text"]],
+        result.candidates,
+        result.candidates.to_list(),
+        [gradmm.Example(r["text"], r["label"]) for r in result.candidates if r["text"]],
     ):
         assert [example.text for example in candidates(rows, TASK)] == full
 
 
 def test_kept_texts_are_taken_without_a_bar(capfd):
     result = written()
-    assert len(result.kept) == sum(result.dataset["kept"]) > 0
+    assert len(result.kept) == sum(result.candidates["kept"]) > 0
     assert capfd.readouterr() == ("", "")
 
 

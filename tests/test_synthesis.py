@@ -52,11 +52,11 @@ def files_of(folder: Path) -> dict[str, object]:
 def test_a_run_gives_texts_history_and_manifest(setting, tmp_path):
     model, task, release = setting
     result = synthesize(model, task, release, SMALL, tmp_path / "run", progress=False)
-    assert result.dataset.column_names == [
+    assert result.candidates.column_names == [
         "text", "label", "label_name", "match_loss", "perplexity", "group", "kept", "reason",
     ]  # fmt: skip
-    assert len(result.dataset) == 8 and len(result.kept) == 4 and result.kept["label"].count(0) == 2
-    assert all(row["reason"].startswith("kept" if row["kept"] else "dropped") for row in result.dataset)
+    assert len(result.candidates) == 8 and len(result.kept) == 4 and result.kept["label"].count(0) == 2
+    assert all(row["reason"].startswith("kept" if row["kept"] else "dropped") for row in result.candidates)
     assert set(result.history.columns) >= {
         "step", "group", "label", "match_x", "match_z", "primal", "dual", "stationarity", "inner_gradient", "changed",
         "seconds",
@@ -67,14 +67,14 @@ def test_a_run_gives_texts_history_and_manifest(setting, tmp_path):
     assert manifest["release"]["private"] is False
     assert manifest["clock"]["peak_memory"]["process"] > 0 and manifest["versions"]["torch"] == torch.__version__
     rows = [json.loads(line) for line in (tmp_path / "run" / "synthetic.jsonl").read_text().splitlines()]
-    assert rows == result.dataset.to_list()
+    assert rows == result.candidates.to_list()
 
 
 def test_the_match_column_is_the_distance_of_the_text_itself(setting):
     model, task, release = setting
     result = synthesize(model, task, release, SMALL, progress=False)
     matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
-    row = result.dataset[3]
+    row = result.candidates[3]
     assert row["match_loss"] == pytest.approx(matching.of_texts([row["text"]], [row["label"]]).item(), rel=1e-4)
 
 
@@ -84,7 +84,7 @@ def test_ranking_by_group_keeps_what_matches_best_together(setting):
     result = synthesize(model, task, release, config, progress=False)
     matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
     for label in (0, 1):
-        rows = [row for row in result.dataset if row["label"] == label]
+        rows = [row for row in result.candidates if row["label"] == label]
         distinct = list({row["text"]: None for row in rows if flaw(row["text"]) is None})
         wanted = [distinct[place] for place in matching.greedy(distinct, label, 2)]
         kept = {row["reason"]: row["text"] for row in rows if row["kept"]}
@@ -92,8 +92,9 @@ def test_ranking_by_group_keeps_what_matches_best_together(setting):
             f"kept: rank {rank} of {len(distinct)} by the group's matching loss": wanted[rank - 1] for rank in (1, 2)
         }
     assert {
-        row["text"] for row in synthesize(model, task, release, replace(config, ranking="text"), progress=False).dataset
-    } == {row["text"] for row in result.dataset}
+        row["text"]
+        for row in synthesize(model, task, release, replace(config, ranking="text"), progress=False).candidates
+    } == {row["text"] for row in result.candidates}
 
 
 def test_joint_ranking_keeps_what_matches_best_in_each_class_and_in_their_sum(setting):
@@ -101,7 +102,7 @@ def test_joint_ranking_keeps_what_matches_best_in_each_class_and_in_their_sum(se
     result = synthesize(model, task, release, replace(SMALL, ranking="joint", oversample=3.0), progress=False)
     matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
     first: dict[str, dict] = {}
-    for row in result.dataset:
+    for row in result.candidates:
         first.setdefault(row["text"], row)
     texts = [text for text in first if flaw(text) is None]
     chosen = matching.alone_and_jointly(texts, [first[text]["label"] for text in texts], (2, 2), range(len(texts)))[1]
@@ -116,7 +117,7 @@ def test_a_saved_release_under_the_loss_of_fine_tuning_is_matched_by_moving_text
     release = gradmm.release(model, task, REAL, space=space, **options)
     loaded = gradmm.load_release(release.save(tmp_path / "release.safetensors"))
     found = [synthesize(model, task, one, SMALL, progress=False) for one in (release, loaded)]
-    assert found[0].dataset.to_list() == found[1].dataset.to_list() and len(found[0].kept) == 4
+    assert found[0].candidates.to_list() == found[1].candidates.to_list() and len(found[0].kept) == 4
     assert found[0].history["match_x"].between(0, 2).all()
 
 
@@ -126,15 +127,15 @@ def test_a_pool_holds_finished_texts_and_the_target_chooses(setting, tmp_path, s
     release = gradmm.release(model, task, REAL, space=space)
     config = replace(SMALL, search="pool", ranking="group", oversample=4.0, length=12)
     result = synthesize(model, task, release, config, tmp_path / "a", progress=False)
-    assert len(result.dataset) == 16 and len(result.kept) == 4 and result.kept["label"].count(0) == 2
-    assert all(row["text"][-1] in ".!?" and row["group"] == row["label"] for row in result.dataset)
+    assert len(result.candidates) == 16 and len(result.kept) == 4 and result.kept["label"].count(0) == 2
+    assert all(row["text"][-1] in ".!?" and row["group"] == row["label"] for row in result.candidates)
     matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
-    first = [row["text"] for row in result.dataset if row["label"] == 0]
+    first = [row["text"] for row in result.candidates if row["label"] == 0]
     assert [row["text"] for row in result.kept if row["label"] == 0] == [
         first[row] for row in sorted(matching.greedy(first, 0, 2))
     ]
     again = synthesize(model, task, release, config, tmp_path / "a", progress=False)
-    assert again.dataset.to_list() == result.dataset.to_list() and again.history.equals(result.history)
+    assert again.candidates.to_list() == result.candidates.to_list() and again.history.equals(result.history)
     steps = result.history[result.history["label"] == TASK.labels[0]]
     taken = [first[row] for row in matching.greedy(first, 0, 2)]
     assert steps["step"].tolist() == [1, 2]
@@ -170,7 +171,7 @@ def test_a_finished_folder_is_read_back(setting, tmp_path, monkeypatch):
     held = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr("gradmm.admm.solve", lambda *_: pytest.fail("nothing is left to do"))
     again = synthesize(model, task, release, SMALL, tmp_path, progress=False)
-    assert again.dataset.to_list() == first.dataset.to_list() and again.manifest == first.manifest
+    assert again.candidates.to_list() == first.candidates.to_list() and again.manifest == first.manifest
     assert again.history.equals(first.history)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
 
@@ -241,8 +242,10 @@ def test_the_published_settings_run_too(setting):
     }
     result = synthesize(model, task, release, replace(SMALL, **published), progress=False)
     tokens = tokenize_task(task, model.tokenizer)
-    assert len(result.kept) == 4 and all(row["text"] for row in result.dataset)
-    assert {len(tokens.encode(row["text"])) for row in result.dataset} - {5} == set() or result.manifest["length"] == 5
+    assert len(result.kept) == 4 and all(row["text"] for row in result.candidates)
+    assert {len(tokens.encode(row["text"])) for row in result.candidates} - {5} == set() or result.manifest[
+        "length"
+    ] == 5
 
 
 @pytest.mark.parametrize(("kind", "init"), [*((kind, "generated") for kind in KINDS), ("phi", "normal")])
@@ -256,7 +259,7 @@ def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init):
         synthesize(model, TASK, release, replace(config, groups_per_batch=size), progress=False) for size in (1, 3, 6)
     ]
     for other in runs[1:]:
-        assert other.dataset.to_list() == runs[0].dataset.to_list()
+        assert other.candidates.to_list() == runs[0].candidates.to_list()
         assert _sorted(other.history).equals(_sorted(runs[0].history))
         assert other.manifest["groups_ended"] == runs[0].manifest["groups_ended"]
 
@@ -314,7 +317,7 @@ def test_a_group_without_a_finite_loss_is_reported_its_texts_dropped_and_no_byte
         result = synthesize(model, task, release, SMALL, progress=False)
     reasons = {row["label"]: row["reason"] for row in result.manifest["groups_ended"]}
     assert reasons["bad"].startswith("non-finite") and reasons["good"].startswith("step limit")
-    assert [row["reason"] for row in result.dataset if row["label"] == 0] == ["dropped: the text is empty"] * 4
+    assert [row["reason"] for row in result.candidates if row["label"] == 0] == ["dropped: the text is empty"] * 4
     assert len(result.history) < len(whole.history)
     ours, theirs = (_sorted(run.history[run.history["label"] == "good"]) for run in (result, whole))
     assert ours.equals(theirs)

@@ -183,7 +183,7 @@ class SeedRun:
     def pool(self) -> Sequence[Example]:
         """All texts that gradmm wrote, or what the experiment was given for them."""
         given = self.experiment.config.pools.get(self.seed)
-        return _examples_of(self.written.dataset.to_list()) if given is None else list(given)
+        return _examples_of(self.written.candidates.to_list()) if given is None else list(given)
 
     def write(self, name: str, target: Release, config: SynthesisConfig) -> list[Example]:
         """The texts that gradmm keeps for another target; a pool, which depends on no target, is not written again."""
@@ -206,7 +206,7 @@ class SeedRun:
         return synthesize(one.model, one.task, target, config, folder, progress=False)
 
     def _kept(self, found: SynthesisResult) -> list[Example]:
-        return check_examples([row for row in found.dataset.to_list() if row["kept"]], self.experiment.task)
+        return check_examples([row for row in found.candidates.to_list() if row["kept"]], self.experiment.task)
 
 
 def written_texts(folder: Path, seeds: Sequence[int]) -> dict[int, list[Example]]:

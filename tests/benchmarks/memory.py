@@ -121,7 +121,7 @@ def measure(options: argparse.Namespace) -> dict:
         "expected_over_weights": result.manifest["expected_bytes"]["peak"] - weights,
         "expected": result.manifest["expected_bytes"],
         "seconds": time.perf_counter() - begun,
-        "texts": len(result.dataset),
+        "texts": len(result.candidates),
     }
 
 

@@ -235,7 +235,7 @@ def peak(model: Model) -> dict[str, int]:
 
 def agreement(result: SynthesisResult, plan: Plan, ids: list[list[int]]) -> float:
     """The share of the first group's tokens that both sides wrote alike; rounding may part them after many steps."""
-    texts = [plan.tokens.encode(row["text"]) for row in result.dataset if row["group"] == 0]
+    texts = [plan.tokens.encode(row["text"]) for row in result.candidates if row["group"] == 0]
     pairs = [(a, b) for fast, slow in zip(texts, ids, strict=True) for a, b in zip(fast, slow, strict=True)]
     return sum(a == b for a, b in pairs) / len(pairs)
 

@@ -158,6 +158,11 @@ def _named_task(data: Any) -> Task | None:
 
 def _given(data: Any, task: Task | None, columns: tuple[str, str]) -> _Given:
     """The rows of any source."""
+    for kind, call in (("iterrows", "from_pandas"), ("append", "from_list")):
+        require(
+            not hasattr(data, kind),
+            f"the data are of type {type(data).__name__}: give datasets.Dataset.{call}(...) of them",
+        )
     if hasattr(data, "column_names"):  # what `datasets` gives; streams have the same attribute
         return _of_tables(data, "the data set", columns)
     hub = data if isinstance(data, HubSource) else _hub_source(data, task, columns)
@@ -183,6 +188,8 @@ def _examples(given: _Given, task: Task) -> dict[str, list[Example]]:
     names = given.names
     if not names and all(label.isdecimal() for label in task.labels):
         names = names_by_label(task.labels)
+    if given.folder is None and len(names) == len(task.labels) and not set(names) & set(task.labels):
+        names = dict(zip(names, task.labels, strict=True))  # a ClassLabel of other names: the same numbers
     known = set(names.values()) <= set(task.labels)
     where = given.source if given.folder is None else given.folder / "labels.json"
     require(

@@ -450,6 +450,23 @@ def test_a_dataset_or_its_splits_are_data():
         load_data(as_dataset().rename_column("text", "a"))
 
 
+def test_a_dataset_whose_names_are_not_the_task_s_has_its_numbers():
+    rows = [{"text": f"number {n}", "label": n % 2} for n in range(200)]
+    _, splits = load_data(as_dataset(["neg", "pos"], rows), TWO)
+    assert all(label == int(text.split()[1]) % 2 for text, label in texts_of(splits)) and len(texts_of(splits)) == 200
+    with pytest.raises(UserError, match="names 'negative', 'bad', and task 'two' knows 'negative', 'positive'"):
+        load_data(as_dataset(["negative", "bad"], rows), TWO)
+    with pytest.raises(UserError, match="names 'a', 'b', 'c', and task 'two'"):
+        load_data(as_dataset(["a", "b", "c"], rows), TWO)
+
+
+def test_rows_in_memory_of_another_kind_are_refused_with_the_way_in():
+    with pytest.raises(UserError, match=r"of type list: give datasets.Dataset.from_list\(...\) of them"):
+        load_data(MANY)
+    with pytest.raises(UserError, match=r"of type DataFrame: give datasets.Dataset.from_pandas\(...\) of them"):
+        load_data(pandas.DataFrame(MANY))
+
+
 def test_examples_of_a_dataset_have_the_labels_that_its_names_say():
     task = Task("x", ("good", "bad"), (" great", " bad"))
     for names in (None, ["good", "bad"], ["bad", "good"]):

@@ -64,7 +64,11 @@ class Inputs:
     quiet: bool = False
 
     def load(self) -> tuple[Model, Task, Splits]:
-        """The model, the task and the examples, which fit one another."""
+        """The model, the task and the examples, which fit one another.
+
+        Raises:
+            UserError: no data, or what `load_data`, `load_model` and `check_fit` refuse.
+        """
         require(self.data is not None, "no data is given: add --data with a folder or file, or demo")
         task, splits = load_data(self.data, self.task, text=self.text, label=self.label)
         model = self.load_model()
@@ -145,7 +149,7 @@ def _attributes(kind: type) -> dict[str, str]:
 
 def _parse(command: Callable, kinds: Sequence[type], arguments: Sequence[str]) -> list[dict[str, Any]]:
     """What was given for each dataclass; a setting that two have belongs to the first."""
-    name, about = command.__name__, inspect.getdoc(command)
+    name, about = command.__name__, (inspect.getdoc(command) or "").split("\n\n")[0]
     given = vars(_Parser(kinds, prog=f"gradmm {name}", description=about, allow_abbrev=False).parse_args(arguments))
     parts = []
     for kind in kinds:
@@ -156,7 +160,11 @@ def _parse(command: Callable, kinds: Sequence[type], arguments: Sequence[str]) -
 
 
 def synthesize(arguments: Sequence[str]) -> None:
-    """Write synthetic texts whose gradients match those of labelled real texts, or of a saved Release."""
+    """Write synthetic texts whose gradients match those of labelled real texts, or of a saved Release.
+
+    Raises:
+        UserError: the request cannot be met.
+    """
     kinds = (Inputs, Synthesis, ReleaseConfig, SynthesisConfig)
     first, own, private, changes = _parse(synthesize, kinds, arguments)
     inputs, given = Inputs(**first), Synthesis(**own)
@@ -212,7 +220,11 @@ def _default_folder(inputs: Inputs, given: Synthesis, private: ReleaseConfig, co
 
 
 def finetune(arguments: Sequence[str]) -> None:
-    """Fine-tune a model on examples, choose rate and step on the validation rows, and report the test accuracy."""
+    """Fine-tune a model on examples, choose rate and step on the validation rows, and report the test accuracy.
+
+    Raises:
+        UserError: the request cannot be met.
+    """
     first, own, settings = _parse(finetune, (Inputs, Training, FinetuneConfig), arguments)
     inputs, given = Inputs(**first), Training(**own)
     config = FinetuneConfig(**settings)
@@ -230,7 +242,11 @@ def finetune(arguments: Sequence[str]) -> None:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Report how often a model names the right label, as it is."""
+    """Report how often a model names the right label, as it is.
+
+    Raises:
+        UserError: the request cannot be met.
+    """
     first, own = _parse(evaluate, (Inputs, Split), arguments)
     inputs, split = Inputs(**first), Split(**own).split
     require(split in ("train", "validation", "test"), f"split = {split!r} is not known: use train, validation or test")

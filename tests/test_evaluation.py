@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gradmm import evaluation
 from gradmm.errors import UserError
 from gradmm.evaluation import perplexities, perplexity
+from gradmm.experiments import metrics
 from gradmm.experiments.metrics import (
     distinct_n,
     duplicate_share,
@@ -209,3 +210,10 @@ def test_the_bench_model_reads_film_reviews_as_recorded(bench):
     assert perplexity(model, [model.tokenizer.eos_token + text for text in texts]).corpus == pytest.approx(
         122, rel=0.03
     )
+
+
+def test_what_needs_sacrebleu_says_so_before_any_work(monkeypatch):
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
+    for call in (lambda: self_bleu(TEXTS), metrics.check_installed):
+        with pytest.raises(UserError, match=r"needs sacrebleu: pip install 'gradmm\[notebooks\]'"):
+            call()

@@ -46,6 +46,7 @@ from gradmm.matching import factors_of
 from gradmm.mechanism import Bits, LedgerEntry, clip_scale, noised_sums, plan_entry, system_bits
 from gradmm.models import Model, require_model
 from gradmm.privacy import Release, release
+from gradmm.progress import shown, stage
 from gradmm.readability import words
 from gradmm.seeds import generator, stream
 from gradmm.tasks import Task, TaskTokens, tokenize_task
@@ -195,7 +196,8 @@ def audit_release(
     present = [first for first, coin in zip(firsts, coins.tolist(), strict=True) if coin]
     present += [second for second, coin in zip(seconds, coins.tolist(), strict=False) if not coin]
     released = release(model, task, [*companions, *present], **options)
-    scores = _coin_estimates(model, task, (firsts, seconds, companions), released)
+    with shown(options.get("progress", True)), stage("reading canaries", len(firsts) + len(seconds) + len(companions)):
+        scores = _coin_estimates(model, task, (firsts, seconds, companions), released)
     return _judge(scores, coins, released.ledger[-1], guesses, confidence)
 
 
@@ -301,11 +303,14 @@ def membership(
     return Membership(auc, float(low), float(high), level, found, false_positive_rate, len(inside), len(outside))
 
 
-def loss_scores(model: Model, task: Task, examples: Iterable, reference: Model | None = None) -> list[float]:
+def loss_scores(
+    model: Model, task: Task, examples: Iterable, reference: Model | None = None, progress: bool = True
+) -> list[float]:
     """Minus each example's label loss under a model, in nats; with a reference, how much lower than under that."""
     examples = check_examples(examples, task, "example")
-    scores = -_label_losses(model, task, examples)
-    return (scores if reference is None else scores + _label_losses(reference, task, examples)).tolist()
+    with shown(progress), stage("reading losses", len(examples) * (1 if reference is None else 2)):
+        scores = -_label_losses(model, task, examples)
+        return (scores if reference is None else scores + _label_losses(reference, task, examples)).tolist()
 
 
 @torch.no_grad()

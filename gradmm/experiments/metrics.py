@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import numpy
 import torch
@@ -14,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from gradmm.classification import Encoded
 from gradmm.data import Example, content_hash
-from gradmm.errors import UserError, require, require_whole
+from gradmm.errors import require, require_whole
 from gradmm.evaluation import perplexity
 from gradmm.experiments.seed_run import SeedRun
 from gradmm.gradients import FactorTarget, Target
@@ -143,6 +144,15 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def check_installed() -> None:
+    """Check that the package behind self-BLEU is there, before long work whose end needs it.
+
+    Raises:
+        UserError: it is not.
+    """
+    require(find_spec("sacrebleu") is not None, "self-BLEU needs sacrebleu: pip install 'gradmm[notebooks]'")
+
+
 def self_bleu(texts: Sequence[str], seed: int = 0, limit: int = 200) -> float:
     """How alike texts are: the mean BLEU-4 of a text against all others as references (Zhu et al. 2018), 0 to 100.
 
@@ -152,12 +162,9 @@ def self_bleu(texts: Sequence[str], seed: int = 0, limit: int = 200) -> float:
     Raises:
         UserError: fewer than two texts, or `sacrebleu` is not installed.
     """
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as error:
-        raise UserError(
-            "self-BLEU needs the package sacrebleu: install it with pip install 'gradmm[notebooks]'"
-        ) from error
+    check_installed()
+    from sacrebleu.metrics import BLEU
+
     require(len(texts) >= 2, f"self-BLEU of {len(texts)} text(s): at least 2 are needed, so give more")
     drawn = torch.randperm(len(texts), generator=generator(seed, "self-BLEU"))[:limit].tolist()
     some = [texts[row].lower() for row in sorted(drawn)]

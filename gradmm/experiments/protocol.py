@@ -24,7 +24,7 @@ from gradmm.classification import check_fit, evaluate
 from gradmm.data import Example, Splits, without_overlap
 from gradmm.errors import UserError, is_whole, require, require_flag, require_type, short_repr
 from gradmm.experiments.baselines import CORESETS, METHODS, WRITING, select_coresets
-from gradmm.experiments.metrics import measure, measure_on, similarities, subsample
+from gradmm.experiments.metrics import check_installed, measure, measure_on, similarities, subsample
 from gradmm.experiments.records import memory_bytes
 from gradmm.experiments.results import Comparison
 from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun, candidates
@@ -74,6 +74,7 @@ def compare(
     """
     begun, config = time.time(), ComparisonConfig() if config is None else config
     _check(model, splits, config, methods, seeds)
+    check_installed()
     require_flag(progress, "progress")
     seeds, workers = [int(seed) for seed in seeds], usual_workers(model) if config.workers is None else config.workers
     several = f"workers = {workers} on {model.device}: several are for the CPU, give 1"

@@ -229,9 +229,7 @@ def finetune(arguments: Sequence[str]) -> None:
     inputs, given = Inputs(**first), Training(**own)
     config = FinetuneConfig(**settings)
     model, task, splits = inputs.load()
-    train = (
-        splits.train if given.train is None else read_examples(given.train, task, text=inputs.text, label=inputs.label)
-    )
+    train = splits.train if given.train is None else read_examples(given.train, task)
     found = finetuning.finetune(
         model, task, train, splits.validation, splits.test, config, inputs.output, progress=not inputs.quiet
     )

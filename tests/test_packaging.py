@@ -244,6 +244,7 @@ def test_a_note_says_where_each_embedded_file_comes_from():
     assert not [name for name in files - {"README.md", "demo"} if name not in note]
 
 
+@pytest.mark.slow
 def test_every_name_comes_from_its_room_and_only_what_is_asked_for_is_imported():
     rooms = {room: importlib.import_module(f"gradmm.{room}") for room in gradmm._ROOMS}
     assert all(
@@ -268,6 +269,7 @@ def test_every_name_comes_from_its_room_and_only_what_is_asked_for_is_imported()
     )
 
 
+@pytest.mark.slow
 def test_matplotlib_is_imported_by_the_plots_alone():
     rooms = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "gradmm").rglob("*.py"))
     names = [".".join(room.parts).removesuffix(".__init__") for room in rooms]

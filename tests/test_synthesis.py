@@ -248,7 +248,10 @@ def test_the_published_settings_run_too(setting):
     ] == 5
 
 
-@pytest.mark.parametrize(("kind", "init"), [*((kind, "generated") for kind in KINDS), ("phi", "normal")])
+EVERY_FAMILY = [pytest.param(kind, "generated", marks=pytest.mark.slow) for kind in KINDS if kind != "llama"]
+
+
+@pytest.mark.parametrize(("kind", "init"), [("llama", "generated"), ("phi", "normal"), *EVERY_FAMILY])
 def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init):
     model = tiny_model(kind, dtype=torch.float32)
     release, config = (

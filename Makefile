@@ -15,8 +15,9 @@ WORKERS := 3
 # Begun first where no earlier run says how long each takes, so that no core waits for the last one.
 LONGEST := $(addprefix notebooks/,05-ablations.ipynb 03-finetuning.ipynb 08-paper.ipynb)
 
-# Where both runs of `make test-all` find the notebooks that the first of them has executed.
-SHARED := $(abspath .pytest_cache/shared)
+# Where both runs of `make test-all` find the notebooks that the first of them has executed: outside of the checkout, whose records
+# a notebook would find.
+SHARED := $(or $(TMPDIR),/tmp)/gradmm-tests-$(shell echo "$(CURDIR)" | cksum | cut -d' ' -f1)
 
 .PHONY: quickstart test test-all test-oldest coverage mutants lint lab book clean
 .DELETE_ON_ERROR:

@@ -161,7 +161,8 @@ def _given(data: Any, task: Task | None, columns: tuple[str, str]) -> _Given:
     for kind, call in (("iterrows", "from_pandas"), ("append", "from_list")):
         require(
             not hasattr(data, kind),
-            f"the data are of type {type(data).__name__}: give datasets.Dataset.{call}(...) of them",
+            f"the data is of type {type(data).__name__}: give a path or a name as text, or "
+            f"datasets.Dataset.{call}(...)",
         )
     if hasattr(data, "column_names"):  # what `datasets` gives; streams have the same attribute
         return _of_tables(data, "the data set", columns)

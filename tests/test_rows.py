@@ -461,9 +461,9 @@ def test_a_dataset_whose_names_are_not_the_task_s_has_its_numbers():
 
 
 def test_rows_in_memory_of_another_kind_are_refused_with_the_way_in():
-    with pytest.raises(UserError, match=r"of type list: give datasets.Dataset.from_list\(...\) of them"):
+    with pytest.raises(UserError, match=r"of type list: give a path .*, or datasets.Dataset.from_list\(...\)"):
         load_data(MANY)
-    with pytest.raises(UserError, match=r"of type DataFrame: give datasets.Dataset.from_pandas\(...\) of them"):
+    with pytest.raises(UserError, match=r"of type DataFrame: give a path .*, or datasets.Dataset.from_pandas\(...\)"):
         load_data(pandas.DataFrame(MANY))
 
 

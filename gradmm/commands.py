@@ -48,7 +48,6 @@ class Inputs:
         revision: of the model on the hub.
         device: cpu, cuda or auto.
         dtype: of the weights: float32, bfloat16, float64 or auto.
-        output: a folder for results and unfinished work, seen by all processes; without it one in results/.
         quiet: no progress bar.
     """
 
@@ -60,7 +59,6 @@ class Inputs:
     revision: str | None = None
     device: str = "auto"
     dtype: str | None = None
-    output: str | None = None
     quiet: bool = False
 
     def load(self) -> tuple[Model, Task, Splits]:
@@ -89,12 +87,14 @@ class Synthesis:
         n_real: how many of the train rows are released, all classes together; without it all.
         search: the preset that the settings start from: pool, admm, paper or official.
         settings: a YAML file of SynthesisConfig's settings, over the preset.
+        output: a folder for results and unfinished work, seen by all processes; without it one in results/synthesize.
     """
 
     release: str | None = None
     n_real: int | None = None
     search: str = "pool"
     settings: str | None = None
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,11 @@ class Training:
     Attributes:
         train: a folder or file of rows (text, label) to learn from, such as the output of a synthesis; without it the
             data's train rows.
+        output: a folder for unfinished work and the figures of finished work; without it nothing is kept.
     """
 
     train: str | None = None
+    output: str | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def synthesize(arguments: Sequence[str]) -> None:
         )
         release, task = load_release(given.release), load_task(inputs.task or "demo")
         model = inputs.load_model()
-        folder = Path(inputs.output or RESULTS / "synthesize" / Path(given.release).stem)
+        folder = Path(given.output or RESULTS / "synthesize" / Path(given.release).stem)
     result = synthesis.synthesize(model, task, release, config, folder, progress=not inputs.quiet)
     _say(
         f"{len(result.kept)} of {len(result.candidates)} texts are kept in {folder}/train.jsonl; the release is "
@@ -201,7 +203,7 @@ def _released(
     seed = config.seed
     source = {"data": splits.source, "n_real": given.n_real, "seed": seed}
     real = splits.train if given.n_real is None else sample_examples(splits.train, given.n_real, task, seed)
-    folder = Path(inputs.output) if inputs.output else _default_folder(inputs, given, private, config)
+    folder = Path(given.output) if given.output else _default_folder(inputs, given, private, config)
     space = private.space or (config.space if private.epsilon is None else None)
     target = release_once(
         folder / "release", model, task, real, private, source=source, space=space, progress=not inputs.quiet
@@ -231,7 +233,7 @@ def finetune(arguments: Sequence[str]) -> None:
     model, task, splits = inputs.load()
     train = splits.train if given.train is None else read_examples(given.train, task)
     found = finetuning.finetune(
-        model, task, train, splits.validation, splits.test, config, inputs.output, progress=not inputs.quiet
+        model, task, train, splits.validation, splits.test, config, given.output, progress=not inputs.quiet
     )
     _say(
         f"test accuracy {found.accuracy:.4f} on {len(splits.test)} texts after {found.step} steps at rate "

@@ -24,6 +24,7 @@ from gradmm.rows import (
     SPLITS,
     Row,
     check_row,
+    class_name,
     class_names,
     names_by_label,
     read_file,
@@ -375,8 +376,8 @@ def check_examples(rows: Iterable, task: Task, where: str = "row") -> list[Examp
 
 def _named(row: Any, names: Sequence[str]) -> Any:
     """A row of a data set, its label number as the data set's ClassLabel calls it."""
-    number = row.get("label") if names and isinstance(row, Mapping) else None
-    return {**row, "label": names[number]} if isinstance(number, int) and 0 <= number < len(names) else row
+    named = bool(names) and isinstance(row, Mapping) and "label" in row
+    return {**row, "label": class_name(row["label"], names)} if named else row
 
 
 def prompt_completion(task: Task, rows: Iterable) -> Any:

@@ -145,8 +145,8 @@ def read_table(table: "Dataset", called: str, columns: Sequence[str] = COLUMNS) 
     rows = zip(*(table[name] for name in columns), strict=True)
     found = []
     for number, (text, label) in enumerate(rows, 1):
-        named = names[label] if isinstance(label, int) and 0 <= label < len(names) else label
-        found.append(check_row(dict(zip(columns, (text, named), strict=True)), f"{called}, row {number}", columns))
+        row = dict(zip(columns, (text, class_name(label, names)), strict=True))
+        found.append(check_row(row, f"{called}, row {number}", columns))
     return found
 
 
@@ -154,6 +154,11 @@ def class_names(table: Any, column: str = "label") -> list[str]:
     """The names that a data set's ClassLabel gives its label numbers; none where it has no such column."""
     feature = (getattr(table, "features", None) or {}).get(column)
     return list(getattr(feature, "names", None) or [])
+
+
+def class_name(label: Any, names: Sequence[str]) -> Any:
+    """What a ClassLabel with these names calls a label; a label that it does not number stays as it is."""
+    return names[label] if isinstance(label, int) and 0 <= label < len(names) else label
 
 
 def _check_columns(there: Sequence[str], columns: Sequence[str], called: str) -> None:

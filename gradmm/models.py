@@ -416,19 +416,28 @@ def load_model(
 
 def _load(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     _refuse_pickles(folder, name)
+    mend = "give a hub id or a folder with config.json, model.safetensors and tokenizer files"
+    require(
+        any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)),
+        f"{name} is no causal language model that can be loaded (it has no tokenizer files): {mend}",
+    )
+    return _read(folder, name, mend, dtype, use_safetensors=True)
+
+
+def _read(
+    folder: Path, name: str, mend: str, dtype: torch.dtype, **how: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer by transformers; `how` says from which kind of file."""
     try:
         with _quiet():
-            require(
-                any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)), "it has no tokenizer files"
-            )
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            files_of = {key: how[key] for key in ("gguf_file",) if key in how}
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **files_of)
             lm, loading = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **how
             )
-    except Exception as error:  # transformers raises many kinds; each means that the folder is no usable model
+    except Exception as error:  # transformers raises many kinds; each means that there is no usable model
         raise UserError(
-            f"{name} is no causal language model that can be loaded ({first_line(error)}): give a hub id or a folder "
-            "with config.json, model.safetensors and tokenizer files"
+            f"{name} is no causal language model that can be loaded ({first_line(error)}): {mend}"
         ) from error
     _align(lm)
     absent = sorted(loading["missing_keys"])
@@ -444,18 +453,8 @@ def _load_gguf(path: Path, device: torch.device, dtype: torch.dtype) -> Model:
     """A model from one GGUF file, its weights widened."""
     require(path.is_file(), f"there is no model file {path}: check the path")
     require(find_spec("gguf") is not None, "a GGUF file needs gguf: install it with pip install 'gradmm[gguf]'")
-    try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-            lm = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=dtype, trust_remote_code=False
-            )
-    except Exception as error:  # transformers raises many kinds; each means that the file is no usable model
-        raise UserError(
-            f"{path} is no causal language model that can be loaded ({first_line(error)}): give a GGUF file of a "
-            "family that transformers widens, or the folder that it was made of"
-        ) from error
-    _align(lm)
+    mend = "give a GGUF file of a family that transformers widens, or the folder that it was made of"
+    lm, tokenizer = _read(path.parent, str(path), mend, dtype, gguf_file=path.name)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return wrap_model(lm.to(device), tokenizer, plain_name(path.stem), None, digest)

@@ -686,8 +686,8 @@ def test_reading_on_from_a_cache_equals_reading_at_once(tiny_model, family):
 # ---------------------------------------------------------------- models as users have them
 
 
-def write_gguf(path: Path, tokenizer) -> dict[str, numpy.ndarray]:
-    """A tiny Llama with random weights and a byte-level vocabulary as one GGUF file; the weights."""
+def write_gguf(path: Path, tokenizer, without: str = "") -> dict[str, numpy.ndarray]:
+    """A tiny Llama with random weights, but for one, and a byte-level vocabulary as one GGUF file; the weights."""
     gguf = pytest.importorskip("gguf")
     held = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocabulary = sorted(held["vocab"], key=held["vocab"].get)
@@ -696,7 +696,9 @@ def write_gguf(path: Path, tokenizer) -> dict[str, numpy.ndarray]:
     shapes = {"token_embd": (len(vocabulary), 32), "output": (len(vocabulary), 32), "output_norm": (32,)}
     shapes |= {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in sizes.items()}
     draw = numpy.random.default_rng(0)
-    weights = {name: draw.normal(0.3, 0.3, shape).astype(numpy.float32) for name, shape in shapes.items()}
+    weights = {
+        name: draw.normal(0.3, 0.3, shape).astype(numpy.float32) for name, shape in shapes.items() if name != without
+    }
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -733,6 +735,9 @@ def test_a_gguf_file_is_a_model(tmp_path):
     task = Task("x", ("no", "yes"), (" bad", " great"), generation_prompts=("Bad.", "Good."))
     rows = [{"text": text, "label": 1}, {"text": "It was dull.", "label": 0}]
     assert gradmm.release(model, task, rows, space="head").length > 4 and gradmm.evaluate(model, task, rows).loss > 0
+    write_gguf(tmp_path / "part.gguf", demo.tokenizer, without="blk.1.ffn_up")
+    with pytest.raises(UserError, match="lacks 1 of its weights, .*ffn_up|lacks 1 of its weights, .*up_proj"):
+        load_model(tmp_path / "part.gguf", device="cpu")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     for name, words in {"broken": "is no causal language model that can", "none": "there is no model file"}.items():
         with pytest.raises(UserError, match=words):

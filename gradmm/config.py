@@ -9,34 +9,41 @@ from typing import Any
 
 from gradmm import admm
 from gradmm.errors import (
+    COUNT,
+    FLAG,
+    WHOLE,
+    Rule,
+    at_least,
+    check_settings,
     is_number,
-    is_whole,
     near,
-    plain_fields,
+    one_of,
     require,
-    require_flag,
     require_settings,
     require_texts,
-    require_whole,
-    settings_from,
     short_repr,
 )
 from gradmm.gradients import DISTANCES
 from gradmm.initialisation import INITIALISATIONS
 from gradmm.markup import code
-from gradmm.mechanism import check_budget, check_clipping, check_delta
+from gradmm.mechanism import CLAIM
 from gradmm.projection import PROJECTIONS
 from gradmm.selection import FILTERS, RANKINGS
 
 SEARCHES = ("admm", "pool")
 ADAPTERS = ("lora",)
-_NAMED = {
-    "search": SEARCHES,
-    "init": INITIALISATIONS,
-    "projection": PROJECTIONS,
-    "filter": FILTERS,
-    "distance": DISTANCES,
-    "ranking": RANKINGS,
+_SYNTHESIS = {
+    **dict.fromkeys(("n_synthetic", "group_size", "top_k", "length", "init_candidates", "groups_per_batch"), COUNT),
+    "oversample": at_least(1),
+    "perplexity_weight": at_least(0),
+    "early_end": FLAG,
+    "seed": WHOLE,
+    "search": one_of(SEARCHES),
+    "init": one_of(INITIALISATIONS),
+    "projection": one_of(PROJECTIONS),
+    "filter": one_of(FILTERS),
+    "distance": one_of(DISTANCES),
+    "ranking": one_of(RANKINGS),
 }
 
 
@@ -99,32 +106,11 @@ class SynthesisConfig:
     solver: admm.Config = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        plain_fields(self)
-        for name in ("n_synthetic", "group_size", "top_k", "init_candidates"):
-            _require_count(name, getattr(self, name))
-        for name in ("length", "groups_per_batch"):
-            _require_count(name, 1 if getattr(self, name) is None else getattr(self, name))
-        for name, least, mend in (
-            ("oversample", 1, "1.5 writes half as many again"),
-            ("perplexity_weight", 0, "0 ignores it"),
-        ):
-            value = getattr(self, name)
-            require(
-                is_number(value) and value >= least,
-                f"{name} = {short_repr(value)}, it must be at least {least}: {mend}",
-            )
-        require_flag(self.early_end, "early_end")
-        require_whole(self.seed, "seed")
+        check_settings(self, _SYNTHESIS)
         require(
             self.early_end or self.init == "normal",
             "init = 'generated' writes texts of several lengths: set early_end, or init = 'normal'",
         )
-        for name, known in _NAMED.items():
-            value = getattr(self, name)
-            require(
-                isinstance(value, str) and value in known,
-                f"the {name} {short_repr(value)} is not known: use one of {', '.join(known)}",
-            )
         solver = admm.Config(self.rho, self.outer_steps, self.inner_steps, self.lr)  # checks its own settings
         object.__setattr__(self, "solver", solver)
 
@@ -132,28 +118,6 @@ class SynthesisConfig:
     def space(self) -> str:
         """The release space that suits the search: "body", which training follows, for a pool; "head" for ADMM."""
         return "body" if self.search == "pool" else "head"
-
-    @staticmethod
-    def from_dict(values: dict) -> "SynthesisConfig":
-        """Settings from plain values; unknown names are errors.
-
-        Raises:
-            UserError: a name that is no setting, or a value that a setting cannot have.
-        """
-        return settings_from(SynthesisConfig, values)
-
-
-def _settings(config: SynthesisConfig) -> dict:
-    """The settings that can be given; what follows from them is left out."""
-    return {item.name: getattr(config, item.name) for item in fields(config) if item.init}
-
-
-def _require_count(name: str, value) -> None:
-    require(
-        is_whole(value) and value >= 1,
-        f"{name} = {short_repr(value)}, it must be a whole number of at least 1: give "
-        f"{SynthesisConfig.__dict__[name] or 1}",
-    )
 
 
 # ---------------------------------------------------------------- named settings
@@ -218,8 +182,8 @@ def described(name: str, config: SynthesisConfig) -> str:
 
 
 def _differing(config: SynthesisConfig, other: SynthesisConfig) -> str:
-    theirs = _settings(other)
-    return ", ".join(code(f"{name} = {value!r}") for name, value in _settings(config).items() if value != theirs[name])
+    given = [(item.name, getattr(config, item.name)) for item in fields(config) if item.init]
+    return ", ".join(code(f"{name} = {value!r}") for name, value in given if value != getattr(other, name))
 
 
 # ---------------------------------------------------------------- a release
@@ -270,9 +234,7 @@ class ReleaseConfig:
     noise_seed: int | None = None
 
     def __post_init__(self) -> None:
-        plain_fields(self)
-        if self.length is not None:
-            require_whole(self.length, "length", 1)
+        check_settings(self, CLAIM | {"length": COUNT, "directions": COUNT, "noise_seed": WHOLE})
         require(
             self.epsilon is None or self.length is not None,
             f"epsilon = {self.epsilon} without a length, and the real texts' own length is private: give length, the "
@@ -283,16 +245,12 @@ class ReleaseConfig:
             self.epsilon is not None or not alone,
             f"{', '.join(alone)} without epsilon, nothing would be private: give epsilon, or leave them out",
         )
-        if self.noise_seed is not None:
-            require_whole(self.noise_seed, "noise_seed")
-        if self.epsilon is not None:
-            check_budget(self.epsilon, self.delta)
-        check_delta(self.delta)
-        check_clipping(self.clip, self.relation, self.calibration)
+        require(
+            self.epsilon is None or self.delta is not None,
+            f"epsilon = {self.epsilon} without delta: give delta too, well below 1 / number of examples",
+        )
         if self.public_texts is not None:
             object.__setattr__(self, "public_texts", tuple(require_texts(self.public_texts, "public_texts")))
-        if self.directions is not None:
-            require_whole(self.directions, "directions", 1)
 
     @property
     def space_name(self) -> str:
@@ -302,7 +260,26 @@ class ReleaseConfig:
 
 # ---------------------------------------------------------------- fine-tuning
 
-_COUNTS = ("steps", "batch_size", "eval_every", "tokens_per_batch", "patience", "max_validation", "adapter_rank")
+_COUNTS = ("steps", "batch_size", "eval_every", "patience", "max_validation", "tokens_per_batch", "adapter_rank")
+_FINETUNING = {
+    **dict.fromkeys(_COUNTS, COUNT),
+    "learning_rates": Rule(
+        lambda rates: (
+            isinstance(rates, list | tuple)
+            and len(rates) > 0
+            and all(is_number(rate) and 0 < rate < 1 for rate in rates)
+        ),
+        "{name} = {value}, each must be above 0 and below 1: give a list such as [0.00005, 0.0002]",
+    ),
+    "warmup": at_least(0),
+    "weight_decay": at_least(0),
+    "gradient_clip": Rule(
+        lambda value: is_number(value) and value > 0, "{name} = {value}, it must be above 0: give such as 1.0"
+    ),
+    "autocast": FLAG,
+    "adapter": one_of(ADAPTERS),
+    "seed": WHOLE,
+}
 
 
 @dataclass(frozen=True)
@@ -345,50 +322,5 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        plain_fields(self)
-        rates = self.learning_rates
-        require(
-            isinstance(rates, list | tuple)
-            and len(rates) > 0
-            and all(is_number(rate) and 0 < rate < 1 for rate in rates),
-            f"learning_rates = {short_repr(rates)}, each must be above 0 and below 1: give a list such as "
-            "[0.00005, 0.0002]",
-        )
-        object.__setattr__(self, "learning_rates", tuple(float(rate) for rate in rates))
-        for name in _COUNTS:
-            value = getattr(self, name)
-            optional = name in ("patience", "max_validation") and value is None
-            require(
-                optional or (is_whole(value) and value >= 1),
-                f"{name} = {short_repr(value)}, it must be a whole number of at least 1: the default is "
-                f"{_default(name)}",
-            )
-        for name in ("warmup", "weight_decay"):
-            value = getattr(self, name)
-            require(
-                is_number(value) and value >= 0,
-                f"{name} = {short_repr(value)}, it must be at least 0: the default is {_default(name)}",
-            )
-        require(
-            is_number(self.gradient_clip) and self.gradient_clip > 0,
-            f"gradient_clip = {short_repr(self.gradient_clip)}, it must be above 0: the default is 1.0",
-        )
-        require_flag(self.autocast, "autocast")
-        require_whole(self.seed, "seed")
-        require(
-            self.adapter in (None, *ADAPTERS),
-            f"the adapter {short_repr(self.adapter)} is not known: use None or one of {', '.join(ADAPTERS)}",
-        )
-
-    @staticmethod
-    def from_dict(values: dict) -> "FinetuneConfig":
-        """Settings from plain values; unknown names are errors.
-
-        Raises:
-            UserError: a name that is no setting, or a value that a setting cannot have.
-        """
-        return settings_from(FinetuneConfig, values)
-
-
-def _default(name: str):
-    return next(item.default for item in fields(FinetuneConfig) if item.name == name)
+        check_settings(self, _FINETUNING)
+        object.__setattr__(self, "learning_rates", tuple(float(rate) for rate in self.learning_rates))

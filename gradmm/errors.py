@@ -3,11 +3,11 @@
 import difflib
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from numbers import Integral, Real
-from types import UnionType
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args
 
 
 class UserError(ValueError):
@@ -116,23 +116,66 @@ def require_flag(value, name: str) -> None:
     require(isinstance(value, bool), f"{name} = {short_repr(value)}, it must be True or False: give one of them")
 
 
+# ---------------------------------------------------------------- settings
+
+
+class Rule(NamedTuple):
+    """What the value of a setting must be: a test, and what an error says of a {name} whose {value} fails it."""
+
+    holds: Callable[[Any], bool]
+    says: str
+
+
+WHOLE = Rule(is_whole, "{name} = {value}, it must be a whole number: give such as 0")
+COUNT = Rule(
+    lambda value: is_whole(value) and value >= 1,
+    "{name} = {value}, it must be a whole number of at least 1: give such as 1",
+)
+FLAG = Rule(lambda value: isinstance(value, bool), "{name} = {value}, it must be True or False: give one of them")
+
+
+def at_least(least: float) -> Rule:
+    """The rule of a number with a lower bound."""
+    says = f"{{name}} = {{value}}, it must be at least {least}: give such as {least}"
+    return Rule(lambda value: is_number(value) and value >= least, says)
+
+
+def one_of(known: Iterable[str]) -> Rule:
+    """The rule of a name."""
+    known = tuple(known)
+    says = f"the {{name}} {{value}} is not known: use one of {', '.join(known)}"
+    return Rule(lambda value: isinstance(value, str) and value in known, says)
+
+
+def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Raise for the first value that breaks the rule of its name.
+
+    Raises:
+        UserError: one does.
+    """
+    for name, value in values.items():
+        if name in rules and not rules[name].holds(value):
+            raise UserError(rules[name].says.format(name=name, value=short_repr(value)))
+
+
+def check_settings(settings: Any, rules: Mapping[str, Rule]) -> None:
+    """Check the settings of a frozen dataclass; one whose type holds None may be None.
+
+    Raises:
+        UserError: a value that breaks the rule of its name.
+    """
+    plain_fields(settings)
+    given = {item: getattr(settings, item.name) for item in fields(settings) if item.init}
+    unset = [item for item, value in given.items() if value is None and NoneType in get_args(item.type)]
+    check_values({item.name: value for item, value in given.items() if item not in unset}, rules)
+
+
 def plain_fields(settings: Any) -> None:
     """Make Python's own of the numpy numbers in a frozen dataclass, so that equal settings are equal files."""
     for item in fields(settings):
         value = getattr(settings, item.name, None)
         if type(value).__module__ == "numpy" and isinstance(value, Real):
             object.__setattr__(settings, item.name, int(value) if isinstance(value, Integral) else float(value))
-
-
-def settings_from(kind: type, values: Mapping) -> Any:
-    """The settings of a dataclass from plain values.
-
-    Raises:
-        UserError: no mapping, a name that is no setting, or a value that a setting cannot have.
-    """
-    require_type(values, Mapping, "the settings", f"give a mapping from the names of {kind.__name__}'s settings")
-    require_settings(kind, values)
-    return kind(**values)
 
 
 def require_settings(kind: type, names: Iterable) -> None:

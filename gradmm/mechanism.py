@@ -22,7 +22,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from gradmm.errors import UserError, is_number, require, require_type, short_repr
+from gradmm.errors import Rule, check_values, is_number, one_of, require, require_type
 from gradmm.gradients import DenseTarget, Factors
 from gradmm.seeds import generator
 
@@ -64,16 +64,9 @@ def classic_sigma(epsilon: float, delta: float) -> float:
 
 
 def zhao2019_sigma(epsilon: float, delta: float) -> float:
-    """(c + sqrt(c^2 + epsilon)) / (epsilon sqrt 2), c^2 = ln(2 / (sqrt(16 delta + 1) - 1)) (Zhao et al. 2019, arXiv
-    1911.12060).
-
-    Raises:
-        UserError: delta of 0.5 or more.
+    """(c + sqrt(c^2 + epsilon)) / (epsilon sqrt 2), c^2 = ln(2 / (sqrt(16 delta + 1) - 1)), for delta < 0.5 (Zhao et
+    al. 2019, arXiv 1911.12060).
     """
-    require(
-        delta < 0.5,
-        f"delta = {delta} with the zhao2019 calibration, which is proved below 0.5: use calibration='exact'",
-    )
     square = math.log(2 / (math.sqrt(16 * delta + 1) - 1))
     return (math.sqrt(square) + math.sqrt(square + epsilon)) / (epsilon * math.sqrt(2))
 
@@ -82,6 +75,23 @@ CALIBRATIONS: dict[str, Callable[[float, float], float]] = {
     "exact": exact_sigma,
     "classic": classic_sigma,
     "zhao2019": zhao2019_sigma,
+}
+CLAIM = {  # what a claim of privacy may say
+    "epsilon": Rule(
+        lambda value: is_number(value) and value > 0,
+        "{name} = {value}, it must be positive and finite: give such as 1.0",
+    ),
+    "delta": Rule(
+        lambda value: is_number(value) and 0 < value <= LARGEST_DELTA,
+        f"{{name}} = {{value}}, it must be above 0 and at most {LARGEST_DELTA} (whoever hands out each example as it "
+        "is with the chance delta keeps to it): give such as 1e-5, well below 1 / number of examples",
+    ),
+    "clip": Rule(
+        lambda value: is_number(value) and CLIP_RANGE[0] <= value <= CLIP_RANGE[1],
+        "{name} = {value}, it must lie between " + "{:g} and {:g}: give such as 1.0".format(*CLIP_RANGE),
+    ),
+    "relation": one_of(RELATIONS),
+    "calibration": one_of(CALIBRATIONS),
 }
 
 
@@ -122,7 +132,7 @@ def plan_entry(
     what: str,
     space: str,
     epsilon: float,
-    delta: float | None,
+    delta: float,
     relation: str,
     clip: float,
     calibration: str,
@@ -131,73 +141,19 @@ def plan_entry(
     """Check a claim and find the noise that backs it; nothing is spent yet.
 
     Raises:
-        UserError: epsilon not positive and finite, delta outside (0, 1), clip not positive and finite, an unknown
-            relation or calibration, or a claim outside the calibration's range.
+        UserError: a part of the claim that breaks its rule in `CLAIM`, or is outside of the calibration's range.
 
     >>> claim = {"relation": "replace-one", "clip": 1.0, "calibration": "exact", "coordinates": 320}
     >>> entry = plan_entry("gradients", "label_rows", 1.0, 1e-5, **claim)
     >>> entry.sensitivity, round(entry.sigma, 2)
     (2.0, 7.46)
     """
-    delta = check_budget(epsilon, delta)
-    check_clipping(clip, relation, calibration)
+    claim = {"epsilon": epsilon, "delta": delta, "relation": relation, "clip": clip, "calibration": calibration}
+    check_values(claim, CLAIM)
     sensitivity = RELATIONS[relation] * clip
     sigma = sensitivity * CALIBRATIONS[calibration](epsilon, delta)
     values = (float(epsilon), float(delta), relation, float(clip), sensitivity, calibration, sigma, coordinates)
     return LedgerEntry(what, space, *values)
-
-
-def check_budget(epsilon: float, delta: float | None) -> float:
-    """Check a claim's epsilon and delta.
-
-    Returns:
-        delta.
-
-    Raises:
-        UserError: epsilon not positive and finite, delta missing or outside (0, 1).
-    """
-    require(
-        is_number(epsilon) and epsilon > 0,
-        f"epsilon = {short_repr(epsilon)}, it must be positive and finite: give such as 1.0",
-    )
-    if delta is None:
-        raise UserError(f"epsilon = {epsilon} without delta: give delta too, well below 1 / number of examples")
-    require(
-        is_number(delta) and 0 < delta < 1,
-        f"delta = {short_repr(delta)}, it must lie between 0 and 1: give such as 1e-5",
-    )
-    return delta
-
-
-def check_delta(delta: float | None) -> None:
-    """Check that a delta is a small chance, whatever the number of examples, which is private itself.
-
-    Raises:
-        UserError: above `LARGEST_DELTA`.
-    """
-    require(
-        delta is None or not is_number(delta) or delta <= LARGEST_DELTA,
-        f"delta = {short_repr(delta)}, it must be at most {LARGEST_DELTA} (whoever hands out each example as it is "
-        "with the chance delta keeps to it): give such as 1e-5, well below 1 / number of examples",
-    )
-
-
-def check_clipping(clip: float, relation: str, calibration: str) -> None:
-    """Check what a claim says of the mechanism beside its budget.
-
-    Raises:
-        UserError: clip not positive and finite, an unknown relation or calibration.
-    """
-    least, most = CLIP_RANGE
-    require(
-        is_number(clip) and least <= clip <= most,
-        f"clip = {short_repr(clip)}, it must lie between {least:g} and {most:g}: give such as 1.0",
-    )
-    for name, value, known in (("relation", relation, RELATIONS), ("calibration", calibration, CALIBRATIONS)):
-        require(
-            isinstance(value, str) and value in known,
-            f"the {name} {short_repr(value)} is not known: use one of {', '.join(known)}",
-        )
 
 
 # ---------------------------------------------------------------- composition
@@ -240,8 +196,7 @@ class Ledger:
     entries: tuple[LedgerEntry, ...] = ()
 
     def __post_init__(self) -> None:
-        check_delta(self.delta)
-        plan_entry("budget", "none", self.epsilon, self.delta, "replace-one", 1.0, "exact", 1)
+        check_values({"epsilon": self.epsilon, "delta": self.delta}, CLAIM)
         require_type(self.entries, tuple | list, "the ledger's entries", "give the `ledger` of a Release")
         entries, self.entries = tuple(self.entries), ()
         for entry in entries:

@@ -15,7 +15,7 @@ from gradmm.errors import UserError
 from gradmm.gradients import Factors
 
 EPSILONS = numpy.logspace(-3, 2, 11)
-DELTAS = numpy.logspace(-12, -1, 12)
+DELTAS = numpy.logspace(-12, -2, 11)
 
 
 def entry(**changes) -> mechanism.LedgerEntry:
@@ -117,11 +117,11 @@ def test_a_claim_at_a_smaller_delta_costs_more_of_the_budget():
     [
         ({"epsilon": 0}, "epsilon = 0"), ({"epsilon": -1.0}, "epsilon = -1"), ({"epsilon": math.inf}, "epsilon = inf"),
         ({"epsilon": math.nan}, "epsilon = nan"), ({"epsilon": "1"}, "epsilon = '1'"),
-        ({"delta": None}, "without delta"), ({"delta": 0.0}, "delta = 0.0"), ({"delta": 1.0}, "delta = 1.0"),
+        ({"delta": None}, "delta = None"), ({"delta": 0.0}, "delta = 0.0"), ({"delta": 1.0}, "delta = 1.0"),
         ({"delta": math.nan}, "delta = nan"), ({"clip": 0.0}, "clip = 0.0"), ({"clip": -1.0}, "clip = -1.0"),
         ({"clip": math.inf}, "clip = inf"), ({"relation": "swap"}, "'swap'"), ({"calibration": "tight"}, "'tight'"),
         ({"calibration": "classic", "epsilon": 1.5}, "classic"),
-        ({"calibration": "zhao2019", "delta": 0.6}, "zhao2019"),
+        ({"calibration": "zhao2019", "delta": 0.6}, "delta = 0.6"),
     ],
 )  # fmt: skip
 def test_a_claim_out_of_range_is_refused(changes, words):

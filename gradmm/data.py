@@ -19,6 +19,7 @@ from gradmm import files
 from gradmm.errors import DataWarning, UserError, first_line, is_whole, require, require_type, short_repr
 from gradmm.markup import plain_name
 from gradmm.rows import (
+    COLUMNS,
     ENDINGS,
     NAMED,
     SPLITS,
@@ -96,7 +97,8 @@ class _Given:
     def task(self) -> Task:
         """The task that they imply."""
         written = None if self.folder is None else written_task(self.folder)
-        return written or implied_task(self.source.split("@")[0], lambda: self.rows["train"], self.names)
+        in_memory = self.folder is None
+        return written or implied_task(self.source.split("@")[0], lambda: self.rows["train"], self.names, in_memory)
 
 
 def load_data(
@@ -105,19 +107,19 @@ def load_data(
     """Load a task's examples; a `DataWarning` says once what was left out or moved.
 
     Args:
-        data: a folder of `{train,validation,test}` files or one file, as JSON lines, CSV or Parquet; a
-            `datasets.Dataset` or `DatasetDict`; a data set's id on the hub or a `tasks.HubSource`; a registered name
-            with a hub source; or "demo". What is missing of validation and test is carved from train.
+        data: a folder of files that are named after train, validation (or dev) and test, or one file, as JSON lines,
+            CSV or Parquet; a `datasets.Dataset` or `DatasetDict`; a data set's id on the hub or a `tasks.HubSource`; a
+            registered name with a hub source; or "demo". What is missing of validation and test is carved from train.
         task: whatever `load_task` takes; None takes the one that the data imply.
         text, label: the columns' names. Labels are names, or numbers from 0, or numbers that the data name themselves
-            (`labels.json`, ClassLabel).
+            (`labels.json`, ClassLabel, the card of a synthesis).
 
     Returns:
         (task, splits).
 
     Raises:
-        UserError: no such data, a broken row (file and line), an empty text, an unknown label, a file that looks like a
-            split and is not read, or a class without a train example (and why).
+        UserError: no such data, a broken row (file and line), an empty text, an unknown label, or a class without a
+            train example (and why).
 
     Example:
         >>> import gradmm
@@ -130,9 +132,10 @@ def load_data(
     """
     for name in (text, label):
         require_type(name, str, "a column's name", "give text such as 'sentence'")
-    task = _named_task(data) if task is None else load_task(task)
-    given = _given(data, task, (text, label))
-    task = task or given.task()
+    task = None if task is None else load_task(task)
+    named, hub = _on_hub(data, task, (text, label))
+    given = _given(data, hub, (text, label))
+    task = task or named or given.task()
     splits = split_by_content(_examples(given, task), given.source)
     _check_classes(splits, task)
     for note in (*given.notes, *splits.notes):
@@ -147,17 +150,23 @@ def read_examples(data: Any, task: Task, *, text: str = "text", label: str = "la
         UserError: as `load_data`.
     """
     require_task(task)
-    return _examples(_given(data, task, (text, label)), task)["train"]
+    columns = (text, label)
+    return _examples(_given(data, _on_hub(data, task, columns)[1], columns), task)["train"]
 
 
-def _named_task(data: Any) -> Task | None:
-    """The registered task that data of this name have, unless they lie here: by its name or its hub id."""
-    if not isinstance(data, str) or data == "demo" or files.as_path(data, "the data").exists():
-        return None
-    return next((one for one in TASKS.values() if data in (one.name, one.hub and one.hub.path)), None)
+def _on_hub(data: Any, task: Task | None, columns: tuple[str, str]) -> tuple[Task | None, HubSource | None]:
+    """The task that has data of this name or hub id, and where on the hub they are; neither for what lies here."""
+    named, source = None, data if isinstance(data, HubSource) else None
+    if isinstance(data, str) and data != "demo" and not files.as_path(data, "the data").exists():
+        tasks = (one for one in (task, *TASKS.values()) if one is not None and one.hub is not None)
+        named = next((one for one in tasks if data in (one.name, one.hub and one.hub.path)), None)
+        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.startswith(".")
+        source = named.hub if named is not None else HubSource(data) if is_id else None
+    asked = {name: column for name, column in zip(COLUMNS, columns, strict=True) if column != name}
+    return named, None if source is None else replace(source, **asked)
 
 
-def _given(data: Any, task: Task | None, columns: tuple[str, str]) -> _Given:
+def _given(data: Any, hub: HubSource | None, columns: tuple[str, str]) -> _Given:
     """The rows of any source."""
     for kind, call in (("iterrows", "from_pandas"), ("append", "from_list")):
         require(
@@ -166,19 +175,20 @@ def _given(data: Any, task: Task | None, columns: tuple[str, str]) -> _Given:
             f"datasets.Dataset.{call}(...)",
         )
     if hasattr(data, "column_names"):  # what `datasets` gives; streams have the same attribute
-        return _of_tables(data, "the data set", columns)
-    hub = data if isinstance(data, HubSource) else _hub_source(data, task, columns)
+        return _of_tables(data, "the data set", HubSource("", *columns))
     if hub is not None:
         return _of_hub(hub)
     path = DEMO if isinstance(data, str) and data == "demo" else files.as_path(data, "the data")
     if path.is_dir():
-        return _Given(read_rows(path, columns), read_label_names(path), plain_name(path.resolve().name), folder=path)
+        names = read_label_names(path, columns[1])
+        return _Given(read_rows(path, columns), names, plain_name(path.resolve().name), folder=path)
     if path.is_file():
         require(
-            path.suffix.lower() in (*ENDINGS, ".json"),
+            path.suffix.lower() in ENDINGS,
             f"{path} is no file of rows: give JSON lines, CSV or Parquet ({', '.join(ENDINGS)})",
         )
-        return _Given({"train": read_file(path, columns)}, {}, plain_name(path.stem))
+        names = read_label_names(path.parent, columns[1])
+        return _Given({"train": read_file(path, columns)}, names, plain_name(path.stem), folder=path.parent)
     raise UserError(
         f"there is no data {short_repr(str(data))}: give a folder with train.jsonl, demo, or one of "
         f"{', '.join(TASKS)}; or a file, or an id on the hub such as stanfordnlp/imdb"
@@ -231,7 +241,7 @@ def split_by_content(rows: Mapping[str, list[Example]], source: str) -> Splits:
     parts: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for digest, (split, example) in kept.items():
         parts[places.get(digest, split)].append(example)
-    notes = [*_notes(rows, repeated, contradicted, elsewhere), *_note_of_carving(places)]
+    notes = _notes(rows, repeated, contradicted, elsewhere, places)
     return Splits(**parts, source=source, dropped=sum(map(len, groups.values())) - len(kept), notes=tuple(notes))
 
 
@@ -259,16 +269,17 @@ def _carve(labels: Mapping[str, int], rows: Mapping[str, list[Example]]) -> dict
     return places
 
 
-def _notes(rows: Mapping, repeated: list, contradicted: list, elsewhere: Mapping) -> list[str]:
-    """A sentence on each kind of row that was left out."""
+def _notes(rows: Mapping, repeated: list, contradicted: list, elsewhere: Mapping, places: Mapping) -> list[str]:
+    """A sentence on each kind of row that was left out or moved."""
     notes = []
     if repeated:
         said = f"{len(repeated)} row(s) repeat another row's text and label, of which the last stays"
         notes.append(said + _first(*repeated[0]))
     if contradicted:
+        first = contradicted[0][0]
         notes.append(
             f"{len(contradicted)} text(s) stand under several labels in {sum(map(len, contradicted))} rows, which are "
-            f"left out{_first(*_contradiction(contradicted[0]))}"
+            f"left out{_first(first, next(other for other in contradicted[0] if other.label != first.label))}"
         )
     for (split, later), pairs in elsewhere.items():
         share = f"all {len(pairs)}" if len(pairs) == len(rows[split]) else f"{len(pairs)} of {len(rows[split])}"
@@ -276,22 +287,15 @@ def _notes(rows: Mapping, repeated: list, contradicted: list, elsewhere: Mapping
         under = f", {other} of them under another label" if other else ""
         said = f"{share} {split} rows are left out, since their texts are in {later} too"
         notes.append(said + under + _first(*pairs[0]))
+    carved = [split for split in places.values() if split != "train"]
+    if len(carved) > LARGE_SHARE * len(places):
+        there = " and ".join(sorted(set(carved), key=SPLITS.index))
+        notes.append(f"{len(carved)} of {len(places)} train texts serve as {there}, so that every class has some there")
     return notes
-
-
-def _contradiction(members: Sequence[Example]) -> tuple[Example, Example]:
-    return members[0], next(example for example in members if example.label != members[0].label)
 
 
 def _first(one: Example, two: Example) -> str:
     return f" (first: {one.origin} and {two.origin})" if one.origin and two.origin else ""
-
-
-def _note_of_carving(places: Mapping[str, str]) -> list[str]:
-    carved = sorted({split for split in places.values() if split != "train"}, key=SPLITS.index)
-    count = sum(split != "train" for split in places.values())
-    said = f"{count} of {len(places)} train texts serve as {' and '.join(carved)}, so that every class has some there"
-    return [said] if count > LARGE_SHARE * len(places) else []
 
 
 def sample_examples(examples: Iterable, n: int, task: Task, seed: int) -> list[Example]:
@@ -368,16 +372,10 @@ def check_examples(rows: Iterable, task: Task, where: str = "row") -> list[Examp
     if not set(names) & set(task.labels):  # numbers then count as the task's own
         names = []
     return [
-        _example(_named(row, names), task, f"{where} {number}")
+        _example(row, names, task, f"{where} {number}")
         for number, row in enumerate(rows, 1)
-        if not _rejected(row)
+        if not (isinstance(row, Mapping) and row.get("kept") is False)
     ]
-
-
-def _named(row: Any, names: Sequence[str]) -> Any:
-    """A row of a data set, its label number as the data set's ClassLabel calls it."""
-    named = bool(names) and isinstance(row, Mapping) and "label" in row
-    return {**row, "label": class_name(row["label"], names)} if named else row
 
 
 def prompt_completion(task: Task, rows: Iterable) -> Any:
@@ -400,15 +398,12 @@ def prompt_completion(task: Task, rows: Iterable) -> Any:
     return datasets.Dataset.from_dict({"prompt": prompts, "completion": [task.verbalizers[e.label] for e in examples]})
 
 
-def _rejected(row) -> bool:
-    return isinstance(row, Mapping) and row.get("kept") is False
-
-
-def _example(row, task: Task, where: str) -> Example:
-    origin = where
+def _example(row: Any, names: Sequence[str], task: Task, where: str) -> Example:
     if isinstance(row, Example):
-        row, origin = {"text": row.text, "label": row.label}, row.origin or where
-    return _of_task(check_row(row, origin), task)
+        row, where = {"text": row.text, "label": row.label}, row.origin or where
+    elif names and isinstance(row, Mapping) and "label" in row:
+        row = {**row, "label": class_name(row["label"], names)}
+    return _of_task(check_row(row, where), task)
 
 
 def _of_task(row: Row, task: Task) -> Example:
@@ -438,8 +433,8 @@ def _renamed(row: Row, names: Mapping[str, str]) -> Row:
 # ---------------------------------------------------------------- data sets and the hub
 
 
-def _of_tables(tables: Any, called: str, columns: tuple[str, str], splits: Mapping[str, str] | None = None) -> _Given:
-    """A `Dataset`, or a `DatasetDict` whose splits are named as usual or as `splits` says."""
+def _of_tables(tables: Any, called: str, source: HubSource) -> _Given:
+    """A `Dataset`, or a `DatasetDict` whose splits are named as usual or as the source says."""
     import datasets
 
     if isinstance(tables, datasets.Dataset):
@@ -448,43 +443,26 @@ def _of_tables(tables: Any, called: str, columns: tuple[str, str], splits: Mappi
         isinstance(tables, Mapping) and all(isinstance(table, datasets.Dataset) for table in tables.values()),
         f"{called} is of type {type(tables).__name__}: give a datasets.Dataset or DatasetDict that isn't streamed",
     )
-    theirs = splits or _splits_of(tables)
+    # The first of two names of one split wins.
+    usual = {NAMED[name.lower()]: name for name in reversed([*map(str, tables)]) if name.lower() in NAMED}
+    theirs = source.splits or usual
     absent = [name for name in theirs.values() if name not in tables]
     require(not absent, f"{called} has no split {', '.join(map(repr, absent))}: it has {', '.join(tables)}")
     require("train" in theirs, f"{called} has no split that is called train: it has {', '.join(map(repr, tables))}")
     rows, notes = {}, []
     for split, name in theirs.items():
-        if split != "train" and _unlabelled(tables[name], columns[1]):
+        labelled = source.label not in tables[name].column_names or set(tables[name].unique(source.label)) - {None, -1}
+        if split != "train" and not labelled:  # as in the test splits of public benchmarks
             notes.append(f"the split {name!r} has no labels and is left out")
             continue
-        rows[split] = read_table(tables[name], f"{called}, {name}", columns)
+        rows[split] = read_table(tables[name], f"{called}, {name}", (source.text, source.label))
         require(len(rows[split]) > 0, f"the split {name!r} of {called} has no rows: leave it out, or add some")
-    names = dict.fromkeys(class_names(tables[theirs["train"]], columns[1]))
+        if source.classes is not None:  # by number: the names, if there are any, may be other than the task's
+            numbered = zip(rows[split], tables[name][source.label], strict=True)
+            places = {number: place for place, number in enumerate(source.classes)}
+            rows[split] = [row._replace(label=places[number]) for row, number in numbered if number in places]
+    names = class_names(tables[theirs["train"]], source.label) if source.classes is None else []
     return _Given(rows, {name: name for name in names}, called.removeprefix("the "), notes=tuple(notes))
-
-
-def _splits_of(tables: Mapping) -> dict[str, str]:
-    """Our split -> theirs, by their usual names; the first of two wins."""
-    found: dict[str, str] = {}
-    for name in tables:
-        if str(name).lower() in NAMED:
-            found.setdefault(NAMED[str(name).lower()], name)
-    return found
-
-
-def _unlabelled(table: Any, column: str) -> bool:
-    """Whether all labels are what data sets put for none, as in the test splits of public benchmarks."""
-    return column in table.column_names and set(table.unique(column)) <= {None, -1}
-
-
-def _hub_source(data: Any, task: Task | None, columns: tuple[str, str]) -> HubSource | None:
-    """Where on the hub data of this name are, unless they lie here."""
-    if not isinstance(data, str) or data == "demo" or files.as_path(data, "the data").exists():
-        return None
-    known = next((one.hub for one in (task, _named_task(data)) if one is not None and one.hub is not None), None)
-    if known is None and re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.startswith("."):
-        return HubSource(data, *columns)
-    return known
 
 
 def _of_hub(hub: HubSource) -> _Given:
@@ -501,25 +479,7 @@ def _of_hub(hub: HubSource) -> _Given:
             f"the hub's data set {hub.path!r} could not be loaded ({first_line(error)}): check the name and the "
             "network, or give a folder or file that is here, such as a folder with train.jsonl"
         ) from error
-    given = _of_tables(tables, hub.path, (hub.text, hub.label), hub.splits)
-    source = f"{hub.path}@{Path(folder).name}"
-    if hub.classes is None:
-        return replace(given, source=source)
-    return replace(given, source=source, names={}, rows=_of_classes(tables, given, hub))
-
-
-def _of_classes(tables: Mapping, given: _Given, hub: HubSource) -> dict[str, list[Row]]:
-    """The rows of some classes, numbered in the order in which the task has them."""
-    assert hub.classes is not None
-    found = {}
-    for split, rows in given.rows.items():
-        numbers = tables[(hub.splits or _splits_of(tables))[split]][hub.label]
-        found[split] = [
-            row._replace(label=hub.classes.index(number))
-            for row, number in zip(rows, numbers, strict=True)
-            if number in hub.classes
-        ]
-    return found
+    return replace(_of_tables(tables, hub.path, hub), source=f"{hub.path}@{Path(folder).name}")
 
 
 def _check_classes(splits: Splits, task: Task) -> None:

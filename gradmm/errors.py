@@ -147,18 +147,21 @@ def one_of(known: Iterable[str]) -> Rule:
     return Rule(lambda value: isinstance(value, str) and value in known, says)
 
 
-def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule], place: str = "") -> None:
     """Raise for the first value that breaks the rule of its name.
+
+    Args:
+        place: what an error begins with.
 
     Raises:
         UserError: one does.
     """
     for name, value in values.items():
         if name in rules and not rules[name].holds(value):
-            raise UserError(rules[name].says.format(name=name, value=short_repr(value)))
+            raise UserError(place + rules[name].says.format(name=name, value=short_repr(value)))
 
 
-def check_settings(settings: Any, rules: Mapping[str, Rule]) -> None:
+def check_settings(settings: Any, rules: Mapping[str, Rule], place: str = "") -> None:
     """Check the settings of a frozen dataclass; one whose type holds None may be None.
 
     Raises:
@@ -167,7 +170,7 @@ def check_settings(settings: Any, rules: Mapping[str, Rule]) -> None:
     plain_fields(settings)
     given = {item: getattr(settings, item.name) for item in fields(settings) if item.init}
     unset = [item for item, value in given.items() if value is None and NoneType in get_args(item.type)]
-    check_values({item.name: value for item, value in given.items() if item not in unset}, rules)
+    check_values({item.name: value for item, value in given.items() if item not in unset}, rules, place)
 
 
 def plain_fields(settings: Any) -> None:

@@ -162,46 +162,54 @@ def read_json_lines(path: Path) -> list[Any]:
     try:
         return [_parse_json(line, path, number) for number, line in enumerate(text.split("\n"), 1)] if text else []
     except UserError as error:
-        if not _is_json(text):
-            raise
+        try:
+            _parse_json(text, path, 1)
+        except UserError:
+            raise error from None
         raise UserError(
             f"{path} is one JSON value over several lines: write one object a line, with no commas between them"
         ) from error
 
 
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+class YamlLoader(yaml.SafeLoader):
+    """YAML of plain values, without aliases: a few lines of them stand for more values than a memory holds.
+
+    1e-5 is a number, as in JSON; YAML 1.1 takes it for text.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            problem = f"it has the alias *{alias.anchor}, where the value itself belongs"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=alias.start_mark)
+        return super().compose_node(parent, index)
+
+
+YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """One YAML value, see `YamlLoader`.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: no such value.
+    """
+    return YamlLoader(text).get_single_data()
 
 
 def read_yaml(path: Path) -> Any:
-    """Read one YAML value with the safe loader; a syntax error names file and line.
-
-    Aliases are refused: a few lines of them stand for more values than a memory holds.
+    """Read one YAML value, see `YamlLoader`; a syntax error names file and line.
 
     Raises:
         UserError: not YAML, an alias, or more than `MAX_SETTINGS_BYTES`.
     """
     text = read_text(path, MAX_SETTINGS_BYTES)
     try:
-        aliases = (
-            [event for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent)]
-            if "*" in text
-            else []
-        )
-        if not aliases:
-            return yaml.safe_load(text)
+        return parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
         mark = getattr(error, "problem_mark", None)
         line, problem = mark.line + 1 if mark else 1, getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{path}, line {line} is not YAML ({problem}): mend that line") from error
-    raise UserError(
-        f"{path}, line {aliases[0].start_mark.line + 1} has the alias *{aliases[0].anchor}: write the value itself "
-        "there"
-    )
 
 
 def _parse_json(text: str, path: Path, number: int) -> Any:
@@ -216,7 +224,7 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     """Read a YAML file of parameters.
 
     Raises:
-        UserError: no mapping, or a number such as 1e-5, which YAML takes for text.
+        UserError: no mapping.
     """
     values = read_yaml(as_path(path, "the parameter file"))
     values = {} if values is None else values
@@ -224,32 +232,7 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
         isinstance(values, dict) and all(isinstance(name, str) for name in values),
         f"{path} holds no parameters: write lines such as `seed: 1`",
     )
-    for name, item in _leaves(values):
-        if is_hidden_number(item):
-            raise UserError(f"{path} gives {name} = {item!r}, which YAML reads as text: write {_number(item)}")
     return values
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(the nearest name, value) of everything in nested mappings and lists."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, str(key))
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item, name)
-    else:
-        yield name, value
-
-
-def is_hidden_number(value: Any) -> bool:
-    """Whether it is a number such as 1e-5, which YAML takes for text."""
-    return isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) is not None
-
-
-def _number(text: str) -> str:
-    head, tail = re.split("[eE]", text)
-    return f"{head}.0e{tail if tail[0] in '+-' else '+' + tail}"
 
 
 # ---------------------------------------------------------------- one run in a folder at a time

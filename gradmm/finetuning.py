@@ -6,7 +6,6 @@ label tokens, and all choices made on validation examples.
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,9 +24,9 @@ from gradmm.errors import UserError, first_line, require, require_flag, require_
 from gradmm.files import lock
 from gradmm.models import Model, require_model
 from gradmm.progress import shown, stage
-from gradmm.runs import RunFolder, finite_or_none
+from gradmm.runs import RunFolder, finite_row, numbers
 from gradmm.seeds import generator
-from gradmm.tasks import Task, TaskTokens, tokenize_task
+from gradmm.tasks import Task, tokenize_task
 from gradmm.training import (
     adamw,
     finish,
@@ -139,8 +138,10 @@ def finetune(
         with _bar(config, progress) as show:
             look = show if on_look is None else lambda row: (show(row), on_look(row))
             found = fit(model, task, train, validation, config, look, saved)
+        with shown(progress), stage("testing", len(asked.sequences)):
+            tested = score(found.model, tokens, asked, TOKENS_PER_BATCH)
         result = FinetuneResult(
-            test=_tested(found.model, tokens, asked, progress),
+            test=tested,
             learning_rate=found.learning_rate,
             step=found.step,
             validation_accuracy=found.validation_accuracy,
@@ -149,11 +150,6 @@ def finetune(
         )
         _write(folder, result)
     return result
-
-
-def _tested(model: Model, tokens: TaskTokens, data: Encoded, progress: bool) -> Evaluation:
-    with shown(progress), stage("testing", len(data.sequences)):
-        return score(model, tokens, data, TOKENS_PER_BATCH)
 
 
 def _check(model, config, progress, on_look) -> None:
@@ -217,7 +213,7 @@ def fit(
         optimizer = adamw(trained, rate, config)
         if number == len(rows) - 1:
             trained.lm.load_state_dict(held["weights"], strict=False)
-            restore_optimizer(trained, optimizer, held["optimizer"])
+            restore_optimizer(optimizer, held["optimizer"])
         else:
             rows.append([])
         start = rows[0][0] if rows[0] else None
@@ -302,8 +298,8 @@ class Checkpoint:
                 f"{self.path} is no saved training ({first_line(error)}): remove it and run again"
             ) from error
         return (
-            [[_with_loss(row, "validation_loss") for row in some] for some in rows],
-            _with_loss(best, "validation_loss"),
+            [[numbers(row, "validation_loss") for row in some] for some in rows],
+            numbers(best, "validation_loss"),
             held,
         )
 
@@ -314,11 +310,11 @@ class Checkpoint:
         begun = time.monotonic()
         if self.path is None or begun - self._saved < max(SNAPSHOT_SECONDS, 10 * self._cost):
             return
-        kinds = {"weights": learnt_weights(trained), "best": weights, "optimizer": optimizer_state(trained, optimizer)}
+        kinds = {"weights": learnt_weights(trained), "best": weights, "optimizer": optimizer_state(optimizer)}
         tensors = {f"{kind}/{name}": tensor for kind, some in kinds.items() for name, tensor in some.items()}
         state = {
-            "rows": [[_finite(row) for row in some] for some in rows],
-            "best": _finite(best),
+            "rows": [[finite_row(row) for row in some] for some in rows],
+            "best": finite_row(best),
             "seconds": self.seconds,
         }
         files.write_tensors(self.path, tensors, {"training": json.dumps(state)})
@@ -329,7 +325,10 @@ class Checkpoint:
 def _write(folder: RunFolder, result: FinetuneResult) -> None:
     if folder.path is None:
         return
-    held = asdict(result) | {"test": _finite(asdict(result.test)), "curve": [_finite(row) for row in result.curve]}
+    held = asdict(result) | {
+        "test": finite_row(asdict(result.test)),
+        "curve": [finite_row(row) for row in result.curve],
+    }
     files.write_json(folder.path / RESULT, held)
     files.write_json(folder.path / "manifest.json", {**folder.manifest, "status": "complete"})
     _clear(folder.path)
@@ -339,8 +338,8 @@ def _read(folder: Path) -> FinetuneResult:
     held, place = files.read_json(folder / RESULT, files.MAX_TEXT_BYTES), folder / RESULT
     try:
         test = {name: tuple(value) if isinstance(value, list) else value for name, value in held["test"].items()}
-        curve = [_with_loss(row, "validation_loss") for row in held["curve"]]
-        result = FinetuneResult(**{**held, "test": Evaluation(**_with_loss(test, "loss")), "curve": curve})
+        curve = [numbers(row, "validation_loss") for row in held["curve"]]
+        result = FinetuneResult(**{**held, "test": Evaluation(**numbers(test, "loss")), "curve": curve})
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{place} is no finished fine-tuning ({first_line(error)}): remove its folder and run again"
@@ -352,12 +351,3 @@ def _read(folder: Path) -> FinetuneResult:
 def _clear(folder: Path) -> None:
     with suppress(OSError):  # figures on a read-only disk are read all the same
         (folder / STATE).unlink(missing_ok=True)
-
-
-def _finite(row: dict) -> dict:
-    return {name: finite_or_none(value) for name, value in row.items()}
-
-
-def _with_loss(row: dict, name: str) -> dict:
-    """The inverse of `_finite`: a loss that was not finite reads as infinity."""
-    return {**row, name: math.inf if row[name] is None else row[name]}

@@ -302,11 +302,7 @@ def noised_sums(classes: Sequence[Factors], entry: LedgerEntry, bits: Bits) -> t
     """The mechanism: each class's clipped sum plus the noise that `entry` planned, typed and placed as its factors."""
     targets = []
     for factors in classes:
-        weight, bias = clipped_sum(factors, entry.clip)
-        noised = _noised(weight, entry, bits).to(factors.hidden)
-        targets.append(DenseTarget(noised, None if bias is None else _noised(bias, entry, bits).to(factors.hidden)))
+        sums = [part for part in clipped_sum(factors, entry.clip) if part is not None]
+        noised = [add_noise(part.cpu().contiguous(), entry.sigma, entry.grid, bits) for part in sums]
+        targets.append(DenseTarget(*(part.to(factors.hidden) for part in noised)))
     return tuple(targets)
-
-
-def _noised(value: Tensor, entry: LedgerEntry, bits: Bits) -> Tensor:
-    return add_noise(value.cpu().contiguous(), entry.sigma, entry.grid, bits)

@@ -179,9 +179,7 @@ def release(
     space = release_space(
         model, tokens, config.space_name, config.public_texts, config.directions, cache=cache, progress=progress
     )
-    entry = (
-        None if config.epsilon is None else _entry(config.epsilon, config, coordinates(model, space) * len(task.labels))
-    )
+    entry = _entry(config, coordinates(model, space) * len(task.labels))
     if entry is not None and ledger is not None:
         ledger.check(entry)  # before the work of many gradients
     with shown(progress), stage("reading gradients", sum(map(len, classes)), "example"):
@@ -324,17 +322,12 @@ def _check(config: ReleaseConfig, ledger: Ledger | None, cache: str | Path | Non
     require_flag(progress, "progress")
 
 
-def _entry(epsilon: float, config: ReleaseConfig, coordinates: int) -> LedgerEntry:
-    return plan_entry(
-        "sums of clipped gradients per class",
-        config.space_name,
-        epsilon,
-        config.delta,
-        config.relation,
-        config.clip,
-        config.calibration,
-        coordinates,
-    )
+def _entry(config: ReleaseConfig, coordinates: int) -> LedgerEntry | None:
+    """What the release costs; None without privacy."""
+    if config.epsilon is None or config.delta is None:
+        return None
+    claim = (config.epsilon, config.delta, config.relation, config.clip, config.calibration)
+    return plan_entry("sums of clipped gradients per class", config.space_name, *claim, coordinates)
 
 
 # ---------------------------------------------------------------- private examples

@@ -8,8 +8,8 @@ import csv
 import io
 import json
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
-ENDINGS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # of files that are read
-UNREAD = (".json", ".arrow")
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COLUMNS = ("text", "label")
 NAMED = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 NAMED |= dict.fromkeys(("validation", "validate", "valid", "val", "development", "devel", "dev", "eval"), "validation")
@@ -211,65 +210,45 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict]]:
 
 
 def read_rows(folder: Path, columns: Sequence[str] = COLUMNS) -> dict[str, list[Row]]:
-    """The rows of the file `train` and, where they are there, of `validation` and `test`, whatever their endings.
+    """The rows of each split, from all files that are named after it: `train.jsonl`, `dev.csv`, `test-00000.parquet`.
 
     Raises:
-        UserError: no train file, an empty file, a broken row, or a file that looks like a split and is not read.
+        UserError: no train file, an empty file, or a broken row.
     """
-    _refuse_unread(folder)
-    require(
-        _file_of(folder, "train") is not None,
-        f"{folder} has no train.jsonl: put rows such as {LINE} there, one a line, or a train.csv or train.parquet",
-    )
-    there = {split: _file_of(folder, split) for split in SPLITS}
-    return {split: read_file(path, columns) for split, path in there.items() if path is not None}
-
-
-def _file_of(folder: Path, split: str) -> Path | None:
-    return next((path for ending in ENDINGS if (path := folder / f"{split}{ending}").is_file()), None)
-
-
-def _refuse_unread(folder: Path) -> None:
-    """Raise for a file that looks like a split and would be left aside without a word."""
-    read = [path for split in SPLITS if (path := _file_of(folder, split)) is not None]
+    parts: dict[str, list[Row]] = {}
     for path in sorted(folder.glob("*")):
         split = _split_meant(path)
-        if split is None or any(path.samefile(one) for one in read):
-            continue
-        there, ending = _file_of(folder, split), path.suffix.lower()
-        wanted = folder / f"{split}{ending if ending in ENDINGS else '.jsonl'}"
-        if there is not None:
-            mend = f"add its rows to {there.name}"
-        elif ending in ENDINGS:
-            mend = f"rename it with `mv {shlex.quote(str(path))} {shlex.quote(str(wanted))}`"
-        else:
-            mend = f"write its rows into {wanted.name}, one object a line such as {LINE},"
-        said = f"{folder} holds {path.name}, which looks like a split and is not read"
-        raise UserError(f"{said}: {mend} or move it elsewhere")
+        if split is not None:
+            parts[split] = [*parts.get(split, ()), *read_file(path, columns)]
+    require(
+        "train" in parts,
+        f"{folder} has no train.jsonl: put rows such as {LINE} there, one a line, or a train.csv or train.parquet",
+    )
+    return {split: parts[split] for split in SPLITS if split in parts}
 
 
 def _split_meant(path: Path) -> str | None:
-    """The split that a data file such as `dev.jsonl` or `train-00000-of-00002.parquet` is named after, or None."""
-    if path.suffix.lower() not in (*ENDINGS, *UNREAD) or not path.is_file():
+    """The split that a data file is named after, or None."""
+    if path.suffix.lower() not in ENDINGS or not path.is_file():
         return None
     words = set(re.findall("[a-z]+", path.stem.lower())) - FILLERS
-    name = words.pop() if len(words) == 1 else ""
-    return NAMED.get(name)
+    return NAMED.get(words.pop()) if len(words) == 1 else None
 
 
-def read_label_names(folder: Path) -> dict[str, str]:
+def read_label_names(folder: Path, column: str = "label") -> dict[str, str]:
     """What `labels.json` calls each label of the rows: label as text -> name, in the order of the classes.
 
     `{"labels": ["negative", "positive"]}` names the numbers from 0 (or, if all its names are numbers, these numbers);
-    `{"labels": {"1": "negative", "2": "positive"}}` names any labels, and several may have one name. Without the
-    file it is empty.
+    `{"labels": {"1": "negative", "2": "positive"}}` names any labels, and several may have one name. Without the file
+    it is what a data set's card in `README.md`, such as that of a synthesis, calls the numbers of this column; or else
+    empty.
 
     Raises:
         UserError: neither of these forms.
     """
     path = folder / "labels.json"
     if not path.is_file():
-        return {}
+        return dict(_card_names(folder / "README.md", column))
     value = files.read_json(path)
     names: Any = value.get("labels") if isinstance(value, Mapping) else value
     known: Any = list(names.values()) if isinstance(names, Mapping) else names
@@ -279,6 +258,17 @@ def read_label_names(folder: Path) -> dict[str, str]:
         '{"labels": {"1": "negative", "2": "positive"}} for rows with the labels 1 and 2',
     )
     return dict(names) if isinstance(names, Mapping) else names_by_label(known)
+
+
+def _card_names(card: Path, column: str) -> dict[str, str]:
+    from huggingface_hub import metadata_load
+
+    with suppress(Exception):  # a README of another kind, which says nothing of labels
+        infos = (metadata_load(card) or {})["dataset_info"]
+        features = (infos[0] if isinstance(infos, list) else infos)["features"]
+        names = next(one["dtype"]["class_label"]["names"] for one in features if one["name"] == column)
+        return {str(number): name for number, name in names.items() if isinstance(name, str)}
+    return {}
 
 
 def names_by_label(names: list[str] | tuple[str, ...]) -> dict[str, str]:

@@ -7,6 +7,7 @@ alone, so that every other file is a function of the settings. A notebook's fold
 
 import hashlib
 import json
+import math
 import platform
 import re
 import sys
@@ -14,7 +15,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,7 @@ LONGEST_NAME = 40
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def peak_memory() -> dict[str, int]:
@@ -188,7 +182,7 @@ class RunFolder:
         if self.path is None:
             raise UserError("a run in memory cannot be read back: give it an output folder")
         rows, history, clocks = (
-            [_numbers(row) for row in files.read_json_lines(self.path / name)]
+            [numbers(row, *row) for row in files.read_json_lines(self.path / name)]
             for name in ("synthetic.jsonl", "history.jsonl", "timings.jsonl")
         )
         joined = [{**row, **clock} for row, clock in zip(history, clocks, strict=True)]
@@ -199,7 +193,12 @@ class RunFolder:
         place = path / "manifest.json"
         require(not path.exists() or path.is_dir(), f"{path} is a file: give a folder for the output")
         if place.exists():
-            self._compare(_held(path))
+            differing = differences(self.manifest, _held(path))
+            require(
+                not differing,
+                f"{path} holds a run with other settings: {'; '.join(differing[:3])}: choose another output folder, "
+                "or the same settings to continue it",
+            )
             return
         clash = sorted({held.name for held in path.glob("*")} & set(RUN_FILES))
         require(
@@ -207,14 +206,6 @@ class RunFolder:
             f"{path} holds {', '.join(clash)} but no manifest: choose another output folder or empty this one",
         )
         files.write_json(place, {**self.manifest, "status": "running"})
-
-    def _compare(self, held: dict) -> None:
-        differing = differences(self.manifest, held)
-        require(
-            not differing,
-            f"{self.path} holds a run with other settings: {'; '.join(differing[:3])}: choose another output folder, "
-            "or the same settings to continue it",
-        )
 
     def load_result(self, batch: int, device: torch.device) -> admm.Result | None:
         """A batch's last saved result, or None.
@@ -226,8 +217,11 @@ class RunFolder:
         if place is None or not place.exists():
             return None
         tensors, metadata = files.read_tensors(place)
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         try:
-            return _result_from(tensors, metadata, device)
+            rest = json.loads(metadata["result"])
+            state = admm.State(**{name: tensors.pop(name) for name in ("x", "lam", "ids", "active")}, step=rest["step"])
+            return admm.Result(**tensors, reason=tuple(rest["reason"]), history=rest["history"], state=state)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{place} is no saved batch ({error!r}): remove it and run again") from error
 
@@ -238,9 +232,12 @@ class RunFolder:
 
     def save_result(self, batch: int, result: admm.Result) -> None:
         """Save a batch as it stands."""
-        place = self.place(batch)
+        place, state = self.place(batch), result.state
         if place is not None:
-            files.write_tensors(place, *_tensors_of(result))
+            tensors = {name: getattr(state, name) for name in ("x", "lam", "ids", "active")}
+            tensors |= {"value": result.value, "match_loss": result.match_loss}
+            rest = {"step": state.step, "reason": result.reason, "history": result.history}
+            files.write_tensors(place, tensors, {"result": json.dumps(rest)})
             self._saved = time.monotonic()
 
     def load_texts(self, unit: int) -> list[str] | None:
@@ -277,7 +274,7 @@ class RunFolder:
 
 def write_results(folder: Path, rows: list[dict], history: pandas.DataFrame, manifest: dict, card: str) -> None:
     """The files of a finished run; the manifest, which says that it is, comes last."""
-    rows = [{name: finite_or_none(value) for name, value in row.items()} for row in rows]
+    rows = [finite_row(row) for row in rows]
     files.write_json_lines(folder / "synthetic.jsonl", rows)
     files.write_json_lines(folder / "train.jsonl", [row for row in rows if row.get("kept")])
     timeless = history.drop(columns=CLOCK_COLUMNS, errors="ignore")
@@ -299,19 +296,21 @@ def _remove_leftovers(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _numbers(row: dict) -> dict:
-    """The inverse of `finite_or_none`: measurements that were not finite read as infinity."""
-    return {name: float("inf") if value is None else value for name, value in row.items()}
-
-
 def plain_rows(frame: pandas.DataFrame) -> list[dict]:
-    """The rows of a table as JSON can hold them, see `finite_or_none`."""
-    return [{name: finite_or_none(value) for name, value in row.items()} for row in frame.to_dict("records")]
+    """The rows of a table as JSON can hold them, see `finite_row`."""
+    return [finite_row(row) for row in frame.to_dict("records")]
 
 
-def finite_or_none(value):
-    """The value as JSON can hold it: infinity and NaN become None, written as null; all else stays as it is."""
-    return None if isinstance(value, float) and not (abs(value) < float("inf")) else value
+def finite_row(row: Mapping) -> dict:
+    """A row as JSON can hold it: infinity and NaN become None, written as null; all else stays as it is."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+
+
+def numbers(row: Mapping, *names: str) -> dict:
+    """The inverse of `finite_row` for measurements of these names: those that were not finite read as infinity."""
+    return {name: math.inf if value is None and name in names else value for name, value in row.items()}
 
 
 def differences(ours: dict, theirs: dict) -> list[str]:
@@ -334,18 +333,3 @@ def _differences(ours: dict, theirs: dict, name: str = "") -> list[tuple[str, ob
 def _short(value) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _tensors_of(result: admm.Result) -> tuple[dict, dict[str, str]]:
-    state = result.state
-    tensors = {name: getattr(state, name) for name in ("x", "lam", "ids", "active")}
-    tensors |= {"value": result.value, "match_loss": result.match_loss}
-    kept = {"step": state.step, "reason": result.reason, "history": result.history}
-    return tensors, {"result": json.dumps(kept)}
-
-
-def _result_from(tensors: dict, metadata: dict[str, str], device: torch.device) -> admm.Result:
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    kept = json.loads(metadata["result"])
-    state = admm.State(**{name: tensors[name] for name in ("x", "lam", "ids", "active")}, step=kept["step"])
-    return admm.Result(tensors["value"], tensors["match_loss"], tuple(kept["reason"]), kept["history"], state)

@@ -6,6 +6,7 @@ An example reads `template.format(text=...)` followed by its label's verbalizer,
 
 import hashlib
 import json
+import os
 import re
 import string
 import unicodedata
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gradmm import files
-from gradmm.errors import UserError, is_whole, plain_fields, require, require_type, short_repr
+from gradmm.errors import COUNT, Rule, UserError, check_settings, one_of, require, require_type, short_repr
 from gradmm.markup import check_name, plain_name
 from gradmm.rows import SPLITS, Row, read_label_names, read_rows
 
@@ -55,25 +56,19 @@ class HubSource:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        require(
-            isinstance(self.path, str),
-            f"a hub source has the path {short_repr(self.path)}: give the data set's id, a text",
-        )
-        require(
-            self.splits is None
-            or (
-                isinstance(self.splits, Mapping)
-                and "train" in self.splits
-                and set(self.splits) <= {"train", "validation", "test"}
-            ),
-            f"the hub source {self.path!r} has splits = {short_repr(self.splits)}: name the hub's train split, and "
-            "validation and test if it has them",
-        )
-        require(
-            self.classes is None or isinstance(self.classes, list | tuple),
-            f"the hub source {self.path!r} has classes = {short_repr(self.classes)}: give a list of the hub's "
-            "label numbers",
-        )
+        check_settings(self, _SOURCE, "hub source: ")
+
+
+_SOURCE = {
+    "path": Rule(lambda path: isinstance(path, str), "{name} = {value}: give the data set's id, a text"),
+    "splits": Rule(
+        lambda splits: isinstance(splits, Mapping) and "train" in splits and set(splits) <= set(SPLITS),
+        "{name} = {value}: name the hub's train split, and validation and test if it has them",
+    ),
+    "classes": Rule(
+        lambda classes: isinstance(classes, list | tuple), "{name} = {value}: give a list of the hub's label numbers"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -110,28 +105,15 @@ class Task:
     language: str | None = None
 
     def __post_init__(self) -> None:
-        plain_fields(self)
-        self._freeze("labels")
-        self._freeze("verbalizers")
-        self._freeze("generation_prompts", ("",) * len(self.labels))
+        check_settings(self, _TASK, f"task {short_repr(self.name)}: ")
+        check_name(self.name, "the task's name")
+        for name in ("labels", "verbalizers", "generation_prompts"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "generation_prompts", self.generation_prompts or ("",) * len(self.labels))
         self._check_labels()
-        self._check_template()
-
-    def _freeze(self, name: str, default: tuple[str, ...] = ()) -> None:
-        """Make a list a tuple, whatever is not a list of strings an error."""
-        values = getattr(self, name)
-        require(
-            isinstance(values, list | tuple) and all(isinstance(value, str) for value in values),
-            f"task {self.name!r} has {name} = {short_repr(values)}: give a list of strings",
-        )
-        object.__setattr__(self, name, tuple(values) or default)
+        self._check_verbalizers()
 
     def _check_labels(self) -> None:
-        require(
-            isinstance(self.name, str) and self.name != "",
-            f"a task has the name {short_repr(self.name)}: give a short text",
-        )
-        check_name(self.name, "the task's name")
         count = len(self.labels)
         require(count >= 2, f"task {self.name!r} has {count} class(es), at least 2 are needed: name the other labels")
         for label in self.labels:
@@ -141,37 +123,12 @@ class Task:
         for name in ("verbalizers", "generation_prompts"):
             given = len(getattr(self, name))
             require(given == count, f"task {self.name!r} has {given} {name} for {count} labels: give one a label")
-        source = "give a HubSource such as HubSource('owner/data'), or None"
-        require_type(self.hub, HubSource | None, f"the hub of task {self.name!r}", source)
         require(
             self.hub is None or self.hub.classes is None or len(self.hub.classes) == count,
             f"task {self.name!r} has {count} labels but another number of hub classes: give one class a label",
         )
-        require(
-            self.prompt_style in PROMPT_STYLES,
-            f"task {self.name!r} has prompt_style = {short_repr(self.prompt_style)}: use one of "
-            f"{', '.join(PROMPT_STYLES)}",
-        )
-        require(
-            is_whole(self.min_words) and self.min_words >= 1,
-            f"task {self.name!r} has min_words = {short_repr(self.min_words)}: give a whole number of at least 1",
-        )
-        require(
-            self.language is None
-            or (isinstance(self.language, str) and bool(re.fullmatch("[a-z]{2,3}", self.language))),
-            f"task {self.name!r} has language = {short_repr(self.language)}: give an ISO code such as en",
-        )
 
-    def _check_template(self) -> None:
-        require(
-            isinstance(self.template, str) and self.template.count(SLOT) == 1,
-            f"task {self.name!r} has the template {short_repr(self.template)}: it must contain {SLOT} exactly once",
-        )
-        require(
-            not self.template.endswith(" "),
-            f"task {self.name!r} has a space at the end of its template {self.template!r}: begin the verbalizers "
-            "with it instead",
-        )
+    def _check_verbalizers(self) -> None:
         for label, verbalizer in zip(self.labels, self.verbalizers, strict=True):
             require(
                 verbalizer.strip() != "",
@@ -218,13 +175,31 @@ class Task:
         return asdict(self)
 
 
+_TEXTS = Rule(
+    lambda values: isinstance(values, list | tuple) and all(isinstance(value, str) for value in values),
+    "{name} = {value}: give a list of strings",
+)
+_TASK = {
+    **dict.fromkeys(("labels", "verbalizers", "generation_prompts"), _TEXTS),
+    "name": Rule(lambda name: isinstance(name, str) and name != "", "its {name} is {value}: give a short text"),
+    "template": Rule(
+        lambda template: isinstance(template, str) and template.count(SLOT) == 1 and not template.endswith(" "),
+        "the {name} {value} must contain {{text}} exactly once, and no space at its end: begin the verbalizers with it",
+    ),
+    "prompt_style": one_of(PROMPT_STYLES),
+    "min_words": COUNT,
+    "hub": Rule(lambda hub: isinstance(hub, HubSource), "{name} = {value}: give a HubSource('owner/data'), or None"),
+    "language": Rule(
+        lambda code: isinstance(code, str) and bool(re.fullmatch("[a-z]{2,3}", code)),
+        "{name} = {value}: give an ISO code such as en",
+    ),
+}
+
+
 def _runs_on(before: str, after: str) -> bool:
-    """Whether two texts would join into one word, in a script that sets words apart (it then has upper and lower
-    case).
-    """
-    return all(mark.isdigit() or mark.lower() != mark.upper() for mark in (before[-1:], after[:1]) if mark) and bool(
-        after
-    )
+    """Whether two texts would join into one word, in a script of upper and lower case, which sets words apart."""
+    joining = (mark.isdigit() or mark.lower() != mark.upper() for mark in (before[-1:], after[:1]) if mark)
+    return bool(after) and all(joining)
 
 
 def require_task(task) -> None:
@@ -368,21 +343,14 @@ def from_start(tokenizer, sequences: Sequence[Sequence[int]], least: int = 1) ->
 
 
 def _encode(tokenizer, text: str, plain: bool = False) -> list[int]:
-    return (
-        list(tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)["input_ids"])
-        if text
-        else []
-    )
+    found = tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False) if text else {}
+    return list(found.get("input_ids", ()))
 
 
 def _split(tokenizer, prompt: Sequence[int], opening: str) -> int:
     """Where the tokens of an opening begin in a prompt's: the last place from which the tokens hold all of it."""
-    for place in range(len(prompt), -1, -1):
-        if len(tokenizer.decode(list(prompt[place:]), clean_up_tokenization_spaces=False).strip()) >= len(
-            opening.strip()
-        ):
-            return place
-    return 0
+    behind = (tokenizer.decode(list(prompt[at:]), clean_up_tokenization_spaces=False) for at in range(len(prompt) + 1))
+    return max((at for at, text in enumerate(behind) if len(text.strip()) >= len(opening.strip())), default=0)
 
 
 def _continuation(tokenizer, before: str, after: str, plain: bool = False) -> list[int] | None:
@@ -447,10 +415,9 @@ class _Words:
         parts += LETTERS if whole[0].isdecimal() else ()
         spellings = [form for word in [*whole, *parts] for form in (word, word.lower(), word.capitalize())]
         start = (parts or whole)[0].lower()
-        near = [word for word in self.known if word[0].lower() == start[0]]
-        near.sort(key=lambda word: -_shared_start(word.lower(), start))
+        near = sorted(self.known, key=lambda word: -len(os.path.commonprefix([word.lower(), start])))
         spaces = (" ", "") if verbalizer.startswith(" ") else ("", " ")
-        forms = (space + word for words in ([*spellings, *near], self.known) for space in spaces for word in words)
+        forms = (space + word for space in spaces for word in (*spellings, *near))
         return list(islice(filter(self._takes, forms), count))
 
     def _takes(self, form: str) -> bool:
@@ -466,10 +433,6 @@ class _Words:
         return True
 
 
-def _shared_start(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
 # ---------------------------------------------------------------- prompts
 
 
@@ -482,17 +445,12 @@ def warn_of_equal_prompts(task: Task) -> None:
     if not alike:
         return
     verbalizers = ["" if verbalizer.strip() in LETTERS else verbalizer for verbalizer in task.verbalizers]
-    words = [
-        _name_of(label) or _name_of(verbalizer) for label, verbalizer in zip(task.labels, verbalizers, strict=True)
-    ]
-    line = [
-        NAMED_PROMPT.format(word or f"({label}: say what it is)")
-        for label, word in zip(task.labels, words, strict=True)
-    ]
+    named = zip(task.labels, verbalizers, strict=True)
+    words = [_name_of(label) or _name_of(word) or f"({label}: say what it is)" for label, word in named]
     warnings.warn(
         f"task {task.name!r} has the same generation prompt for the labels {', '.join(map(short_repr, alike))}, so a "
         "model writes them the same kind of text: write into task.yaml such as generation_prompts: "
-        f"{json.dumps(line, ensure_ascii=False)}",
+        f"{json.dumps([NAMED_PROMPT.format(word) for word in words], ensure_ascii=False)}",
         stacklevel=2,
     )
 
@@ -510,61 +468,60 @@ def _name_of(label: str) -> str:
 
 # ---------------------------------------------------------------- registry
 
-_SENTIMENT: dict[str, Any] = {
-    "labels": ("negative", "positive"),
-    "verbalizers": (" bad", " great"),
-    "template": "{text} it was",
-}
-
 _ALL = {split: split for split in SPLITS}
 
+
+def _with_labels(task: Task, labels: tuple[str, ...]) -> Task:
+    """A registered task with some of its labels, in this order: the rows' numbers count in that order."""
+    places = [task.labels.index(label) for label in labels]
+    verbalizers, prompts = (
+        tuple(values[place] for place in places) for values in (task.verbalizers, task.generation_prompts)
+    )
+    return replace(task, labels=labels, verbalizers=verbalizers, generation_prompts=prompts, hub=None)
+
+
+_SST2 = Task(
+    name="sst2",
+    labels=("negative", "positive"),
+    verbalizers=(" bad", " great"),
+    template="{text} it was",
+    generation_prompts=("this movie was bad .", "this movie was great ."),
+    min_words=6,
+    hub=HubSource("stanfordnlp/sst2", text="sentence", splits={"train": "train", "test": "validation"}),
+    language="en",
+)
+_EMOTIONS = ("sadness", "joy", "love", "anger", "fear", "surprise")
+_EMOTION = Task(
+    name="emotion",
+    labels=_EMOTIONS,
+    verbalizers=tuple(f" {name}" for name in _EMOTIONS),
+    template="{text} The emotion is",
+    generation_prompts=tuple(f"A message full of {name}: i feel" for name in _EMOTIONS),
+    hub=HubSource("dair-ai/emotion", splits=_ALL, config="split"),
+    language="en",
+)
+_NEWS = ("world", "sports", "business", "technology")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task(
-            name="sst2",
-            **_SENTIMENT,
-            generation_prompts=("this movie was bad .", "this movie was great ."),
-            min_words=6,
-            hub=HubSource("stanfordnlp/sst2", text="sentence", splits={"train": "train", "test": "validation"}),
-            language="en",
-        ),
-        Task(
+        _SST2,
+        replace(
+            _SST2,
             name="rotten_tomatoes",
-            **_SENTIMENT,
-            generation_prompts=("this movie was bad .", "this movie was great ."),
-            min_words=6,
             hub=HubSource("cornell-movie-review-data/rotten_tomatoes", splits=_ALL),
-            language="en",
         ),
-        Task(
-            name="emotion",
-            labels=("sadness", "joy", "love", "anger", "fear", "surprise"),
-            verbalizers=(" sadness", " joy", " love", " anger", " fear", " surprise"),
-            template="{text} The emotion is",
-            generation_prompts=tuple(
-                f"A message full of {name}: i feel" for name in ("sadness", "joy", "love", "anger", "fear", "surprise")
-            ),
-            hub=HubSource("dair-ai/emotion", splits=_ALL, config="split"),
-            language="en",
-        ),
-        Task(
+        _EMOTION,
+        replace(
+            _with_labels(_EMOTION, ("sadness", "joy")),
             name="emotion2",
-            labels=("sadness", "joy"),
-            verbalizers=(" sadness", " joy"),
-            template="{text} The emotion is",
-            generation_prompts=("A message full of sadness: i feel", "A message full of joy: i feel"),
             hub=HubSource("dair-ai/emotion", splits=_ALL, config="split", classes=(0, 1)),
-            language="en",
         ),
         Task(
             name="ag_news",
-            labels=("world", "sports", "business", "technology"),
-            verbalizers=(" world", " sports", " business", " technology"),
+            labels=_NEWS,
+            verbalizers=tuple(f" {name}" for name in _NEWS),
             template="{text} This news is about",
-            generation_prompts=tuple(
-                f"A short news report about {name}:" for name in ("world politics", "sports", "business", "technology")
-            ),
+            generation_prompts=tuple(f"A short news report about {name}:" for name in ("world politics", *_NEWS[1:])),
             hub=HubSource("fancyzhx/ag_news", splits={"train": "train", "test": "test"}),
             language="en",
         ),
@@ -628,9 +585,8 @@ def _known_fields(values, kind: type, needed: tuple[str, ...], what: str) -> dic
 
 
 def _task_from_folder(folder: Path) -> Task:
-    return written_task(folder) or implied_task(
-        folder.resolve().name, lambda: read_rows(folder)["train"], read_label_names(folder)
-    )
+    name, names = folder.resolve().name, read_label_names(folder)
+    return written_task(folder) or implied_task(name, lambda: read_rows(folder)["train"], names)
 
 
 def written_task(folder: Path) -> Task | None:
@@ -650,18 +606,21 @@ def written_task(folder: Path) -> Task | None:
     return None
 
 
-def implied_task(name: str, rows: Callable[[], Sequence[Row]], names: Mapping[str, str]) -> Task:
+def implied_task(
+    name: str, rows: Callable[[], Sequence[Row]], names: Mapping[str, str], in_memory: bool = False
+) -> Task:
     """The task that data imply: of a registered name with the same labels, or else one made of the labels.
 
     Args:
         name: of the data.
         rows: gives the train rows; not asked where there are names.
         names: what the data call each label, see `rows.read_label_names`; empty: the rows' labels are the names.
+        in_memory: whether the rows come from a `datasets.Dataset`, beside which no `labels.json` can stand.
 
     Raises:
         UserError: rows whose labels make no classes.
     """
-    labels = tuple(dict.fromkeys(names.values())) or _labels_of(rows())
+    labels = tuple(dict.fromkeys(names.values())) or _labels_of(rows(), in_memory)
     namesake = TASKS.get(name)
     if namesake is not None and set(labels) <= set(namesake.labels):
         return _with_labels(namesake, labels)
@@ -676,16 +635,7 @@ def implied_task(name: str, rows: Callable[[], Sequence[Row]], names: Mapping[st
     return Task(plain_name(name), labels, verbalizers, "{text} Category:", _named_prompts(labels))
 
 
-def _with_labels(task: Task, labels: tuple[str, ...]) -> Task:
-    """A registered task with some of its labels, in the folder's order: the rows' numbers count in that order."""
-    places = [task.labels.index(label) for label in labels]
-    verbalizers, prompts = (
-        tuple(values[place] for place in places) for values in (task.verbalizers, task.generation_prompts)
-    )
-    return replace(task, labels=labels, verbalizers=verbalizers, generation_prompts=prompts, hub=None)
-
-
-def _labels_of(rows: Sequence[Row]) -> tuple[str, ...]:
+def _labels_of(rows: Sequence[Row], in_memory: bool) -> tuple[str, ...]:
     """The names of the classes from the labels of train rows."""
     first: dict[int | str, Row] = {}
     for row in rows:
@@ -701,7 +651,7 @@ def _labels_of(rows: Sequence[Row]) -> tuple[str, ...]:
         _refuse_twins(names, first)
         return tuple(names)
     if names or numbers != list(range(len(numbers))):
-        raise UserError(_unnamed(_file_of(rows), [*numbers, *names]))
+        raise UserError(_unnamed(_file_of(rows), [*numbers, *names], in_memory))
     return tuple(map(str, numbers))
 
 
@@ -721,13 +671,14 @@ def _file_of(rows: Sequence[Row]) -> str:
     return rows[0].origin.rpartition(", ")[0]
 
 
-def _unnamed(place: str, labels: Sequence[int | str]) -> str:
-    """That a folder's labels are no names and no numbers from 0, with a `labels.json` that they can have."""
+def _unnamed(place: str, labels: Sequence[int | str], in_memory: bool) -> str:
+    """That labels are no names and no numbers from 0, with names that they can have."""
     names = {str(label): label if isinstance(label, str) else f"class {label}" for label in labels[:MOST_NAMED]}
     if len(labels) == 2 and all(isinstance(label, int) for label in labels):
         names = dict(zip(names, ("negative", "positive"), strict=True))
+    beside = f"name them in labels.json beside it, {json.dumps({'labels': names}, ensure_ascii=False)}"
+    before = f"name them before, as in data.map(lambda row: {{'label': {names}[str(row['label'])]}})"
     return (
-        f"the labels of {place} are {short_repr(list(labels))}: use names, or every number from 0, "
-        f"or name them in labels.json beside it, {json.dumps({'labels': names}, ensure_ascii=False)}, with your own "
-        "names for the classes"
+        f"the labels of {place} are {short_repr(list(labels))}: use names, or every number from 0, or "
+        f"{before if in_memory else beside}, with your own names for the classes"
     )

@@ -5,6 +5,7 @@ Knows nothing of where examples come from, nor of choosing among rates and steps
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -17,9 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradmm.classification import Encoded, score
 from gradmm.config import FinetuneConfig
-from gradmm.errors import (
-    UserError,
-)
+from gradmm.errors import UserError
 from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
@@ -72,20 +71,19 @@ def adamw(model: Model, rate: float, config: FinetuneConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=rate, weight_decay=config.weight_decay, fused=fused)
 
 
-def optimizer_state(model: Model, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """What an optimizer keeps of each weight that has learnt: `moment/weight` -> tensor."""
-    learning = [(name, weights) for name, weights in model.lm.named_parameters() if weights in optimizer.state]
-    return {f"{key}/{name}": value for name, weights in learning for key, value in optimizer.state[weights].items()}
+def optimizer_state(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """What an optimizer keeps of each weight that has learnt: `number of the weight/moment` -> tensor."""
+    held = optimizer.state_dict()["state"]
+    return {f"{number}/{name}": value for number, moments in held.items() for name, value in moments.items()}
 
 
-def restore_optimizer(model: Model, optimizer: torch.optim.AdamW, held: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_state`, for a new optimizer."""
-    for name, weights in model.lm.named_parameters():
-        moments = {
-            key.split("/")[0]: value.to(weights.device) for key, value in held.items() if key.split("/")[1] == name
-        }
-        if moments:
-            optimizer.state[weights] = moments
+def restore_optimizer(optimizer: torch.optim.AdamW, held: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_state`, for a new optimizer of the same weights."""
+    moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in held.items():
+        number, name = key.split("/")
+        moments[int(number)][name] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
 
 
 def train_at_rate(

@@ -81,7 +81,7 @@ CASES = {
     "batch: a preset with a path": (lambda at: batch.plan([notebook(at)], at, "../params"),
         "there is no preset '../params'"),
     "batch: aliases": (lambda at: files.read_parameters(put(at, "p.yaml", BOMB)),
-        "has the alias *a: write the value itself there"),
+        "line 2 is not YAML (it has the alias *a, where the value itself belongs): mend that line"),
 }  # fmt: skip
 LEVELS = "abcdefghijklmnopqrstuvwxyz"
 BOMB = "a: &a [x, x, x, x]\n" + "".join(

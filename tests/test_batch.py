@@ -96,10 +96,16 @@ def test_a_wrong_request_is_refused_in_a_sentence(here):
             request()
 
 
-def test_yaml_s_hidden_text_is_refused(here):
-    (here / "p.yaml").write_text("delta: 1e-5\n")
-    with pytest.raises(UserError, match=r"delta = '1e-5', which YAML reads as text: write 1\.0e-5"):
-        files.read_parameters(here / "p.yaml")
+NUMBERS = {"1e-5": 1e-5, "-2E3": -2000.0, "3e+2": 300.0, "[1e1, 1.5e-3]": [10.0, 1.5e-3], "e5": "e5", "1e": "1e"}
+
+
+@pytest.mark.parametrize(("written", "value"), NUMBERS.items())
+def test_a_number_of_parameters_needs_no_point(here, written, value):
+    (here / "p.yaml").write_text(f"delta: {written}\n")
+    assert files.read_parameters(here / "p.yaml") == {"delta": value}
+
+
+def test_what_holds_no_parameters_is_refused(here):
     (here / "p.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match="holds no parameters"):
         files.read_parameters(here / "p.yaml")

@@ -497,3 +497,21 @@ def test_what_the_hub_lacks_is_named(hub):
     )
     with pytest.raises(UserError, match="has no column 'sentence': it has 'text', 'label'; say which"):
         load_data("t", task)
+
+
+@pytest.mark.parametrize("name", ["stanfordnlp/sst2", "sst2"])
+def test_columns_that_are_named_are_read_from_a_registered_source_too(hub, name):
+    rows = [{"sentence": "none", "review": row["text"], "label": 0, "verdict": row["label"]} for row in rows_of(40)]
+    snapshot = hub("stanfordnlp/sst2")
+    for split, some in (("train", rows[:30]), ("validation", rows[30:])):
+        write_rows(snapshot / f"{split}.jsonl", some)
+    task, splits = load_data(name, text="review", label="verdict")
+    assert task.name == "sst2" and texts(splits.test) == {row["review"] for row in rows[30:]}
+    assert {int(e.text.split()[2]) % 2 == e.label for e in splits.test} == {True}
+    with pytest.raises(UserError, match="has no column 'words': it has 'sentence', 'review'"):
+        load_data(name, text="words")
+
+
+def test_another_id_than_the_tasks_own_is_read(hub):
+    write_rows(hub("someone/reviews") / "train.jsonl", rows_of(40))
+    assert load_data("someone/reviews", "sst2")[1].source == f"someone/reviews@{COMMIT}"

@@ -131,36 +131,29 @@ def test_a_wrong_file_is_named_before_any_class_is_inferred(tmp_path, kind, numb
     assert words.replace("train", "test") in refused(lambda: load_data(folder))
 
 
-UNREAD = {
-    "dev.jsonl": "validation", "val.jsonl": "validation", "valid.jsonl": "validation", "Dev_Set.ndjson": "validation",
-        "eval.jsonl": "validation",
-    "development.jsonl": "validation", "training.jsonl": "train", "Test.jsonl": "test",
-        "test-00000-of-00001.jsonl": "test", "testing.ndjson": "test",
+OTHER_NAMES = {
+    "dev.jsonl": "validation", "val.json": "validation", "valid.jsonl": "validation", "Dev_Set.ndjson": "validation",
+    "eval.csv": "validation", "development.tsv": "validation", "training.jsonl": "train", "Test.jsonl": "test",
+    "test-00000-of-00001.jsonl": "test", "testing.ndjson": "test", "train-00001-of-00002.csv": "train",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", UNREAD)
-def test_a_file_that_looks_like_a_split_is_not_left_aside_in_silence(tmp_path, name):
-    folder = folder_of(tmp_path, GOOD, **{name: GOOD[:2]})
-    message = refused(lambda: load_data(folder))
-    assert f"holds {name}, which looks like a split and is not read: " in message
-    if UNREAD[name] == "train":
-        assert "add its rows to train.jsonl" in message
-    else:
-        old, new = re.search("`mv (.*) (.*)`", message).groups()
-        Path(old).rename(new)
-        assert len(read_rows(folder)[UNREAD[name]]) == 2
-    assert refused(lambda: load_data(folder_of(tmp_path, GOOD, **{name: GOOD[:2], f"{UNREAD[name]}.jsonl": GOOD[:2]})))
-
-
-@pytest.mark.parametrize(
-    "name", ["train.csv", "train.parquet", "validation.json", "train-00001-of-00002.tsv", "dev.csv"]
-)
-def test_a_table_that_looks_like_a_split_is_not_left_aside_in_silence(tmp_path, name):
-    message = refused(lambda: load_data(folder_of(tmp_path, GOOD, **{name: "text,label\n"})))
-    assert f"holds {name}, which looks like a split and is not read: " in message
-    wanted = {"validation.json": "write its rows into validation.jsonl, one object a line", "dev.csv": "rename it with"}
-    assert wanted.get(name, "add its rows to train.jsonl") in message
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_file_of_another_usual_name_is_its_split_or_a_part_of_it(tmp_path, name):
+    mark = {".csv": ",", ".tsv": "\t"}.get(Path(name).suffix)
+    rows = [{"text": f"another {n}", "label": n % 2} for n in range(4)]
+    folder = folder_of(tmp_path, GOOD, **{name: csv_text(rows, mark) if mark else rows})
+    found = read_rows(folder)
+    assert set(found) == {"train", OTHER_NAMES[name]}
+    assert {row.text for row in found[OTHER_NAMES[name]]} >= {row["text"] for row in rows}
+    assert [row.text for row in found["train"] if SECRET in row.text] == [row["text"] for row in GOOD]
+    (folder / "train.jsonl").unlink()
+    (folder / name).rename(folder / f"part-1-{name}")
+    assert (
+        set(read_rows(folder)) == {"train"}
+        if OTHER_NAMES[name] == "train"
+        else "has no train.jsonl" in refused(lambda: read_rows(folder))
+    )
 
 
 @pytest.mark.parametrize(
@@ -476,3 +469,57 @@ def test_examples_of_a_dataset_have_the_labels_that_its_names_say():
     assert [e.label for e in check_examples(numbered, task)] == [0, 1]  # other names: the task's numbers
     with pytest.raises(UserError, match="the rows are 1 splits, 'train': give one of them"):
         check_examples(datasets.DatasetDict(train=as_dataset()), task)
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [0, 2, 5], [-1, 1]])
+def test_numbers_of_a_dataset_are_named_as_the_advice_says(labels):
+    data = as_dataset(rows=[{"text": f"number {n}", "label": labels[n % len(labels)]} for n in range(90)])
+    for given in (data, datasets.DatasetDict(train=data)):
+        message = refused(lambda given=given: load_data(given))
+        assert "labels.json" not in message and "the labels of the data set, train are [" in message
+    rename = eval(re.search(r"data.map\((.*)\), with", message).group(1))
+    task, splits = load_data(data.map(rename))
+    assert len(task.labels) == len(labels) and len(texts_of(splits)) == 90
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.jsonl", "train.tsv"])
+def test_the_names_beside_a_single_file_are_used_as_the_advice_says(tmp_path, name):
+    rows = [{"text": f"number {n}", "label": (1, 2)[n % 2]} for n in range(300)]
+    mark = {".csv": ",", ".tsv": "\t"}.get(Path(name).suffix)
+    text = csv_text(rows, mark) if mark else "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / name).write_text(text)
+    message = refused(lambda: load_data(tmp_path / name))
+    (tmp_path / "labels.json").write_text(message[message.index('{"labels"') : message.rindex("}") + 1])
+    assert load_data(tmp_path / name)[0].labels == ("negative", "positive")
+    (tmp_path / "labels.json").unlink()
+    (tmp_path / "task.yaml").write_text('labels: ["1", "2"]\nverbalizers: [" low", " high"]\n')
+    assert load_data(tmp_path / name)[0].verbalizers == (" low", " high")
+
+
+# ---------------------------------------------------------------- a data set's card
+
+
+def card_of(names, column="label", several=False) -> str:
+    info = {"features": [{"name": "text", "dtype": "string"}, {"name": column, "dtype": {"class_label": names}}]}
+    header = {"dataset_info": [{"config_name": "a", **info}, {"config_name": "b", **info}] if several else info}
+    return f"---\n{json.dumps(header)}\n---\n# A data set\n"
+
+
+@pytest.mark.parametrize("names", [["low", "high"], ["high", "low"], ["a b", "c"]])
+def test_the_card_of_a_folder_names_its_numbers(tmp_path, names):
+    by_number = {"names": {str(number): name for number, name in enumerate(names)}}
+    for several in (False, True):
+        folder = folder_of(tmp_path, GOOD, **{"README.md": card_of(by_number, several=several)})
+        task, splits = load_data(folder)
+        assert task.labels == tuple(names) == load_task(folder).labels
+        assert {int(text.split()[-1]) % 2 == label for text, label in texts_of(splits)} == {True}
+    (folder / "labels.json").write_text('["one", "two"]')
+    assert load_data(folder)[0].labels == ("one", "two")
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["# Notes", "---\n[\n---\n", "---\nlicense: mit\n---\n", card_of({}), card_of({"names": 3}), card_of({}, "x")],
+)
+def test_a_readme_of_another_kind_names_nothing(tmp_path, card):
+    assert load_data(folder_of(tmp_path, GOOD, **{"README.md": card}))[0].labels == ("0", "1")

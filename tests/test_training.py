@@ -43,7 +43,10 @@ def test_without_peft_the_extra_is_named(tiny_model, monkeypatch):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"adapter": "lorra"}, "use None or one of lora"), ({"adapter_rank": 0}, "adapter_rank = 0")],
+    [
+        ({"adapter": "lorra"}, "'lorra' is not known: use one of lora"),
+        ({"adapter_rank": 0}, "adapter_rank = 0"),
+    ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(UserError, match=message):

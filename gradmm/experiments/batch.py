@@ -428,7 +428,7 @@ def _from_command_line(text: str) -> Any:
     if text == "None":
         return None
     try:
-        return float(text) if files.is_hidden_number(text) else yaml.safe_load(text)
+        return files.parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2020-13-45
         return text
 

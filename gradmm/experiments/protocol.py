@@ -33,7 +33,7 @@ from gradmm.finetuning import finetune
 from gradmm.models import Model, require_model
 from gradmm.plan import ModelShape
 from gradmm.rows import SPLITS
-from gradmm.runs import RunFolder, finite_or_none
+from gradmm.runs import RunFolder, finite_row
 from gradmm.tasks import Task
 
 TUNING_COPIES = 6  # numbers a weight in a fine-tuning: as it came, as it is, gradient, two moments, and the best so far
@@ -217,18 +217,14 @@ def _run_seed(experiment: Experiment, methods: Sequence[str], seed: int) -> Iter
         record: dict[str, Any] = {"method": name, "seed": seed, "settings": experiment.settings, "n": len(examples)}
         record["in_test"] = len(made[name]) - len(examples)  # written by chance as they stand in the test set, left out
         record |= _trained(seed_run, experiment.model, examples)
-        record |= _finite(measure(seed_run, measured[name]))
-        record["similarity"] = _finite(alike[name])
+        record |= finite_row(measure(seed_run, measured[name]))
+        record["similarity"] = finite_row(alike[name])
         record["elsewhere"] = {
-            one.name: _trained(seed_run, one, examples) | _finite(measure_on(one, seed_run, measured[name]))
+            one.name: _trained(seed_run, one, examples) | finite_row(measure_on(one, seed_run, measured[name]))
             for one in experiment.config.learners
         }
         experiment.save(record)
         yield record
-
-
-def _finite(values: dict) -> dict:
-    return {key: finite_or_none(value) for key, value in values.items()}
 
 
 def _trained(seed_run: SeedRun, model: Model, examples: Sequence[Example]) -> dict:
@@ -238,7 +234,7 @@ def _trained(seed_run: SeedRun, model: Model, examples: Sequence[Example]) -> di
     if examples:
         config = replace(experiment.config.finetuning, seed=seed_run.seed)
         found = finetune(model, experiment.task, examples, splits.validation, splits.test, config, progress=False)
-        test, chosen["curve"] = found.test, [_finite(row) for row in found.curve]
+        test, chosen["curve"] = found.test, [finite_row(row) for row in found.curve]
         chosen |= {name: getattr(found, name) for name in ("learning_rate", "step", "validation_accuracy")}
     else:
         test = evaluate(model, experiment.task, splits.test)

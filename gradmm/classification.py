@@ -37,11 +37,6 @@ class Evaluation:
     macro_f1: float
     loss: float
 
-    @property
-    def correct(self) -> tuple[bool, ...]:
-        """Which predictions are right; see `evaluation.paired_bootstrap`."""
-        return tuple(a == b for a, b in zip(self.labels, self.predictions, strict=True))
-
 
 @dataclass(frozen=True)
 class Encoded:

@@ -1,6 +1,7 @@
 """The one error that a user's input can cause: one sentence that names the value, the limit and the mend."""
 
 import difflib
+import json
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -33,6 +34,15 @@ def short_repr(value) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = 60
     return " ".join(short.repr(value).splitlines())
+
+
+def short_json(value) -> str:
+    """A value as it stands in a file, cut short."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return f"of type {type(value).__name__}"
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def near(name: str, known: Iterable[str], otherwise: str) -> str:

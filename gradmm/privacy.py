@@ -48,7 +48,7 @@ from gradmm.mechanism import (
 )
 from gradmm.models import Model, require_model
 from gradmm.progress import shown, stage
-from gradmm.runs import differences
+from gradmm.runs import refuse_other
 from gradmm.sharding import launched
 from gradmm.spaces import BodySketch, coordinates, release_space, space_from, tensors_of
 from gradmm.tasks import Task, TaskTokens, require_task, tokenize_task
@@ -278,14 +278,15 @@ class _FolderLedger(Ledger):
     def open(path: Path, arguments: dict) -> "_FolderLedger":
         held: dict[str, Any] = files.read_json(path) if path.exists() else {"release": arguments, "entries": []}
         try:
-            entries = tuple(LedgerEntry(**entry) for entry in held["entries"])
-            differing = differences(arguments, held["release"])
+            entries, theirs = tuple(LedgerEntry(**entry) for entry in held["entries"]), held["release"]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no ledger of a release ({first_line(error)}): choose another folder") from error
-        require(
-            not differing,
-            f"{path.parent} holds a release with other arguments: {'; '.join(differing[:3])}: give the same to read "
-            f"it, or another folder for a further release, which costs as much again and which {path} will not count",
+        refuse_other(
+            arguments,
+            theirs,
+            f"{path.parent} holds a release with other arguments",
+            "give the same to read it, or another folder for a further release, which costs as much again and which "
+            f"{path} will not count",
         )
         return _FolderLedger(arguments["epsilon"], arguments["delta"], entries, path, arguments)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradmm import files
-from gradmm.errors import UserError, first_line, require
+from gradmm.errors import UserError, first_line, require, short_json
 from gradmm.markup import plain_name
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _check_label(label: Any, where: str) -> int | str:
     if not isinstance(label, str):
         better = _meant(label)
         line = LINE.replace("0", json.dumps(better, ensure_ascii=False))
-        said = f"{where} has the label {_as_json(label)}, which is no whole number and no name"
+        said = f"{where} has the label {short_json(label)}, which is no whole number and no name"
         raise UserError(f"{said}: write it as in {line}")
     require(
         len(label) <= LONGEST_LABEL,
@@ -97,15 +97,6 @@ def _meant(label: Any) -> int | str:
     if isinstance(label, str) and 0 < len(label.strip()) <= LONGEST_LABEL:
         return label.strip()
     return int(label) if isinstance(label, int | float) and label % 1 == 0 else 0
-
-
-def _as_json(label: Any) -> str:
-    """A label as it stands in a file, cut short."""
-    try:
-        text = json.dumps(label, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):
-        return f"of type {type(label).__name__}"
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 # ---------------------------------------------------------------- files and tables

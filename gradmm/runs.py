@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,7 +23,7 @@ import pandas
 import torch
 
 from gradmm import admm, files
-from gradmm.errors import UserError, require
+from gradmm.errors import UserError, require, short_json
 
 PACKAGES = ("gradmm", "torch", "transformers", "datasets", "tokenizers", "numpy")
 SNAPSHOT_SECONDS = 10.0
@@ -91,12 +91,8 @@ def output_folder(notebook: str, output: str | Path | None, **parameters) -> Pat
     require(not folder.exists() or folder.is_dir(), f"{folder} is a file: give a folder for the output")
     place = folder / "parameters.json"
     if any(path != place for path in folder.glob("*")) and place.exists():
-        differing = differences(claim, files.read_json(place))
-        require(
-            not differing,
-            f"{folder} holds results of other parameters: {'; '.join(differing[:3])}: leave output out, or give "
-            "another folder",
-        )
+        said = f"{folder} holds results of other parameters"
+        refuse_other(claim, files.read_json(place), said, "leave output out, or give another folder")
     files.write_json(place, claim)
     return folder
 
@@ -193,12 +189,8 @@ class RunFolder:
         place = path / "manifest.json"
         require(not path.exists() or path.is_dir(), f"{path} is a file: give a folder for the output")
         if place.exists():
-            differing = differences(self.manifest, _held(path))
-            require(
-                not differing,
-                f"{path} holds a run with other settings: {'; '.join(differing[:3])}: choose another output folder, "
-                "or the same settings to continue it",
-            )
+            mend = "choose another output folder, or the same settings to continue it"
+            refuse_other(self.manifest, _held(path), f"{path} holds a run with other settings", mend)
             return
         clash = sorted({held.name for held in path.glob("*")} & set(RUN_FILES))
         require(
@@ -313,23 +305,20 @@ def numbers(row: Mapping, *names: str) -> dict:
     return {name: math.inf if value is None and name in names else value for name, value in row.items()}
 
 
-def differences(ours: dict, theirs: dict) -> list[str]:
-    """What a folder's settings (`theirs`) hold otherwise than those asked for, each as "name (... there, ... now)"."""
-    return [f"{name} ({_short(there)} there, {_short(now)} now)" for name, now, there in _differences(ours, theirs)]
+def refuse_other(ours: dict, theirs: Any, place: str, mend: str) -> None:
+    """Raise where a folder's settings (`theirs`) are other than those asked for; what it holds beside them may be any.
+
+    Raises:
+        UserError: place, what differs as "name (... there, ... now)", and the mend.
+    """
+    found = list(_differences(ours, theirs))
+    require(not found, f"{place}: {'; '.join(found[:3])}: {mend}")
 
 
-def _differences(ours: dict, theirs: dict, name: str = "") -> list[tuple[str, object, object]]:
-    """The leaves of `ours` that `theirs` holds otherwise."""
-    found = []
+def _differences(ours: dict, theirs: Any, prefix: str = "") -> Iterator[str]:
     for key, value in ours.items():
-        other, full = theirs.get(key) if isinstance(theirs, dict) else None, f"{name}.{key}" if name else key
+        other = theirs.get(key) if isinstance(theirs, dict) else None
         if isinstance(value, dict):
-            found += _differences(value, other if isinstance(other, dict) else {}, full)
+            yield from _differences(value, other, f"{prefix}{key}.")
         elif value != other:
-            found.append((full, value, other))
-    return found
-
-
-def _short(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "..."
+            yield f"{prefix}{key} ({short_json(other)} there, {short_json(value)} now)"

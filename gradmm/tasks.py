@@ -11,7 +11,7 @@ import re
 import string
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
@@ -371,19 +371,19 @@ def _label_tokens(task: Task, tokenizer) -> tuple[int, ...]:
         elif tokens.index(token) != number:
             first = task.labels[tokens.index(token)]
             faults[number] = f"is the same token as label {first!r}'s, all {len(tokens)} must differ"
-    require(not faults, _mended(task, tokenizer, tokens, faults) if faults else "")
+    if faults:
+        raise UserError(_mended(task, tokenizer, tokens, faults))
     return tuple(token for token in tokens if token is not None)
 
 
 def _mended(task: Task, tokenizer, tokens: list[int | None], faults: Mapping[int, str]) -> str:
     """What is wrong with some verbalizers, with words that would do, all different, and a task file that has them."""
-    sound = [verbalizer for number, verbalizer in enumerate(task.verbalizers) if number not in faults]
-    finder, said, verbalizers = _Words(task, tokenizer, tokens, sound), [], [*task.verbalizers]
-    for number, fault in faults.items():
-        better = finder.like(task.verbalizers[number], task.labels[number], 3 if len(faults) <= 3 else 1)
-        verbalizers[number] = [*better, verbalizers[number]][0]
+    said, verbalizers = [], [*task.verbalizers]
+    for number, better in _better(task, tokenizer, tokens, [*faults]).items():
         use = f"use one such as {better}" if better else "the tokenizer has no other word of one token"
-        said.append(f"the verbalizer {task.verbalizers[number]!r} of label {task.labels[number]!r} {fault}: {use}")
+        label, verbalizer = task.labels[number], verbalizers[number]
+        said.append(f"the verbalizer {verbalizer!r} of label {label!r} {faults[number]}: {use}")
+        verbalizers[number] = [*better, verbalizer][0]
     usual = Task(task.name, task.labels, tuple(f" {label}" for label in task.labels)).to_dict()
     values = replace(task, verbalizers=tuple(verbalizers), hub=None).to_dict()
     always = ("labels", "verbalizers", "template")
@@ -399,38 +399,38 @@ def _single(tokenizer, pieces: list[int] | None) -> int | None:
     return pieces[0] if pieces and len(pieces) == 1 and pieces[0] not in tokenizer.all_special_ids else None
 
 
-class _Words:
-    """Verbalizers that would do for a task, each given out once."""
+def _better(task: Task, tokenizer, tokens: Iterable[int | None], faulty: Sequence[int]) -> dict[int, list[str]]:
+    """For each verbalizer that fails up to three words that would do in its place, none given twice."""
+    prompt = task.template.replace(SLOT, PROBE)
+    known = {tokenizer.decode([token]).strip() for token in range(min(len(tokenizer), 300_000))}
+    known_words = sorted(filter(str.isalpha, known), key=lambda word: (word != word.lower(), len(word), word))
+    words = {word.strip().casefold() for number, word in enumerate(task.verbalizers) if number not in faulty}
+    taken = {*tokens}
 
-    def __init__(self, task: Task, tokenizer, tokens: Iterable[int | None], words: Iterable[str]) -> None:
-        self.prompt, self.tokenizer = task.template.replace(SLOT, PROBE), tokenizer
-        self.tokens, self.words = {*tokens}, {word.strip().casefold() for word in words}
-        known = {tokenizer.decode([token]).strip() for token in range(min(len(tokenizer), 300_000))}
-        self.known = sorted(filter(str.isalpha, known), key=lambda word: (word != word.lower(), len(word), word))
-
-    def like(self, verbalizer: str, label: str, count: int) -> list[str]:
-        """Up to `count`: spellings of verbalizer, label and the words in them, the last first, then similar words."""
-        whole = [verbalizer.strip(), label.strip()]
-        parts = [part for word in whole for part in reversed(re.findall(r"[^\W\d_]+", word))]
-        parts += LETTERS if whole[0].isdecimal() else ()
-        spellings = [form for word in [*whole, *parts] for form in (word, word.lower(), word.capitalize())]
-        start = (parts or whole)[0].lower()
-        near = sorted(self.known, key=lambda word: -len(os.path.commonprefix([word.lower(), start])))
-        spaces = (" ", "") if verbalizer.startswith(" ") else ("", " ")
-        forms = (space + word for space in spaces for word in (*spellings, *near))
-        return list(islice(filter(self._takes, forms), count))
-
-    def _takes(self, form: str) -> bool:
-        """Whether a verbalizer is one token and a word that no other has, in whatever case; it then is taken."""
-        word = form.strip().casefold()
-        if word in self.words or _runs_on(self.prompt, form):
+    def takes(form: str) -> bool:
+        """Whether it is one token and a word that no other verbalizer has, in whatever case; it then is taken."""
+        word, token = form.strip().casefold(), _single(tokenizer, _continuation(tokenizer, prompt, form))
+        if token is None or token in taken or word in words or _runs_on(prompt, form):
             return False
-        token = _single(self.tokenizer, _continuation(self.tokenizer, self.prompt, form))
-        if token is None or token in self.tokens:
-            return False
-        self.tokens.add(token)
-        self.words.add(word)
+        taken.add(token)
+        words.add(word)
         return True
+
+    count = 3 if len(faulty) <= 3 else 1
+    forms = {number: _forms(task.verbalizers[number], task.labels[number], known_words) for number in faulty}
+    return {number: list(islice(filter(takes, some), count)) for number, some in forms.items()}
+
+
+def _forms(verbalizer: str, label: str, known: Sequence[str]) -> Iterator[str]:
+    """Spellings of verbalizer, label and the words in them, the last first, then known words by their likeness."""
+    whole = [verbalizer.strip(), label.strip()]
+    parts = [part for word in whole for part in reversed(re.findall(r"[^\W\d_]+", word))]
+    parts += LETTERS if whole[0].isdecimal() else ()
+    spellings = [form for word in [*whole, *parts] for form in (word, word.lower(), word.capitalize())]
+    start = (parts or whole)[0].lower()
+    near = sorted(known, key=lambda word: -len(os.path.commonprefix([word.lower(), start])))
+    spaces = (" ", "") if verbalizer.startswith(" ") else ("", " ")
+    return (space + word for space in spaces for word in (*spellings, *near))
 
 
 # ---------------------------------------------------------------- prompts

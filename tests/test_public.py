@@ -373,6 +373,7 @@ def test_rows_of_every_kind_go_in_alike(taker, kind):
 
 def test_what_a_synthesis_returns_every_other_function_takes(tmp_path):
     model, result = HELD["model"], written(output=tmp_path / "run")
+    assert gradmm.load_task(tmp_path / "run").labels == TASK.labels  # as the folder's card says
     rejected = len(result.candidates) - len(result.kept)
     assert rejected > 0 and all(result.kept["kept"]) and result.kept.column_names == result.candidates.column_names
     loaded = datasets.load_dataset(str(tmp_path / "run"), split="train", cache_dir=str(tmp_path / "cache"))

@@ -62,11 +62,7 @@ class Inputs:
     quiet: bool = False
 
     def load(self) -> tuple[Model, Task, Splits]:
-        """The model, the task and the examples, which fit one another.
-
-        Raises:
-            UserError: no data, or what `load_data`, `load_model` and `check_fit` refuse.
-        """
+        """The model, the task and the examples, which fit one another."""
         require(self.data is not None, "no data is given: add --data with a folder or file, or demo")
         task, splits = load_data(self.data, self.task, text=self.text, label=self.label)
         model = self.load_model()
@@ -162,11 +158,7 @@ def _parse(command: Callable, kinds: Sequence[type], arguments: Sequence[str]) -
 
 
 def synthesize(arguments: Sequence[str]) -> None:
-    """Write synthetic texts whose gradients match those of labelled real texts, or of a saved Release.
-
-    Raises:
-        UserError: the request cannot be met.
-    """
+    """Write synthetic texts whose gradients match those of labelled real texts, or of a saved Release."""
     kinds = (Inputs, Synthesis, ReleaseConfig, SynthesisConfig)
     first, own, private, changes = _parse(synthesize, kinds, arguments)
     inputs, given = Inputs(**first), Synthesis(**own)
@@ -222,11 +214,7 @@ def _default_folder(inputs: Inputs, given: Synthesis, private: ReleaseConfig, co
 
 
 def finetune(arguments: Sequence[str]) -> None:
-    """Fine-tune a model on examples, choose rate and step on the validation rows, and report the test accuracy.
-
-    Raises:
-        UserError: the request cannot be met.
-    """
+    """Fine-tune a model on examples, choose rate and step on the validation rows, and report the test accuracy."""
     first, own, settings = _parse(finetune, (Inputs, Training, FinetuneConfig), arguments)
     inputs, given = Inputs(**first), Training(**own)
     config = FinetuneConfig(**settings)
@@ -242,11 +230,7 @@ def finetune(arguments: Sequence[str]) -> None:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Report how often a model names the right label, as it is.
-
-    Raises:
-        UserError: the request cannot be met.
-    """
+    """Report how often a model names the right label, as it is."""
     first, own = _parse(evaluate, (Inputs, Split), arguments)
     inputs, split = Inputs(**first), Split(**own).split
     require(split in ("train", "validation", "test"), f"split = {split!r} is not known: use train, validation or test")

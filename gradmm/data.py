@@ -144,11 +144,7 @@ def load_data(
 
 
 def read_examples(data: Any, task: Task, *, text: str = "text", label: str = "label") -> list[Example]:
-    """All train rows of any data that `load_data` takes: nothing is carved or left out, as what is to be learnt.
-
-    Raises:
-        UserError: as `load_data`.
-    """
+    """All train rows of any data that `load_data` takes: nothing is carved or left out, as what is to be learnt."""
     require_task(task)
     columns = (text, label)
     return _examples(_given(data, _on_hub(data, task, columns)[1], columns), task)["train"]
@@ -325,11 +321,7 @@ def sample_examples(examples: Iterable, n: int, task: Task, seed: int) -> list[E
 
 
 def refuse_overlap(seen: Iterable[Example], test: Iterable[Example]) -> None:
-    """Raise if an example that training or generation saw is in the test set; its text may be private and isn't shown.
-
-    Raises:
-        UserError: there is one.
-    """
+    """Raise if an example that training or generation saw is in the test set; no text is shown."""
     hashes = {content_hash(example.text) for example in test}
     shared = [
         example.origin or f"number {number}"

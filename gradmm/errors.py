@@ -77,24 +77,12 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_type(value, kinds: type | UnionType, name: str, mend: str) -> None:
-    """Raise unless a value is of one of these types; the error names its type alone, as a value may hold real text.
-
-    Args:
-        name: the argument as the error names it, such as "the task".
-        mend: what to give instead, such as "give what gradmm.load_task returns".
-
-    Raises:
-        UserError: it is of another type.
-    """
+    """Raise unless a value is of one of these types; the error names its type alone, as a value may hold real text."""
     require(isinstance(value, kinds), f"{name} is of type {type(value).__name__}: {mend}")
 
 
 def require_whole(value, name: str, least: int | None = None) -> int:
-    """A whole number as Python's own.
-
-    Raises:
-        UserError: no whole number, or one below `least`.
-    """
+    """A whole number as Python's own; raise for any other value, and for one below `least`."""
     bound = "" if least is None else f" of at least {least}"
     require(
         is_whole(value) and (least is None or value >= least),
@@ -104,11 +92,7 @@ def require_whole(value, name: str, least: int | None = None) -> int:
 
 
 def require_texts(values, name: str) -> list[str]:
-    """Texts as a list; no text is shown.
-
-    Raises:
-        UserError: one text alone, or something that is no text.
-    """
+    """Texts as a list; raise for one text alone and for something that is no text. No text is shown."""
     several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
     require(several, f"{name} are of type {type(values).__name__}: give a list of texts")
     texts = list(values)
@@ -118,11 +102,7 @@ def require_texts(values, name: str) -> list[str]:
 
 
 def require_flag(value, name: str) -> None:
-    """Raise unless a value is True or False.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """Raise unless a value is True or False."""
     require(isinstance(value, bool), f"{name} = {short_repr(value)}, it must be True or False: give one of them")
 
 
@@ -158,25 +138,14 @@ def one_of(known: Iterable[str]) -> Rule:
 
 
 def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule], place: str = "") -> None:
-    """Raise for the first value that breaks the rule of its name.
-
-    Args:
-        place: what an error begins with.
-
-    Raises:
-        UserError: one does.
-    """
+    """Raise for the first value that breaks the rule of its name; the error begins with `place`."""
     for name, value in values.items():
         if name in rules and not rules[name].holds(value):
             raise UserError(place + rules[name].says.format(name=name, value=short_repr(value)))
 
 
 def check_settings(settings: Any, rules: Mapping[str, Rule], place: str = "") -> None:
-    """Check the settings of a frozen dataclass; one whose type holds None may be None.
-
-    Raises:
-        UserError: a value that breaks the rule of its name.
-    """
+    """Raise for a setting of a frozen dataclass that breaks its rule; one whose type holds None may be None."""
     plain_fields(settings)
     given = {item: getattr(settings, item.name) for item in fields(settings) if item.init}
     unset = [item for item, value in given.items() if value is None and NoneType in get_args(item.type)]
@@ -192,11 +161,7 @@ def plain_fields(settings: Any) -> None:
 
 
 def require_settings(kind: type, names: Iterable) -> None:
-    """Raise unless every name is a setting of a dataclass.
-
-    Raises:
-        UserError: a name that is none.
-    """
+    """Raise unless every name is a setting of a dataclass."""
     known = {item.name for item in fields(kind) if item.init}
     unknown = sorted(map(short_repr, set(names) - known))
     require(not unknown, f"unknown setting {', '.join(unknown)}: the settings are {', '.join(sorted(known))}")

@@ -189,11 +189,7 @@ YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d
 
 
 def parse_yaml(text: str) -> Any:
-    """One YAML value, see `YamlLoader`.
-
-    Raises:
-        yaml.YAMLError, ValueError, RecursionError: no such value.
-    """
+    """One YAML value, see `YamlLoader`; raises yaml.YAMLError, ValueError or RecursionError where there is none."""
     return YamlLoader(text).get_single_data()
 
 

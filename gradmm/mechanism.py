@@ -42,16 +42,12 @@ BLOCK = 1 << 20  # noise values drawn at once
 
 
 def exact_sigma(epsilon: float, delta: float) -> float:
-    """The smallest sigma at sensitivity 1, by the exact condition above (dp-accounting's solver, rounded up by
-    1e-9)."""
+    """The smallest sigma at sensitivity 1, by the exact condition above (dp-accounting's solver, rounded up)."""
     return dp_accounting.get_sigma_gaussian(epsilon, delta, tol=SOLVER_TOLERANCE) * (1 + SOLVER_SLACK)
 
 
 def classic_sigma(epsilon: float, delta: float) -> float:
     """sqrt(2 ln(1.25/delta)) / epsilon, valid for epsilon <= 1 alone (Dwork and Roth 2014, theorem A.1).
-
-    Raises:
-        UserError: epsilon above 1.
 
     >>> classic_sigma(1.0, 1e-5) > exact_sigma(1.0, 1e-5)  # the exact calibration needs less noise
     True
@@ -285,14 +281,8 @@ def clip_scale(factors: Factors, clip: float) -> Tensor:
 
 
 def clipped_sum(factors: Factors, clip: float) -> tuple[Tensor, Tensor | None]:
-    """The sum of gradients, each scaled down to the joint norm `clip` where it is longer, without any (n, R, r).
-
-    Args:
-        factors: delta (n, R), hidden (n, r).
-        clip: positive.
-
-    Returns:
-        Weight (R, r) and bias (R,) or None.
+    """The sum of gradients, each scaled down to the joint norm `clip` where it is longer, without any (n, R, r): weight
+    (R, r) and bias (R,) or None.
     """
     scaled = factors.delta.double() * clip_scale(factors, clip)[:, None]
     return scaled.mT @ factors.hidden.double(), scaled.sum(0) if factors.bias else None

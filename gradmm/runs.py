@@ -123,12 +123,8 @@ def _state(path: Path) -> Any:
 
 
 def write_not_for_release(folder: str | Path, name: str, results: Mapping[str, Any]) -> Path:
-    """Write results that private text went into, outside of every guarantee, where nobody shares them by accident.
-
-    Args:
-        folder: the run's; they go to `not-for-release/<name>.json` in it.
-        name: without ending.
-        results: plain values; what they are is said in a first field.
+    """Write results that private text went into, outside of every guarantee, where nobody shares them by accident:
+    `not-for-release/<name>.json` in the run's folder, with a first field that says so.
     """
     reason = "computed from private text without the noise that a guarantee needs: do not share this file"
     return files.write_json(Path(folder) / NOT_FOR_RELEASE / f"{name}.json", {"not for release": reason, **results})
@@ -306,11 +302,7 @@ def numbers(row: Mapping, *names: str) -> dict:
 
 
 def refuse_other(ours: dict, theirs: Any, place: str, mend: str) -> None:
-    """Raise where a folder's settings (`theirs`) are other than those asked for; what it holds beside them may be any.
-
-    Raises:
-        UserError: place, what differs as "name (... there, ... now)", and the mend.
-    """
+    """Raise where a folder's settings (`theirs`) are other than those asked for; what else it holds may be any."""
     found = list(_differences(ours, theirs))
     require(not found, f"{place}: {'; '.join(found[:3])}: {mend}")
 

@@ -98,11 +98,7 @@ class ProcessGroup:
         return call()
 
     def meet(self, place: str) -> None:
-        """Wait until every process has come to this place.
-
-        Raises:
-            UserError: one has failed, or gives no sign of life.
-        """
+        """Wait until every process has come to this place; raise if one has failed or gives no sign of life."""
         self._tell(f"{place}/{self.rank}")
         self._await(place, range(self.count))
 

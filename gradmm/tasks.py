@@ -203,11 +203,7 @@ def _runs_on(before: str, after: str) -> bool:
 
 
 def require_task(task) -> None:
-    """Raise unless it is a `Task`, not its name or folder.
-
-    Raises:
-        UserError: it is of another type.
-    """
+    """Raise unless it is a `Task`, not its name or folder."""
     require_type(task, Task, "the task", "give what gradmm.load_task or gradmm.load_data returns")
 
 

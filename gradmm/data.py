@@ -158,7 +158,7 @@ def _on_hub(data: Any, task: Task | None, columns: tuple[str, str]) -> tuple[Tas
         named = next((one for one in tasks if data in (one.name, one.hub and one.hub.path)), None)
         is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.startswith(".")
         source = named.hub if named is not None else HubSource(data) if is_id else None
-    asked = {name: column for name, column in zip(COLUMNS, columns, strict=True) if column != name}
+    asked: dict[str, Any] = {name: column for name, column in zip(COLUMNS, columns, strict=True) if column != name}
     return named, None if source is None else replace(source, **asked)
 
 

@@ -35,7 +35,7 @@ CASES = {
     "task: too long": (lambda at: gradmm.load_task(LONG), "no usable path (File name too long)"),
     "task: a null": (lambda at: gradmm.load_task(NULL), "no usable path (embedded null"),
     "task: aliases": (lambda at: gradmm.load_task(put(at, "t.yaml", "a: &a [x]\nb: [*a, *a]")),
-        "line 2 has the alias *a: write the value itself"),
+        "line 2 is not YAML (it has the alias *a, where the value itself belongs)"),
     # data
     "data: nothing": (lambda at: gradmm.load_data(None), "the data is None: give a path or a name as text"),
     "data: too long": (lambda at: gradmm.load_data(LONG), "no usable path (File name too long)"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 
 class UserError(ValueError):
@@ -147,9 +147,10 @@ def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule], place: st
 def check_settings(settings: Any, rules: Mapping[str, Rule], place: str = "") -> None:
     """Raise for a setting of a frozen dataclass that breaks its rule; one whose type holds None may be None."""
     plain_fields(settings)
-    given = {item: getattr(settings, item.name) for item in fields(settings) if item.init}
-    unset = [item for item, value in given.items() if value is None and NoneType in get_args(item.type)]
-    check_values({item.name: value for item, value in given.items() if item not in unset}, rules, place)
+    given = {item.name: getattr(settings, item.name) for item in fields(settings) if item.init}
+    kinds = get_type_hints(type(settings))  # not the fields' own types, from which HfArgumentParser takes the None
+    unset = {name for name, value in given.items() if value is None and NoneType in get_args(kinds[name])}
+    check_values({name: value for name, value in given.items() if name not in unset}, rules, place)
 
 
 def plain_fields(settings: Any) -> None:

@@ -126,11 +126,6 @@ def theory(results: dict, preset: dict) -> None:
         row["final gap"] <= row["bound"] and row["largest share of the drift bound"] <= 1 + 1e-9
         for row in results["examples"]
     )
-    paths = results["language_model"]["paths"]
-    assert [len(path) for path in paths.values()] == [preset["path_steps"] + 1] * 4
-    assert all(row["error"] == 0 for row in paths["the real ones"]) and all(row["error"] > 0 for row in paths["gradmm"])
-    assert results["privacy"]["delta_at_epsilon"] == pytest.approx(1e-5, rel=1e-6)
-    assert results["privacy"]["excess"] <= 1e-12
 
 
 def transfer(results: dict, preset: dict) -> None:

@@ -6,11 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import dask
 import nbformat
 import pytest
 import yaml
-from distributed import LocalCluster
 
 from gradmm import files
 from gradmm.errors import UserError
@@ -88,7 +86,6 @@ def test_a_wrong_request_is_refused_in_a_sentence(here):
         r"could not be read as a notebook|is not JSON": lambda: batch.plan([here / "broken.ipynb"], "x"),
         r"the sweep over seed has the values 3": lambda: batch.plan([notebook], "x", sweep={"seed": 3}),
         r"cannot go over output": lambda: batch.plan([notebook], "x", sweep={"output": ["a"]}),
-        r"the backend 'ray' is not known": lambda: batch.run([], backend="ray"),
         r"it must be at least 1": lambda: batch.run([], processes=0),
         r"no notebook is given": lambda: batch.plan([], "x"),
     }.items():
@@ -239,28 +236,17 @@ def test_without_the_extra_the_mend_is_named(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "joblib", None)
     with pytest.raises(UserError, match=r"joblib is not installed: .*gradmm\[notebooks\]"):
         batch.run([])
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(UserError, match="dask needs the package distributed"):
-        batch.run([], backend="dask")
 
 
 @pytest.mark.slow
-def test_a_sweep_on_a_dask_cluster_of_two_workers(here):
+def test_a_sweep_is_shared_between_two_processes(here):
     parent = "import os\n(folder / 'parent').write_text(str(os.getppid()))"
     notebook = store(here / "one.ipynb", PARAMETERS, WRITE, parent)
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", host="127.0.0.1") as cluster,
-        dask.config.set({"scheduler-address": cluster.scheduler_address}),  # what DASK_SCHEDULER_ADDRESS sets
-    ):
-        jobs = batch.plan(
-            [notebook], here / "executed", parameters={"output": str(here / "out")}, sweep={"seed": [1, 2, 3]}
-        )
-        outcomes = batch.run(jobs, 2, "dask", progress=False)
-        assert [(outcome.name, outcome.state, outcome.note) for outcome in outcomes] == [
-            (f"one--seed={seed}", "executed", "") for seed in (1, 2, 3)
-        ]
-        assert [outcome.state for outcome in batch.run(jobs, 2, "dask", progress=False)] == ["unchanged"] * 3
+    given = {"output": str(here / "out")}
+    jobs = batch.plan([notebook], here / "executed", parameters=given, sweep={"seed": [1, 2, 3]})
+    outcomes = batch.run(jobs, 2, progress=False)
+    assert [(one.name, one.state) for one in outcomes] == [(f"one--seed={seed}", "executed") for seed in (1, 2, 3)]
+    assert [outcome.state for outcome in batch.run(jobs, 2, progress=False)] == ["unchanged"] * 3
     found = {path.parent.name: json.loads(path.read_text()) for path in here.glob("out/*/numbers.json")}
     assert found == {f"seed={seed}": {"seed": seed, "rho": 0.1} for seed in (1, 2, 3)}
     parents = {path.read_text() for path in here.glob("out/*/parent")}

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -38,7 +38,6 @@ from gradmm.errors import UserError, first_line, near, require
 from gradmm.experiments.records import PACKAGE, cores
 from gradmm.files import lock
 
-BACKENDS = ("loky", "threading", "dask")
 LONGEST_NAME = 80
 LONGEST_NOTE = 300
 KERNEL_SECONDS = 600  # a busy machine takes more than papermill's minute to start a kernel
@@ -235,19 +234,8 @@ def _digest(path: Path) -> str:
 
 @cache
 def _versions() -> dict[str, str]:
-    """Python's version and those of what the package and its notebooks need."""
-    try:
-        lines = metadata.requires("gradmm") or []
-    except metadata.PackageNotFoundError:  # run from a checkout
-        lines = []
-    lines = [line for line in lines if "extra ==" not in line or "notebooks" in line.split(";")[1]]
-    found = runs.versions()
-    for name in sorted({re.split(r"[^\w.-]", line)[0] for line in lines} - {"gradmm"}):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    """Of what computes and of what runs and draws."""
+    return {**runs.versions(), **{name: metadata.version(name) for name in ("ipykernel", "matplotlib", "papermill")}}
 
 
 def changes(job: Job) -> list[str] | None:
@@ -314,47 +302,36 @@ def _write_stamp(job: Job, outcome: Outcome) -> None:
     files.write_json(job.stamp, json.loads(json.dumps(stamp, default=str)))
 
 
-def run(
-    jobs: Sequence[Job], processes: int | None = None, backend: str = "loky", progress: bool = True
-) -> list[Outcome]:
+def run(jobs: Sequence[Job], processes: int | None = None, progress: bool = True) -> list[Outcome]:
     """Execute those of the jobs that have changed, several at a time, what took longest the last time first.
 
     Args:
         jobs: from `plan`.
         processes: how many at a time; None takes the number of cores, one where there is a GPU.
-        backend: of joblib: "loky" (processes), "threading", or "dask" (the cluster that DASK_SCHEDULER_ADDRESS names,
-            or one on this machine; its workers must see the same files under the same paths).
         progress: whether to show a progress bar.
 
     Returns:
         One outcome for each job, in their order.
 
     Raises:
-        UserError: an unknown backend, one that is not installed, or another batch at work in the same output folder.
+        UserError: joblib is not installed, or another batch is at work in the same output folder.
     """
-    require(backend in BACKENDS, f"the backend {backend!r} is not known: use one of {', '.join(BACKENDS)}")
     require(processes is None or processes >= 1, f"jobs = {processes}, it must be at least 1")
-    _extra("joblib")
+    joblib = _extra("joblib")
     with ExitStack() as locked:
         for folder in sorted({job.target.parent for job in jobs}):
             locked.enter_context(lock(folder))
-        return _run_changed(jobs, processes, backend, progress)
+        return _run_changed(jobs, processes, joblib, progress)
 
 
-def _run_changed(jobs: Sequence[Job], processes: int | None, backend: str, progress: bool) -> list[Outcome]:
-    import joblib
-
+def _run_changed(jobs: Sequence[Job], processes: int | None, joblib: Any, progress: bool) -> list[Outcome]:
     changed = {job.target: changes(job) for job in jobs}
     found = {job.target: Outcome(job.target.stem, "unchanged", 0.0) for job in jobs if changed[job.target] == []}
     pending = [job for job in jobs if job.target not in found]
     pending.sort(key=lambda job: -_read_stamp(job).get("seconds", math.inf))
     count = min(processes or (1 if torch.cuda.is_available() else cores() or 1), max(len(pending), 1))
-    with (
-        _cluster(backend),
-        joblib.parallel_config(backend, n_jobs=count),
-        tqdm(total=len(jobs), initial=len(found), unit="notebook", disable=not progress) as bar,
-    ):
-        parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
+    parallel = joblib.Parallel(count, return_as="generator_unordered", batch_size=1)
+    with tqdm(total=len(jobs), initial=len(found), unit="notebook", disable=not progress) as bar:
         for target, outcome in parallel(joblib.delayed(_executed)(job) for job in pending):
             why = f"changed: {', '.join(changed[target] or ())}" if changed[target] else ""
             found[target] = replace(outcome, note=outcome.note or why)
@@ -365,16 +342,6 @@ def _run_changed(jobs: Sequence[Job], processes: int | None, backend: str, progr
 
 def _executed(job: Job) -> tuple[Path, Outcome]:
     return job.target, execute(job)
-
-
-def _cluster(backend: str) -> AbstractContextManager:
-    if backend != "dask":
-        return nullcontext()
-    try:
-        return importlib.import_module("distributed").Client()
-    except ImportError as error:
-        mend = "install the extra with pip install 'gradmm[distributed]', or use loky"
-        raise UserError(f"the backend dask needs the package distributed: {mend}") from error
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -406,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: 0 all well, 1 a notebook failed, 2 the request cannot be met."""
     try:
         given, jobs = requested(arguments)
-        outcomes = run(jobs, given.jobs, given.backend)
+        outcomes = run(jobs, given.jobs)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -446,7 +413,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--sweep", metavar="FILE", help=grid)
     add("--output", default="book/executed", help=f"folder of the executed notebooks {shown}")
     add("--jobs", type=int, help="notebooks at a time (default: the number of cores, 1 with a GPU)")
-    add("--backend", default="loky", help=f"of joblib: {', '.join(BACKENDS)} {shown}")
     apart = "each notebook's results in a folder named after all that they depend on"
     add("--fresh", action="store_true", help=apart)
     return parser

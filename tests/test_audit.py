@@ -81,39 +81,7 @@ def test_forgotten_clipping_is_caught(monkeypatch):
     assert audit.audit_mechanism(entry(1.0), 1000, bits=mechanism.seeded_bits(0)).refuted
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    return tiny_model("phi")
-
-
-def canary_pairs(count: int, paired: bool) -> list[tuple[Example, Example | None]]:
-    words = ["great", "fine", "dull", "plot", "story", "music", "red", "blue", "cat", "dog", "world", "time"]
-    texts = [f"{one} {other} {third}" for one in words for other in words for third in words[:4] if one != other]
-    draw = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-    texts = [texts[i] for i in draw]
-    return [(Example(texts[2 * i], 0), Example(texts[2 * i + 1], 1) if paired else None) for i in range(count)]
-
-
-@pytest.mark.parametrize("relation", mechanism.RELATIONS)
-def test_a_whole_release_is_audited(model, relation):
-    pairs = canary_pairs(60, relation == "replace-one")
-    companions = [Example("it was all fine", 0), Example("you saw it", 1)]
-    options = {"delta": 1e-5, "length": 4, "relation": relation, "guesses": 30, "noise_seed": 0}
-    true = audit.audit_release(model, TASK, pairs, companions, epsilon=1.0, **options)
-    assert not true.refuted and true.canaries == 60 and true.claim == 1.0
-    bare = audit.audit_release(model, TASK, pairs, companions, epsilon=1e6, **options)
-    assert bare.correct == 30 and bare.epsilon_lower > 2
-
-
-def test_an_audit_that_makes_no_sense_is_refused(model):
-    pairs = canary_pairs(3, True)
-    options = {"delta": 1e-5, "length": 4}
-    with pytest.raises(UserError, match="no canaries"):
-        audit.audit_release(model, TASK, [], epsilon=1.0, **options)
-    with pytest.raises(UserError, match="epsilon is None"):
-        audit.audit_release(model, TASK, pairs)
-    with pytest.raises(UserError, match="pair"):
-        audit.audit_release(model, TASK, pairs, epsilon=1.0, relation="add-remove", **options)
+def test_an_audit_that_makes_no_sense_is_refused():
     with pytest.raises(UserError, match="guesses"):
         audit.epsilon_lower_bound(10, 20, 5, 1e-5)
     with pytest.raises(UserError, match="confidence"):
@@ -156,13 +124,12 @@ def test_copied_texts_are_found_by_every_attack_on_texts():
         audit.TEXT_ATTACKS, 1.0
     )
     assert audit.span_scores(members, synthetic) == [9, 8]
-    assert audit.span_scores(["a dog"], synthetic, encode=list) == [5]
-    assert audit.ngram_scores(["too short"], synthetic) == [0.0]
     with pytest.raises(UserError, match="no synthetic"):
         audit.neighbour_scores(members, ["", " "])
 
 
-def test_loss_scores_are_minus_the_label_loss_and_may_be_relative(model, tiny_model):
+def test_loss_scores_are_minus_the_label_loss_and_may_be_relative(tiny_model):
+    model = tiny_model("phi")
     examples = [Example("the movie is terrible", 0), Example("a good film", 1)]
     scores = audit.loss_scores(model, TASK, examples)
     swapped = audit.loss_scores(model, TASK, [Example(e.text, 1 - e.label) for e in examples])

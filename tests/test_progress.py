@@ -65,11 +65,7 @@ def test_loggers_say_what_happened_to_those_who_listen(tmp_path, tiny_model, cap
 
 
 @pytest.mark.parametrize("show", [True, False])
-def test_an_audit_and_its_losses_have_bars(tiny_model, at_once, capsys, show):
+def test_an_audit_s_losses_have_a_bar(tiny_model, at_once, capsys, show):
     model = tiny_model("llama", dtype=torch.float32)
-    pairs = [(gradmm.Example(f"the {n} story", n % 2), None) for n in range(4)]
-    claim = {"epsilon": 1.0, "delta": 1e-5, "length": 4, "relation": "add-remove", "noise_seed": 0}
-    audit.audit_release(model, TASK, pairs, REAL, **claim, progress=show)
     audit.loss_scores(model, TASK, REAL, progress=show)
-    said = capsys.readouterr().err
-    assert all((f"{name}: 100%" in said) == show for name in ("reading canaries", "reading losses"))
+    assert ("reading losses: 100%" in capsys.readouterr().err) == show

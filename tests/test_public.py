@@ -88,11 +88,6 @@ def generated(**options):
     return generate_texts(**{"model": HELD["model"], "task": TASK, "n_per_class": 1, "seed": 0, **options})
 
 
-def audited(**options):
-    given = {"canaries": [(PRIVATE[0], None)], "companions": PRIVATE, "epsilon": 1.0, "delta": 1e-5, "length": 5}
-    return audit.audit_release(HELD["model"], TASK, **{**given, **options})
-
-
 ONE = gradmm.Example("the cat sat", 1)
 
 # what is called, and how it is wrong -> (the call, words of the message)
@@ -257,9 +252,6 @@ CASES = {
     "compare: output": (lambda: compared(output=1.5), "the output folder is 1.5: give a path"),
     "ComparisonConfig: synthesis": (lambda: ComparisonConfig(synthesis="pool"),
         "a comparison's synthesis is of type str: give a SynthesisConfig"),
-    "audit_release: canaries": (lambda: audited(canaries=PRIVATE),
-        "the canaries are of type list: give a list of pairs"),
-    "audit_release: companions": (lambda: audited(companions=f"the {SECRET}"), "the rows are of type str"),
     "audit_mechanism: entry": (lambda: audit.audit_mechanism("x.json"), "the entry is of type str: give an entry"),
     "attack_texts: rows": (lambda: audit.attack_texts(PRIVATE, ["a"], ["b"]),
         "the synthetic texts hold something of type dict"),
@@ -359,8 +351,6 @@ TAKERS = {
         model, TWO, toy(TWO, 20, 2), toy(TWO, 30, 2), rows, replace(QUICK, steps=2), progress=False).test,
     "loss_scores": lambda model, rows: audit.loss_scores(model, TWO, rows),
     "select_coresets": lambda model, rows: select_coresets(model, TWO, rows, 2, ["herding"]),
-    "audit_release": lambda model, rows: audit.audit_release(
-        model, TWO, [(ONE, None)] * 4, rows, epsilon=1.0, delta=1e-5, length=4, relation="add-remove", noise_seed=0),
 }  # fmt: skip
 
 

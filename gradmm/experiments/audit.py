@@ -24,11 +24,10 @@ their mean, sum_i w_i delta_i (h_i - mean h)^T with w_i the clip's factor.
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from numbers import Integral
-from typing import Any
 
 import numpy
 import torch
@@ -40,12 +39,10 @@ from torch import Tensor
 
 from gradmm.data import Example, check_examples
 from gradmm.errors import is_number, require, require_texts, require_type, require_whole
-from gradmm.experiments.metrics import longest_shared_spans, ngrams
-from gradmm.gradients import DenseTarget, Factors, Head, Space, grams, head_factors
-from gradmm.matching import factors_of
+from gradmm.experiments.metrics import longest_shared_spans
+from gradmm.gradients import Factors, Head, Space, head_factors
 from gradmm.mechanism import Bits, LedgerEntry, clip_scale, noised_sums, plan_entry, system_bits
 from gradmm.models import Model, require_model
-from gradmm.privacy import Release, release
 from gradmm.progress import shown, stage
 from gradmm.readability import words
 from gradmm.seeds import generator, stream
@@ -139,7 +136,7 @@ def audit_mechanism(
     """
     require_type(entry, LedgerEntry, "the entry", "give an entry of a Release's ledger")
     rows = math.isqrt(require_whole(canaries, "canaries", 1) - 1) + 1
-    coins = _coins(canaries, seed)
+    coins = torch.randint(2, (canaries,), generator=generator(seed, "canaries")).bool()
     numbers = torch.arange(canaries)
     delta, hidden = torch.zeros(canaries, rows, dtype=torch.float64), torch.zeros(canaries, rows, dtype=torch.float64)
     other = -1.0 if entry.relation == "replace-one" else 0.0
@@ -148,99 +145,11 @@ def audit_mechanism(
     entry_here = dataclasses.replace(entry, coordinates=rows * rows)
     (target,) = noised_sums([Factors(delta, hidden)], entry_here, bits)
     scores = target.weight.flatten()[:canaries] - entry.clip * (1 + other) / 2
-    return _judge(scores, coins, entry, guesses, confidence)
-
-
-def audit_release(
-    model: Model,
-    task: Task,
-    canaries: Sequence[tuple[Example, Example | None]],
-    companions: Iterable = (),
-    *,
-    guesses: int | None = None,
-    confidence: float = 0.95,
-    seed: int = 0,
-    **options,
-) -> Audit:
-    """Audit a whole `privacy.release` of examples, of which each is the first or the second of its pair.
-
-    The adversary knows all pairs and companions, and guesses each coin by its linear minimum-mean-square-error estimate
-    from the released sums; texts whose gradients are alike hide each other, so this bound is weaker than
-    `audit_mechanism`'s.
-
-    Args:
-        model, task, options: as for `release`; `epsilon` is needed.
-        canaries: m pairs of examples or rows; the second is None exactly when the relation is "add-remove".
-        companions: further private examples, whatever `examples.check_examples` takes; every class needs one, whatever
-            the coins say.
-        guesses, confidence, seed: as in `audit_mechanism`.
-
-    Raises:
-        UserError: as `release`, no canaries, or pairs that do not fit the relation.
-    """
-    require_model(model)
-    listed = isinstance(canaries, Iterable) and all(
-        isinstance(pair, list | tuple) and len(pair) == 2 for pair in canaries
-    )
-    require(listed, f"the canaries are of type {type(canaries).__name__}: give a list of pairs of examples")
-    firsts = check_examples([first for first, _ in canaries], task, "canary")
-    seconds = check_examples([second for _, second in canaries if second is not None], task, "canary")
-    companions = check_examples(companions, task, "companion")
-    require(len(firsts) > 0, "there are no canaries: give pairs of examples")
-    unclaimed = "epsilon is None, and a release without privacy has no claim to audit: give epsilon"
-    require(options.get("epsilon") is not None, unclaimed)
-    paired = options.get("relation", "replace-one") == "replace-one"
-    unfit = "a canary is a pair of examples for replace-one, and an example with None for add-remove: mend the pairs"
-    require(len(seconds) == (len(firsts) if paired else 0), unfit)
-    coins = _coins(len(firsts), seed)
-    present = [first for first, coin in zip(firsts, coins.tolist(), strict=True) if coin]
-    present += [second for second, coin in zip(seconds, coins.tolist(), strict=False) if not coin]
-    released = release(model, task, [*companions, *present], **options)
-    with shown(options.get("progress", True)), stage("reading canaries", len(firsts) + len(seconds) + len(companions)):
-        scores = _coin_estimates(model, task, (firsts, seconds, companions), released)
-    return _judge(scores, coins, released.ledger[-1], guesses, confidence)
-
-
-def _coins(count: int, seed: int) -> Tensor:
-    return torch.randint(2, (count,), generator=generator(seed, "canaries")).bool()
-
-
-def _judge(scores: Tensor, coins: Tensor, entry: LedgerEntry, guesses: int | None, confidence: float) -> Audit:
-    """Guess the coins with the largest scores; a positive score means the first version."""
-    guesses = min(len(coins), max(1, round(2 * math.sqrt(len(coins))))) if guesses is None else guesses
-    surest = scores.abs().argsort(descending=True)[:guesses].cpu()
-    correct = int(((scores.cpu() > 0) == coins)[surest].sum())
-    bound = epsilon_lower_bound(len(coins), guesses, correct, entry.delta, confidence)
-    return Audit(bound, entry.epsilon, entry.delta, confidence, len(coins), guesses, correct)
-
-
-def _coin_estimates(model: Model, task: Task, known: Sequence[list[Example]], released: Release) -> Tensor:
-    """The estimates (A^T A + sigma^2 I)^-1 A^T (G - E G) of the coins as signs, A = half the pairs' differences: (m,).
-
-    Args:
-        known: the pairs' first examples, their second ones (none for add-remove), and the companions.
-    """
-    firsts, seconds, companions = known
-    examples, entry = [*firsts, *seconds, *companions], released.ledger[-1]
-    wide: dict[str, Any] = {"dtype": torch.float64, "device": model.device}
-    expected = torch.ones(len(examples), **wide)  # the share of each in the release
-    expected[: len(firsts) + len(seconds)] = 0.5
-    tokens, labels = tokenize_task(task, model.tokenizer), [example.label for example in examples]
-    found = factors_of(model, tokens, released.space, [tokens.sequence(example.text) for example in examples], labels)
-    delta = found.delta.double() * clip_scale(found, entry.clip)[:, None]
-    clipped, classes = Factors(delta, found.hidden.double(), found.bias), torch.tensor(labels, device=model.device)
-    # Gradients of different classes land in different targets.
-    gram = reduce(torch.add, grams(clipped)) * (classes[:, None] == classes)
-    targets = [one for one in released.targets if isinstance(one, DenseTarget)]
-    doubles = (DenseTarget(t.weight.double(), None if t.bias is None else t.bias.double()) for t in targets)
-    inner = torch.stack([reduce(torch.add, one.inner(clipped)) for one in doubles])
-    residual = inner[classes, torch.arange(len(examples))] - gram @ expected
-    half, rows = torch.zeros(len(firsts), len(examples), **wide), torch.arange(len(firsts))
-    half[rows, rows] = 0.5
-    if seconds:
-        half[rows, rows + len(firsts)] = -0.5
-    noise = entry.sigma**2 * torch.eye(len(firsts), **wide)
-    return torch.linalg.solve(half @ gram @ half.mT + noise, half @ residual)
+    guesses = min(canaries, max(1, round(2 * math.sqrt(canaries)))) if guesses is None else guesses
+    surest = scores.abs().argsort(descending=True)[:guesses]
+    correct = int(((scores > 0) == coins)[surest].sum())
+    bound = epsilon_lower_bound(canaries, guesses, correct, entry.delta, confidence)
+    return Audit(bound, entry.epsilon, entry.delta, confidence, canaries, guesses, correct)
 
 
 # ---------------------------------------------------------------- membership inference
@@ -252,39 +161,23 @@ class Membership:
 
     Attributes:
         auc: the area under the ROC curve, 0.5 for a guess.
-        low, high: its bootstrap interval.
-        level: the interval's confidence.
-        true_positive_rate: share of members found where at most `false_positive_rate` of the others are.
-        members, others: how many of each.
+        low, high: its bootstrap interval, at 95%.
+        true_positive_rate: share of members found where at most 5% of the others are.
     """
 
     auc: float
     low: float
     high: float
-    level: float
     true_positive_rate: float
-    false_positive_rate: float
-    members: int
-    others: int
 
 
-def membership(
-    members: Sequence[float],
-    others: Sequence[float],
-    *,
-    level: float = 0.95,
-    false_positive_rate: float = 0.05,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Membership:
+def membership(members: Sequence[float], others: Sequence[float], resamples: int = 2000, seed: int = 0) -> Membership:
     """The ROC of scores that are meant to be higher for members.
 
     Args:
         members: n scores of the private examples.
         others: o scores of examples of the same kind that were not used.
-        level: of the percentile bootstrap interval, which redraws members and others apart.
-        false_positive_rate: where the true-positive rate is read.
-        resamples, seed: of the bootstrap.
+        resamples, seed: of the percentile bootstrap, which redraws members and others apart.
 
     Raises:
         UserError: no members, no others, or scores that are not finite.
@@ -297,10 +190,10 @@ def membership(
     wins = (inside[:, None] > outside) + 0.5 * (inside[:, None] == outside)  # (n, o)
     draw = numpy.random.default_rng(stream(seed, "membership bootstrap"))
     rows, columns = (draw.multinomial(size, numpy.full(size, 1 / size), size=resamples) for size in wins.shape)
-    low, high = numpy.quantile(((rows @ wins) * columns).sum(1) / wins.size, [(1 - level) / 2, (1 + level) / 2])
+    low, high = numpy.quantile(((rows @ wins) * columns).sum(1) / wins.size, [0.025, 0.975])
     false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
-    found, auc = float(true[false <= false_positive_rate].max()), float(roc_auc_score(truth, scores))
-    return Membership(auc, float(low), float(high), level, found, false_positive_rate, len(inside), len(outside))
+    found, auc = float(true[false <= 0.05].max()), float(roc_auc_score(truth, scores))
+    return Membership(auc, float(low), float(high), found)
 
 
 def loss_scores(
@@ -322,13 +215,6 @@ def _label_losses(model: Model, task: Task, examples: Sequence[Example]) -> Tens
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu()
 
 
-def ngram_scores(texts: Sequence[str], synthetic: Sequence[str], n: int = 3) -> list[float]:
-    """The share of each text's word n-grams that occur in the synthetic texts; 0 for a text of fewer words."""
-    known = {gram for text in synthetic for gram in ngrams(text, n)}
-    grams_of = [set(ngrams(text, n)) for text in texts]
-    return [len(found & known) / len(found) if found else 0.0 for found in grams_of]
-
-
 def neighbour_scores(texts: Sequence[str], synthetic: Sequence[str]) -> list[float]:
     """Each text's cosine to its nearest synthetic text, over their TF-IDF of letter 3- to 5-grams.
 
@@ -341,18 +227,15 @@ def neighbour_scores(texts: Sequence[str], synthetic: Sequence[str]) -> list[flo
     return (vectors.transform(texts) @ known.T).max(axis=1).toarray().ravel().tolist()
 
 
-def span_scores(
-    texts: Sequence[str], synthetic: Sequence[str], encode: Callable[[str], Sequence[Hashable]] = words
-) -> list[int]:
-    """The longest run of each text that stands in any one synthetic text, in words or in what `encode` gives.
+def span_scores(texts: Sequence[str], synthetic: Sequence[str]) -> list[int]:
+    """The longest run of words of each text that stands in any one synthetic text.
 
     Runs that held-out texts share as well are the language's; only what exceeds them is leakage.
     """
-    return longest_shared_spans([encode(text) for text in texts], [encode(text) for text in synthetic])
+    return longest_shared_spans([words(text) for text in texts], [words(text) for text in synthetic])
 
 
 TEXT_ATTACKS: dict[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]]] = {
-    "3-grams": ngram_scores,
     "nearest neighbour": neighbour_scores,
     "longest shared span": span_scores,
 }

@@ -1,7 +1,5 @@
 """The benchmarks run at the shape tiny and write what they say; how fast, only a quiet machine can tell."""
 
-import math
-
 import pytest
 
 from gradmm.experiments import performance, records, roofline
@@ -68,18 +66,6 @@ def test_words_are_read_as_they_are_written(benchmark):
     tokenizer = benchmark("whole_synthesis").word_tokenizer(50)
     assert len(tokenizer) == 50 and tokenizer("w11 w49", add_special_tokens=False)["input_ids"] == [11, 49]
     assert tokenizer.decode([11, 49]) == "w11 w49" and tokenizer.eos_token_id == 0
-
-
-@pytest.mark.filterwarnings("ignore:\\d+ of \\d+ texts are kept")  # a random model, which is only timed, repeats a word
-def test_scaling_times_every_size(benchmark, tmp_path):
-    script = benchmark("scaling")
-    more = "--settings inner_steps n_synthetic --outer-steps 1 --length 5 --repeats 1 --output".split()
-    script.main([*FEW, *more, str(tmp_path / "s.json")])
-    found = records.read_record(tmp_path / "s.json")["results"]
-    assert list(found) == ["inner_steps", "n_synthetic"] and found["n_synthetic"]["sizes"] == [4, 8, 16, 24, 32]
-    for row in found.values():
-        assert all(seconds > 0 for seconds in row["seconds"]) and math.isfinite(row["worst_percent"])
-        assert row["slope_seconds"] > 0
 
 
 def test_one_step_and_one_projection_against_the_literal_ones(benchmark, tmp_path):

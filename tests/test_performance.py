@@ -67,25 +67,6 @@ def test_a_clock_changes_no_text(tiny_model):
     assert timed.candidates.to_list() == plain.candidates.to_list()
 
 
-def test_a_line_is_no_deviation_and_a_bend_is():
-    straight = performance.fit_line([1, 2, 4, 8], [3.0, 4.0, 6.0, 10.0])
-    assert straight == pytest.approx({"start_seconds": 2, "slope_seconds": 1, "worst_percent": 0}, abs=1e-9)
-    assert performance.fit_line([1, 2, 4, 8], [1.0, 4.0, 16.0, 64.0])["worst_percent"] > 10
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:\\d of \\d texts are kept")  # a random model, which is only timed, repeats a word
-def test_one_setting_grows_and_the_others_stay(tiny_model):
-    found = performance.time_growth(
-        tiny_model(dtype=torch.float32), TASK, REAL, SMALL, {"length": [2, 4], "n_synthetic": [2, 4]}, repeats=3
-    )
-    assert list(found) == ["length", "n_synthetic"] and found["length"]["sizes"] == [2, 4]
-    for row in found.values():
-        assert row["seconds"] == [sorted(column)[1] for column in zip(*row["runs"], strict=True)]
-        assert len(row["runs"]) == 3
-        assert row["worst_percent"] == pytest.approx(0, abs=1e-6)  # two points lie on a line
-
-
 def test_a_floor_is_set_by_arithmetic_or_by_memory():
     rates = performance.Rates(100.0, 10.0, {}, {}, "cpu", "float32", 1)
     works = {"a": roofline.Cost(400.0, 10.0), "b": roofline.Cost(100.0, 30.0)}

@@ -142,17 +142,6 @@ def test_shares_are_written_beside_their_bars():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["float32", "bfloat16"]
 
 
-def test_growth_draws_every_run_and_the_line():
-    row = {
-        "sizes": [1, 2, 8], "runs": [[3.0, 4.0, 10.0], [3.0, 4.0, 10.2]], "seconds": [3.0, 4.0, 10.1],
-        "start_seconds": 2.0, "slope_seconds": 1.0, "worst_percent": 1.2,
-    }  # fmt: skip
-    left, right = plots.growth({"steps": row, "length": row}).axes
-    assert (left.get_xlabel(), right.get_xlabel(), left.get_ylabel()) == ("steps", "length", "seconds")
-    assert list(left.lines[0].get_ydata()) == [3.0, 10.0] and len(left.collections) == 3
-    assert "within 1.2%" in left.get_legend().get_texts()[1].get_text()
-
-
 def test_what_was_not_measured_is_a_dash_and_short_columns_stay_on_a_line():
     html = plots.table(
         [{"a": None, "b": "short", "c": "long enough to need two lines"}, {"a": 0.5, "b": "x", "c": "y"}]

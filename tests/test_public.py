@@ -88,8 +88,6 @@ def generated(**options):
     return generate_texts(**{"model": HELD["model"], "task": TASK, "n_per_class": 1, "seed": 0, **options})
 
 
-ONE = gradmm.Example("the cat sat", 1)
-
 # what is called, and how it is wrong -> (the call, words of the message)
 CASES = {
     # the front door

@@ -9,8 +9,7 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gradmm import selection, training
-from gradmm.classification import Encoded
+from gradmm import selection
 from gradmm.config import SynthesisConfig
 from gradmm.data import Example
 from gradmm.errors import UserError
@@ -126,29 +125,6 @@ def test_a_choice_reads_nothing_that_weighs_nothing(deep, plan, monkeypatch):
     assert [row["kept"] for row in dataclasses.replace(plan, config=config).selector.rows(texts, classes)] == [
         one.kept for one in verdicts
     ]
-
-
-def test_a_step_of_fine_tuning_is_a_few_percent_above_its_floor(deep, plan):
-    config = training.FinetuneConfig(batch_size=2)
-    learner = training.trainable_copy(deep, config)
-    data = Encoded.of(
-        learner, TASK, plan.tokens, [Example("red cat " * 20 + "sat", label) for label in (0, 1)], "train"
-    )
-    optimizer = torch.optim.SGD(learner.lm.parameters())
-    done = counted(lambda: training._step(learner, plan.tokens, data, [0, 1], optimizer, config))
-    once, twice = (
-        roofline.finetuning(
-            roofline.Body.of(deep),
-            dataclasses.replace(config, steps=steps),
-            {"train": len(data.sequences[0]), "validation": 9},
-            1,
-            7,
-        )
-        for steps in (1, 2)
-    )
-    step = twice.operations - once.operations
-    assert step <= done <= 1.06 * step
-    assert once.operations - step == roofline.Body.of(deep).forward(7, 9).operations
 
 
 def test_all_steps_are_counted_and_grow_in_proportion(deep, plan):

@@ -8,10 +8,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 
 from gradmm import admm, searches
@@ -169,57 +168,6 @@ def time_synthesis(
         wait(model.device)
     whole = time.perf_counter() - begun
     return result, {"target": target, **spent, "other": whole - target - sum(spent.values()), "whole": whole}
-
-
-# ---------------------------------------------------------------- growth
-
-
-def time_growth(
-    model: Model,
-    task: Task,
-    examples: Sequence[Example],
-    config: SynthesisConfig,
-    growth: Mapping[str, Sequence[int]],
-    repeats: int = 5,
-) -> dict[str, dict]:
-    """Seconds of whole syntheses while one setting grows and the others stay.
-
-    Rounds go through all sizes of a setting, so that a slow minute of the machine meets all of them.
-
-    Args:
-        growth: for each setting of the configuration, its sizes.
-        repeats: rounds, of which the median counts.
-
-    Returns:
-        For each setting its sizes, "seconds" (medians), "runs" (each round's) and what `fit_line` gives.
-    """
-    found = {}
-    for name, sizes in growth.items():
-        runs = [
-            [time_synthesis(model, task, examples, _grown(config, name, size))[1]["whole"] for size in sizes]
-            for _ in range(repeats)
-        ]
-        seconds = [statistics.median(column) for column in zip(*runs, strict=True)]
-        found[name] = {"sizes": list(sizes), "seconds": seconds, "runs": runs, **fit_line(sizes, seconds)}
-    return found
-
-
-def _grown(config: SynthesisConfig, name: str, size: int) -> SynthesisConfig:
-    setting: dict[str, Any] = {name: size}
-    return replace(config, **setting)
-
-
-def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
-    """The line through timings, every timing's error taken as a share of it.
-
-    Returns:
-        "start_seconds", what costs the same at any size; "slope_seconds" a unit of size; "worst_percent", the largest
-        deviation of a timing from the line, in percent of the line.
-    """
-    slope, start = numpy.polyfit(sizes, seconds, 1, w=1 / numpy.asarray(seconds))
-    line = start + slope * numpy.asarray(sizes)
-    worst = float(numpy.abs(numpy.asarray(seconds) / line - 1).max())
-    return {"start_seconds": float(start), "slope_seconds": float(slope), "worst_percent": 100 * worst}
 
 
 # ---------------------------------------------------------------- both together

@@ -277,26 +277,6 @@ def shares(values: Mapping[str, Mapping[str, float]], xlabel: str) -> Figure:
     return figure
 
 
-def growth(panels: Mapping[str, Mapping]) -> Figure:
-    """Seconds against a size: every run, medians, and the line fitted to them; a panel for each setting.
-
-    Args:
-        panels: for each setting, a row of `performance.time_growth`.
-    """
-    figure, axes = _axes(len(panels), width=3.2, height=3.0)
-    for place, (name, row) in zip(axes, panels.items(), strict=True):
-        for run in row["runs"]:
-            place.scatter(row["sizes"], run, s=10, color=COLOURS[0], alpha=0.4)
-        place.scatter(row["sizes"], row["seconds"], s=30, color=COLOURS[0], zorder=3, label="median")
-        ends = [min(row["sizes"]), max(row["sizes"])]
-        line = [row["start_seconds"] + row["slope_seconds"] * size for size in ends]
-        place.plot(ends, line, color=COLOURS[1], linestyle="--", label=f"line, within {row['worst_percent']:.1f}%")
-        place.set(xlabel=name, ylim=(0, None), xlim=(0, None))
-        place.legend(fontsize=8)
-    axes[0].set_ylabel("seconds")
-    return figure
-
-
 def table(rows: Sequence[Mapping] | pandas.DataFrame, digits: int = 3):
     """Rows as an HTML table with whole texts; anything in a text that looks like HTML is shown, not obeyed.
 

@@ -2,7 +2,7 @@ r"""What each phase of a synthesis must compute and move, whatever the code: the
 
 Arithmetic alone: knows shapes, no clock and no machine. Operations are those of matrix products, a multiplication and
 an addition counted as two. Bytes are what no cache can hold from one pass to the next: every weight once a pass, the
-keys and values read back, candidates' rows, the optimiser's state. What is left out makes a floor lower, never higher.
+keys and values read back, candidates' rows. What is left out makes a floor lower, never higher.
 
 What *must* be computed: of the last layer, keys and values at every position and the rest at the last one; nothing for
 a template's tokens before the text, whose keys and values are constants. A backward pass to the inputs costs a forward
@@ -12,14 +12,12 @@ Letters: K groups, B texts of a group, N texts, L tokens, T positions, D width, 
 candidates.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from gradmm.config import FinetuneConfig
 from gradmm.errors import require
 from gradmm.gradients import FactorTarget
 from gradmm.models import Model
@@ -27,8 +25,6 @@ from gradmm.plan import Plan
 from gradmm.spaces import linear_maps
 
 PHASES = ("target", "initialisation", "inner steps", "projection", "filter")
-# of a parameter: read forward and backward; its gradient written; weight, gradient and two moments read, three written
-ADAMW_NUMBERS = 10
 
 
 @dataclass(frozen=True)
@@ -124,10 +120,6 @@ class Body:
         """From the last position's states to the inputs, after `forward` without `all_positions`."""
         maps, attention = self._parts(texts, positions, before, False)
         return Cost(maps + 2 * attention, self._weights())
-
-    def weight_gradients(self, texts: int, positions: float) -> Cost:
-        """Those of the linear maps, after `backward`; their bytes are the optimiser's."""
-        return Cost(self._parts(texts, positions, 0, False)[0])
 
     def head(self, states: int) -> Cost:
         """The logits of some states, or the states' gradient from the logits'."""
@@ -289,22 +281,6 @@ def _matching(body: Body, job: Workload, together: int) -> Cost:
     numbers = job.real * sides if job.real else job.classes * body.vocabulary * body.width
     inner = job.real / job.classes * sides if job.real else body.vocabulary * body.width
     return Cost(2 * job.texts * (inner + together * sides), 4 * numbers)
-
-
-# ---------------------------------------------------------------- fine-tuning
-
-
-def finetuning(body: Body, config: FinetuneConfig, lengths: Mapping[str, float], looks: int, validation: int) -> Cost:
-    """All parameters trained at one rate for all its steps, and the looks at validation examples.
-
-    Args:
-        lengths: mean positions of a "train" and a "validation" example.
-        looks, validation: how many looks, at how many examples.
-    """
-    texts, positions = config.batch_size, lengths["train"]
-    passes = (body.forward(texts, positions), body.backward(texts, positions), body.weight_gradients(texts, positions))
-    step = Cost(sum(part.operations for part in passes), 4 * ADAMW_NUMBERS * body.parameters)
-    return config.steps * step + looks * body.forward(validation, lengths["validation"])
 
 
 def products(body: Body, job: Workload) -> list[tuple[int, int, int]]:

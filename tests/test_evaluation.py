@@ -2,11 +2,9 @@
 
 import json
 import math
-import statistics
 
 import numpy
 import pytest
-import sacrebleu
 import scipy.stats
 import torch
 from hypothesis import given, settings
@@ -15,14 +13,11 @@ from hypothesis import strategies as st
 from gradmm import evaluation
 from gradmm.errors import UserError
 from gradmm.evaluation import perplexities, perplexity
-from gradmm.experiments import metrics
 from gradmm.experiments.metrics import (
     distinct_n,
     duplicate_share,
     longest_shared_spans,
     paired_bootstrap,
-    paired_share,
-    self_bleu,
     summarise_runs,
 )
 from gradmm.models import load_model
@@ -79,21 +74,6 @@ def test_distinct_n_by_hand():
     assert distinct_n(["a", "b"], 2) == 0 and distinct_n([], 1) == 0
     with pytest.raises(UserError, match="n = 0"):
         distinct_n(["a"], 0)
-
-
-def test_self_bleu_is_sacrebleus_mean():
-    texts = [*TEXTS, "the film was great, not dull."]
-    scores = [
-        sacrebleu.sentence_bleu(text, texts[:i] + texts[i + 1 :]).score  # its effective order is on as well
-        for i, text in enumerate(texts)
-    ]
-    assert self_bleu(texts) == pytest.approx(statistics.fmean(scores))
-    assert self_bleu(["the movie was great fun."] * 4) == pytest.approx(100)
-    assert self_bleu(["one two three four", "red blue cat dog"]) < 5
-    many = [f"the {a} and {b}" for a in "abcdefgh" for b in "klmnop"]
-    assert self_bleu(many, seed=1, limit=9) == self_bleu(many, seed=1, limit=9) != self_bleu(many, seed=2, limit=9)
-    with pytest.raises(UserError, match="at least 2"):
-        self_bleu(["one"])
 
 
 def test_duplicates_are_blind_to_case_and_spaces():
@@ -166,27 +146,6 @@ def test_the_interval_is_a_function_of_the_seed():
     assert one.low < one.mean < one.high
 
 
-def test_a_share_has_the_interval_that_scipy_gives_a_ratio():
-    whole, part = outcomes(7, 1, 400, 0.6) * 1.0, outcomes(8, 1, 400, 0.3) * 1.0
-    found = paired_share(part, whole, resamples=5000)
-    reference = scipy.stats.bootstrap(
-        (part[0], whole[0]), lambda x, y, axis: x.mean(axis) / y.mean(axis), paired=True, vectorized=True,
-        method="percentile",
-        n_resamples=5000, random_state=numpy.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    assert found.share == pytest.approx(part.mean() / whole.mean())
-    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.01)
-    everything = paired_share(whole, whole, resamples=200)
-    assert (everything.share, everything.low, everything.high) == (1, 1, 1)
-
-
-def test_a_share_of_a_gain_that_may_be_nothing_is_no_number():
-    part, nothing = outcomes(9, 3, 60, 0.5) * 1.0, numpy.tile([1.0, -1.0], (3, 30))
-    assert paired_share(part, nothing, resamples=200) is None
-    with pytest.raises(UserError, match="shapes"):
-        paired_share(part[:2], part)
-
-
 @pytest.mark.parametrize(("shape", "confidence", "match"), [((2, 9), 0.95, "shapes"), ((3, 8), 95, "confidence")])
 def test_unequal_results_are_refused(shape, confidence, match):
     with pytest.raises(UserError, match=match):
@@ -210,10 +169,3 @@ def test_the_bench_model_reads_film_reviews_as_recorded(bench):
     assert perplexity(model, [model.tokenizer.eos_token + text for text in texts]).corpus == pytest.approx(
         122, rel=0.03
     )
-
-
-def test_what_needs_sacrebleu_says_so_before_any_work(monkeypatch):
-    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
-    for call in (lambda: self_bleu(TEXTS), metrics.check_installed):
-        with pytest.raises(UserError, match=r"needs sacrebleu: pip install 'gradmm\[notebooks\]'"):
-            call()

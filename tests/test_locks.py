@@ -30,7 +30,7 @@ with lock(sys.argv[1]):
 """
 ELSEWHERE = """
 import pkgutil, socket, sys
-import sacrebleu, transformers.optimization  # they need what the system's name promises: it stays that of a Unix
+import transformers.optimization  # it needs what the system's name promises: it stays that of a Unix
 sys.modules |= {"fcntl": None, "resource": None}
 def refuse(self, address, *rest):
     if self.family != getattr(socket, "AF_UNIX", None):

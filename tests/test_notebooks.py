@@ -139,8 +139,6 @@ def transfer(results: dict, preset: dict) -> None:
     assert learner["real"]["match_loss"] == pytest.approx(0, abs=1e-4)
     gain = learner["gradmm"]["accuracy"]["mean"] - learner["none"]["accuracy"]["mean"]
     assert learner["gradmm"]["minus_none"]["mean"] == pytest.approx(gain)
-    for share in filter(None, results["carried"]["demo-b"].values()):
-        assert share["low"] <= share["share"] <= share["high"]
     advantage = writer["prompt_only"]["match_loss"] - writer["gradmm"]["match_loss"]
     assert results["match_advantage"]["demo"]["prompt_only"]["mean"] == pytest.approx(advantage)
 

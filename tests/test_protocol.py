@@ -227,29 +227,6 @@ def test_a_learner_without_a_verbalizer_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_carries_over_is_the_learner_s_gain_as_a_share_of_the_writer_s():
-    labels, blank = (0, 1) * 50, {"n": 0, "macro_f1": 0, "similarity": {}, "curve": [], **dict.fromkeys(MEASURES)}
-
-    def right(count):
-        return {
-            "accuracy": count / 100,
-            "predictions": [label if place < count else 1 - label for place, label in enumerate(labels)],
-        }
-
-    rows = (("none", 50, 40), ("gradmm", 90, 60), ("real", 50, 60))
-    records = [
-        blank | right(own) | {"method": m, "seed": s, "elsewhere": {"b": right(there)}}
-        for m, own, there in rows
-        for s in (0, 1)
-    ]
-    found = Comparison(TWO, labels, records)
-    carried = found.transfer_ratio("b", "gradmm")
-    assert carried["share"] == pytest.approx(0.5) and carried["low"] < 0.5 < carried["high"]
-    assert (
-        found.transfer_ratio("b", "real") is None
-    )  # on the writing model it gains nothing, of which nothing is a share
-
-
 @pytest.mark.parametrize("kind", ["llama", "phi"])
 def test_random_targets_have_the_norms_of_the_real_ones(tiny_model, kind):
     model = tiny_model(kind)
@@ -364,7 +341,7 @@ def test_shots_that_do_not_fit_the_context_become_fewer(model):
 
 
 def test_no_method_sees_the_test_set(model):
-    trial = SeedRun(replace(bench_of(model), coresets={"herding": toy(TWO, 0, 2), "k_center": toy(TWO, 0, 2)}), 0)
+    trial = SeedRun(replace(bench_of(model), herded=toy(TWO, 0, 2)), 0)
     for method in METHODS.values():
         refuse_overlap(method(trial), trial.experiment.splits.test)
 
@@ -383,7 +360,7 @@ def test_the_longest_shared_span_of_real_examples_is_their_longest(whole, model)
     assert whole[0].of("real")[0]["longest_shared_span"] == max(spans)
 
 
-def test_curves_verdicts_and_where_two_methods_part(whole):
+def test_curves_and_verdicts(whole):
     found, _ = whole
     rate = CONFIG.finetuning.learning_rates[-1]
     curve = found.curve("real", "validation_loss", rate)
@@ -391,8 +368,6 @@ def test_curves_verdicts_and_where_two_methods_part(whole):
         look for r in found.of("real") for look in r["curve"] if look["learning_rate"] == rate and look["step"] == 2
     ]
     assert curve.loc[2, "mean"] == pytest.approx(sum(look["validation_loss"] for look in rows) / 2)
-    assert found.divergence("real", "real", "validation_loss", rate) is None
-    assert found.divergence("real", "gradmm", "validation_loss", rate) in (None, 2, 4)
     assert "gradmm (" in found.verdict("gradmm", "none")
     assert " cannot be told from gradmm" in found.verdict("gradmm", "gradmm")
     known = Comparison(TWO, (0, 1) * 50, [{"method": m, "seed": 0, "n": 0, "accuracy": a, "macro_f1": a,

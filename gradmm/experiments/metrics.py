@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 import numpy
 import torch
@@ -29,7 +28,7 @@ from gradmm.training import adamw, train_at_rate, trainable_copy
 Items = Sequence[Hashable]
 Places = list[tuple[int, int]]  # (row, where a run starts)
 METRIC_TEXTS = 500  # texts of a set that are measured at most, a seeded sample; training reads them all
-MEASURES: tuple[str, ...] = ("perplexity", "second_perplexity", "match_loss", "distinct_2", "self_bleu", "duplicates")
+MEASURES: tuple[str, ...] = ("perplexity", "second_perplexity", "match_loss", "distinct_2", "duplicates")
 MEASURES += ("longest_shared_span", "tokens")
 
 
@@ -49,7 +48,6 @@ def measure(seed_run: SeedRun, examples: Sequence[Example]) -> dict:
         "second_perplexity": None if second is None else perplexity(second, texts).corpus,
         "match_loss": _match(matching, examples),
         "distinct_2": distinct_n(texts, 2),
-        "self_bleu": self_bleu(texts, seed_run.seed, limit=experiment.config.n_real) if len(texts) > 1 else None,
         "duplicates": duplicate_share(texts),
         "longest_shared_span": max(longest_shared_spans(sequences, real)),
         "tokens": statistics.fmean(read.tokens),
@@ -144,35 +142,6 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def check_installed() -> None:
-    """Check that the package behind self-BLEU is there, before long work whose end needs it.
-
-    Raises:
-        UserError: it is not.
-    """
-    require(find_spec("sacrebleu") is not None, "self-BLEU needs sacrebleu: pip install 'gradmm[notebooks]'")
-
-
-def self_bleu(texts: Sequence[str], seed: int = 0, limit: int = 200) -> float:
-    """How alike texts are: the mean BLEU-4 of a text against all others as references (Zhu et al. 2018), 0 to 100.
-
-    Sentence BLEU of sacrebleu with effective order. Of more than `limit` texts a seeded sample of that size is taken,
-    because the work grows with its square and the value with its size: compare equal sizes.
-
-    Raises:
-        UserError: fewer than two texts, or `sacrebleu` is not installed.
-    """
-    check_installed()
-    from sacrebleu.metrics import BLEU
-
-    require(len(texts) >= 2, f"self-BLEU of {len(texts)} text(s): at least 2 are needed, so give more")
-    drawn = torch.randperm(len(texts), generator=generator(seed, "self-BLEU"))[:limit].tolist()
-    some = [texts[row].lower() for row in sorted(drawn)]
-    bleu = BLEU(effective_order=True)
-    scores = [bleu.sentence_score(text, some[:place] + some[place + 1 :]).score for place, text in enumerate(some)]
-    return statistics.fmean(scores)
-
-
 def duplicate_share(texts: Sequence[str]) -> float:
     """The share of texts whose words, case aside, stand earlier in the list."""
     return 1 - len({content_hash(text) for text in texts}) / len(texts) if len(texts) else 0.0
@@ -260,40 +229,9 @@ def paired_bootstrap(
     )
     require(0 < confidence < 1, f"confidence = {confidence!r}, it must be between 0 and 1: 0.95 is usual")
     gap = a - b  # (S, M)
-    return Difference(float(gap.mean()), *_between(_resampled(gap, seed, resamples) / gap.size, confidence), confidence)
-
-
-@dataclass(frozen=True)
-class Share:
-    """One gain as a share of another and the interval `low` to `high` that covers it with the confidence asked for."""
-
-    share: float
-    low: float
-    high: float
-    confidence: float
-
-
-def paired_share(
-    part: ArrayLike, whole: ArrayLike, seed: int = 0, confidence: float = 0.95, resamples: int = 10_000
-) -> Share | None:
-    """The mean of `part` over that of `whole`, with a percentile bootstrap interval as in `paired_bootstrap`.
-
-    Args:
-        part, whole: (S, M) what run s gains on test example m, the same runs and examples in both: 1 where it is right
-            and a base is wrong, -1 the other way, 0 where they agree.
-
-    Returns:
-        Share; None where the interval of `whole` itself does not lie above 0, as a share of nothing is no number.
-
-    Raises:
-        UserError: as `paired_bootstrap`.
-    """
-    over, under = (numpy.asarray(gains, dtype=float) for gains in (part, whole))
-    if paired_bootstrap(under, numpy.zeros_like(over), seed, confidence, resamples).low <= 0:
-        return None
-    below = _resampled(under, seed, resamples)
-    shares = _resampled(over, seed, resamples)[below > 0] / below[below > 0]
-    return Share(float(over.mean() / under.mean()), *_between(shares, confidence), confidence)
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = numpy.quantile(_resampled(gap, seed, resamples) / gap.size, ends)
+    return Difference(float(gap.mean()), float(low), float(high), confidence)
 
 
 def _resampled(gap: numpy.ndarray, seed: int, resamples: int) -> numpy.ndarray:
@@ -302,8 +240,3 @@ def _resampled(gap: numpy.ndarray, seed: int, resamples: int) -> numpy.ndarray:
     shares = [numpy.full(size, 1 / size) for size in gap.shape]
     drawn = (draw.multinomial(len(r), r) @ gap @ draw.multinomial(len(e), e) for r, e in [shares] * resamples)
     return numpy.fromiter(drawn, dtype=float, count=resamples)
-
-
-def _between(values: numpy.ndarray, confidence: float) -> tuple[float, float]:
-    low, high = numpy.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)

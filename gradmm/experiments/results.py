@@ -3,7 +3,6 @@
 Letters: M test examples.
 """
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from functools import cached_property
 
 import pandas
 
-from gradmm.experiments.metrics import MEASURES, paired_bootstrap, paired_share, summarise_runs
+from gradmm.experiments.metrics import MEASURES, paired_bootstrap, summarise_runs
 from gradmm.tasks import Task
 
 
@@ -68,18 +67,6 @@ class Comparison:
         """The accuracy of `first` minus that of `second`, see `metrics.paired_bootstrap`."""
         return asdict(paired_bootstrap(self._correct(first), self._correct(second)))
 
-    def transfer_ratio(self, learner: str, method: str, base: str = "none") -> dict[str, float] | None:
-        """The share of a method's gain over `base` that another model makes too, see `metrics.paired_share`.
-
-        None where the gain on the model that wrote or chose the examples cannot be told from none.
-        """
-        share = paired_share(self.on(learner)._gain(method, base), self._gain(method, base))
-        return None if share is None else asdict(share)
-
-    def _gain(self, method: str, base: str) -> list[list[int]]:
-        pairs = zip(self._correct(method), self._correct(base), strict=True)
-        return [[int(a) - int(b) for a, b in zip(one, other, strict=True)] for one, other in pairs]
-
     def _correct(self, name: str) -> list[list[bool]]:
         return [[a == b for a, b in zip(record["predictions"], self.labels, strict=True)] for record in self.of(name)]
 
@@ -92,32 +79,15 @@ class Comparison:
         """One row for each method."""
         return table_of(self.methods)
 
-    def curves(self) -> pandas.DataFrame:
-        """Every look of every fine-tuning: method, seed and the columns of `finetuning.Training.curve`."""
-        rows = [{"method": r["method"], "seed": r["seed"], **look} for r in self.records for look in r["curve"]]
-        return pandas.DataFrame(rows)
-
     def curve(self, method: str, column: str, learning_rate: float) -> pandas.DataFrame:
-        """Mean and standard deviation over seeds of a column of `curves`, by step, as far as every seed was trained."""
-        values = self._by_step(method, column, learning_rate)
-        return pandas.DataFrame({"mean": values.mean(axis=1), "std": values.std(axis=1)})
+        """Mean and standard deviation over seeds of a column of `finetuning.Training.curve`.
 
-    def divergence(self, first: str, second: str, column: str, learning_rate: float) -> int | None:
-        """The first step at which two curves differ by more than twice the standard error of the paired difference.
-
-        None if there is no such step, or one seed alone.
+        By step, as far as every seed was trained.
         """
-        gap = (self._by_step(first, column, learning_rate) - self._by_step(second, column, learning_rate)).dropna()
-        if gap.shape[1] < 2:
-            return None
-        apart = gap.mean(axis=1).abs() > 2 * gap.std(axis=1) / math.sqrt(gap.shape[1])
-        return int(apart.idxmax()) if apart.any() else None
-
-    def _by_step(self, method: str, column: str, learning_rate: float) -> pandas.DataFrame:
-        """Steps as rows, seeds as columns."""
-        curves = self.curves()
-        some = curves[(curves["method"] == method) & (curves["learning_rate"] == learning_rate)]
-        return some.pivot(index="step", columns="seed", values=column).astype(float).dropna()
+        rows = [{"seed": record["seed"], **look} for record in self.of(method) for look in record["curve"]]
+        some = pandas.DataFrame(rows).query("learning_rate == @learning_rate")
+        values = some.pivot(index="step", columns="seed", values=column).astype(float).dropna()
+        return pandas.DataFrame({"mean": values.mean(axis=1), "std": values.std(axis=1)})
 
 
 def table_of(methods: Mapping[str, Mapping]) -> pandas.DataFrame:

@@ -13,7 +13,7 @@ from gradmm.config import PRESETS, SynthesisConfig
 from gradmm.data import Example
 from gradmm.errors import UserError
 from gradmm.experiments import seed_run
-from gradmm.experiments.ablation import against_base, agreement, changed, effects, value_of, vary
+from gradmm.experiments.ablation import against_base, agreement, changed, value_of, vary
 from gradmm.synthesis import synthesize
 from gradmm.tasks import tokenize_task
 
@@ -103,16 +103,6 @@ def test_unknown_factors_and_values_that_do_not_fit_are_refused_before_anything_
     assert not (tmp_path / "none").exists()
 
 
-def test_effects_are_the_furthest_values_paired_by_seed():
-    rows = [("a", value, seed, 0.5 + 0.1 * value + 0.01 * seed) for value in (0, 1, 2) for seed in (0, 1, 2)]
-    rows += [("b", value, seed, 0.6 if (seed + value) % 2 else 0.5) for value in (0, 1) for seed in (0, 1, 2)]
-    found = effects(pandas.DataFrame(rows, columns=["factor", "value", "seed", "accuracy"]))
-    first, second = found.to_dict("records")
-    assert (first["factor"], first["lowest"], first["highest"]) == ("a", 0, 2)
-    assert first["difference"] == pytest.approx(0.2) and first["low"] == pytest.approx(0.2) == first["high"]
-    assert second["low"] < 0 < second["high"]
-
-
 @pytest.mark.parametrize("task", [TWO, FOUR], ids=lambda task: task.name)
 def test_agreement_equals_gradients_taken_by_autograd(tiny_model, task):
     model = tiny_model("phi")
@@ -121,7 +111,7 @@ def test_agreement_equals_gradients_taken_by_autograd(tiny_model, task):
     found = agreement(model, task, real, {"real": real, "other": other}, texts)
     assert found[found["set"] == "real"][["per_class", "contrast"]].to_numpy() == pytest.approx(1.0)
 
-    def gradient(examples: list[Example], preference):
+    def gradient(examples: list[Example]):
         weight = model.head_weight[list(tokens.labels)].clone().requires_grad_(True)
         hidden = model.hidden_of([tokens.sequence(example.text) for example in examples])
         logits = hidden @ weight.T + model.head_bias[list(tokens.labels)] - preference
@@ -131,9 +121,8 @@ def test_agreement_equals_gradients_taken_by_autograd(tiny_model, task):
     hidden = model.hidden_of([tokens.sequence(text) for text in texts])
     rows = list(tokens.labels)
     preference = (hidden @ model.head_weight[rows].T + model.head_bias[rows]).log_softmax(-1).mean(0)
-    for loss, shift in (("label tokens", 0.0), ("label tokens, calibrated", preference)):
-        row = found[(found["set"] == "other") & (found["loss"] == loss)].iloc[0]
-        cosine = torch.nn.functional.cosine_similarity(gradient(other, shift), gradient(real, shift), dim=0)
-        assert row["contrast"] == pytest.approx(float(cosine), rel=1e-6)
+    row = found[(found["set"] == "other") & (found["space"] == "label_rows_calibrated")].iloc[0]
+    cosine = torch.nn.functional.cosine_similarity(gradient(other), gradient(real), dim=0)
+    assert row["contrast"] == pytest.approx(float(cosine), rel=1e-6)
     with pytest.raises(UserError, match="a set has no example of class 0"):
         agreement(model, task, real, {"half": [example for example in real if example.label]}, texts)

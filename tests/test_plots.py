@@ -79,8 +79,8 @@ def test_accuracies_draw_every_run_and_name_the_mean():
     assert sum(len(points.get_offsets()) for points in axes.collections if hasattr(points, "get_offsets")) >= 3
 
 
-def test_models_stand_side_by_side_over_one_range():
-    axes = plots.by_model(
+def test_panels_stand_side_by_side_over_one_range():
+    axes = plots.by_panel(
         {"a": {"real": [0.5, 0.7], "none": [0.4]}, "b": {"real": [0.9], "none": [0.2]}}, "match_loss", line=0.5
     ).axes
     assert [place.get_title() for place in axes] == ["a", "b"]
@@ -88,23 +88,13 @@ def test_models_stand_side_by_side_over_one_range():
     assert len({place.get_xlim() for place in axes}) == 1 and axes[0].get_xlabel() == "match_loss"
 
 
-def test_levels_write_the_median_beside_their_points():
-    (axes,) = plots.levels({"x": [0.1, 0.3, 0.2], "z": [0.5]}, "loss").axes
-    assert [text.get_text() for text in axes.texts] == ["0.2000", "0.5000"] and axes.get_xlabel() == "loss"
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["x", "z"]
-
-
-def test_a_panel_a_factor_with_the_base_ringed():
-    rows = [("rho", value, value == 0.1, 0.5 + value) for value in (0.1, 0.2) for _ in range(2)] + [
-        ("init", "normal", True, 0.6)
-    ]
+def test_a_panel_a_factor_with_the_base_named():
+    rows = [("rho", value, value == 0.1, 0.5 + value) for value in (0.1, 0.2) for _ in range(2)]
+    rows += [(name, "normal", True, 0.6) for name in ("init", "filter", "space")]
     panels = plots.factors(pandas.DataFrame(rows, columns=["factor", "value", "base", "accuracy"]), "accuracy").axes
-    shown = [axes for axes in panels if axes.get_visible()]
-    assert [axes.get_title() for axes in shown] == ["rho", "init"]
-    assert [text.get_text() for text in shown[0].get_xticklabels()] == ["0.1", "0.2"]
-    assert list(shown[0].lines[0].get_ydata()) == pytest.approx([0.6, 0.7])
-    rings = [points for points in shown[0].collections if points.get_sizes().tolist() == [90]]
-    assert rings[0].get_offsets().tolist() == [[0, pytest.approx(0.6)]]
+    assert [axes.get_title() for axes in panels] == ["rho", "init", "filter", "space"]
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["0.1 (base)", "0.2"]
+    assert [text.get_text() for text in panels[0].texts] == ["0.600", "0.700"]
 
 
 def test_lines_have_names_and_units():
@@ -133,13 +123,6 @@ def test_bounds_are_dashed_beside_what_they_bound():
     assert measured.get_color() == bound.get_color()
     assert (measured.get_linestyle(), bound.get_linestyle()) == ("-", "--")
     assert list(bound.get_ydata()) == [1.0, 0.5]
-
-
-def test_shares_are_written_beside_their_bars():
-    (axes,) = plots.shares({"float32": {"a": 0.5, "b": 0.255}, "bfloat16": {"b": 1.0}}, "share").axes
-    assert [text.get_text() for text in axes.texts] == ["50%", "26%", "100%"] and axes.get_xlabel() == "share"
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"] and len(axes.patches) == 3
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["float32", "bfloat16"]
 
 
 def test_what_was_not_measured_is_a_dash_and_short_columns_stay_on_a_line():

@@ -3,7 +3,8 @@
 Every setting is a comparison of its own folder, so an interrupted run continues and a finished one is read.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -14,17 +15,19 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from gradmm.classification import label_preference
 from gradmm.config import PRESETS, SynthesisConfig, preset
 from gradmm.data import Example, Splits, check_examples
 from gradmm.errors import require
 from gradmm.experiments.protocol import compare
 from gradmm.experiments.seed_run import ComparisonConfig, written_texts
-from gradmm.gradients import Head, head_factors
+from gradmm.gradients import HeadSpace
+from gradmm.matching import factors_of
 from gradmm.models import Model, require_model
+from gradmm.spaces import BodySketch, release_space
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 QUANTITIES = ("accuracy", "match_loss", "perplexity")
+AGREEMENT_SPACES = ("head", "label_rows_calibrated", "body")
 _OF_COMPARISON = {"n_real", "space"}
 # of the texts of a pool, which do not depend on these
 _OF_CHOICE = {"space", "ranking", "filter", "distance", "perplexity_weight"}
@@ -35,58 +38,45 @@ _OF_SYNTHESIS = {item.name for item in fields(SynthesisConfig) if item.init} - {
 def agreement(
     model: Model, task: Task, real: Sequence[Example], sets: Mapping[str, Sequence[Example]], public: Sequence[str]
 ) -> pandas.DataFrame:
-    """How far the head's gradients of sets of examples agree with the real ones', under three losses of one model.
+    """How far the gradients of sets of examples agree with the real ones', in several release spaces of one model.
 
     Per-class cosines hardly see the contrast between the classes, the sum over classes of their mean gradients, which
     is what training on balanced data follows; and a preference for one verbalizer is common to all texts.
 
     Args:
         real, sets: examples of every class, and named sets of such.
-        public: texts over which the model's preference among the verbalizers is taken for the calibrated loss.
+        public: texts over which the model's preference among the verbalizers is taken.
 
     Returns:
-        One row for each loss and set: loss ("full vocabulary", "label tokens" as fine-tuning has it, "label tokens,
-        calibrated"), set, per_class (mean cosine), contrast (cosine), and classes (the mean cosine of the real classes'
-        gradients to each other, the same for every set).
+        One row for each of AGREEMENT_SPACES and set: space, set, per_class (mean cosine), contrast (cosine), and
+        classes (the mean cosine of the real classes' gradients to each other, the same for every set).
     """
     require_model(model)
     tokens, rows = tokenize_task(task, model.tokenizer), []
     real = check_examples(real, task, "real example")
     sets = {name: check_examples(examples, task, f"{name} example") for name, examples in sets.items()}
-    for loss, (head, labels) in _losses(model, tokens, public).items():
-        target = _class_means(model, tokens, head, labels, real)
+    for name in AGREEMENT_SPACES:
+        space = release_space(model, tokens, name, None if name == "head" else public)
+        target = _class_means(model, tokens, space, real)
         pairs = cosine_similarity(target[:, None], target[None], dim=-1)
         between = float((pairs.sum() - len(pairs)) / (len(pairs) * (len(pairs) - 1)))
-        for name, examples in sets.items():
-            means = _class_means(model, tokens, head, labels, examples)
+        for which, examples in sets.items():
+            means = _class_means(model, tokens, space, examples)
             alike = float(cosine_similarity(means, target, dim=-1).mean())
             contrast = float(cosine_similarity(means.sum(0), target.sum(0), dim=0))
-            rows.append({"loss": loss, "set": name, "per_class": alike, "contrast": contrast, "classes": between})
+            rows.append({"space": name, "set": which, "per_class": alike, "contrast": contrast, "classes": between})
     return pandas.DataFrame(rows)
 
 
-def _losses(model: Model, tokens: TaskTokens, public: Sequence[str]) -> dict[str, tuple[Head, list[int]]]:
-    """Each loss as the head over whose rows it is taken, with the classes' rows in it."""
-    chosen, classes = torch.tensor(tokens.labels, device=model.device), list(range(len(tokens.labels)))
-    weight, bias = model.head_weight[chosen], None if model.head_bias is None else model.head_bias[chosen]
-    preference = label_preference(model, tokens, public).to(weight.dtype)
-    return {
-        "full vocabulary": (Head(model.head_weight, model.head_bias), list(tokens.labels)),
-        "label tokens": (Head(weight, bias), classes),
-        "label tokens, calibrated": (Head(weight, -preference if bias is None else bias - preference), classes),
-    }
-
-
 def _class_means(
-    model: Model, tokens: TaskTokens, head: Head, labels: Sequence[int], examples: Sequence[Example]
+    model: Model, tokens: TaskTokens, space: HeadSpace | BodySketch, examples: Sequence[Example]
 ) -> Tensor:
-    """The mean gradient of the head's matrix for each class, flat: (C, R D)."""
+    """The mean gradient of each class in the space, flat: (C, d)."""
     means = []
-    for number, row in enumerate(labels):
-        texts = [example.text for example in examples if example.label == number]
-        require(len(texts) > 0, f"a set has no example of class {number}: every set needs one of each class")
-        hidden = model.hidden_of([tokens.sequence(text) for text in texts])
-        found = head_factors(hidden, torch.full((len(texts),), row, device=hidden.device), head)
+    for label in range(len(tokens.labels)):
+        texts = [tokens.sequence(example.text) for example in examples if example.label == label]
+        require(len(texts) > 0, f"a set has no example of class {label}: every set needs one of each class")
+        found = factors_of(model, tokens, space, texts, [label] * len(texts))
         means.append((found.delta.mT @ found.hidden).flatten() / len(texts))
     return torch.stack(means)
 
@@ -157,53 +147,28 @@ def changed(base: ComparisonConfig, factor: str, value) -> ComparisonConfig:
     return replace(base, synthesis=replace(base.synthesis, **{factor: value}))
 
 
-def effects(frame: pandas.DataFrame, quantity: str = "accuracy", confidence: float = 0.95) -> pandas.DataFrame:
-    """How far each factor moves a quantity: its lowest against its highest value, paired by seed.
-
-    The two were picked because they lie furthest apart, so an interval that leaves out zero is a hint and no proof.
+def against_base(frame: pandas.DataFrame, quantity: str = "accuracy", confidence: float = 0.95) -> pandas.DataFrame:
+    """How far each setting lies from the base, paired by seed.
 
     Args:
-        frame: from `vary`, with at least two seeds.
+        frame: from `vary`.
         quantity: one of QUANTITIES.
         confidence: of the interval of the mean difference, by Student's t over seeds.
 
     Returns:
-        One row for each factor, the furthest first: factor, lowest, highest (values), low_mean, high_mean, difference,
-        low, high.
-    """
-    rows = []
-    for factor, table in _by_seed(frame, quantity):
-        means = table.mean()
-        ends = {"lowest": means.idxmin(), "highest": means.idxmax(), "low_mean": means.min(), "high_mean": means.max()}
-        gaps = table[ends["highest"]] - table[ends["lowest"]]
-        rows.append({"factor": factor} | ends | _difference(gaps, confidence))
-    return pandas.DataFrame(rows).sort_values("difference", ascending=False, ignore_index=True)
-
-
-def against_base(frame: pandas.DataFrame, quantity: str = "accuracy", confidence: float = 0.95) -> pandas.DataFrame:
-    """How far each setting lies from the base, paired by seed; arguments as `effects`.
-
-    Returns:
-        One row for each factor's values but the base's: factor, value, mean, difference (from the base), low, high.
+        One row for each factor's values but the base's: factor, value, mean, difference (from the base), low, high; no
+        interval for a single seed.
     """
     rows, bases = [], frame[frame["base"]].groupby("factor")["value"].first()
-    for factor, table in _by_seed(frame, quantity):
+    for factor, part in frame.groupby("factor", sort=False):
+        table = part.pivot(index="seed", columns="value", values=quantity)[part["value"].unique()]
         base = table[bases[factor]]
         for value, one in table.drop(columns=bases[factor]).items():
-            rows.append({"factor": factor, "value": value, "mean": one.mean()} | _difference(one - base, confidence))
+            gaps, seeds = one - base, len(table)
+            half = student.ppf((1 + confidence) / 2, seeds - 1) * gaps.sem() if seeds > 1 else math.nan
+            row = {"factor": factor, "value": value, "mean": one.mean(), "difference": gaps.mean()}
+            rows.append(row | {"low": gaps.mean() - half, "high": gaps.mean() + half})
     return pandas.DataFrame(rows, columns=["factor", "value", "mean", "difference", "low", "high"])
-
-
-def _by_seed(frame: pandas.DataFrame, quantity: str) -> Iterator[tuple[str, pandas.DataFrame]]:
-    """Each factor with the quantity at its values (columns, in the order of the frame) and seeds (rows)."""
-    for factor, part in frame.groupby("factor", sort=False):
-        yield factor, part.pivot(index="seed", columns="value", values=quantity)[part["value"].unique()]
-
-
-def _difference(paired: pandas.Series, confidence: float) -> dict[str, float]:
-    """The mean of paired differences with its interval by Student's t; no interval for a single one."""
-    half = float(student.ppf((1 + confidence) / 2, len(paired) - 1) * paired.sem()) if len(paired) > 1 else float("nan")
-    return {"difference": paired.mean(), "low": paired.mean() - half, "high": paired.mean() + half}
 
 
 def _levels(base: ComparisonConfig, factor: str, values: Sequence) -> list:

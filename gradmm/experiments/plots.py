@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-ABREAST = 4  # names of values that fit below a small panel side by side
+ABREAST = 3  # panels that fit side by side
 SHORT = 20  # letters of a table's entry that stays on one line
 CHANGED = "style='background:rgba(230,159,0,0.3);color:inherit;border-bottom:2px solid #D55E00'"
 TEXT = "style='text-align:left;white-space:pre-wrap'"
@@ -118,32 +118,34 @@ def selection(dataset: datasets.Dataset) -> Figure:
 
 
 def accuracies(runs: Mapping[str, Sequence[float]], chance: float | None = None) -> Figure:
-    """Test accuracy of each method: one point a run, a bar for the mean and one standard deviation."""
-    figure, (axes,) = _axes(1, width=6.4, height=0.5 * len(runs) + 1.2)
-    _runs(axes, runs, chance)
-    axes.set(xlim=(0, 1), xlabel="test accuracy")
-    return figure
+    """Test accuracy of each method, drawn as in `by_panel`."""
+    return by_panel({"": runs}, "test accuracy", chance, (0, 1))
 
 
-def by_model(
+def by_panel(
     panels: Mapping[str, Mapping[str, Sequence[float]]],
     xlabel: str,
     line: float | None = None,
     xlim: tuple | None = None,
 ) -> Figure:
-    """One quantity of each method, drawn as in `accuracies`, in a panel for each model.
+    """One quantity of several items: one point a run, a bar for the mean with one standard deviation.
 
     Args:
-        panels: for each model, each method's runs; the same methods in all.
+        panels: for each panel's title, each item's runs.
         line: where a dashed line stands, such as chance.
         xlim: ends of every panel's axis; None: from 0 to the largest value of all.
     """
-    methods = max(map(len, panels.values()))
-    figure, axes = _axes(len(panels), height=0.5 * methods + 1.4)
+    columns, items = min(len(panels), ABREAST), max(map(len, panels.values()))
+    rows, width = -(-len(panels) // columns), 6.4 if len(panels) == 1 else 5.0
     most = max(value for runs in panels.values() for values in runs.values() for value in values)
-    for place, (name, runs) in zip(axes, panels.items(), strict=True):
-        _runs(place, runs, line)
-        place.set(title=name, xlabel=xlabel, xlim=xlim or (0, 1.05 * most))
+    with plt.rc_context(STYLE):
+        size = (width * columns, (0.5 * items + 1.4) * rows)
+        figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes, (name, runs) in zip(grid.flat, panels.items(), strict=False):
+        _runs(axes, runs, line)
+        axes.set(title=name, xlabel=xlabel, xlim=xlim or (0, 1.05 * most))
     return figure
 
 
@@ -159,19 +161,6 @@ def _runs(axes: Axes, runs: Mapping[str, Sequence[float]], line: float | None) -
     axes.invert_yaxis()
     if line is not None:
         axes.axvline(line, color="#666666", linewidth=1, linestyle="--")
-
-
-def levels(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
-    """Several quantities on one scale: one point a value, a bar to the median, which is written beside it."""
-    figure, (axes,) = _axes(1, width=6.4, height=0.4 * len(values) + 1.2)
-    for place, points in enumerate(values.values()):
-        middle = pandas.Series(list(points), dtype=float).median()
-        axes.barh(place, middle, color=COLOURS[0], alpha=0.3, height=0.6)
-        axes.scatter(points, [place] * len(points), s=16, color=COLOURS[0], zorder=3)
-        axes.annotate(f"{middle:.4f}", (1.01, place), xycoords=("axes fraction", "data"), va="center")
-    axes.set(yticks=range(len(values)), yticklabels=list(values), xlim=(0, None), xlabel=xlabel)
-    axes.invert_yaxis()
-    return figure
 
 
 def lines(series: Mapping[str, pandas.Series], xlabel: str, ylabel: str) -> Figure:
@@ -202,41 +191,17 @@ def bands(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str) -> 
     return figure
 
 
-def factors(frame: pandas.DataFrame, quantity: str, columns: int = 3) -> Figure:
-    """Small multiples of one quantity, a panel a factor: runs as points, means as a line, the base's value with a ring.
+def factors(frame: pandas.DataFrame, quantity: str) -> Figure:
+    """One quantity at every value of each factor, drawn as in `by_panel`.
 
     Args:
         frame: from `ablation.vary`.
         quantity: one of its columns.
     """
-    parts = list(frame.groupby("factor", sort=False))
-    rows = -(-len(parts) // columns)
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.4 * rows), sharey=True, squeeze=False)
-    for axes in grid.flat[len(parts) :]:
-        axes.set_visible(False)
-    for axes, (name, part) in zip(grid.flat, parts, strict=False):
-        _factor(axes, part, quantity)
-        axes.set_title(name)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(quantity)
-    return figure
-
-
-def _factor(axes: Axes, part: pandas.DataFrame, quantity: str) -> None:
-    values = list(dict.fromkeys(part["value"]))
-    places = part["value"].map({value: place for place, value in enumerate(values)}).astype(int)
-    means, spread = part.groupby(places)[quantity].mean(), part.groupby(places)[quantity].std().fillna(0)
-    axes.fill_between(means.index, means - spread, means + spread, color=COLOURS[0], alpha=0.15, linewidth=0)
-    axes.plot(means.index, means, color=COLOURS[0])
-    axes.scatter(places, part[quantity], s=14, color=COLOURS[0], zorder=3)
-    base = sorted(set(places[part["base"]]))
-    axes.scatter(base, means[base], s=90, facecolor="none", edgecolor=COLOURS[1], linewidth=1.5, zorder=4)
-    axes.set(xticks=range(len(values)), xlim=(-0.4, len(values) - 0.6))
-    if len(values) <= ABREAST:
-        axes.set_xticklabels([str(value).replace("_", "\n") for value in values])
-    else:
-        axes.set_xticklabels(map(str, values), rotation=40, ha="right", rotation_mode="anchor")
+    panels: dict[str, dict[str, list[float]]] = {}
+    for (name, value, base), part in frame.groupby(["factor", "value", "base"], sort=False, dropna=False):
+        panels.setdefault(name, {})[f"{value} (base)" if base else str(value)] = part[quantity].tolist()
+    return by_panel(panels, quantity)
 
 
 def bounds(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str, ylabel: str) -> Figure:
@@ -253,27 +218,6 @@ def bounds(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str, yl
             place.plot(frame.index, frame["bound"], color=look["color"], linestyle="--", linewidth=1.2)
         place.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log")
         place.legend(title="dashed: the bound")
-    return figure
-
-
-def shares(values: Mapping[str, Mapping[str, float]], xlabel: str) -> Figure:
-    """What share of something each of several items reaches: bars from 0 to 100% with their values beside them.
-
-    Args:
-        values: for each series, each item's share; an item that a series lacks has no bar there.
-    """
-    items = list(dict.fromkeys(item for some in values.values() for item in some))
-    figure, (axes,) = _axes(1, width=6.4, height=0.3 * len(items) * len(values) + 1.4)
-    height = 0.8 / len(values)
-    for number, (name, some) in enumerate(values.items()):
-        places = [items.index(item) + (number - (len(values) - 1) / 2) * height for item in some]
-        look: dict[str, Any] = {"color": COLOURS[number], "hatch": "/" * 3 * (number % 2), "edgecolor": "white"}
-        bars = axes.barh(places, list(some.values()), height=0.9 * height, label=name, **look)
-        axes.bar_label(bars, [f"{share:.0%}" for share in some.values()], padding=3, fontsize=8)
-    axes.set(yticks=range(len(items)), yticklabels=items, xlim=(0, 1), xlabel=xlabel)
-    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.invert_yaxis()
-    axes.legend()
     return figure
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradmm.experiments import performance, records, roofline
+from gradmm.experiments import performance, records
 
 pytestmark = pytest.mark.slow
 FEW = "--shape tiny --groups 1 --count 2 --top-k 5 --real 4 --candidates 2 --threads 1".split()
@@ -17,7 +17,7 @@ def whole(benchmark, path, *more):
 def test_both_sides_do_the_same_synthesis(benchmark, tmp_path, capsys):
     record = whole(benchmark, tmp_path / "performance-tiny-cpu.json")
     found = record["results"]
-    assert set(found["phases"]) == {*roofline.PHASES, "other", "whole"} and found["same_tokens"] == 1
+    assert set(found["phases"]) == {*performance.PHASES, "other", "whole"} and found["same_tokens"] == 1
     assert found["groups"] == 2
     assert found["literal"] == "one group measured, times 2 groups; its target once for each of 2 classes"
     for row in found["phases"].values():
@@ -35,7 +35,7 @@ def test_both_sides_do_the_same_synthesis(benchmark, tmp_path, capsys):
     assert row["against the literal method"].startswith(f"{found['phases']['whole']['ratio']['median']:.1f}x (")
     assert "%" in row["floor, projection"]
     printed = capsys.readouterr().out
-    assert "one group measured" in printed and all(phase in printed for phase in roofline.PHASES)
+    assert "one group measured" in printed and all(phase in printed for phase in performance.PHASES)
 
 
 def test_a_quick_reference_says_how_it_was_scaled(benchmark, tmp_path):

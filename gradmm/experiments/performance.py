@@ -33,6 +33,7 @@ CLOCKED = {
     "projection": (searches, "project"),
     "filter": (Selector, "rows"),
 }
+PHASES = ("target", *CLOCKED)
 
 
 def wait(device: torch.device | str) -> None:
@@ -157,7 +158,7 @@ def time_synthesis(
     """Release and synthesize in this process, in memory.
 
     Returns:
-        The result, and the seconds of `roofline.PHASES`, of "other" (plans, bookkeeping) and of the "whole".
+        The result, and the seconds of PHASES, of "other" (plans, bookkeeping) and of the "whole".
     """
     begun = time.perf_counter()
     made = release(model, task, examples, space=config.space, progress=False)

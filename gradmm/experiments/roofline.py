@@ -1,4 +1,4 @@
-r"""What each phase of a synthesis must compute and move, whatever the code: the floor under its time.
+r"""What the inner steps and projections of a synthesis must compute and move, whatever the code: their time's floor.
 
 Arithmetic alone: knows shapes, no clock and no machine. Operations are those of matrix products, a multiplication and
 an addition counted as two. Bytes are what no cache can hold from one pass to the next: every weight once a pass, the
@@ -24,7 +24,7 @@ from gradmm.models import Model
 from gradmm.plan import Plan
 from gradmm.spaces import linear_maps
 
-PHASES = ("target", "initialisation", "inner steps", "projection", "filter")
+PHASES = ("inner steps", "projection")  # where nearly all the time of a search goes
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,19 @@ class Body:
             lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         return Body.of(Model(lm, None, config.model_type, None, ""))
 
-    def forward(self, texts: int, positions: float, before: int = 0, all_positions: bool = False) -> Cost:
-        """One pass of the body.
+    def forward(self, texts: int, positions: float, before: int = 0) -> Cost:
+        """One pass of the body to the states of the last position.
 
         Args:
             texts, positions: N and T.
             before: positions whose keys and values are known.
-            all_positions: whether the states of all positions are wanted, or the last one's alone.
         """
-        maps, attention = self._parts(texts, positions, before, all_positions)
+        maps, attention = self._parts(texts, positions, before)
         return Cost(maps + attention, self._weights())
 
     def backward(self, texts: int, positions: float, before: int = 0) -> Cost:
-        """From the last position's states to the inputs, after `forward` without `all_positions`."""
-        maps, attention = self._parts(texts, positions, before, False)
+        """From the last position's states to the inputs, after `forward`."""
+        maps, attention = self._parts(texts, positions, before)
         return Cost(maps + 2 * attention, self._weights())
 
     def head(self, states: int) -> Cost:
@@ -142,12 +141,10 @@ class Body:
         rows = Cost(2 * texts * candidates * self.width, distinct * self.width * self.number)
         return self.forward(prompts, prompt) + moving + length * (self.head(texts) + rows)
 
-    def _parts(self, texts: int, positions: float, before: int, all_positions: bool) -> tuple[float, float]:
+    def _parts(self, texts: int, positions: float, before: int) -> tuple[float, float]:
         """Operations of the linear maps and of attention, forward."""
         whole = 2 * positions * (sum(self.layers) + self.outside)
         square = 4 * positions * (before + positions) * self.attended
-        if all_positions:
-            return texts * whole, texts * square * len(self.layers)
         idle = 2 * (positions - 1) * (self.layers[-1] - self.keys)
         narrow = 4 * (before + positions) * self.attended
         return texts * (whole - idle), texts * (square * (len(self.layers) - 1) + narrow)
@@ -179,8 +176,6 @@ class Workload:
         prompt, classes: tokens of a generation prompt, and how many there are.
         real: real examples of all classes together, as long as the texts; 0: a target held as a matrix.
         outer_steps, inner_steps, candidates: of the search: candidates of each position.
-        draws: starts that each group takes the best of.
-        written: whether a start is a text that the model writes, or random vectors.
     """
 
     groups: int = 20
@@ -194,8 +189,6 @@ class Workload:
     outer_steps: int = 30
     inner_steps: int = 50
     candidates: int = 200
-    draws: int = 500
-    written: bool = False
 
     @staticmethod
     def of(plan: Plan) -> "Workload":
@@ -213,8 +206,6 @@ class Workload:
             outer_steps=config.outer_steps,
             inner_steps=config.inner_steps,
             candidates=config.top_k,
-            draws=config.init_candidates,
-            written=config.init == "generated",
         )
 
     @property
@@ -226,19 +217,6 @@ class Workload:
     def positions(self) -> int:
         """T, those that are no constants: a text and what follows it."""
         return self.length + self.after
-
-
-def target(body: Body, job: Workload) -> Cost:
-    """The gradients of the real examples and their norm."""
-    norm = Cost(2 * job.real * (job.real / job.classes) * (body.vocabulary + body.width))
-    return body.forward(job.real, job.positions, job.before) + body.head(job.real) + norm
-
-
-def initialisation(body: Body, job: Workload) -> Cost:
-    """Starts drawn, and each one's matching loss if there is a choice."""
-    loss = evaluation(body, job) if job.draws > 1 else Cost()
-    written = body.walk(job.texts, job.length, job.prompt, job.classes) if job.written else Cost()
-    return job.draws * (loss + written)
 
 
 def evaluation(body: Body, job: Workload) -> Cost:
@@ -257,22 +235,10 @@ def projection(body: Body, job: Workload) -> Cost:
     return body.walk(job.texts, job.length, job.prompt, job.classes, job.candidates)
 
 
-def judgement(body: Body, job: Workload) -> Cost:
-    """Each text's matching loss and label from one pass, and its perplexity from another."""
-    read = body.forward(job.texts, job.positions, job.before) + body.head(job.texts) + _matching(body, job, 1)
-    return read + body.forward(job.texts, job.length, all_positions=True) + body.head(job.texts * job.length)
-
-
 def synthesis(body: Body, job: Workload) -> dict[str, Cost]:
     """Each of PHASES of a whole synthesis, all its steps together; the last x is projected too."""
-    parts = {
-        "target": target(body, job),
-        "initialisation": initialisation(body, job),
-        "inner steps": job.outer_steps * job.inner_steps * inner_step(body, job),
-        "projection": (job.outer_steps + 1) * projection(body, job),
-        "filter": judgement(body, job),
-    }
-    return {name: parts[name] for name in PHASES}
+    steps = job.outer_steps * job.inner_steps
+    return {"inner steps": steps * inner_step(body, job), "projection": (job.outer_steps + 1) * projection(body, job)}
 
 
 def _matching(body: Body, job: Workload, together: int) -> Cost:

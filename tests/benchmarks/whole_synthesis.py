@@ -95,7 +95,7 @@ def literal_group(
         examples: all real examples.
         steps: `outer_steps` and `inner_steps`.
     """
-    spent = dict.fromkeys((*roofline.PHASES, "other"), 0.0)
+    spent = dict.fromkeys((*performance.PHASES, "other"), 0.0)
 
     def clocked(phase, call):
         performance.wait(model.device)

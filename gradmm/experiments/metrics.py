@@ -26,7 +26,6 @@ from gradmm.tasks import tokenize_task
 from gradmm.training import adamw, train_at_rate, trainable_copy
 
 Items = Sequence[Hashable]
-Places = list[tuple[int, int]]  # (row, where a run starts)
 METRIC_TEXTS = 500  # texts of a set that are measured at most, a seeded sample; training reads them all
 MEASURES: tuple[str, ...] = ("perplexity", "second_perplexity", "match_loss", "distinct_2", "duplicates")
 MEASURES += ("longest_shared_span", "tokens")
@@ -126,19 +125,14 @@ def _training(seed_run: SeedRun) -> Iterator[tuple[int, Model]]:
 # ---------------------------------------------------------------- variety and copying
 
 
-def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """The runs of n words of a text.
-
-    Raises:
-        UserError: n is no whole number of at least 1.
-    """
-    spoken = words(text)
-    return list(zip(*(spoken[start:] for start in range(require_whole(n, "n", 1))), strict=False))
+def ngrams(items: Items, n: int) -> list[tuple]:
+    """The runs of n elements of a text's words, or of a tokenizer's ids."""
+    return list(zip(*(items[start:] for start in range(n)), strict=False))
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """The share of the texts' word n-grams that are distinct (Li et al. 2016); 0 where no text has n words."""
-    grams = [gram for text in texts for gram in ngrams(text, n)]
+    grams = [gram for text in texts for gram in ngrams(words(text), require_whole(n, "n", 1))]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -150,27 +144,18 @@ def duplicate_share(texts: Sequence[str]) -> float:
 def longest_shared_spans(sequences: Sequence[Items], references: Sequence[Items]) -> list[int]:
     """The length of the longest run of each sequence that stands in any one reference: N whole numbers.
 
-    Elements are whatever is compared: `words(text)`, or a tokenizer's ids. Exact: a run of length k + 1 can only start
-    where a run of length k does, so only those places are looked at again.
+    Elements are whatever is compared: `words(text)`, or a tokenizer's ids. Exact: one length after the other, until no
+    run of it is shared.
     """
     longest = [0] * len(sequences)
-    ours, theirs = (
-        [(row, at) for row, one in enumerate(some) for at in range(len(one))] for some in (sequences, references)
-    )
-    length = 0
-    while ours:
-        length += 1
-        ours = _common(sequences, ours, references, theirs, length)
-        theirs = _common(references, theirs, sequences, ours, length)
-        for row, _ in ours:
-            longest[row] = length
+    for length in range(1, max(map(len, references), default=0) + 1):
+        known = {run for one in references for run in ngrams(one, length)}
+        for row, one in enumerate(sequences):
+            if not known.isdisjoint(ngrams(one, length)):
+                longest[row] = length
+        if max(longest, default=0) < length:
+            break
     return longest
-
-
-def _common(mine: Sequence[Items], places: Places, others: Sequence[Items], there: Places, length: int) -> Places:
-    """Those places where a run of `length` elements starts that also starts at one of the other places."""
-    runs = {tuple(others[row][at : at + length]) for row, at in there if at + length <= len(others[row])}
-    return [(row, at) for row, at in places if tuple(mine[row][at : at + length]) in runs]
 
 
 # ---------------------------------------------------------------- runs and differences

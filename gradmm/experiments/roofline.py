@@ -24,7 +24,7 @@ from gradmm.models import Model
 from gradmm.plan import Plan
 from gradmm.spaces import linear_maps
 
-PHASES = ("inner steps", "projection")  # where nearly all the time of a search goes
+PHASES = ("inner steps", "projection")  # where most of the time of a search goes
 
 
 @dataclass(frozen=True)

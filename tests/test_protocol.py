@@ -341,7 +341,7 @@ def test_shots_that_do_not_fit_the_context_become_fewer(model):
 
 
 def test_no_method_sees_the_test_set(model):
-    trial = SeedRun(replace(bench_of(model), herded=toy(TWO, 0, 2)), 0)
+    trial = SeedRun(replace(bench_of(model), coresets={"herding": toy(TWO, 0, 2), "k_center": toy(TWO, 0, 2)}), 0)
     for method in METHODS.values():
         refuse_overlap(method(trial), trial.experiment.splits.test)
 

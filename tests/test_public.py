@@ -19,7 +19,7 @@ from gradmm.config import PRESETS
 from gradmm.data import check_examples
 from gradmm.errors import UserError, is_number, is_whole
 from gradmm.experiments import audit
-from gradmm.experiments.baselines import select_herding
+from gradmm.experiments.baselines import select_coresets
 from gradmm.experiments.metrics import distinct_n
 from gradmm.experiments.protocol import compare
 from gradmm.experiments.seed_run import ComparisonConfig, candidates
@@ -255,7 +255,7 @@ CASES = {
         "the synthetic texts hold something of type dict"),
     "loss_scores: frame": (lambda: audit.loss_scores(HELD["model"], TASK, FRAME),
         "of type DataFrame: give a list of objects"),
-    "select_herding: n": (lambda: select_herding(HELD["model"], TASK, PRIVATE, 2.5),
+    "select_coresets: n": (lambda: select_coresets(HELD["model"], TASK, PRIVATE, 2.5, ["herding"]),
         "n = 2.5, it must be a whole number"),
     "distinct_n: n true": (lambda: distinct_n(["a b"], True), "n = True, it must be a whole number of at least 1"),
 }  # fmt: skip
@@ -348,7 +348,7 @@ TAKERS = {
     "test": lambda model, rows: gradmm.finetune(
         model, TWO, toy(TWO, 20, 2), toy(TWO, 30, 2), rows, replace(QUICK, steps=2), progress=False).test,
     "loss_scores": lambda model, rows: audit.loss_scores(model, TWO, rows),
-    "select_herding": lambda model, rows: select_herding(model, TWO, rows, 2),
+    "select_coresets": lambda model, rows: select_coresets(model, TWO, rows, 2, ["herding"]),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What gradmm is compared with: baselines, a coreset of real examples, and controls whose target knows nothing of them.
+"""What gradmm is compared with: baselines, coresets of real examples, and controls whose target knows nothing of them.
 
 Each method gives the examples that it trains on; nothing here is private. Letters: N points, D width of a state.
 """
@@ -68,7 +68,7 @@ def noise_only(release: Release, seed: int) -> Release:
     return replace(release, targets=targets, private=False, statement=statement).to(dense[0].weight.device)
 
 
-# ---------------------------------------------------------------- a coreset
+# ---------------------------------------------------------------- coresets
 
 
 def herding_order(points: Tensor, count: int) -> list[int]:
@@ -87,21 +87,43 @@ def herding_order(points: Tensor, count: int) -> list[int]:
     return taken
 
 
-def select_herding(model: Model, task: Task, examples: Sequence[Example], n: int) -> list[Example]:
-    """Choose `n` real examples by `herding_order`, as equal a number of each class as `n` allows.
+def k_center_order(points: Tensor, count: int) -> list[int]:
+    """Greedy k-center (Gonzalez 1985; Sener and Savarese 2018): (N, D) -> row numbers as taken.
+
+    The first centre is the point nearest to the mean, each next one the point farthest from all centres so far. Ties go
+    to the first row.
+    """
+    taken = [int((points - points.mean(0)).square().sum(1).argmin())]
+    near = torch.full((len(points),), torch.inf, dtype=points.dtype, device=points.device)
+    while len(taken) < count:
+        near = torch.minimum(near, (points - points[taken[-1]]).square().sum(1))
+        near[taken] = -torch.inf  # a point is taken once even where several coincide
+        taken.append(int(near.argmax()))
+    return taken
+
+
+CORESETS: dict[str, Callable[[Tensor, int], list[int]]] = {"herding": herding_order, "k_center": k_center_order}
+
+
+def select_coresets(
+    model: Model, task: Task, examples: Sequence[Example], n: int, methods: Sequence[str]
+) -> dict[str, list[Example]]:
+    """Choose `n` real examples by each of several methods in CORESETS, as equal a number of each class as `n` allows.
 
     Points are the model's last hidden states at the end of the prompt, where the label is read; each class is chosen
     from alone. Texts of fewer than `task.min_words` words are left out. What is chosen is real text: not private.
 
     Raises:
-        UserError: n below the number of classes or above what some class has.
+        UserError: an unknown method, n below the number of classes or above what some class has.
     """
+    unknown = [name for name in methods if name not in CORESETS]
+    require(not unknown, f"the coreset methods {unknown} are not known: use some of {', '.join(CORESETS)}")
     require_model(model)
     examples, classes = check_examples(examples, task, "example"), len(task.labels)
     short = f"n = {n}, but {classes} classes need at least {classes}: ask for more examples"
     require(require_whole(n, "n") >= classes, short)
     tokens = tokenize_task(task, model.tokenizer)
-    chosen: list[Example] = []
+    chosen: dict[str, list[Example]] = {method: [] for method in methods}
     for label, name in enumerate(task.labels):
         pool = [example for example in _long_enough(examples, task) if example.label == label]
         count = n // classes + (label < n % classes)
@@ -109,7 +131,8 @@ def select_herding(model: Model, task: Task, examples: Sequence[Example], n: int
         require(count <= len(pool), f"n = {n} needs {count} examples of {name!r}, but {few}")
         points = model.hidden_of([tokens.sequence(example.text) for example in pool])
         points = points.to(torch.promote_types(points.dtype, torch.float32))
-        chosen += [pool[row] for row in herding_order(points, count)]
+        for method, taken in chosen.items():
+            taken += [pool[row] for row in CORESETS[method](points, count)]
     return chosen
 
 
@@ -161,7 +184,12 @@ def matched_real(seed_run: SeedRun) -> list[Example]:
 
 def herding(seed_run: SeedRun) -> list[Example]:
     """Real examples by `herding_order` at the synthetic budget."""
-    return seed_run.experiment.herded
+    return seed_run.experiment.coresets["herding"]
+
+
+def k_center(seed_run: SeedRun) -> list[Example]:
+    """Real examples by `k_center_order` at the synthetic budget."""
+    return seed_run.experiment.coresets["k_center"]
 
 
 def zero_shot(seed_run: SeedRun) -> list[Example]:
@@ -234,6 +262,7 @@ METHODS: dict[str, Callable[[SeedRun], list[Example]]] = {
     "random": random_real,
     "matched_real": matched_real,
     "herding": herding,
+    "k_center": k_center,
     "zero_shot": zero_shot,
     "few_shot": few_shot,
     "prompt_only": prompt_only,

@@ -23,7 +23,7 @@ from gradmm import files
 from gradmm.classification import check_fit, evaluate
 from gradmm.data import Example, Splits, without_overlap
 from gradmm.errors import UserError, is_whole, require, require_flag, require_type, short_repr
-from gradmm.experiments.baselines import METHODS, WRITING, select_herding
+from gradmm.experiments.baselines import CORESETS, METHODS, WRITING, select_coresets
 from gradmm.experiments.metrics import measure, measure_on, similarities, subsample
 from gradmm.experiments.records import memory_bytes
 from gradmm.experiments.results import Comparison
@@ -85,7 +85,7 @@ def compare(
     with lock(output):
         folder = RunFolder.open(output, _identity(model, task, splits, config))
         settings = hashlib.sha256(json.dumps(folder.manifest, sort_keys=True).encode()).hexdigest()
-        experiment = Experiment(model, task, splits, config, [], settings, folder.path)
+        experiment = Experiment(model, task, splits, config, {}, settings, folder.path)
         if folder.path is not None:
             files.remove_unfinished(folder.path / "records")
         records = _records(experiment, methods, seeds, workers, progress)
@@ -158,9 +158,11 @@ def _records(
     found = {(name, seed): experiment.load(name, seed) for name in methods for seed in seeds}
     missing = {seed: [name for name in methods if found[name, seed] is None] for seed in seeds}
     missing = {seed: names for seed, names in missing.items() if names}
-    if any("herding" in names for names in missing.values()):  # chosen once for all seeds
+    wanted = [name for name in CORESETS if any(name in names for names in missing.values())]
+    if wanted:  # chosen once for all seeds
         train, count = experiment.splits.train, experiment.config.synthesis.n_synthetic
-        experiment = replace(experiment, herded=select_herding(experiment.model, experiment.task, train, count))
+        chosen = select_coresets(experiment.model, experiment.task, train, count, wanted)
+        experiment = replace(experiment, coresets=chosen)
     done = len(found) - sum(map(len, missing.values()))
     with tqdm(total=len(found), initial=done, desc="comparing", unit="run", disable=not progress) as bar:
         for record in _made(experiment, missing, workers):

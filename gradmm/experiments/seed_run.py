@@ -100,7 +100,7 @@ class Experiment:
     """What all methods and seeds share.
 
     Attributes:
-        herded: the examples of the method that draws nothing, chosen once.
+        coresets: the examples of the methods that draw nothing, chosen once.
         settings: SHA-256 of all that a record depends on but its method and seed.
         folder: None keeps everything in memory.
     """
@@ -109,7 +109,7 @@ class Experiment:
     task: Task
     splits: Splits
     config: ComparisonConfig
-    herded: list[Example]
+    coresets: dict[str, list[Example]]
     settings: str
     folder: Path | None
 

@@ -8,6 +8,7 @@ from importlib import import_module
 
 from gradmm import __version__
 from gradmm.errors import UserError
+from gradmm.progress import announced, shown
 
 COMMANDS = {
     "synthesize": "write synthetic texts from labelled real ones, or from a saved Release",
@@ -27,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return import_module("gradmm.experiments.batch").main(arguments[1:])
         with warnings.catch_warnings():
             warnings.showwarning = _note
-            getattr(import_module("gradmm.commands"), arguments[0])(arguments[1:])
+            show = sys.stderr.isatty() and "--quiet" not in arguments
+            with shown(show), announced("loading PyTorch and transformers"):
+                commands = import_module("gradmm.commands")
+            getattr(commands, arguments[0])(arguments[1:])
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -48,7 +48,7 @@ class Inputs:
         revision: of the model on the hub.
         device: cpu, cuda or auto.
         dtype: of the weights: float32, bfloat16, float64 or auto.
-        quiet: no progress bar.
+        quiet: no progress bars or lines.
     """
 
     model: str = "demo"
@@ -71,7 +71,9 @@ class Inputs:
 
     def load_model(self) -> Model:
         """The model alone."""
-        return load_model(self.model, revision=self.revision, device=self.device, dtype=self.dtype)
+        return load_model(
+            self.model, revision=self.revision, device=self.device, dtype=self.dtype, progress=not self.quiet
+        )
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from gradmm import files
-from gradmm.errors import UserError, first_line, require, require_type, short_repr
+from gradmm.errors import UserError, first_line, require, require_flag, require_type, short_repr
 from gradmm.markup import plain_name
-from gradmm.progress import advance
+from gradmm.progress import advance, announced, shown
 from gradmm.sharding import launched
 from gradmm.vocabulary import Vocabulary
 
@@ -362,6 +362,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     device_map: Any = None,
+    progress: bool = True,
 ) -> Model:
     """Load a causal language model.
 
@@ -375,6 +376,7 @@ def load_model(
             fast (see `fast_dtype`), else float32. "bfloat16" on a processor without instructions for it warns and loads
             float32. Only float32 and float64 on a CPU give the same bytes on every run of a machine type.
         device_map: refused: a model stands on one device.
+        progress: whether a line on stderr says so if it takes more than two seconds.
 
     Raises:
         UserError: not found, no safetensors weights (pickles are never read), no output head, an unknown device or
@@ -397,6 +399,7 @@ def load_model(
     )
     require(device_map is None, f"device_map = {short_repr(device_map)}, but {ONE_DEVICE}")
     require_type(revision, str | None, "the revision", "give a hub commit, tag or branch as text")
+    require_flag(progress, "progress")
     device = _device(device)
     dtype = _dtype(dtype, device)
     if dtype == torch.bfloat16 and device.type == "cpu" and not _has_any(INSTRUCTIONS):
@@ -405,12 +408,17 @@ def load_model(
             stacklevel=2,
         )
         dtype = torch.float32
-    if str(name).endswith(".gguf"):
-        return _load_gguf(files.as_path(name, "the model"), device, dtype)
-    folder, found = _folder(str(name), revision)
-    lm, tokenizer = _load(folder, str(name), dtype)
+    with shown(progress and launched()[0] == 0), announced(f"loading the model {name}"):
+        if str(name).endswith(".gguf"):
+            return _load_gguf(files.as_path(name, "the model"), device, dtype)
+        return _load_folder(str(name), revision, device, dtype)
+
+
+def _load_folder(name: str, revision: str | None, device: torch.device, dtype: torch.dtype) -> Model:
+    folder, found = _folder(name, revision)
+    lm, tokenizer = _load(folder, name, dtype)
     LOG.info("%s loaded on %s in %s", name, device, str(dtype).removeprefix("torch."))
-    called = str(name) if found or str(name) in BUILT_IN else plain_name(Path(folder).resolve().name)
+    called = name if found or name in BUILT_IN else plain_name(Path(folder).resolve().name)
     return wrap_model(lm.to(device), tokenizer, called, found, _hash_files(folder))
 
 

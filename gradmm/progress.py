@@ -1,12 +1,14 @@
 """One bar at a time for what takes more than two seconds, without a parameter in every function on the way.
 
 Who is asked says whether bars are shown; who works says what a stage is and how far it is. A stage within a stage
-counts nothing: the outer one does. Nothing is shown by default.
+counts nothing: the outer one does. What cannot be counted has a line instead. Nothing is shown by default.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Timer
 
 from tqdm.auto import tqdm
 
@@ -26,15 +28,33 @@ def shown(show: bool) -> Iterator[None]:
 
 
 @contextmanager
+def if_slow(show: bool, tell: Callable[[], object]) -> Iterator[None]:
+    """Tell once, from another thread, if what is within this takes long, and nothing afterwards."""
+    if not show:
+        yield
+        return
+    clock = Timer(SECONDS, tell)
+    clock.daemon = True
+    clock.start()
+    try:
+        yield
+    finally:
+        clock.cancel()
+        clock.join()
+
+
+@contextmanager
 def stage(what: str, total: int, unit: str = "text") -> Iterator[None]:
     """A part of the work with a bar of its own, which `advance` moves: rate and time left."""
     if _BAR.get() is not None:
         yield
         return
-    with tqdm(total=total, desc=what, unit=unit, disable=not _SHOWN.get(), delay=SECONDS) as bar:
+    # The mean rate, smoothing 0: the first look comes when the time is up, not when something is done.
+    with tqdm(total=total, desc=what, unit=unit, disable=not _SHOWN.get(), delay=SECONDS, smoothing=0) as bar:
         before = _BAR.set(bar)
         try:
-            yield
+            with if_slow(_SHOWN.get(), lambda: bar.update(0)):
+                yield
         finally:
             _BAR.reset(before)
 
@@ -45,3 +65,10 @@ def advance(count: int) -> None:
     if bar is not None:
         bar.total = max(bar.total, bar.n + count)
         bar.update(count)
+
+
+@contextmanager
+def announced(what: str) -> Iterator[None]:
+    """A part of the work that cannot be counted: one line on stderr says what it is, if it takes long."""
+    with if_slow(_SHOWN.get() and _BAR.get() is None, lambda: sys.stderr.write(f"{what} ...\n")):
+        yield

@@ -1,6 +1,9 @@
 """One bar at a time where it is asked for, nothing where it is not, and quiet loggers that say what happened."""
 
 import logging
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +11,9 @@ from test_finetuning import QUICK, TWO, toy
 from test_synthesis import REAL, TASK
 
 import gradmm
-from gradmm import progress
+from gradmm import cli, progress
 from gradmm.experiments import audit
-from gradmm.progress import advance, shown, stage
+from gradmm.progress import advance, announced, shown, stage
 
 
 @pytest.fixture
@@ -37,6 +40,53 @@ def test_nothing_is_shown_by_default_or_where_it_is_done_at_once(capsys, monkeyp
     with shown(True), shown(False), stage("reading", 2):
         advance(2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_slow_stage_shows_its_bar_before_anything_is_done(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS", 0.2)
+    with shown(True), stage("reading", 4):
+        time.sleep(1.0)
+        assert "reading:   0%" in capsys.readouterr().err
+        advance(4)
+    assert "reading: 100%" in capsys.readouterr().err
+
+
+def test_what_cannot_be_counted_has_one_line_if_it_is_slow(monkeypatch, capsys):
+    with shown(True), announced("loading"):  # two seconds are not over
+        pass
+    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    with announced("loading"):  # nobody asked
+        time.sleep(0.5)
+    assert capsys.readouterr().err == ""
+    with shown(True), announced("loading"):
+        time.sleep(0.5)
+    assert capsys.readouterr().err == "loading ...\n"
+    with shown(True), stage("reading", 2), announced("loading"):  # the bar is enough
+        time.sleep(0.5)
+    assert "loading" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("show", [True, False])
+@pytest.mark.parametrize("name", ["demo", "demo-b"])
+def test_a_slow_load_says_so_or_nothing(monkeypatch, capsys, name, show):
+    monkeypatch.setattr(progress, "SECONDS", 0.01)
+    gradmm.load_model(name, device="cpu", progress=show)
+    assert capsys.readouterr().err == (f"loading the model {name} ...\n" if show else "")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "options", "said"),
+    [(True, [], "loading PyTorch and transformers ...\n"), (True, ["--quiet"], ""), (False, [], "")],
+)
+def test_the_command_says_on_a_terminal_that_libraries_load(monkeypatch, capsys, terminal, options, said):
+    def slow_import(name):
+        time.sleep(0.5)
+        return SimpleNamespace(evaluate=lambda arguments: None)
+
+    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    monkeypatch.setattr(cli, "import_module", slow_import)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    assert cli.main(["evaluate", *options]) == 0 and capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("show", [True, False])

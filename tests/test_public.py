@@ -95,6 +95,7 @@ CASES = {
     "load_model: a model": (lambda: gradmm.load_model(HELD["model"]), "give a hub id, a folder, or demo"),
     "load_model: revision": (lambda: gradmm.load_model("demo", revision=3),
         "the revision is of type int: give a hub commit"),
+    "load_model: progress": (lambda: gradmm.load_model("demo", progress="no"), "progress = 'no', it must be True or"),
     "load_model: device": (lambda: gradmm.load_model("demo", device=0.5),
         "the device is of type float: use cpu, cuda or auto"),
     "load_model: dtype": (lambda: gradmm.load_model("demo", dtype=16), "the dtype is of type int: use one of float32"),

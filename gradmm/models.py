@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
@@ -438,8 +445,10 @@ def _read(
     """A model and its tokenizer by transformers; `how` says from which kind of file."""
     try:
         with _quiet():
-            files_of = {key: how[key] for key in ("gguf_file",) if key in how}
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **files_of)
+            if "gguf_file" in how:  # it holds all of a tokenizer; AutoTokenizer of 5.4 makes Llama's CodeLlama's
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=how["gguf_file"])
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             lm, loading = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **how
             )

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import gradmm.models
@@ -36,6 +37,9 @@ WORDS = """
 def pytest_configure(config):
     # One thread each: results do not depend on how many workers share the cores, and two workers do not compete.
     torch.set_num_threads(1)
+    # How long an example takes to draw or to run says how busy the machine is.
+    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy")
 
 
 @pytest.hookimpl(trylast=True)

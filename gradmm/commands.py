@@ -28,7 +28,7 @@ from gradmm.errors import require
 from gradmm.files import read_parameters
 from gradmm.models import Model, load_model
 from gradmm.privacy import Release, load_release, release_once
-from gradmm.progress import shown, stage
+from gradmm.progress import announced, shown, stage
 from gradmm.runs import RESULTS, output_folder
 from gradmm.sharding import launched
 from gradmm.tasks import Task, load_task
@@ -64,9 +64,12 @@ class Inputs:
     def load(self) -> tuple[Model, Task, Splits]:
         """The model, the task and the examples, which fit one another."""
         require(self.data is not None, "no data is given: add --data with a folder or file, or demo")
-        task, splits = load_data(self.data, self.task, text=self.text, label=self.label)
+        show = not self.quiet and launched()[0] == 0
+        with shown(show), announced(f"reading the data {self.data}"):
+            task, splits = load_data(self.data, self.task, text=self.text, label=self.label)
         model = self.load_model()
-        check_fit(model, task, splits)
+        with shown(show), announced("checking that the data fit the model"):
+            check_fit(model, task, splits)
         return model, task, splits
 
     def load_model(self) -> Model:

@@ -4,7 +4,8 @@
                       and runs the tests that reach it; then this file prints the changes that stayed unnoticed without
                       a reason
 
-`mutants.toml` holds the reasons. A change is named by its function and by the line as it is after the change.
+`mutants.toml` holds the reasons. A change is named by its function and by the line as it is after the change, or
+as `- line` where the change only takes the line out.
 """
 
 import subprocess
@@ -36,9 +37,15 @@ def _function(name: str) -> str:
 
 
 def _changed_line(name: str) -> str:
-    lines = _mutmut("show", name).splitlines()
-    (added,) = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
-    return added[1:].strip()
+    return change(_mutmut("show", name))
+
+
+def change(diff: str) -> str:
+    """The line that a mutant's diff adds, or `- line` for what it only takes out."""
+    own = [line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    there, gone = ([line[1:].strip() for line in own if line[0] == sign] for sign in "+-")
+    added = [line for line in there if line not in gone]  # not the bracket that only moved
+    return " ".join(added) or " ".join(["-", *(line for line in gone if line not in there)])
 
 
 def _mutmut(*arguments: str) -> str:

@@ -159,7 +159,7 @@ class ProcessGroup:
             ) from error
 
     @contextmanager
-    def _at_work(self) -> Iterator[None]:
+    def at_work(self) -> Iterator[None]:
         """Show signs of life; tell the others of a failure; the leader, who may hold the store, leaves last."""
         over = threading.Event()
         pulse = threading.Thread(target=self._beat, args=(over,), daemon=True)
@@ -214,5 +214,5 @@ def processes(output: str | Path | None) -> Iterator[ProcessGroup]:
         base, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
         visit = base.add(f"gradmm/visits/{rank}", 1)
     here = ProcessGroup(rank, count, torch.distributed.PrefixStore(f"gradmm/{visit}", base))
-    with here._at_work():
+    with here.at_work():
         yield here

@@ -112,7 +112,7 @@ def train_at_rate(
     """
     rate = optimizer.param_groups[0]["initial_lr"]
     begin, looked = (past[-1]["step"], True) if past else (0, False)
-    order = islice(_order(len(data.sequences), config), begin, None)
+    order = islice(batches(len(data.sequences), config), begin, None)
     # The schedule's zeros are one step before the first and one behind the last, whose rates are above zero.
     schedule = get_linear_schedule_with_warmup(optimizer, config.warmup + 1, config.steps + 1, last_epoch=begin)
     losses: list[float] = []
@@ -128,7 +128,7 @@ def train_at_rate(
             losses.clear()
         if step == config.steps or _waited(past) == config.patience:
             return
-        losses.append(_step(model, tokens, data, next(order), optimizer, config))
+        losses.append(take_step(model, tokens, data, next(order), optimizer, config))
         schedule.step()
         if not math.isfinite(losses[-1]):
             return
@@ -154,7 +154,7 @@ def _look(
     }
 
 
-def _order(count: int, config: FinetuneConfig):
+def batches(count: int, config: FinetuneConfig):
     """Batches of row numbers without end: every row once in each pass, passes joined so that no batch is smaller."""
     size, turn = min(config.batch_size, count), 0
     waiting: list[int] = []
@@ -166,7 +166,9 @@ def _order(count: int, config: FinetuneConfig):
         waiting = waiting[size:]
 
 
-def _step(model: Model, tokens: TaskTokens, data: Encoded, rows: list[int], optimizer, config: FinetuneConfig) -> float:
+def take_step(
+    model: Model, tokens: TaskTokens, data: Encoded, rows: list[int], optimizer, config: FinetuneConfig
+) -> float:
     """One AdamW step on the mean loss of a batch; returns that loss before the step."""
     optimizer.zero_grad()
     sequences, total = [data.sequences[row] for row in rows], 0.0

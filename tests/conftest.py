@@ -27,6 +27,8 @@ VOCABULARY, WIDTH, LAYERS, HEADS, CONTEXT = 97, 32, 2, 4, 64
 END, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 KINDS = ("gpt2", "opt", "llama", "phi", "gpt_neox", "qwen2")
 TIED = ("gpt2", "opt")
+# For a long test of every family: two in the fast tier, the others in the slow one.
+LONG_KINDS = [pytest.param(kind, marks=() if kind in ("llama", "phi") else pytest.mark.slow) for kind in KINDS]
 WORDS = """
     great good bad terrible fine dull it was is the a and but not very movie film story actor actors plot scene ending
     music joy sadness love fear world sports business text some words this that of in to i feel we you they about one
@@ -172,6 +174,12 @@ def tiny_model():
         return gradmm.models.wrap_model(make_tiny_lm(kind, **options), make_toy_tokenizer(), f"tiny-{kind}")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> gradmm.models.Model:
+    """The embedded default on the CPU, for tests that leave it as it is."""
+    return gradmm.models.load_model("demo", device="cpu")
 
 
 @pytest.fixture(params=KINDS)

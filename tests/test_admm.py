@@ -400,17 +400,6 @@ def test_what_is_made_lies_where_x_lies():
     assert {tensor.device.type for tensor in made} == {"cpu"}
 
 
-def test_a_group_stops_at_its_limits_and_not_before():
-    row = {
-        "match_x": 1.0, "match_z": 1.0, "primal": 0.2, "dual": 0.1, "inner_gradient": 1.0, "stationarity": 1.0,
-        "step": 3,
-    }  # fmt: skip
-    assert admm._reason(row, admm.Config()) == ""
-    assert admm._reason(row, admm.Config(outer_steps=3)) == admm.STEP_LIMIT.format(3)
-    for name in ("match_x", "match_z", "primal", "inner_gradient", "stationarity"):
-        assert admm._reason(row | {name: math.nan}, admm.Config()) == admm.NON_FINITE.format(3)
-
-
 @pytest.mark.parametrize("name", ["x", "lam"])
 def test_the_last_projection_is_of_the_groups_that_are_finite(name):
     config = admm.Config(outer_steps=1, inner_steps=1)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import LONG_KINDS
 from sklearn.metrics import accuracy_score, f1_score
 
 from gradmm import files, finetuning
@@ -16,8 +17,7 @@ from gradmm.errors import DataWarning, UserError
 from gradmm.finetuning import Training, finetune, fit
 from gradmm.models import load_model
 from gradmm.tasks import Task, tokenize_task
-from gradmm.training import _order as batches
-from gradmm.training import adamw, train_at_rate, trainable_copy
+from gradmm.training import adamw, batches, train_at_rate, trainable_copy
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), template="{text} it was")
 FOUR = Task("four", ("a", "b", "c", "d"), (" world", " sports", " business", " text"), template="{text} this is")
@@ -45,6 +45,7 @@ def run(model, task, config=QUICK, count=8, **options):
     return finetune(model, task, toy(task, 0, count), toy(task, 20, 6), toy(task, 30, 6), config, **options)
 
 
+@pytest.mark.parametrize("kind", LONG_KINDS)
 def test_training_teaches_and_leaves_the_model_alone(tiny_model, task, kind):
     model = tiny_model(kind, dtype=torch.float32)
     before = {name: value.clone() for name, value in model.lm.state_dict().items()}

@@ -318,10 +318,9 @@ def test_markup_in_a_prompt_is_warned_of(tiny_model, allowed, markup):
 
 
 @pytest.mark.parametrize("length", [1, 3, 6])
-def test_raw_texts_have_whole_characters_however_short(length):
-    model = load_model("demo", device="cpu")
-    tokens = tokenize_task(load_task("demo"), model.tokenizer)
-    texts = prompted_texts(model, tokens, 20, length)
+def test_raw_texts_have_whole_characters_however_short(demo_model, length):
+    tokens = tokenize_task(load_task("demo"), demo_model.tokenizer)
+    texts = prompted_texts(demo_model, tokens, 20, length)
     assert len(texts) == 40 and not [text for text in texts if "\ufffd" in text or not text[:1].isprintable()]
 
 

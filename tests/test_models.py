@@ -724,9 +724,9 @@ def write_gguf(path: Path, tokenizer, without: str = "") -> dict[str, numpy.ndar
     return weights
 
 
-def test_a_gguf_file_is_a_model(tmp_path):
-    demo = load_model("demo", device="cpu")
-    weights = write_gguf(tmp_path / "tiny one.gguf", demo.tokenizer)
+@pytest.mark.slow
+def test_a_gguf_file_is_a_model(tmp_path, demo_model):
+    weights = write_gguf(tmp_path / "tiny one.gguf", demo_model.tokenizer)
     model = load_model(tmp_path / "tiny one.gguf", device="cpu")
     assert model.name == "tiny one" and model.revision is None and model.context == 64
     assert torch.equal(model.head_weight, torch.from_numpy(weights["output"]))
@@ -735,7 +735,7 @@ def test_a_gguf_file_is_a_model(tmp_path):
     task = Task("x", ("no", "yes"), (" bad", " great"), generation_prompts=("Bad.", "Good."))
     rows = [{"text": text, "label": 1}, {"text": "It was dull.", "label": 0}]
     assert gradmm.release(model, task, rows, space="head").length > 4 and gradmm.evaluate(model, task, rows).loss > 0
-    write_gguf(tmp_path / "part.gguf", demo.tokenizer, without="blk.1.ffn_up")
+    write_gguf(tmp_path / "part.gguf", demo_model.tokenizer, without="blk.1.ffn_up")
     with pytest.raises(UserError, match="lacks 1 of its weights, .*ffn_up|lacks 1 of its weights, .*up_proj"):
         load_model(tmp_path / "part.gguf", device="cpu")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")

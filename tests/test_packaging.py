@@ -223,6 +223,7 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(tmp_path, ch
     assert held == {name for name in tracked if name.startswith("gradmm/")}
 
 
+@pytest.mark.slow
 def test_the_source_distribution_holds_every_tracked_file_and_nothing_else(tmp_path, checkout):
     source, tracked = checkout
     for rest in ("book/_build/index.html", "book/executed/00.ipynb", "notebooks/results/a.json", "tests/a.pyc"):

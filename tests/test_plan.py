@@ -7,19 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
-from gradmm.config import SynthesisConfig
 from gradmm.experiments.records import read_record
 from gradmm.plan import ModelShape, Work, expected_bytes, groups_at_once
 from gradmm.projection import gathered_numbers
 from gradmm.synthesis import synthesize
-from gradmm.tasks import Task
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 PHI = ModelShape(layers=24, width=2048, inner=8192, vocabulary=51_200, weights=1_418_270_720, bytes=2)
-TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
-REAL = [{"text": text, "label": label} for label, text in enumerate(("a dull plot", "a fine film"))]
 
 
 def paper_work(shape: ModelShape) -> Work:
@@ -27,17 +24,9 @@ def paper_work(shape: ModelShape) -> Work:
     together = groups_at_once(shape, 36, 10, 20)
     targets, gathered = 50 * (shape.vocabulary + shape.width), gathered_numbers(torch.device("cuda"))
     return Work(
-        groups=20,
-        count=10,
-        length=28,
-        positions=36,
-        prompt=8,
-        batch=20,
-        together=together,
-        top_k=200,
-        targets=targets,
-        gathered=gathered,
-    )
+        groups=20, count=10, length=28, positions=36, prompt=8, batch=20, together=together, top_k=200,
+        targets=targets, gathered=gathered,
+    )  # fmt: skip
 
 
 def test_phi_in_bfloat16_fits_a_card_of_24_gigabytes():
@@ -57,22 +46,9 @@ def test_an_inner_step_stays_within_the_size_of_the_weights_and_sees_a_group_at_
 
 def test_more_of_anything_never_takes_less():
     work = paper_work(PHI)
-    for name in (
-        "groups",
-        "count",
-        "length",
-        "positions",
-        "prompt",
-        "batch",
-        "together",
-        "top_k",
-        "targets",
-        "gathered",
-    ):
-        assert (
-            expected_bytes(PHI, replace(work, **{name: 2 * getattr(work, name)}))["peak"]
-            >= expected_bytes(PHI, work)["peak"]
-        )
+    for name in "groups count length positions prompt batch together top_k targets gathered".split():
+        more = replace(work, **{name: 2 * getattr(work, name)})
+        assert expected_bytes(PHI, more)["peak"] >= expected_bytes(PHI, work)["peak"]
 
 
 def test_groups_of_further_batches_hold_no_vectors():
@@ -87,21 +63,9 @@ def test_one_list_of_candidates_is_counted_at_least():
 
 def test_the_manifest_says_what_the_run_was_expected_to_take(tiny_model, kind):
     model = tiny_model(kind, dtype=torch.float32)
-    config = SynthesisConfig(
-        search="admm",
-        ranking="text",
-        n_synthetic=2,
-        group_size=1,
-        oversample=1,
-        outer_steps=1,
-        inner_steps=1,
-        top_k=5,
-        length=5,
-        seed=1,
-    )
-    expected = synthesize(
-        model, TASK, gradmm.release(model, TASK, REAL, space="head"), config, progress=False
-    ).manifest["expected_bytes"]
+    config = replace(SMALL, n_synthetic=2, group_size=1, oversample=1, outer_steps=1, inner_steps=1)
+    release = gradmm.release(model, TASK, REAL[::3], space="head")
+    expected = synthesize(model, TASK, release, config, progress=False).manifest["expected_bytes"]
     assert expected["weights"] == sum(weight.numel() for weight in model.lm.parameters()) * 4
     assert expected["targets"] == 2 * (97 + 32) * 4 and expected["peak"] > expected["weights"]
 

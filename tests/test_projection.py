@@ -283,9 +283,10 @@ def literal_masks(vocabulary, chosen, length, before):
     """Tokens open at each place of one text, from the tables entry by entry."""
     state, masks = 0, []
     for place, token in enumerate(chosen):
-        mask = [int(needs) <= length - 1 - place for needs in vocabulary.needs[state]]
+        mask = [needs <= length - 1 - place for needs in vocabulary.needs[state].tolist()]
         if place == 0:
-            mask = [a and bool(b) for a, b in zip(mask, vocabulary.begins[int(vocabulary.spaces[before])], strict=True)]
+            begins = vocabulary.begins[int(vocabulary.spaces[before])].tolist()
+            mask = [a and bool(b) for a, b in zip(mask, begins, strict=True)]
         masks.append(mask)
         state = int(vocabulary.follows[state, token])
     return masks, state
@@ -293,8 +294,8 @@ def literal_masks(vocabulary, chosen, length, before):
 
 @pytest.mark.parametrize("order", PROJECTIONS)
 @pytest.mark.parametrize("prompt", ["Rating: poor.", "a film", "the \n"])
-def test_every_projection_is_whole_characters_that_begin_with_a_word(order, prompt):
-    model = models.load_model("demo", device="cpu")
+def test_every_projection_is_whole_characters_that_begin_with_a_word(demo_model, order, prompt):
+    model = demo_model
     ids = tuple(model.tokenizer(prompt)["input_ids"])
     v = torch.randn(12, 6, model.embedding.shape[1], generator=torch.Generator().manual_seed(0))
     found = projected(model, v, [ids], torch.zeros(12, dtype=torch.long), DecodingConfig(order, 3000, model.vocabulary))

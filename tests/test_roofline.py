@@ -6,6 +6,7 @@ import conftest
 import pytest
 import torch
 import transformers
+from test_synthesis import SMALL
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,17 +44,7 @@ def deep(request) -> Model:
 
 @pytest.fixture(scope="module")
 def plan(deep) -> Plan:
-    config = SynthesisConfig(
-        search="admm",
-        ranking="text",
-        n_synthetic=4,
-        oversample=1,
-        group_size=2,
-        length=40,
-        early_end=False,
-        init="normal",
-        top_k=5,
-    )
+    config = dataclasses.replace(SMALL, oversample=1, init_candidates=4, length=40, early_end=False, init="normal")
     return Plan.of(deep, TASK, release(deep, TASK, REAL, space="head"), config)
 
 

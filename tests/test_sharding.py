@@ -114,19 +114,8 @@ def test_the_command_line_gives_what_python_gives(alone, tmp_path, capsys):
     (tmp_path / "settings.yaml").write_text(
         yaml.safe_dump(TINY | {"search": "admm", "ranking": "text", "groups_per_batch": 1, "length": 8})
     )
-    given = [
-        "synthesize",
-        "--task",
-        "demo",
-        "--release",
-        str(release),
-        "--output",
-        str(tmp_path / "run"),
-        "--device",
-        "cpu",
-        "--quiet",
-        "--settings",
-    ]
+    options = f"--task demo --device cpu --quiet --release {release} --output {tmp_path / 'run'} --settings"
+    given = ["synthesize", *options.split()]
     assert cli.main([*given, str(tmp_path / "settings.yaml")]) == 0
     assert files_of(tmp_path / "run") == files_of(alone / "admm")
     assert "8 of 12 texts are kept in" in capsys.readouterr().out
@@ -147,7 +136,7 @@ def together(*tasks) -> list:
     def one(rank: int):
         processes = ProcessGroup(rank, len(tasks), store)
         try:
-            with processes._at_work():
+            with processes.at_work():
                 return tasks[rank](processes)
         except (UserError, ArithmeticError) as error:
             return error

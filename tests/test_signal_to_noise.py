@@ -42,7 +42,7 @@ def test_the_expected_cosine_is_that_of_many_draws(coordinates, sigma):
     assert expected_cosine(1.0, coordinates, sigma) == pytest.approx(mean, abs=0.03)
 
 
-@pytest.mark.parametrize("space", ["head", "label_rows"])
+@pytest.mark.parametrize("space", [pytest.param("head", marks=pytest.mark.slow), "label_rows"])
 def test_the_target_figure_is_the_cosine_of_real_releases(model, space):
     options = {"epsilon": 20.0, "delta": 1e-3, "space": space, "length": 5}
     (row,) = signal_to_noise(model, TASK, EXAMPLES, [60], {space: spaces(model)[space]}, [20.0], 1e-3)

@@ -121,7 +121,7 @@ def test_a_saved_release_under_the_loss_of_fine_tuning_is_matched_by_moving_text
     assert found[0].history["match_x"].between(0, 2).all()
 
 
-@pytest.mark.parametrize("space", ["head", "body"])
+@pytest.mark.parametrize("space", ["head", pytest.param("body", marks=pytest.mark.slow)])
 def test_a_pool_holds_finished_texts_and_the_target_chooses(setting, tmp_path, space):
     model, task, _ = setting
     release = gradmm.release(model, task, REAL, space=space)
@@ -176,7 +176,7 @@ def test_a_finished_folder_is_read_back(setting, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
 
 
-@pytest.mark.parametrize("after", range(1, 6))
+@pytest.mark.parametrize("after", [*(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 4)), 3, 5])
 def test_an_interrupted_run_continues_to_the_same_bytes(setting, tmp_path, monkeypatch, after):
     model, task, release = setting
     config = replace(SMALL, groups_per_batch=3, outer_steps=3)
@@ -248,10 +248,16 @@ def test_the_published_settings_run_too(setting):
     ] == 5
 
 
-EVERY_FAMILY = [pytest.param(kind, "generated", marks=pytest.mark.slow) for kind in KINDS if kind != "llama"]
+EVERY_FAMILY = [(kind, "generated") for kind in KINDS if kind != "llama"]
 
 
-@pytest.mark.parametrize(("kind", "init"), [("llama", "generated"), ("phi", "normal"), *EVERY_FAMILY])
+@pytest.mark.parametrize(
+    ("kind", "init"),
+    [
+        ("llama", "generated"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("phi", "normal"), *EVERY_FAMILY]),
+    ],
+)
 def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init):
     model = tiny_model(kind, dtype=torch.float32)
     release, config = (

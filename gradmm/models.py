@@ -407,7 +407,7 @@ def load_model(
     require(device_map is None, f"device_map = {short_repr(device_map)}, but {ONE_DEVICE}")
     require_type(revision, str | None, "the revision", "give a hub commit, tag or branch as text")
     require_flag(progress, "progress")
-    device = _device(device)
+    device = find_device(device)
     dtype = _dtype(dtype, device)
     if dtype == torch.bfloat16 and device.type == "cpu" and not _has_any(INSTRUCTIONS):
         warnings.warn(
@@ -550,7 +550,8 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_tqdm_hook(hook)
 
 
-def _device(device) -> torch.device:
+def find_device(device) -> torch.device:
+    """The device of a name: of several processes each has a GPU of its own; None and auto take what there is."""
     _, processes, number = launched()
     gpu = f"cuda:{number}" if processes > 1 else "cuda"
     require_type(device, str | torch.device | None, "the device", "use cpu, cuda or auto")

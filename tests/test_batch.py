@@ -183,14 +183,8 @@ def test_notebooks_run_in_parallel_are_skipped_when_unchanged_and_fail_alone(her
     assert json.loads((here / "a" / "numbers.json").read_text()) == {"seed": 0, "rho": 0.1}
     stamp = json.loads((here / "executed" / "good.json").read_text())
     assert stamp["state"] == "executed" and stamp["parameters"] == {"output": "a"} and stamp["versions"]["papermill"]
-    assert sorted(path.name for path in (here / "executed").iterdir()) == [
-        "bad.ipynb",
-        "bad.json",
-        "good.ipynb",
-        "good.json",
-        "other.ipynb",
-        "other.json",
-    ]
+    made = sorted(path.name for path in (here / "executed").iterdir())
+    assert made == [f"{name}.{kind}" for name in ("bad", "good", "other") for kind in ("ipynb", "json")]
 
     store(bad, PARAMETERS, "1")
     (here / "executed" / "other.ipynb").write_text("{}")  # not what the stamp speaks of

@@ -1,5 +1,6 @@
 """Zero-shot and few-shot texts: what they hold, that draws follow the model, and that neighbours change nothing."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -149,15 +150,8 @@ def test_cached_steps_equal_whole_passes(tiny_model, kind):
     for row, prompt in enumerate(prompts):
         text = []
         for step in range(9):
-            text.append(
-                int(
-                    writer._draw(
-                        model.hidden_of([prompt + text]),
-                        uniform[row : row + 1, step],
-                        open_at(writer, step, prompt[-1]),
-                    )
-                )
-            )
+            state, place = model.hidden_of([prompt + text]), open_at(writer, step, prompt[-1])
+            text.append(int(writer._draw(state, uniform[row : row + 1, step], place)))
         assert found[row].tolist() == text
 
 
@@ -183,19 +177,10 @@ def test_shots_are_real_examples_of_the_class_behind_the_prompt(tiny_model):
     model = tiny_model()
     writer = writer_of(model, TWO, Sampling(shots=2, separator=" : "))
     pool = [shot.text for shot in SHOTS if shot.label == 1]
-    prompts = {
-        model.tokenizer.decode(
-            writer._prompt(1, pool, torch.Generator().manual_seed(seed)), clean_up_tokenization_spaces=False
-        )
-        for seed in range(20)
-    }
-    instruction = "this was great ."
-    possible = {
-        f"{instruction} {first} : {instruction} {second} : {instruction}"
-        for first in pool
-        for second in pool
-        if first != second
-    }
+    drawn = [writer._prompt(1, pool, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    prompts = {model.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in drawn}
+    said = "this was great ."
+    possible = {f"{said} {first} : {said} {second} : {said}" for first, second in itertools.permutations(pool, 2)}
     assert prompts <= possible and len(prompts) > 2
     assert writer._prompt(1, [], torch.Generator()) == list(writer.tokens.prompts[1])
 
@@ -244,12 +229,7 @@ def test_a_text_is_cut_back_to_its_last_sentence_and_ends_at_stops(tiny_model):
         return model.tokenizer(text)["input_ids"]
 
     assert writer._finish(0, [*ids(" the cat sat. the"), -1]) == "the cat sat."
-    assert (
-        writer._finish(0, ids(" the cat sat the"))
-        == ""
-        == writer._finish(0, ids(" ..."))
-        == writer._finish(0, ids(" it."))
-    )
+    assert not [text for text in (" the cat sat the", " ...", " it.") if writer._finish(0, ids(text))]
     vocabulary = writer.vocabulary
     assert bool(vocabulary.stops[0])
     assert vocabulary.closes.nonzero().flatten().tolist() == [model.tokenizer.convert_tokens_to_ids(".")]
@@ -301,20 +281,9 @@ def test_a_sentence_goes_on_where_what_follows_is_no_new_word(tiny_model, allowe
 
 @pytest.mark.parametrize("markup", ["<|endoftext|>", "<|unknown|>", "<|endoftext|> so"])
 def test_markup_in_a_prompt_is_warned_of(tiny_model, allowed, markup):
-    with pytest.warns(
-        UserWarning,
-        match="the generation prompt of label 'negative' of task 'two' holds '<|(endoftext|unknown)|>'".replace(
-            "|>", r"\|>"
-        ).replace("<|", r"<\|"),
-    ):
-        generate_texts(
-            tiny_model(),
-            replace(TWO, generation_prompts=(f"{markup} the movie:", "a:")),
-            1,
-            0,
-            SAMPLING,
-            allowed=allowed,
-        )
+    task = replace(TWO, generation_prompts=(f"{markup} the movie:", "a:"))
+    with pytest.warns(UserWarning, match=r"label 'negative' of task 'two' holds '<\|(endoftext|unknown)\|>'"):
+        generate_texts(tiny_model(), task, 1, 0, SAMPLING, allowed=allowed)
 
 
 @pytest.mark.parametrize("length", [1, 3, 6])

@@ -157,9 +157,7 @@ def test_a_revision_is_found_by_its_name(hub, tiny_lm, toy_tokenizer):
 
 
 def test_what_is_neither_folder_nor_hub_id_is_refused(hub, tmp_path, saved):
-    with pytest.raises(
-        UserError, match="'someone/absent' is neither a folder here nor to be had from the hub .*: check"
-    ) as caught:
+    with pytest.raises(UserError, match="'someone/absent' is neither a folder here nor .* hub .*: check") as caught:
         load_model("someone/absent")
     assert "\n" not in str(caught.value)
     for path in (str(tmp_path / "absent"), "./absent", "a/b/c"):
@@ -187,34 +185,28 @@ def test_half_precision_files_load_as_float32(tmp_path, tiny_lm, toy_tokenizer, 
     assert model.hidden_of(SEQUENCES).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "feature, expected", [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx512_f", torch.float32)]
-)
-def test_auto_is_bfloat16_where_the_processor_is_made_for_it(saved, monkeypatch, feature, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": False, feature: True})
-    model = load_model(saved("llama"), device="cpu", dtype="auto")
-    assert model.dtype == expected
-    assert model.lm.config._attn_implementation == ("eager" if expected == torch.bfloat16 else "sdpa")
+NO_INSTRUCTIONS = dict.fromkeys(INSTRUCTIONS, False)
+
+
+@pytest.mark.parametrize("feature", [*INSTRUCTIONS, "avx512_f"])
+def test_auto_is_bfloat16_where_the_processor_is_made_for_it(saved, monkeypatch, feature):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**NO_INSTRUCTIONS, feature: True})
+    expected = torch.bfloat16 if feature in INSTRUCTIONS else torch.float32
+    for dtype in ("auto", "bfloat16") if feature in INSTRUCTIONS else ("auto",):
+        with warnings.catch_warnings(action="error"):
+            model = load_model(saved("llama"), device="cpu", dtype=dtype)
+        assert model.dtype == expected
+        assert model.lm.config._attn_implementation == ("eager" if expected == torch.bfloat16 else "sdpa")
 
 
 def test_a_processor_without_instructions_for_bfloat16_is_given_float32_with_one_warning(saved, monkeypatch):
-    folder, capable = saved("llama"), {"amx_bf16": False, "avx512_bf16": False}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable)
+    folder = saved("llama")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: NO_INSTRUCTIONS)
     for dtype in ("bfloat16", torch.bfloat16):
-        with pytest.warns(
-            UserWarning, match="this processor has no instructions for bfloat16: the model is loaded in float32"
-        ) as told:
+        message = "this processor has no instructions for bfloat16: the model is loaded in float32"
+        with pytest.warns(UserWarning, match=message) as told:
             assert load_model(folder, device="cpu", dtype=dtype).dtype == torch.float32
         assert [one.filename for one in told] == [__file__]
-
-
-@pytest.mark.parametrize("name", INSTRUCTIONS)
-def test_every_kind_of_instructions_for_bfloat16_counts(saved, monkeypatch, name):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**dict.fromkeys(INSTRUCTIONS, False), name: True})
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        assert load_model(saved("llama"), device="cpu", dtype="bfloat16").dtype == torch.bfloat16
-    assert not told
 
 
 def test_few_compiled_products_are_kept_unless_the_environment_says_how_many(tiny_model, monkeypatch):
@@ -251,15 +243,8 @@ else:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 def test_products_of_many_shapes_hold_no_more_memory_than_those_of_a_hundred():
     environment = {name: value for name, value in os.environ.items() if name not in COMPILED}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILING],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-    )
-    assert int(done.stdout) < 40e6  # 300 more products: 0.25 MB each and more if all were kept
+    found = subprocess.check_output([sys.executable, "-c", COMPILING], env=environment, stdin=subprocess.DEVNULL)
+    assert int(found) < 40e6  # 300 more products: 0.25 MB each and more if all were kept
 
 
 @pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float32)])
@@ -421,9 +406,7 @@ def test_no_text_no_tokens_and_too_many_tokens(tiny_model):
     model = tiny_model("llama")
     assert model.hidden_of([]).shape == (0, 32)
     assert model.hidden_of([[5] * 64]).shape == (1, 32)
-    with pytest.raises(
-        UserError, match="text 2 has 65 tokens with its template, tiny-llama reads 64: shorten it or leave it out"
-    ):
+    with pytest.raises(UserError, match="text 2 has 65 tokens with its template, tiny-llama reads 64: shorten it or"):
         model.hidden_of([[5], [5] * 65])
     with pytest.raises(
         UserError,
@@ -460,9 +443,7 @@ def test_batches_hold_every_row_once_within_the_limit(sequences, limit):
 def test_pickles_are_refused_by_name_and_never_read(saved):
     folder = saved()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(
-        UserError, match="has only pytorch_model.bin, which could run code when read; safetensors are needed: convert"
-    ):
+    with pytest.raises(UserError, match="only pytorch_model.bin, which could run code .* safetensors .*: convert"):
         load_model(folder)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="llama has no weights; safetensors are needed"):
@@ -505,10 +486,7 @@ def test_code_beside_a_model_is_never_run(saved, tmp_path, model_type):
 def test_a_body_saved_without_its_head_is_refused(tmp_path, saved, toy_tokenizer):
     body = AutoModel.from_pretrained(saved("llama"))
     folder = save(body, toy_tokenizer, tmp_path / "body")
-    with pytest.raises(
-        UserError,
-        match="body lacks 1 of its weights, such as .'lm_head.weight'., which would be random: give the whole",
-    ):
+    with pytest.raises(UserError, match="body lacks 1 of its weights, such as .'lm_head.weight'., .*: give the whole"):
         load_model(folder)
 
 
@@ -571,9 +549,7 @@ NOT_AFFINE = {
 @pytest.mark.parametrize("case", NOT_AFFINE)
 def test_logits_that_are_not_affine_are_refused(toy_tokenizer, case, dtype):
     lm = random_lm(case.split()[0], dtype, **NOT_AFFINE[case])
-    with pytest.raises(
-        UserError, match="the logits of some model are not W h . b of its last hidden state .they are scaled or capped."
-    ):
+    with pytest.raises(UserError, match="some model are not W h . b of its last hidden state .they are scaled or capp"):
         wrap_model(lm, toy_tokenizer, "some model")
 
 
@@ -594,9 +570,7 @@ def test_a_model_that_sees_later_tokens_or_padding_is_refused(toy_tokenizer, mon
     monkeypatch.setattr(lm.model, "forward", both_ways)
     with pytest.raises(UserError, match="lets a position see the tokens after it"):
         wrap_model(lm, toy_tokenizer, "both ways")
-    with pytest.raises(
-        UserError, match="lets a position see the tokens after it or padding before it: give a causal language model"
-    ):
+    with pytest.raises(UserError, match="see the tokens after it or padding before it: give a causal language model"):
         wrap_model(random_lm("rwkv", torch.float32, context_length=64), toy_tokenizer, "no mask")
 
 
@@ -606,47 +580,30 @@ def test_a_model_without_a_head_is_refused(tiny_lm, toy_tokenizer):
 
 
 def test_a_tokenizer_of_another_model_is_refused(toy_tokenizer):
-    with pytest.raises(
-        UserError, match=f"the tokenizer of small has {len(toy_tokenizer)} tokens, its model 20: give the tokenizer"
-    ):
+    with pytest.raises(UserError, match=f"of small has {len(toy_tokenizer)} tokens, its model 20: give the tokenizer"):
         wrap_model(random_lm("llama", vocab_size=20), toy_tokenizer, "small")
 
 
 @pytest.mark.parametrize("device", ["graphics", "cuda:99", "meta", "cpu:x"])
 def test_a_device_that_is_not_here_is_refused(device):
-    with pytest.raises(
-        UserError, match=f"the device {device!r} is not usable here .*: use cpu, cuda or auto"
-    ) as caught:
+    with pytest.raises(UserError, match=f"device {device!r} is not usable here .*: use cpu, cuda or auto") as caught:
         load_model("anything", device=device)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"device": 3.5}, "the device is of type float: use cpu, cuda or auto"),
-        ({"dtype": 32}, "the dtype is of type int: use one of float32, float64, bfloat16, float16 or auto"),
-    ],
-)
-def test_a_device_or_dtype_of_another_type_is_refused_by_its_type(given, message):
-    with pytest.raises(UserError, match=message):
-        load_model("anything", **given)
 
 
 @pytest.mark.parametrize("dtype", ["float8", "half", "int8", torch.float8_e5m2, torch.int8])
 def test_a_dtype_that_is_not_used_is_refused(dtype):
     with pytest.raises(
-        UserError, match="the dtype .* is not usable: use one of float32, float64, bfloat16, float16 or auto"
+        UserError, match="dtype .* is not usable: use one of float32, float64, bfloat16, float16 or auto"
     ):
         load_model("anything", dtype=dtype)
 
 
 @pytest.mark.parametrize("device", [None, "", "auto"])
 def test_the_device_is_chosen_where_none_is_named(device, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert models._device(device) == torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert models._device(device) == torch.device("cpu")
+    for there, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert models.find_device(device) == torch.device(kind)
 
 
 def test_loading_is_silent_and_leaves_transformers_as_it_was(saved, capfd):
@@ -676,9 +633,8 @@ def test_weights_are_aligned_whatever_the_layout_of_their_file(saved, tmp_path, 
     assert tied.head_weight.data_ptr() == tied.lm.get_input_embeddings().weight.data_ptr()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "phi", "gpt_neox", "qwen2"])
-def test_reading_on_from_a_cache_equals_reading_at_once(tiny_model, family):
-    model, ids = tiny_model(family), torch.arange(12).view(2, 6)
+def test_reading_on_from_a_cache_equals_reading_at_once(tiny_model, kind):
+    model, ids = tiny_model(kind), torch.arange(12).view(2, 6)
     _, cache = model.read(ids[:, :4])
     torch.testing.assert_close(model.read(ids[:, 4:], cache=cache)[0], model.read(ids)[0])
 
@@ -700,26 +656,19 @@ def write_gguf(path: Path, tokenizer, without: str = "") -> dict[str, numpy.ndar
         name: draw.normal(0.3, 0.3, shape).astype(numpy.float32) for name, shape in shapes.items() if name != without
     }
     writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(4)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(len(vocabulary))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in held["merges"]])
-    writer.add_token_types([1] * len(vocabulary))
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in held["merges"]]
+    facts = {
+        "context_length": 64, "embedding_length": 32, "block_count": 2, "feed_forward_length": 64, "head_count": 4,
+        "head_count_kv": 4, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 8, "vocab_size": len(vocabulary),
+        "tokenizer_model": "gpt2", "token_list": vocabulary, "token_merges": merges,
+        "token_types": [1] * len(vocabulary), "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    for name, value in facts.items():
+        getattr(writer, f"add_{name}")(value)
     for name, value in weights.items():
         writer.add_tensor(f"{name}.weight", value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
     writer.close()
     return weights
 
@@ -755,9 +704,7 @@ def test_a_model_in_memory_is_wrapped_and_other_objects_are_refused(tiny_lm, toy
         gradmm.wrap_model(tiny_lm("llama"), "gpt2")
     spread = tiny_lm("llama")
     spread.hf_device_map = {"model.embed_tokens": 0, "lm_head": 1}
-    with pytest.raises(
-        UserError, match="mine is on 2 devices, but a model stands on one device here: leave device_map"
-    ):
+    with pytest.raises(UserError, match="mine is on 2 devices, but a model stands on one device .*: leave device_map"):
         gradmm.wrap_model(spread, toy_tokenizer, "mine")
     for value in ("auto", {"": 0}):
         with pytest.raises(UserError, match="device_map = .*, but a model stands on one device here"):

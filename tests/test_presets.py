@@ -1,12 +1,11 @@
 """The presets name parameters that exist, with values of the kind that is expected, and the paper's name all."""
 
-import ast
 from pathlib import Path
 
-import nbformat
 import pytest
 
 from gradmm import files
+from gradmm.experiments.batch import parameters_of
 from gradmm.runs import output_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,20 +14,9 @@ PRESETS = sorted(PARAMS.glob("*/*.yaml"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def defaults(notebook: Path) -> dict:
-    (cell,) = (
-        cell for cell in nbformat.read(notebook, as_version=4).cells if "parameters" in cell.metadata.get("tags", [])
-    )
-    lines = ast.parse(cell.source).body
-    return {
-        (line.target if isinstance(line, ast.AnnAssign) else line.targets[0]).id: ast.literal_eval(line.value)
-        for line in lines
-    }
-
-
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_preset_names_parameters_of_its_notebook_with_values_of_their_kind(path):
-    known, given = defaults(ROOT / "notebooks" / f"{path.stem}.ipynb"), files.read_parameters(path)
+    known, given = parameters_of(ROOT / "notebooks" / f"{path.stem}.ipynb"), files.read_parameters(path)
     assert set(given) <= set(known)
     for name, value in given.items():
         kinds = {type(known[name]), float} if type(known[name]) in (int, float) else {type(known[name])}
@@ -43,7 +31,7 @@ def test_a_preset_names_parameters_of_its_notebook_with_values_of_their_kind(pat
     ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_a_paper_preset_names_every_parameter_and_says_what_it_takes(path):
-    assert set(files.read_parameters(path)) == set(defaults(ROOT / "notebooks" / f"{path.stem}.ipynb"))
+    assert set(files.read_parameters(path)) == set(parameters_of(ROOT / "notebooks" / f"{path.stem}.ipynb"))
     comment = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert "Machine:" in " ".join(comment) and "GB" in " ".join(comment) and "hour" in " ".join(comment)
 
@@ -51,7 +39,7 @@ def test_a_paper_preset_names_every_parameter_and_says_what_it_takes(path):
 def test_results_of_one_preset_do_not_meet_those_of_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [path for path in PRESETS if files.read_parameters(path).get("output") is not None] == []
-    whole = [defaults(ROOT / "notebooks" / f"{path.stem}.ipynb") | files.read_parameters(path) for path in PRESETS]
+    whole = [parameters_of(ROOT / "notebooks" / f"{path.stem}.ipynb") | files.read_parameters(path) for path in PRESETS]
     folders = [
         output_folder(path.stem, values.pop("output"), **values) for path, values in zip(PRESETS, whole, strict=True)
     ]
@@ -70,7 +58,7 @@ def test_every_notebook_has_a_preset(preset):
 
 @pytest.mark.parametrize("path", sorted(PARAMS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_sweep_goes_over_parameters_that_exist(path):
-    assert set(files.read_parameters(path)) <= set().union(*map(defaults, NOTEBOOKS))
+    assert set(files.read_parameters(path)) <= set().union(*map(parameters_of, NOTEBOOKS))
 
 
 def test_the_readme_names_every_preset():

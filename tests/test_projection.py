@@ -63,11 +63,8 @@ def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
 def test_more_candidates_than_allowed_tokens_let_no_other_token_in(tiny_model, order):
     """At a place where the end may not stand yet, one of the k tokens that are counted is not allowed."""
     model = tiny_model("phi")
-    allowed, tables, v = (
-        torch.zeros(97, dtype=torch.bool).index_fill(0, torch.arange(40, 43), True),
-        TokenTables.of(model),
-        vectors(model, 30, 1)[:, 0],
-    )
+    allowed = torch.zeros(97, dtype=torch.bool).index_fill(0, torch.arange(40, 43), True)
+    tables, v = TokenTables.of(model), vectors(model, 30, 1)[:, 0]
     state, _ = model.read(torch.arange(30, 60)[:, None], None)
     found = PROJECTIONS[order](tables, state, v, allowed, 5)
     assert set(found.tolist()) <= {40, 41, 42} and torch.equal(found, PROJECTIONS[order](tables, state, v, allowed, 3))
@@ -78,15 +75,12 @@ def test_limits_of_k_with_all_tokens_as_candidates_one_criterion_rules(tiny_mode
     model = tiny_model("gpt2")
     v, rows = vectors(model, 4, 5), torch.zeros(4, dtype=torch.long)
     nearest = torch.cdist(v.flatten(0, 1), model.embedding).argmin(-1).view(4, 5)
-    assert torch.equal(
-        projected(model, v, PROMPTS, rows, DecodingConfig("lm_then_nearest", 97, every(model))),
-        nearest,
-    )
-    greedy = projected(model, v, PROMPTS, rows, DecodingConfig("nearest_then_lm", 97, every(model)))
-    assert torch.equal(
-        greedy,
-        projected(model, v, PROMPTS, rows, DecodingConfig("lm_then_nearest", 1, every(model))),
-    )
+
+    def found(order, k):
+        return projected(model, v, PROMPTS, rows, DecodingConfig(order, k, every(model)))
+
+    assert torch.equal(found("lm_then_nearest", 97), nearest)
+    assert torch.equal(found("nearest_then_lm", 97), found("lm_then_nearest", 1))
 
 
 @pytest.mark.parametrize("order", PROJECTIONS)
@@ -103,33 +97,27 @@ def test_a_text_ends_at_the_end_token_and_not_before_it_may(tiny_model, order):
     assert bool(reading.vocabulary.whole.all())  # what may stand where it could end is its own mask
 
 
-def test_the_last_token_is_not_read(tiny_model, monkeypatch):
-    model, steps = tiny_model("llama"), []
+@pytest.fixture
+def sizes(monkeypatch) -> list[int]:
+    """How many texts each step of reading was for, as it goes on."""
+    counted, own = [], models.CachedDecoder.read
     monkeypatch.setattr(
-        models.CachedDecoder,
-        "read",
-        lambda self, token, own=models.CachedDecoder.read: steps.append(token) or own(self, token),
+        models.CachedDecoder, "read", lambda self, token: counted.append(len(token)) or own(self, token)
     )
+    return counted
+
+
+def test_the_last_token_is_not_read(tiny_model, sizes):
+    model = tiny_model("llama")
     reading = DecodingConfig("lm_then_nearest", 4, every(model))
     projected(model, vectors(model, 2, 5), PROMPTS, torch.tensor([0, 1]), reading)
-    assert len(steps) == 4
+    assert len(sizes) == 4
 
 
-def test_no_pass_reads_a_text_that_has_ended(tiny_model, monkeypatch):
-    model, sizes = tiny_model("llama"), []
-    monkeypatch.setattr(
-        models.CachedDecoder,
-        "read",
-        lambda self, token, own=models.CachedDecoder.read: sizes.append(len(token)) or own(self, token),
-    )
-    rows = torch.zeros(9, dtype=torch.long)
-    ids = projected(
-        model,
-        vectors(model, 9, 8),
-        PROMPTS,
-        rows,
-        DecodingConfig("lm_then_nearest", 20, every(model), end=9, min_tokens=2),
-    )
+def test_no_pass_reads_a_text_that_has_ended(tiny_model, sizes):
+    model, rows = tiny_model("llama"), torch.zeros(9, dtype=torch.long)
+    reading = DecodingConfig("lm_then_nearest", 20, every(model), end=9, min_tokens=2)
+    ids = projected(model, vectors(model, 9, 8), PROMPTS, rows, reading)
     lengths = text_mask(ids, 9).sum(1)
     assert sizes == [int((lengths > step).sum()) for step in range(min(7, int(lengths.max())))] and sizes[-1] < 9
 
@@ -247,12 +235,7 @@ def test_of_equal_scores_as_many_are_found_as_are_asked_for_and_none_twice():
 
 
 def test_a_gpu_gathers_more_candidates_at_once():
-    assert (
-        projection.gathered_numbers(torch.device("cpu"))
-        == 1 << 20
-        < projection.gathered_numbers(torch.device("cuda:1"))
-        == 1 << 26
-    )
+    assert [projection.gathered_numbers(torch.device(name)) for name in ("cpu", "cuda:1")] == [1 << 20, 1 << 26]
 
 
 def test_a_prompt_and_text_may_fill_the_context(tiny_model):

@@ -165,41 +165,14 @@ def test_no_setting_or_name_writes_outside_the_output_folder(tiny_model, tmp_pat
     model = tiny_model("llama", dtype=torch.float32)
     task = replace(TASK, name="../../task", labels=("../../bad", "/good"))
     (tmp_path / "a" / "b").mkdir(parents=True)
-    gradmm.synthesize(
-        model,
-        task,
-        gradmm.release(model, task, REAL, space="head"),
-        SMALL,
-        tmp_path / "a" / "b" / "run",
-        progress=False,
-    )
+    release, other = gradmm.release(model, task, REAL, space="head"), tmp_path / "a" / "b" / "run2"
+    gradmm.synthesize(model, task, release, SMALL, tmp_path / "a" / "b" / "run", progress=False)
+    asked = (model, TWO, splits_of(TWO), CONFIG)
     for act in (
-        lambda: compare(
-            model, TWO, splits_of(TWO), CONFIG, ("../none",), (0,), tmp_path / "a" / "b" / "run2", progress=False
-        ),
-        lambda: compare(
-            model, TWO, splits_of(TWO), CONFIG, ("none",), ("../../0",), tmp_path / "a" / "b" / "run2", progress=False
-        ),
-        lambda: ablation.vary(
-            model,
-            TWO,
-            splits_of(TWO),
-            CONFIG,
-            {"space": ["../../../x"]},
-            (0,),
-            tmp_path / "a" / "b" / "run2",
-            progress=False,
-        ),
-        lambda: ablation.vary(
-            model,
-            TWO,
-            splits_of(TWO),
-            CONFIG,
-            {"early_end": ["../../../x"]},
-            (0,),
-            tmp_path / "a" / "b" / "run2",
-            progress=False,
-        ),
+        lambda: compare(*asked, ("../none",), (0,), other, progress=False),
+        lambda: compare(*asked, ("none",), ("../../0",), other, progress=False),
+        lambda: ablation.vary(*asked, {"space": ["../../../x"]}, (0,), other, progress=False),
+        lambda: ablation.vary(*asked, {"early_end": ["../../../x"]}, (0,), other, progress=False),
     ):
         with pytest.raises(UserError):
             act()

@@ -83,7 +83,7 @@ def test_the_launcher_s_variables_decide_on_number_and_gpu(monkeypatch):
     launch(monkeypatch, 3, 4, 1)
     assert sharding.launched() == (3, 4, 1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert models._device("auto") == torch.device("cuda:1")
+    assert models.find_device("auto") == torch.device("cuda:1")
     launch(monkeypatch, 4, 4)
     with pytest.raises(UserError, match=r"RANK, WORLD_SIZE, LOCAL_RANK = 4, 4, 0 do not say which of how many"):
         sharding.launched()

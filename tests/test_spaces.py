@@ -27,11 +27,8 @@ def few_texts(monkeypatch):
 
 def test_whitening_takes_the_mean_away_and_the_shrunk_covariance_to_one():
     source = torch.Generator().manual_seed(0)
-    hidden = (
-        torch.randn(400, 6, generator=source, dtype=torch.float64)
-        @ torch.randn(6, 6, generator=source, dtype=torch.float64)
-        + 5
-    )
+    draws, mixture = (torch.randn(size, 6, generator=source, dtype=torch.float64) for size in (400, 6))
+    hidden = draws @ mixture + 5
     mean, basis = spaces.whitening(hidden)
     torch.testing.assert_close(basis, basis.mT)
     white = (hidden - mean) @ basis
@@ -39,12 +36,8 @@ def test_whitening_takes_the_mean_away_and_the_shrunk_covariance_to_one():
     sample, shrunk = (hidden - mean).mT @ (hidden - mean) / 400, torch.linalg.inv(basis @ basis)
     share = 1 - (shrunk[0, 1] / sample[0, 1])  # (1 - a) S + a tr(S) / D I
     assert 0 < float(share) < 0.1
-    torch.testing.assert_close(
-        shrunk,
-        (1 - share) * sample + share * sample.trace() / 6 * torch.eye(6, dtype=torch.float64),
-        rtol=1e-8,
-        atol=1e-9,
-    )
+    expected = (1 - share) * sample + share * sample.trace() / 6 * torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(shrunk, expected, rtol=1e-8, atol=1e-9)
 
 
 def test_few_texts_are_whitened_in_all_directions():

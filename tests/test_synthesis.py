@@ -91,10 +91,8 @@ def test_ranking_by_group_keeps_what_matches_best_together(setting):
         assert kept == {
             f"kept: rank {rank} of {len(distinct)} by the group's matching loss": wanted[rank - 1] for rank in (1, 2)
         }
-    assert {
-        row["text"]
-        for row in synthesize(model, task, release, replace(config, ranking="text"), progress=False).candidates
-    } == {row["text"] for row in result.candidates}
+    by_text = synthesize(model, task, release, replace(config, ranking="text"), progress=False)
+    assert set(by_text.candidates["text"]) == set(result.candidates["text"])
 
 
 def test_joint_ranking_keeps_what_matches_best_in_each_class_and_in_their_sum(setting):
@@ -260,10 +258,8 @@ EVERY_FAMILY = [(kind, "generated") for kind in KINDS if kind != "llama"]
 )
 def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init):
     model = tiny_model(kind, dtype=torch.float32)
-    release, config = (
-        gradmm.release(model, TASK, REAL, space="head"),
-        replace(SMALL, init=init, n_synthetic=7, inner_steps=3, outer_steps=3),
-    )
+    release = gradmm.release(model, TASK, REAL, space="head")
+    config = replace(SMALL, init=init, n_synthetic=7, inner_steps=3, outer_steps=3)
     runs = [
         synthesize(model, TASK, release, replace(config, groups_per_batch=size), progress=False) for size in (1, 3, 6)
     ]
@@ -298,13 +294,9 @@ def test_units_of_work_follow_from_settings_alone(setting, monkeypatch):
 
 def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
     model = tiny_model("phi", dtype=torch.float32)
-    task = Task(
-        "news",
-        ("world", "sports", "business", "text"),
-        (" world", " sports", " business", " text"),
-        "{text} this is",
-        ("we:", "they:", "you:", "i:"),
-    )
+    labels = ("world", "sports", "business", "text")
+    words, prompts = tuple(f" {label}" for label in labels), ("we:", "they:", "you:", "i:")
+    task = Task("news", labels, words, "{text} this is", prompts)
     real = [{"text": f"a {word} scene", "label": i % 4} for i, word in enumerate("red blue cat dog fine dull".split())]
     config = replace(SMALL, n_synthetic=6, early_end=True, distance="l2", projection="nearest_then_lm", filter="none")
     result = synthesize(model, task, gradmm.release(model, task, real, space="head"), config, progress=False)
@@ -432,14 +424,8 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
 def test_bad_settings_are_one_sentence_and_nothing_is_written(setting, tmp_path, settings, message):
     model, task, release = setting
     with pytest.raises(UserError) as caught:
-        synthesize(
-            model,
-            task,
-            release,
-            replace(gradmm.PRESETS["admm"], **{"length": 5, "top_k": 5, **settings}),
-            tmp_path / "run",
-            progress=False,
-        )
+        config = replace(gradmm.PRESETS["admm"], **{"length": 5, "top_k": 5, **settings})
+        synthesize(model, task, release, config, tmp_path / "run", progress=False)
     assert message in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 

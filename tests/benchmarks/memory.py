@@ -27,17 +27,10 @@ import gradmm
 
 SAMPLE_SECONDS = 0.002
 DTYPES = ("float32", "bfloat16")
-GIVE_BACK = {
-    "MALLOC_MMAP_THRESHOLD_": "131072",
-    "MALLOC_TRIM_THRESHOLD_": "131072",
-}  # glibc's own start, which else grows with use
-TASK = gradmm.Task(
-    "random",
-    ("first", "second"),
-    (" w10", " w11"),
-    "{text} w12 w13",
-    ("w14 w15 w16 w17 w18\n", "w19 w20 w21 w22 w23\n"),
-)
+# glibc's own start, which else grows with use.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+PROMPTS = ("w14 w15 w16 w17 w18\n", "w19 w20 w21 w22 w23\n")
+TASK = gradmm.Task("random", ("first", "second"), (" w10", " w11"), "{text} w12 w13", PROMPTS)
 
 
 def random_problem(shape: str, device: str, dtype: str) -> gradmm.Model:
@@ -58,15 +51,9 @@ def run(model: gradmm.Model, options: argparse.Namespace) -> gradmm.SynthesisRes
     real = [{"text": model.tokenizer.decode(row), "label": number % 2} for number, row in enumerate(rows)]
     release = gradmm.release(model, TASK, real, length=options.length, space="head")
     config = gradmm.SynthesisConfig(
-        search="admm",
-        ranking="text",
-        n_synthetic=options.groups * options.count,
-        oversample=1.0,
-        group_size=options.count,
-        outer_steps=options.outer_steps,
-        inner_steps=options.inner_steps,
-        top_k=options.top_k,
-    )
+        search="admm", ranking="text", n_synthetic=options.groups * options.count, oversample=1.0, top_k=options.top_k,
+        group_size=options.count, outer_steps=options.outer_steps, inner_steps=options.inner_steps,
+    )  # fmt: skip
     return gradmm.synthesize(model, TASK, release, config, progress=False)
 
 
@@ -154,15 +141,8 @@ def main(arguments: list[str] | None = None) -> dict:
     rows = []
     for dtype in [options.dtype] if options.dtype else DTYPES:
         command = [sys.executable, __file__, *given, "--here", "--dtype", dtype]
-        ended = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **GIVE_BACK},
-        )
-        rows.append(json.loads(ended.stdout.splitlines()[-1]))
+        printed = subprocess.check_output(command, text=True, stdin=subprocess.DEVNULL, env=os.environ | GIVE_BACK)
+        rows.append(json.loads(printed.splitlines()[-1]))
     print(f"{'type':10} {'weights':>10} {'peak over':>10} {'share':>7} {'expected':>10}   ({options.shape}, MB)")
     for row in rows:
         sizes = [row[name] / 1e6 for name in ("weights", "peak_over_weights", "expected_over_weights")]

@@ -65,21 +65,12 @@ def worded_examples(shape: str, count: int, length: int) -> list[Example]:
 
 def settings_of(options: argparse.Namespace) -> SynthesisConfig:
     """The synthesis: `groups` a class, twice the texts that are kept, starts and label filter as published."""
+    texts = len(TASK.labels) * options.groups * options.count // 2
     return SynthesisConfig(
-        search="admm",
-        ranking="text",
-        n_synthetic=len(TASK.labels) * options.groups * options.count // 2,
-        oversample=2.0,
-        group_size=options.count,
-        outer_steps=options.outer_steps,
-        inner_steps=options.inner_steps,
-        top_k=options.top_k,
-        length=options.length,
-        early_end=False,
-        init="normal",
-        init_candidates=options.candidates,
-        filter="label",
-    )
+        search="admm", ranking="text", n_synthetic=texts, oversample=2.0, group_size=options.count,
+        outer_steps=options.outer_steps, inner_steps=options.inner_steps, top_k=options.top_k, length=options.length,
+        early_end=False, init="normal", init_candidates=options.candidates, filter="label",
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- the literal side

@@ -288,26 +288,29 @@ def killed_at(look: int):
     return on_look
 
 
-@pytest.mark.parametrize("look", [1, 3, 4, 5, 6, 8])
-@pytest.mark.parametrize(
-    "options", [{}, {"batch_size": 3, "patience": 2}, {"adapter": "lora", "adapter_rank": 2}], ids=str
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"batch_size": 3, "patience": 2}, {"adapter": "lora", "adapter_rank": 2}],
+    ids=str,
 )
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(tiny_model, tmp_path, monkeypatch, look, options):
-    monkeypatch.setattr(finetuning, "SNAPSHOT_SECONDS", -1.0)
-    if "adapter" in options:
+def uninterrupted(request, tiny_model):
+    """A model, settings and what a training by them that nothing interrupts gives."""
+    if "adapter" in request.param:
         pytest.importorskip("peft")
-    model, config = tiny_model("gpt2", dtype=torch.float32), replace(QUICK, **options)
-    whole = run(model, TWO, config, progress=False)
+    model, config = tiny_model("gpt2", dtype=torch.float32), replace(QUICK, **request.param)
+    return model, config, run(model, TWO, config, progress=False)
+
+
+@pytest.mark.parametrize("look", [*(pytest.param(look, marks=pytest.mark.slow) for look in (1, 4, 5, 8)), 3, 6])
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, monkeypatch, look):
+    monkeypatch.setattr(finetuning, "SNAPSHOT_SECONDS", -1.0)
+    model, config, whole = uninterrupted
     with pytest.raises(Killed):
         run(model, TWO, config, output=tmp_path, progress=False, on_look=killed_at(min(look, len(whole.curve))))
     looks = []
     again = run(model, TWO, config, output=tmp_path, progress=False, on_look=looks.append)
-    assert (again.curve, again.test) == (whole.curve, whole.test)
-    assert (again.learning_rate, again.step, again.validation_accuracy) == (
-        whole.learning_rate,
-        whole.step,
-        whole.validation_accuracy,
-    )
+    for name in ("curve", "test", "learning_rate", "step", "validation_accuracy"):
+        assert getattr(again, name) == getattr(whole, name)
     assert looks == whole.curve[-len(looks) :] and len(looks) >= len(whole.curve) - look + 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["finetuning.json", "manifest.json"]
 

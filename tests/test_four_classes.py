@@ -64,11 +64,8 @@ def test_release_synthesize_and_fine_tune(model, folder, epsilon, choices):
     assert task.labels == LABELS and {e.label for e in data.test} == {0, 1, 2, 3}
     real = gradmm.sample_examples(data.train, 12, task, 0)
     config = replace(SYNTHESIS, **choices)
-    private = (
-        {"space": config.space}
-        if epsilon is None
-        else {"epsilon": epsilon, "delta": 1e-5, "length": 6, "noise_seed": 0}
-    )
+    noised = {"epsilon": epsilon, "delta": 1e-5, "length": 6, "noise_seed": 0}
+    private = {"space": config.space} if epsilon is None else noised
     target = gradmm.release(model, task, real, **private)
     assert len(target.targets) == 4
     made = gradmm.synthesize(model, task, target, config, progress=False)
@@ -78,9 +75,8 @@ def test_release_synthesize_and_fine_tune(model, folder, epsilon, choices):
         assert max(counts) <= 2
     else:
         assert counts == [2, 2, 2, 2]
-        found = gradmm.finetune(
-            model, task, check_examples(made.kept.to_list(), task), data.validation, data.test, TUNING
-        )
+        rows = check_examples(made.kept.to_list(), task)
+        found = gradmm.finetune(model, task, rows, data.validation, data.test, TUNING)
         assert set(found.test.predictions) <= {0, 1, 2, 3} and set(found.test.labels) == {0, 1, 2, 3}
 
 

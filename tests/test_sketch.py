@@ -13,16 +13,22 @@ TASK = Task("toy", ("bad", "good", "odd"), (" bad", " great", " world"), "{text}
 TEXTS = ["a fine movie", "this was one dull plot", "the cat", "music and fear", "red"]
 
 
-def literal(model, tokens, space: BodySketch, text: str, label: int) -> torch.Tensor:
-    """One text's sketch from explicit gradients of the linear maps: (M r^2,)."""
-    layers = linear_maps(model)
-    weights = [layer.weight.requires_grad_(True) for layer in layers.values()]
+def explicit(model, tokens, space: BodySketch, text: str, label: int) -> list[torch.Tensor]:
+    """One text's gradient of every linear map by autograd."""
+    weights = [layer.weight.requires_grad_(True) for layer in linear_maps(model).values()]
     hidden = model.lm.base_model(input_ids=torch.tensor([tokens.sequence(text)])).last_hidden_state[:, -1]
     logits = model.logits_of(hidden, tokens.labels) - space.preference
     gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, torch.tensor([label])), weights)
+    for weight in weights:
+        weight.requires_grad_(False)
+    return list(gradients)
+
+
+def literal(model, tokens, space: BodySketch, text: str, label: int) -> torch.Tensor:
+    """One text's sketch from explicit gradients: (M r^2,)."""
     parts = []
-    for number, (layer, gradient) in enumerate(zip(layers.values(), gradients, strict=True)):
-        layer.weight.requires_grad_(False)
+    layers, gradients = linear_maps(model).values(), explicit(model, tokens, space, text, label)
+    for number, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
         inward = gradient if isinstance(layer, Conv1D) else gradient.mT  # (in, out)
         left, right = (
             space._thin(number, side, torch.eye(size).to(inward))
@@ -45,29 +51,11 @@ def test_sketches_equal_explicit_gradients(tiny_model, kind):
 def test_inner_products_are_those_of_the_gradients_when_the_rank_grows(tiny_model):
     model = tiny_model("llama")
     tokens = tokenize_task(TASK, model.tokenizer)
-    weights = [layer.weight for layer in linear_maps(model).values()]
-    space = BodySketch.of(model, tokens, ["one long story"], rank=256)
-    exact = []
-    for text, label in zip(TEXTS, (0, 1, 2, 1, 0), strict=True):
-        for weight in weights:
-            weight.requires_grad_(True)
-        hidden = model.lm.base_model(input_ids=torch.tensor([tokens.sequence(text)])).last_hidden_state[:, -1]
-        logits = model.logits_of(hidden, tokens.labels) - space.preference
-        exact.append(
-            torch.cat(
-                [
-                    g.flatten()
-                    for g in torch.autograd.grad(
-                        torch.nn.functional.cross_entropy(logits, torch.tensor([label])), weights
-                    )
-                ]
-            )
-        )
-        for weight in weights:
-            weight.requires_grad_(False)
-    sketched = torch.nn.functional.normalize(
-        factors_of(model, tokens, space, [tokens.sequence(t) for t in TEXTS], (0, 1, 2, 1, 0)).hidden, dim=-1
-    )
+    space, labels = BodySketch.of(model, tokens, ["one long story"], rank=256), (0, 1, 2, 1, 0)
+    gradients = [explicit(model, tokens, space, text, label) for text, label in zip(TEXTS, labels, strict=True)]
+    exact = [torch.cat([part.flatten() for part in parts]) for parts in gradients]
+    found = factors_of(model, tokens, space, [tokens.sequence(text) for text in TEXTS], labels).hidden
+    sketched = torch.nn.functional.normalize(found, dim=-1)
     true = torch.nn.functional.normalize(torch.stack(exact), dim=-1)
     torch.testing.assert_close(sketched @ sketched.mT, (true @ true.mT).to(sketched), rtol=0, atol=0.05)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import LONG_KINDS
 
 from gradmm.classification import evaluate
 from gradmm.config import FinetuneConfig
@@ -63,6 +64,7 @@ def test_the_adapter_alone_learns_from_step_0_of_the_model(tiny_model, kind):
     assert torch.equal(copy.hidden_of(ids), model.hidden_of(ids))
 
 
+@pytest.mark.parametrize("kind", LONG_KINDS)
 def test_training_leaves_the_model_and_gives_one_like_it(tiny_model, kind):
     pytest.importorskip("peft", reason="the extra lora is not installed", exc_type=ImportError)
     model = tiny_model(kind, dtype=torch.float32)
@@ -90,6 +92,7 @@ def test_another_seed_starts_another_adapter(tiny_model):
     assert same(one, two) and not same(one, other)
 
 
+@pytest.mark.parametrize("kind", LONG_KINDS)
 @pytest.mark.parametrize("adapter", [None, "lora"])
 def test_a_bfloat16_model_learns_as_the_float32_model_of_its_weights(tiny_model, kind, adapter):
     if adapter:

@@ -1,12 +1,13 @@
 """Which token may stand where: against a literal byte-by-byte oracle, on byte-level and byte-fallback tokenizers."""
 
+from functools import cache
+
 import pytest
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from gradmm.models import load_model
 from gradmm.readability import flaw
 from gradmm.vocabulary import NEVER, Vocabulary, markup_tokens, printable
 
@@ -25,6 +26,7 @@ def fallback_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
 
 
+@cache
 def pieces_of(tokenizer) -> list[str]:
     letter = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
     return [
@@ -33,16 +35,12 @@ def pieces_of(tokenizer) -> list[str]:
     ]
 
 
-def byte_level():
-    return load_model("demo", device="cpu").tokenizer
+@pytest.fixture(scope="module", params=["byte level", "byte fallback"])
+def tokenizer(request, demo_model):
+    return demo_model.tokenizer if request.param == "byte level" else fallback_tokenizer()
 
 
-@pytest.fixture(params=[byte_level, fallback_tokenizer], ids=["byte level", "byte fallback"])
-def tokenizer(request):
-    return request.param()
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def vocabulary(tokenizer) -> Vocabulary:
     return Vocabulary.of(tokenizer, pieces_of(tokenizer), (tokenizer.eos_token_id,), "cpu")
 

@@ -80,10 +80,12 @@ def test_the_bank_is_large_and_each_sentence_is_there_once():
 def test_held_out_clauses_are_in_the_test_split_but_not_in_train(data):
     held = [clause for clause in demo.held_out() if "{" not in clause]
     joined = {split: " ".join(row["text"] for row in data[split]).lower() for split in SPLITS}
-    assert not [clause for clause in held if re.search(rf"\b{re.escape(clause.lower())}\b[,.;]", joined["train"])]
+    seen = [clause for clause in held if clause.lower() in joined["train"]]
+    assert not [clause for clause in seen if re.search(rf"\b{re.escape(clause.lower())}\b[,.;]", joined["train"])]
     assert sum(clause.lower() in joined["test"] for clause in held) >= len(held) / 2
 
 
+@pytest.mark.slow
 def test_pretraining_text_holds_no_text_of_validation_or_test(data):
     kept = [row["text"] for split in ("validation", "test") for row in data[split]]
     for part, noise in enumerate(demo.PHASES):

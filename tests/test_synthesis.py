@@ -259,7 +259,7 @@ EVERY_FAMILY = [(kind, "generated") for kind in KINDS if kind != "llama"]
 def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init):
     model = tiny_model(kind, dtype=torch.float32)
     release = gradmm.release(model, TASK, REAL, space="head")
-    config = replace(SMALL, init=init, n_synthetic=7, inner_steps=3, outer_steps=3)
+    config = replace(SMALL, init=init, n_synthetic=7)
     runs = [
         synthesize(model, TASK, release, replace(config, groups_per_batch=size), progress=False) for size in (1, 3, 6)
     ]

@@ -81,10 +81,7 @@ def whole(setting, tmp_path_factory) -> Path:
 
 
 # Manifest, 2 batches of 3 writes, results.
-@pytest.mark.parametrize(
-    ("after", "kept"),
-    [*(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 0), (1, 1), (9, 5))), (3, 2), (6, 3)],
-)
+@pytest.mark.parametrize(("after", "kept"), [(0, 0), (1, 1), (3, 2), (6, 3), (9, 5)])
 def test_a_synthesis_on_a_full_disk_says_so_keeps_what_it_has_and_continues(
     setting, whole, tmp_path, monkeypatch, after, kept
 ):

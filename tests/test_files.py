@@ -67,44 +67,33 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_a_crash_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch):
-    path = files.write_text(tmp_path / "a.txt", "old")
+@pytest.mark.parametrize(
+    ("room", "name", "error"),
+    [
+        (os, "replace", OSError(errno.EIO, "Input/output error")),
+        (files.tempfile, "mkstemp", PermissionError(errno.EACCES, "Permission denied")),
+        (files, "save_file", files.SafetensorError("I/O error: No space left on device (os error 28)")),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_a_file_that_cannot_be_written_is_one_sentence_and_the_old_one_stays(tmp_path, monkeypatch, room, name, error):
+    tensors = files.write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {}).read_bytes()
 
-    def crash(*names):
-        raise OSError(errno.EIO, "Input/output error")
+    def fail(*_, **__):
+        raise error
 
-    monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(UserError, match="Input/output error"):
-        files.write_text(path, "new")
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
-
-
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
-    def refuse(*args, **named):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
-    with pytest.raises(
-        UserError, match="a.json could not be written .Permission denied.: free space or choose another"
-    ):
-        files.write_json(tmp_path / "a.json", 1)
+    monkeypatch.setattr(room, name, fail)
+    said = str(error).removeprefix("I/O error: ").split("] ")[-1].split(" (")[0]
+    message = f"a.safetensors could not be written .*{said}.*: free space or choose another"
+    with pytest.raises(UserError, match=message):
+        files.write_tensors(tmp_path / "a.safetensors", {}, {})
+    assert os.listdir(tmp_path) == ["a.safetensors"] and (tmp_path / "a.safetensors").read_bytes() == tensors
 
 
 def test_a_file_where_a_folder_is_needed_is_one_sentence(tmp_path):
     files.write_text(tmp_path / "taken", "")
     with pytest.raises(UserError, match="could not be written"):
         files.write_json(tmp_path / "taken" / "a.json", 1)
-
-
-def test_a_tensor_file_on_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
-    def full(*args):
-        raise files.SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        files.write_tensors(tmp_path / "a.safetensors", {}, {})
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("length", [0, 4, 40, -1])
@@ -153,7 +142,7 @@ BROKEN = {
     ),
     "a date that is none": (files.read_yaml, b"a: 2020-13-45\n", "is not YAML"),
     "a control character": (files.read_yaml, b"a: \x00\n", "is not YAML"),
-    "YAML without end": (files.read_yaml, b"[" * 5_000, "is not YAML"),
+    "YAML without end": (files.read_yaml, b"[" * 2_000, "is not YAML"),
 }
 
 
@@ -205,10 +194,6 @@ def test_named_draws_depend_on_the_name_and_not_on_the_order():
 
 def test_tensors_are_read_into_aligned_memory(tmp_path):
     held = {"a": torch.ones(3), "b": torch.ones(64, 64)}
-    for header in (
-        "x",
-        "xx",
-        "xxx" * 7,
-    ):  # of different lengths, so that the tensors lie at different places of the file
+    for header in ("x", "xx", "xxx" * 7):  # of different lengths, so that tensors lie at different places of the file
         found, _ = files.read_tensors(files.write_tensors(tmp_path / "t.safetensors", held, {"header": header}))
         assert not [name for name, tensor in found.items() if tensor.data_ptr() % 64]

@@ -189,14 +189,15 @@ NO_INSTRUCTIONS = dict.fromkeys(INSTRUCTIONS, False)
 
 
 @pytest.mark.parametrize("feature", [*INSTRUCTIONS, "avx512_f"])
-def test_auto_is_bfloat16_where_the_processor_is_made_for_it(saved, monkeypatch, feature):
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_bfloat16_needs_its_instructions_and_auto_those_for_products(saved, monkeypatch, feature, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**NO_INSTRUCTIONS, feature: True})
-    expected = torch.bfloat16 if feature in INSTRUCTIONS else torch.float32
-    for dtype in ("auto", "bfloat16") if feature in INSTRUCTIONS else ("auto",):
-        with warnings.catch_warnings(action="error"):
-            model = load_model(saved("llama"), device="cpu", dtype=dtype)
-        assert model.dtype == expected
-        assert model.lm.config._attn_implementation == ("eager" if expected == torch.bfloat16 else "sdpa")
+    half = feature in (("amx_bf16", "avx512_bf16") if dtype == "auto" else INSTRUCTIONS)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = load_model(saved("llama"), device="cpu", dtype=dtype)
+    assert model.dtype == (torch.bfloat16 if half else torch.float32) and bool(told) == (dtype != "auto" and not half)
+    assert dtype != "auto" or model.lm.config._attn_implementation == ("eager" if half else "sdpa")
 
 
 def test_a_processor_without_instructions_for_bfloat16_is_given_float32_with_one_warning(saved, monkeypatch):

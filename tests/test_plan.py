@@ -63,9 +63,8 @@ def test_one_list_of_candidates_is_counted_at_least():
 
 def test_the_manifest_says_what_the_run_was_expected_to_take(tiny_model, kind):
     model = tiny_model(kind, dtype=torch.float32)
-    config = replace(SMALL, n_synthetic=2, group_size=1, oversample=1, outer_steps=1, inner_steps=1)
     release = gradmm.release(model, TASK, REAL[::3], space="head")
-    expected = synthesize(model, TASK, release, config, progress=False).manifest["expected_bytes"]
+    expected = synthesize(model, TASK, release, SMALL, progress=False).manifest["expected_bytes"]
     assert expected["weights"] == sum(weight.numel() for weight in model.lm.parameters()) * 4
     assert expected["targets"] == 2 * (97 + 32) * 4 and expected["peak"] > expected["weights"]
 

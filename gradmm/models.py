@@ -551,7 +551,14 @@ def _quiet() -> Iterator[None]:
 
 
 def find_device(device) -> torch.device:
-    """The device of a name: of several processes each has a GPU of its own; None and auto take what there is."""
+    """The device that a name stands for; of several processes each has a GPU of its own.
+
+    Args:
+        device: a name, such as cpu or cuda, or a torch.device; None, "" and auto take a GPU where there is one.
+
+    Raises:
+        UserError: it is of another type, or not usable here.
+    """
     _, processes, number = launched()
     gpu = f"cuda:{number}" if processes > 1 else "cuda"
     require_type(device, str | torch.device | None, "the device", "use cpu, cuda or auto")

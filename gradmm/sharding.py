@@ -160,7 +160,11 @@ class ProcessGroup:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Show signs of life; tell the others of a failure; the leader, who may hold the store, leaves last."""
+        """Show signs of life; tell the others of a failure; the leader, who may hold the store, leaves last.
+
+        Raises:
+            BaseException: what is raised within, once the others have been told.
+        """
         over = threading.Event()
         pulse = threading.Thread(target=self._beat, args=(over,), daemon=True)
         pulse.start()

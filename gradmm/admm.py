@@ -17,11 +17,13 @@ Source: Boyd et al. 2011, sections 3 and 9; Nguyen et al. 2025 (arXiv 2502.17607
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from gradmm.device import Graphs
 from gradmm.errors import is_number, is_whole, require, short_repr
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -88,7 +90,7 @@ class State:
         x, lam: (K, B, L, D).
         ids: (K, B, L), the discrete form of the last z, opaque here.
         step: outer steps taken.
-        active: (K,) bool, the groups that still move.
+        active: (K,) bool, the groups that still move; on the CPU, whose loop it leads.
     """
 
     x: Tensor
@@ -139,7 +141,7 @@ def start(x: Tensor) -> Result:
         lam=x.new_zeros(()).expand_as(x),  # takes no memory
         ids=ids,
         step=0,
-        active=torch.ones(groups, dtype=torch.bool, device=x.device),
+        active=torch.ones(groups, dtype=torch.bool),
     )
     infinite = torch.full((groups,), math.inf, dtype=x.dtype, device=x.device)
     return Result(ids, infinite, ("",) * groups, [], state)
@@ -151,16 +153,19 @@ def solve(
     begin: Result,
     config: Config,
     callback: Callable[[Result], bool | None] | None = None,
+    within: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Result:
     """Run ADMM from `begin` until every group has a reason to stop.
 
     Args:
         objective: (x (k, B, L, D), ids (k, B, L), groups (k,)) -> f of each group, (k,). `ids` is the last projection
-            (an objective may need to know which positions it left empty), `groups` the numbers of these groups.
+            (an objective may need to know which positions it left empty), `groups` the numbers of these groups, on the
+            CPU. On a GPU it is captured, see `device.Graphs`, so it may ask for no number of x and ids.
         project: (v (k, B, L, D), groups (k,)) -> (z like v, ids (k, B, L)), the nearest allowed point in the caller's
             sense.
         begin: `start(...)`, or an earlier Result, which is then continued as if it had never stopped.
         callback: sees the Result after every outer step, outside the clock; a true return stops all groups.
+        within: what surrounds a capture, see `device.Graphs`.
 
     Returns:
         Result.
@@ -177,14 +182,15 @@ def solve(
     """
     result = begin
     del begin  # else its vectors would be held to the end
+    inner = InnerLoop(objective, config, Graphs(result.state.x.device, within))
     while result.state.active.any():
-        result = _finish(_advance(objective, project, result, config), config)
+        result = _finish(_advance(inner, project, result, config), config)
         if callback is not None and callback(result):
             return _stop_all(result, STOPPED.format(result.state.step))
     return _close(objective, project, result, config)
 
 
-def step(objective: Objective, project: Project, state: State, config: Config) -> tuple[State, dict[str, Tensor]]:
+def step(inner: "InnerLoop", project: Project, state: State, config: Config) -> tuple[State, dict[str, Tensor]]:
     """One outer step of the active groups: z, then x, then lam.
 
     Returns:
@@ -200,65 +206,135 @@ def step(objective: Objective, project: Project, state: State, config: Config) -
     x, parts = state.x.clone(), []
     for some in _passes(groups, config):
         here = groups[some]
-        f = _seen(objective, ids[some], here)
-        x[here], measured = _move(f, state.x[here], z[some], state.lam[here], config)
+        x[here], measured = inner.move(state.x[here], z[some], state.lam[here], ids[some], here)
         parts.append(measured)
 
     # lam <- lam + rho (x - z); here and not in the passes, where it would be held beside the old one
-    lam = state.lam.index_copy(0, groups, state.lam[groups] + rho * (x[groups] - z))
+    lam = state.lam.index_copy(0, groups.to(x.device), state.lam[groups] + rho * (x[groups] - z))
 
     measures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     measures["changed"] = (ids != state.ids[groups]).to(x.dtype).mean((1, 2))
-    return replace(state, x=x, lam=lam, ids=state.ids.index_copy(0, groups, ids), step=state.step + 1), measures
-
-
-def _seen(objective: Objective, ids: Tensor, groups: Tensor) -> Callable[[Tensor], Tensor]:
-    """f of some groups as a function of their x alone."""
-    return lambda x: objective(x, ids, groups)
+    return replace(
+        state, x=x, lam=lam, ids=state.ids.index_copy(0, groups.to(x.device), ids), step=state.step + 1
+    ), measures
 
 
 def _passes(groups: Tensor, config: Config) -> tuple[Tensor, ...]:
     """The places of the groups that the objective sees at once."""
-    return torch.arange(len(groups), device=groups.device).split(config.groups_per_pass or len(groups))
+    return torch.arange(len(groups)).split(config.groups_per_pass or len(groups))
 
 
-def _move(f, old: Tensor, z: Tensor, lam: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """x of the groups of one pass, and measurements; nothing here depends on the groups of another pass."""
-    with torch.no_grad():
-        match_z = f(z)
-    x, inner_gradient = _minimise(f, old, z, lam, config)
-    match_x, gradient = _value_and_gradient(f, x)
-    return x, {
-        "match_x": match_x,
-        "match_z": match_z,
-        "primal": _norm(x - z),
-        "dual": _norm(config.rho * (x - old)),
-        "stationarity": _norm(gradient + (lam + config.rho * (x - z))),
-        "inner_gradient": inner_gradient,
-    }
+class InnerLoop:
+    """The x of the groups of one pass, moved by Adam; nothing here depends on the groups of another pass.
+
+    All that an inner step reads and writes stays where it is, and nothing waits for the device, so that a GPU replays
+    the step (see `device.Graphs`).
+    """
+
+    def __init__(self, objective: Objective, config: Config, graphs: Graphs) -> None:
+        self.objective, self.config, self.graphs = objective, config, graphs
+        self._buffers: dict[torch.Size, _Buffers] = {}
+
+    def move(
+        self, old: Tensor, z: Tensor, lam: Tensor, ids: Tensor, groups: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x after all inner steps, and measurements.
+
+        Args:
+            old, z, lam: (k, B, L, D).
+            ids: (k, B, L) tokens of z.
+            groups: (k,) their numbers.
+        """
+        rho = self.config.rho
+        if old.shape not in self._buffers:
+            self._buffers[old.shape] = _Buffers.like(old, ids, self.config.lr)
+        held = self._buffers[old.shape]
+        held.ids.copy_(ids)
+        self._run(held, groups, z, z, self._look, 1)
+        match_z = held.match.clone()
+        self._run(held, groups, old, z - lam / rho, self._descend, self.config.inner_steps)
+        x, inner_gradient = held.value.detach().clone(), held.norm.clone()
+        self._run(held, groups, x, z, self._measure, 1)
+        return x, {
+            "match_x": held.match.clone(),
+            "match_z": match_z,
+            "primal": _norm(x - z),
+            "dual": _norm(rho * (x - old)),
+            "stationarity": _norm(held.gradient + (lam + rho * (x - z))),
+            "inner_gradient": inner_gradient,
+        }
+
+    def _run(self, held: "_Buffers", groups: Tensor, x: Tensor, anchor: Tensor, what: Callable, times: int) -> None:
+        """A step of these groups from x, so many times."""
+
+        def begin() -> None:
+            held.begin(x, anchor)
+
+        begin()
+        run = self.graphs.of((what.__name__, *groups.tolist()), lambda: what(held, groups), begin)
+        for _ in range(times):
+            run()
+
+    def _descend(self, held: "_Buffers", groups: Tensor) -> None:
+        """One step of Adam on the augmented Lagrangian in x, each group clipped by itself."""
+        gradient = self._gradient(held, groups) + self.config.rho * (held.value.detach() - held.anchor)
+        held.norm.copy_(_norm(gradient))
+        if self.config.clip is not None:
+            gradient = gradient * (self.config.clip / held.norm.clamp_min(1e-12)).clamp(max=1).view(-1, 1, 1, 1)
+        held.value.grad = gradient
+        held.adam.step()
+
+    @torch.no_grad()
+    def _look(self, held: "_Buffers", groups: Tensor) -> None:
+        """f at x."""
+        held.match.copy_(self.objective(held.value, held.ids, groups))
+
+    def _measure(self, held: "_Buffers", groups: Tensor) -> None:
+        """f at x and its gradient."""
+        held.gradient.copy_(self._gradient(held, groups))
+
+    def _gradient(self, held: "_Buffers", groups: Tensor) -> Tensor:
+        match = self.objective(held.value, held.ids, groups)
+        held.match.copy_(match.detach())
+        return torch.autograd.grad(match.sum(), held.value)[0]
 
 
-def _minimise(f, x: Tensor, z: Tensor, lam: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Adam on the augmented Lagrangian in x, each group clipped by itself: (x, last gradient norm of each group)."""
-    anchor = z - lam / config.rho
-    value = x.clone().requires_grad_(True)
-    adam = torch.optim.Adam([value], lr=config.lr)
-    for _ in range(config.inner_steps):
-        (gradient,) = torch.autograd.grad(f(value).sum(), value)
-        gradient = gradient + config.rho * (value.detach() - anchor)
-        norm = _norm(gradient)
-        if config.clip is not None:
-            gradient = gradient * (config.clip / norm.clamp_min(1e-12)).clamp(max=1).view(-1, 1, 1, 1)
-        value.grad = gradient
-        adam.step()
-    return value.detach(), norm
+@dataclass(frozen=True)
+class _Buffers:
+    """What the inner steps of a pass of k groups read and write, in one place.
 
+    Attributes:
+        value: x. anchor: z - lam / rho. gradient: of f, (k, B, L, D) each.
+        ids: (k, B, L).
+        match, norm: f, and the last norm of the gradient of the augmented Lagrangian, (k,).
+        adam: its optimizer.
+    """
 
-def _value_and_gradient(f, x: Tensor) -> tuple[Tensor, Tensor]:
-    value = x.clone().requires_grad_(True)
-    loss = f(value)
-    (gradient,) = torch.autograd.grad(loss.sum(), value)
-    return loss.detach(), gradient
+    value: Tensor
+    anchor: Tensor
+    gradient: Tensor
+    ids: Tensor
+    match: Tensor
+    norm: Tensor
+    adam: torch.optim.Adam
+
+    @staticmethod
+    def like(x: Tensor, ids: Tensor, lr: float) -> "_Buffers":
+        """For the inner steps of such an x."""
+        value = torch.empty_like(x, requires_grad=True)
+        adam = torch.optim.Adam([value], lr=lr, capturable=x.is_cuda)
+        of_groups = x.new_empty(len(x))
+        return _Buffers(
+            value, torch.empty_like(x), torch.empty_like(x), torch.empty_like(ids), of_groups, of_groups.clone(), adam
+        )
+
+    @torch.no_grad()
+    def begin(self, x: Tensor, anchor: Tensor) -> None:
+        """The first step is the next one."""
+        self.value.copy_(x)
+        self.anchor.copy_(anchor)
+        for moment in self.adam.state[self.value].values():
+            moment.zero_()
 
 
 def _norm(value: Tensor) -> Tensor:
@@ -268,14 +344,14 @@ def _norm(value: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the driver's bookkeeping
 
 
-def _advance(objective: Objective, project: Project, result: Result, config: Config) -> Result:
+def _advance(inner: InnerLoop, project: Project, result: Result, config: Config) -> Result:
     """One outer step and its row of history; the best projected iterate of each group is kept."""
     begun = time.perf_counter()
     groups = result.state.active.nonzero().squeeze(1)
-    state, measures = step(objective, project, result.state, config)
+    state, measures = step(inner, project, result.state, config)
+    columns = {name: value.tolist() for name, value in measures.items()}  # waits for a GPU
     seconds = (time.perf_counter() - begun) / len(groups)
     best = _keep_better(result, groups, state.ids[groups], measures["match_z"])
-    columns = {name: value.tolist() for name, value in measures.items()}
     rows = [
         {
             "step": state.step,
@@ -308,7 +384,7 @@ def _close(objective: Objective, project: Project, result: Result, config: Confi
     """Project the last x of each group too: without it the work of the last inner steps would be lost."""
     state = result.state
     sound = torch.isfinite(state.x).flatten(1).all(1) & torch.isfinite(state.lam).flatten(1).all(1)
-    groups = sound.nonzero().squeeze(1)
+    groups = sound.cpu().nonzero().squeeze(1)
     if not len(groups):
         return result
     with torch.no_grad():
@@ -319,8 +395,8 @@ def _close(objective: Objective, project: Project, result: Result, config: Confi
 
 def _keep_better(result: Result, groups: Tensor, ids: Tensor, match: Tensor) -> Result:
     """Replace the best projected iterate of the groups whose new one has a lower f."""
-    better = match < result.match_loss[groups]
-    chosen = groups[better]
+    better = (match < result.match_loss[groups]).cpu()
+    chosen = groups[better].to(match.device)
     return replace(
         result,
         value=result.value.index_copy(0, chosen, ids[better]),

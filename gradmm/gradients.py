@@ -250,7 +250,7 @@ def match_groups(factors: Factors, which: Tensor, targets: Sequence[Target], dis
 
     Args:
         factors: delta (K, B, V) and hidden (K, B, D), in the targets' coordinates.
-        which: (K,) the number of each group's target.
+        which: (K,) the number of each group's target, on the CPU: a GPU is not waited for.
         targets: what each class's mean gradient shall be.
         distance: "cosine" or "l2".
 

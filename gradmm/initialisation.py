@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from gradmm.device import Graphs
 from gradmm.generation import Sampling, continue_prompts
 from gradmm.matching import Matching
 from gradmm.projection import DecodingConfig
@@ -84,22 +85,45 @@ def best_of(
     Args:
         name: one of INITIALISATIONS.
         candidates: number of draws; one alone is not evaluated.
-        classes: (K,) each group's class.
+        classes: (K,) each group's class, on the CPU.
         sources: K generators.
         groups_per_pass: groups whose loss is taken at once; None: all.
     """
 
-    def values(x: Tensor, ids: Tensor) -> Tensor:
-        passes = torch.arange(len(classes), device=classes.device).split(groups_per_pass or len(classes))
-        return torch.cat([matching.of_vectors(x[some], ids[some], classes[some]) for some in passes])
-
-    best, ids = INITIALISATIONS[name](matching, decoding, shape, classes.tolist(), sources)
+    draw = INITIALISATIONS[name]
+    best, ids = draw(matching, decoding, shape, classes.tolist(), sources)
     if candidates == 1:
         return best
-    lowest = values(best, ids)
+    losses = _Losses(matching, best, ids, classes, groups_per_pass)
+    lowest = losses.of(best, ids)
     for _ in range(candidates - 1):
-        x, ids = INITIALISATIONS[name](matching, decoding, shape, classes.tolist(), sources)
-        value = values(x, ids)
+        x, ids = draw(matching, decoding, shape, classes.tolist(), sources)
+        value = losses.of(x, ids)
         best = torch.where((value < lowest).view(-1, 1, 1, 1), x, best)
         lowest = torch.minimum(value, lowest)
     return best
+
+
+class _Losses:
+    """The matching loss of draw after draw of all groups, each of which a GPU replays (see `device.Graphs`)."""
+
+    def __init__(self, matching: Matching, x: Tensor, ids: Tensor, classes: Tensor, groups_per_pass: int | None):
+        self.matching, self.classes, self.graphs = matching, classes, Graphs(x.device)
+        self.x, self.ids, self.values = torch.empty_like(x), torch.empty_like(ids), x.new_empty(len(x))
+        self.passes = torch.arange(len(classes)).split(groups_per_pass or len(classes))
+
+    def of(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Of each group: (K, B, L, D), (K, B, L) -> (K,)."""
+
+        def begin() -> None:
+            self.x.copy_(x)
+            self.ids.copy_(ids)
+
+        begin()
+        self.graphs.of("look", self._look, begin)()
+        return self.values.clone()
+
+    def _look(self) -> None:
+        for some in self.passes:
+            here = slice(int(some[0]), int(some[-1]) + 1)
+            self.values[here].copy_(self.matching.of_vectors(self.x[here], self.ids[here], self.classes[some]))

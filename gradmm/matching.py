@@ -5,6 +5,7 @@ Knows no private text and no solver. Letters: K groups, B examples of a group, L
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Matching:
         Args:
             x: (K, B, L, D) continuous texts; the template around them is constant.
             ids: (K, B, L) tokens that say where each text ends (if `end` is set).
-            classes: (K,) each group's class.
+            classes: (K,) each group's class, on the CPU: a GPU is not waited for.
 
         Returns:
             (K,).
@@ -61,7 +62,7 @@ class Matching:
             raise UserError("continuous texts have no sketch of the body: release in a space of the head")
         groups, count, _, _ = x.shape
         hidden = self.model.last_hidden(self._around(x.flatten(0, 1)), self._mask(ids.flatten(0, 1)))
-        labels = torch.tensor(self.tokens.labels, device=classes.device)[classes][:, None].expand(groups, count)
+        labels = self._labels(classes)[:, None].expand(groups, count)
         factors = self.space.factors(hidden.view(groups, count, -1), labels, self.head)
         return match_groups(factors, classes, self.targets, self.distance)
 
@@ -82,7 +83,7 @@ class Matching:
                 values.append(float("nan"))
                 continue
             factors = self.factors(members, [number] * len(members))
-            which = torch.tensor([number], device=self.model.device)
+            which = torch.tensor([number])
             values.append(match_groups(factors.unsqueeze(0), which, self.targets, self.distance).item())
         return values
 
@@ -134,7 +135,7 @@ class Matching:
 
     def _own(self, factors: Factors, classes: Sequence[int]) -> Tensor:
         """f of each text as a group of one, from its factors: (N,)."""
-        which = torch.tensor(list(classes), device=self.model.device)
+        which = torch.tensor(list(classes))
         parts = [
             match_groups(factors[block].unsqueeze(1), which[block], self.targets, self.distance)
             for block in _blocks(len(which))
@@ -147,17 +148,27 @@ class Matching:
 
     def _around(self, x: Tensor) -> Tensor:
         """The template's embeddings, constants, around x: (N, L, D) -> (N, T, D)."""
-        count = x.shape[0]
-        parts = [
-            self._constant(self.tokens.start + self.tokens.prefix, count),
-            x,
-            self._constant(self.tokens.suffix, count),
-        ]
-        return torch.cat([part.to(self.model.dtype) for part in parts], dim=1)
+        before, after = (side.expand(len(x), -1, -1) for side in self._template)
+        return torch.cat([before, x.to(before.dtype), after], dim=1)
 
-    def _constant(self, ids: Sequence[int], count: int) -> Tensor:
-        tokens = torch.tensor(list(ids), dtype=torch.long, device=self.model.device)
-        return self.model.embed(tokens).expand(count, -1, -1)
+    @cached_property
+    def _template(self) -> tuple[Tensor, Tensor]:
+        """The embeddings before and behind a text, (T, D) each."""
+        tokens, device, dtype = self.tokens, self.model.device, self.model.dtype
+        before = torch.tensor([*tokens.start, *tokens.prefix], dtype=torch.long, device=device)
+        after = torch.tensor(list(tokens.suffix), dtype=torch.long, device=device)
+        return self.model.embed(before).to(dtype), self.model.embed(after).to(dtype)
+
+    def _labels(self, classes: Tensor) -> Tensor:
+        """The label tokens of groups of these classes, on the device: (K,), looked up once."""
+        key = tuple(classes.tolist())
+        if key not in self._found:
+            self._found[key] = torch.tensor([self.tokens.labels[number] for number in key], device=self.model.device)
+        return self._found[key]
+
+    @cached_property
+    def _found(self) -> dict[tuple[int, ...], Tensor]:
+        return {}
 
     def _mask(self, ids: Tensor) -> Tensor | None:
         if self.end is None:

@@ -192,7 +192,7 @@ class Model:
         Returns:
             (N, D).
         """
-        if mask is not None and bool(mask.all()):
+        if mask is not None and mask.device.type == "cpu" and bool(mask.all()):  # a GPU is not waited for
             mask = None
         if mask is not None:
             order = mask.argsort(dim=1, stable=True)

@@ -10,6 +10,7 @@ import torch
 
 from gradmm import admm, sharding
 from gradmm.config import SynthesisConfig
+from gradmm.device import COMPILED_FROM
 from gradmm.errors import require
 from gradmm.evaluation import LOGITS_AT_ONCE
 from gradmm.generation import Sampling
@@ -38,7 +39,7 @@ class Plan:
         classes: the label number of each group.
         per_class: how many texts of each class are kept.
         batch: groups of a unit of work.
-        solver: the solver's settings, with the groups that the model sees at once.
+        solver: the solver's settings, with the groups that the model sees at once; None where its device says how many.
     """
 
     model: Model
@@ -85,9 +86,7 @@ class Plan:
         length = opened + (config.length or release.length)
         _check_context(model, tokens, length, opened)
         end = _end_token(model, config)
-        batch, together = work_units(
-            model, len(tokens.start + tokens.prefix + tokens.suffix) + length, config, len(classes)
-        )
+        batch, together = work_units(model, config, len(classes))
         return Plan(
             model=model,
             task=task,
@@ -168,6 +167,12 @@ class Plan:
         """How many texts of each class a pool has."""
         return tuple(math.ceil(count * self.config.oversample) for count in self.per_class)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the inner steps are so many that compiled layers pay, on a GPU."""
+        steps = self.solver.outer_steps * self.solver.inner_steps
+        return self.model.device.type == "cuda" and steps >= COMPILED_FROM
+
     def batches(self) -> list[range]:
         """The numbers of the groups of each batch."""
         return [
@@ -192,23 +197,22 @@ def _check_context(model: Model, tokens: TaskTokens, length: int, opened: int) -
     )
 
 
-def work_units(model: Model, positions: int, config: SynthesisConfig, groups: int) -> tuple[int, int]:
+def work_units(model: Model, config: SynthesisConfig, groups: int) -> tuple[int, int | None]:
     """The groups of a batch, and the groups that the model sees at once in the solver's inner steps.
 
     Both follow from settings and shapes alone. Batches are as equal as can be, with about `TEXTS_PER_BATCH` at most. On
     a CPU an inner step sees one group, so that nothing that is computed of a group depends on the others, to the last
     bit; in bfloat16, where that does not hold anyway, two, and a batch has no half pass but the last one. Elsewhere it
-    sees as many groups as keep the activations within the size of the weights, and at least one.
+    sees as many as the memory holds, which is found out there: None.
 
     Args:
-        positions: tokens of a text with its template.
         groups: all groups of the run.
     """
     kind = kind_of(model.device)
     most = max(1, TEXTS_PER_BATCH[kind] // config.group_size)
     batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
     if kind != "cpu":
-        return batch, groups_at_once(ModelShape.of(model), positions, config.group_size, batch)
+        return batch, None
     together = min(batch, GROUPS_PER_PASS[model.dtype])
     whole = math.ceil(batch / together) * together
     return batch if config.groups_per_batch else min(groups, whole), together
@@ -280,11 +284,6 @@ class Work:
     gathered: int
 
 
-def groups_at_once(shape: ModelShape, positions: int, count: int, most: int) -> int:
-    """As many groups as keep the activations of an inner step within the size of the weights, from 1 to `most`."""
-    return min(most, max(1, shape.weights // _activations(shape, positions, count)))
-
-
 def _activations(shape: ModelShape, positions: int, texts: int) -> int:
     return ACTIVATION_NUMBERS * shape.layers * shape.width * positions * texts
 
@@ -306,7 +305,7 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
         "state": 2 * work.batch * state + shape.vocabulary * shape.wide,
     }
     phases = {
-        "start": _decode(shape, work, min(rows, Sampling.batch_size), 5) + 2 * work.batch * state,
+        "start": _decode(shape, work, min(rows, Sampling.batch_size), 5) + 3 * work.batch * state,
         "inner_steps": max(
             _inner_steps(shape, work) + 2 * work.batch * state + 8 * work.together * state, 8 * work.batch * state
         ),

@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -30,6 +30,7 @@ SNAPSHOT_SECONDS = 10.0
 CLOCK_COLUMNS = ["seconds"]
 RUN_FILES = ("README.md", "train.jsonl", "synthetic.jsonl", "history.jsonl", "timings.jsonl")
 RESULTS = Path("results")
+FITTED = "groups-at-once.json"
 NOT_FOR_RELEASE = "not-for-release"
 LARGE_BYTES = 1 << 26  # of larger files, such as weights, only size and time of change tell whether they are the same
 LONGEST_NAME = 40
@@ -205,7 +206,7 @@ class RunFolder:
         if place is None or not place.exists():
             return None
         tensors, metadata = files.read_tensors(place)
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        tensors = {name: tensor if name == "active" else tensor.to(device) for name, tensor in tensors.items()}
         try:
             rest = json.loads(metadata["result"])
             state = admm.State(**{name: tensors.pop(name) for name in ("x", "lam", "ids", "active")}, step=rest["step"])
@@ -227,6 +228,19 @@ class RunFolder:
             rest = {"step": state.step, "reason": result.reason, "history": result.history}
             files.write_tensors(place, tensors, {"result": json.dumps(rest)})
             self._saved = time.monotonic()
+
+    def fitted(self, device: torch.device, find: Callable[[], int]) -> int:
+        """How many groups a card's memory holds in one pass: found once a run, so that a resumed one goes on alike."""
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        held = self.manifest.setdefault("groups_at_once", {})
+        place = None if self.path is None else self.path / FITTED
+        if card not in held and place is not None and place.exists():
+            held.update(files.read_json(place))
+        if card not in held:
+            held[card] = find()
+            if place is not None:
+                files.write_json(place, held)
+        return held[card]
 
     def load_texts(self, unit: int) -> list[str] | None:
         """A unit of written texts, or None."""
@@ -280,7 +294,7 @@ def _held(folder: Path) -> dict:
 def _remove_leftovers(folder: Path) -> None:
     """Take unfinished work away: a run killed at its very end leaves it beside its results."""
     with suppress(OSError):  # results on a read-only disk are read all the same
-        for leftover in (*folder.glob("batch-*.safetensors"), *folder.glob("texts-*.json")):
+        for leftover in (*folder.glob("batch-*.safetensors"), *folder.glob("texts-*.json"), folder / FITTED):
             leftover.unlink(missing_ok=True)
 
 

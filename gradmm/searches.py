@@ -5,9 +5,12 @@ alone and saves as it goes, so that an interrupted run continues to the same byt
 tokens, D width.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import pandas
@@ -16,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gradmm import admm
+from gradmm.device import compiled_layers, fast_products, halving, most_at_once
 from gradmm.generation import Batch, Sampling, generate_counts, warn_of_prompts
 from gradmm.initialisation import Shape, best_of
 from gradmm.plan import MIN_TOKENS, Plan
@@ -25,6 +29,7 @@ from gradmm.runs import RunFolder
 from gradmm.seeds import generator, stream
 from gradmm.sharding import ProcessGroup
 
+LOG = logging.getLogger(__name__)
 OnStep = Callable[[int, admm.Result], None]
 
 
@@ -75,9 +80,7 @@ def _search_admm(plan: Plan, here: RunContext) -> SearchOutput:
     with tqdm(total=total, desc="matching", unit="step", disable=not here.progress) as bar:
 
         def run(number: int) -> admm.Result:
-            held = folder.load_result(number, plan.model.device)
-            bar.update(held.state.step if held else 0)
-            result = _solved(plan, number, held, _report(number, here, bar))
+            result = _solved(plan, number, here, _report(number, here, bar))
             folder.save_result(number, result)
             return result.without_vectors()
 
@@ -92,28 +95,55 @@ def _search_admm(plan: Plan, here: RunContext) -> SearchOutput:
     )
 
 
-def _solved(plan: Plan, number: int, held: admm.Result | None, report: Callable[[admm.Result], None]) -> admm.Result:
-    """A batch of groups at its end.
+def _solved(plan: Plan, number: int, here: RunContext, report: Callable[[admm.Result], None]) -> admm.Result:
+    """A batch of groups at its end, from where the folder has it.
 
     Args:
         number: of the batch.
-        held: what the folder holds of it.
         report: hears of each step.
     """
-    groups = plan.batches()[number]
-    classes = torch.tensor([plan.classes[group] for group in groups], device=plan.model.device)
-    return admm.solve(
-        lambda x, ids, which: plan.matching.of_vectors(x, ids, classes[which]),
-        lambda v, which: _projected(plan, v, classes[which]),
-        held or admm.start(_initial(plan, groups, classes)),
-        plan.solver,
-        report,
-    )
+    groups, model = plan.batches()[number], plan.model
+    classes = torch.tensor([plan.classes[group] for group in groups])
+    latest = [here.folder.load_result(number, model.device)]
+
+    def heard(result: admm.Result) -> None:
+        latest[0] = result  # where half of the groups at once go on, should the memory not hold them
+        report(result)
+
+    def solve(together: int) -> admm.Result:
+        return admm.solve(
+            lambda x, ids, which: plan.matching.of_vectors(x, ids, classes[which]),
+            lambda v, which: _projected(plan, v, classes[which]),
+            latest[0] or admm.start(_initial(plan, groups, classes, together)),
+            replace(plan.solver, groups_per_pass=together),
+            heard,
+            partial(compiled_layers, model.lm) if plan.compiles else nullcontext,
+        )
+
+    with fast_products(model.device):
+        together = plan.solver.groups_per_pass or here.folder.fitted(model.device, partial(_fitting, plan, classes))
+        return halving(solve, together, "groups")
+
+
+def _fitting(plan: Plan, classes: Tensor) -> int:
+    """How many groups of a batch the device's memory holds in one pass."""
+    shape = (len(classes), plan.config.group_size, plan.length)
+
+    def trial(size: int) -> None:
+        width = plan.model.embedding.shape[1]
+        wide = torch.promote_types(plan.model.dtype, torch.float32)
+        x = torch.ones(size, *shape[1:], width, dtype=wide, device=plan.model.device, requires_grad=True)
+        ids = torch.zeros(x.shape[:3], dtype=torch.long, device=x.device)
+        torch.autograd.grad(plan.matching.of_vectors(x, ids, classes[:size]).sum(), x)
+
+    size = most_at_once(trial, len(classes), plan.model.device)
+    LOG.info("%d of %d groups are seen at once", size, len(classes))
+    return size
 
 
 def _projected(plan: Plan, v: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """v (k, B, L, D) -> the readable texts' embeddings and tokens."""
-    rows = classes.repeat_interleave(v.shape[1])
+    rows = classes.repeat_interleave(v.shape[1]).to(v.device)
     tokens = plan.tokens
     ids = project(plan.model, plan.tables, v.flatten(0, 1), tokens.prompts, rows, plan.decoding, tokens.openings).view(
         v.shape[:3]
@@ -121,7 +151,7 @@ def _projected(plan: Plan, v: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     return plan.model.embed(ids).to(v.dtype), ids
 
 
-def _initial(plan: Plan, groups: range, classes: Tensor) -> Tensor:
+def _initial(plan: Plan, groups: range, classes: Tensor, together: int) -> Tensor:
     config = plan.config
     sources = [generator(config.seed, "initial x", group) for group in groups]
     shape = Shape(config.group_size, plan.length)
@@ -133,16 +163,20 @@ def _initial(plan: Plan, groups: range, classes: Tensor) -> Tensor:
         shape,
         classes,
         sources,
-        plan.solver.groups_per_pass,
+        together,
     )
 
 
 def _report(number: int, here: RunContext, bar: tqdm) -> Callable[[admm.Result], None]:
+    before = 0
+
     def report(result: admm.Result) -> None:
+        nonlocal before
         here.processes.check()
         if here.on_step is not None:
             here.on_step(number, result)
-        bar.update(1)
+        bar.update(result.state.step - before)  # what was taken before an interruption too
+        before = result.state.step
         bar.set_postfix(match_loss=f"{result.match_loss.mean().item():.4f}")
         here.folder.snapshot(number, result)
 

@@ -132,7 +132,7 @@ def synthesize(
     plan.check_processes()
     LOG.info(
         "%d groups of texts of %d tokens, %d in a batch, %s in a pass",
-        *(len(plan.classes), plan.length, plan.batch, plan.solver.groups_per_pass),
+        *(len(plan.classes), plan.length, plan.batch, plan.solver.groups_per_pass or "as many as fit"),
     )
     with sharding.processes(output) as processes, lock(output if processes.leads else None):
         show = progress and processes.leads

@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items):
     items[:] = [item for n in range(workers) for item in long[n::workers] + rest[n * part : (n + 1) * part]]
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 

@@ -390,14 +390,15 @@ def test_the_seconds_of_all_rows_are_those_of_the_run():
     assert 0 < sum(row["seconds"] for row in result.history) <= spent
 
 
-def test_what_is_made_lies_where_x_lies():
-    """The default device is another one, as it is for everything that should be on a GPU."""
-    x, config = draw(3, 1, 2, 2), admm.Config(groups_per_pass=2)
-    with torch.device("meta"):
-        begin = admm.start(x)
-        passes = admm._passes(begin.state.ids, config)
-    made = [*passes, begin.value, begin.match_loss, begin.state.active]
-    assert {tensor.device.type for tensor in made} == {"cpu"}
+def test_what_is_made_lies_where_x_lies_and_what_leads_the_host_on_the_cpu():
+    """x is on another device, as it is on a GPU."""
+    begin = admm.start(draw(3, 1, 2, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.isfinite", lambda x: torch.ones(1, dtype=torch.bool))
+        moved = admm.start(torch.empty(3, 1, 2, 2, device="meta"))
+    for name, there in (("value", "meta"), ("match_loss", "meta")):
+        assert getattr(moved, name).device.type == there and getattr(begin, name).device.type == "cpu"
+    assert moved.state.ids.device.type == "meta" and moved.state.active.device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", ["x", "lam"])

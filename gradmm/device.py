@@ -1,0 +1,187 @@
+"""What a GPU does better than a processor: steps replayed without the host, work as large as its memory, fast products.
+
+Knows no language model but its layers. On a CPU each function here is the plain thing: the step as it is, the whole
+work at once. So the code that runs on a card is the code that the tests run.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+
+from gradmm.errors import first_line, require
+
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+WARM_UP = 2  # runs before a capture: libraries choose their kernels and take their memory
+# Inner steps from which compiled layers pay. On an H100 the compiler took 2.7 s for a layer of phi-1.5, whose code all
+# layers share, and saved 7 ms of a captured step of 44 ms: 390 steps earn it.
+COMPILED_FROM = 500
+SHARE = 0.8  # of the free memory that a pass may take
+
+
+class Graphs:
+    """Steps captured as CUDA graphs, all in one pool of memory: what one replay leaves there, the next may overwrite.
+
+    A captured step reads and writes tensors that stay where they are, and asks for no number on the host. A step that
+    can't be captured (its model waits for the device) runs as it is, and the log says so.
+    """
+
+    def __init__(self, device: torch.device, within: Callable[[], AbstractContextManager] = nullcontext) -> None:
+        """
+        Args:
+            device: on any other than CUDA nothing is captured.
+            within: what surrounds a capture, such as `compiled_layers`.
+        """
+        self.device, self.within = device, within
+        self._replays: dict[object, Callable[[], object]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def of(self, key: object, step: Callable[[], None], begin: Callable[[], None]) -> Callable[[], object]:
+        """A step to be called as often as it takes; `begin` has been run last.
+
+        Args:
+            key: names the step and all that is not in its tensors: two of the same key are the same.
+            begin: puts the step's tensors at the beginning; capturing runs the step a few times.
+        """
+        if self._pool is not None and key not in self._replays:
+            self._replays[key] = self._captured(step)
+            begin()
+        return self._replays.get(key, step)
+
+    def _captured(self, step: Callable[[], None]) -> Callable[[], object]:
+        try:
+            with self.within():
+                return self._capture(step)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the compiler and the capture raise many kinds; each means: run it as it is
+            LOG.warning("a step can't be captured as a CUDA graph and runs as it is (%s)", first_line(error))
+            return step
+
+    def _capture(self, step: Callable[[], None]) -> Callable[[], object]:
+        aside, main = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        aside.wait_stream(main)
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                step()
+        main.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            step()
+        return graph.replay
+
+
+@contextmanager
+def compiled_layers(lm: torch.nn.Module) -> Iterator[None]:
+    """Within this the layers of a model run as the compiler has them: equal layers share one code.
+
+    The last layer stays as it is, since `Model.last_hidden` cuts its work short.
+    """
+    stacks = [part for part in lm.modules() if isinstance(part, torch.nn.ModuleList) and len(part) > 1]
+    layers = list(stacks[0])[:-1] if stacks else []
+    for layer in layers:
+        layer.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None  # what Module.compile sets; there is no method that takes it back
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Within this a GPU multiplies float32 matrices in TF32: not for a release, whose norms are its guarantee."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def most_at_once(trial: Callable[[int], object], most: int, device: torch.device) -> int:
+    """How many of `most` equal things a device's memory holds in one pass; on a CPU all of them.
+
+    What one takes in a trial pass, and what memory is free, say with how many to try; half as many each time that it
+    does not hold.
+
+    Args:
+        trial: a pass with so many of them.
+    """
+    if device.type != "cuda":
+        return most
+    trial(1)  # what libraries take for themselves
+    torch.cuda.reset_peak_memory_stats(device)
+    held = torch.cuda.memory_allocated(device)
+    trial(1)
+    one = max(1, torch.cuda.max_memory_allocated(device) - held)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+    passes = -(-most // max(1, min(most, int(SHARE * free) // one)))
+    size = -(-most // passes)  # passes of equal size
+
+    def tried(size: int) -> int:
+        trial(size)
+        return size
+
+    return halving(tried, size, "groups")
+
+
+def halving(work: Callable[[int], T], size: int, what: str) -> T:
+    """`work(size)`; where the device's memory does not hold it, with half of that, down to 1.
+
+    Args:
+        what: is counted, for messages.
+
+    Raises:
+        UserError: 1 is too much.
+    """
+    while True:
+        try:
+            return work(size)
+        except torch.OutOfMemoryError as error:
+            _require_smaller(size, what, error)
+        LOG.info("the device's memory does not hold %d %s: half of that is tried", size, what)
+        size = (size + 1) // 2
+        _forget()
+
+
+def in_batches(work: Callable[[list[int]], object], batches: Iterable[list[int]], what: str = "texts") -> None:
+    """`work(rows)` for each batch of rows; one that the device's memory does not hold is cut in halves.
+
+    Args:
+        work: gives the same for a row whatever is beside it, and changes nothing where it fails.
+        what: rows are, for messages.
+
+    Raises:
+        UserError: one row is too much.
+    """
+    waiting = list(batches)[::-1]
+    while waiting:
+        rows = waiting.pop()
+        try:
+            work(rows)
+            continue
+        except torch.OutOfMemoryError as error:
+            _require_smaller(len(rows), what, error)
+        _forget()
+        half = len(rows) // 2
+        waiting += [rows[half:], rows[:half]]
+
+
+def _require_smaller(size: int, what: str, error: torch.OutOfMemoryError) -> None:
+    require(
+        size > 1,
+        f"the device's memory does not hold 1 of the {what} ({first_line(error)}): take a smaller model, shorter texts "
+        "or dtype = 'bfloat16'",
+    )
+
+
+def _forget() -> None:
+    """Give back what a failed attempt held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -75,6 +75,11 @@ class Graphs:
         return graph.replay
 
 
+def free_to_ask(tensor: torch.Tensor) -> bool:
+    """Whether asking for a tensor's numbers makes nobody wait: on a CPU."""
+    return tensor.device.type == "cpu"
+
+
 @contextmanager
 def compiled_layers(lm: torch.nn.Module) -> Iterator[None]:
     """Within this the layers of a model run as the compiler has them: equal layers share one code.

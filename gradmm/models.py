@@ -33,6 +33,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from gradmm import files
+from gradmm.device import free_to_ask
 from gradmm.errors import UserError, first_line, require, require_flag, require_type, short_repr
 from gradmm.markup import plain_name
 from gradmm.progress import advance, announced, shown
@@ -192,7 +193,7 @@ class Model:
         Returns:
             (N, D).
         """
-        if mask is not None and mask.device.type == "cpu" and bool(mask.all()):  # a GPU is not waited for
+        if mask is not None and free_to_ask(mask) and bool(mask.all()):
             mask = None
         if mask is not None:
             order = mask.argsort(dim=1, stable=True)

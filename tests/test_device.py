@@ -1,0 +1,248 @@
+"""What a GPU does: steps that can be replayed, passes as large as the memory, compiled layers; checked without one."""
+
+import functools
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradmm import admm, device
+from gradmm.errors import UserError
+from gradmm.matching import Matching
+from gradmm.privacy import release
+from gradmm.tasks import Task, tokenize_task
+
+CPU = torch.device("cpu")
+# What makes a host wait for a GPU, or copies from it to the GPU: neither can be captured.
+WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "lift_fresh", "masked_select", "unique_dim"}
+TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
+REAL = [{"text": text, "label": label} for label, text in enumerate(("a dull plot", "a fine film"))]
+
+
+class Launches(TorchDispatchMode):
+    """Every operation with its shapes and plain arguments, and how many of them make a host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple] = []
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0]
+        self.waits += [name] * (name in WAITS)
+        self.seen.append((name, *map(_plain, args), *map(_plain, (kwargs or {}).values())))
+        return function(*args, **(kwargs or {}))
+
+
+def _plain(value):
+    """A tensor's shape, and what a captured step would hold for ever: plain numbers."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
+
+
+@contextmanager
+def as_on_a_gpu():
+    """Neither gradmm nor transformers looks at a mask's values, as where a step is captured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradmm.models.free_to_ask", lambda tensor: False)
+        patch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+        yield
+
+
+@pytest.fixture(params=["head", "label_rows", "label_rows_calibrated"])
+def matching(request, tiny_model, kind):
+    model = tiny_model(kind)
+    tokens = tokenize_task(TASK, model.tokenizer)
+    found = release(model, TASK, REAL, space=request.param)
+    return Matching(model, tokens, found.targets, found.space, end=model.ends[0])
+
+
+def inner_loop(matching, classes, **settings):
+    config = admm.Config(inner_steps=3, lr=0.05, **settings)
+    graphs = device.Graphs(CPU)
+    return admm.InnerLoop(lambda x, ids, which: matching.of_vectors(x, ids, classes[which]), config, graphs)
+
+
+def drawn(model, seed, groups=2):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(groups, 3, 4, model.embedding.shape[1], generator=draw, dtype=torch.float64)
+    ids = torch.randint(0, 9, (groups, 3, 4), generator=draw)
+    return x, ids
+
+
+def test_an_inner_step_waits_for_nothing_and_launches_the_same_whatever_its_numbers(matching):
+    """Then a graph captured from one step is right for all."""
+    classes = torch.tensor([0, 1])
+    inner = inner_loop(matching, classes)
+    with as_on_a_gpu():
+        runs = []
+        for seed in range(3):
+            x, ids = drawn(matching.model, seed)
+            inner.move(x, x + 0.1, 0 * x, ids, torch.arange(2))  # the first run looks up what is constant
+            held = inner._buffers[x.shape]
+            for step in (inner._look, inner._descend, inner._measure):
+                with Launches() as launches:
+                    step(held, torch.arange(2))
+                # Adam's count of steps, which lies on the CPU there and on the GPU where it is captured.
+                assert launches.waits == ["_local_scalar_dense"] * (step == inner._descend)
+                runs.append((step.__name__, launches.seen))
+    for name in ("_look", "_descend", "_measure"):
+        first, *others = (seen for known, seen in runs if known == name)
+        assert all(other == first for other in others)
+
+
+def test_the_masked_pass_of_a_gpu_equals_that_of_a_cpu(matching):
+    x, ids = drawn(matching.model, 5)
+    ids[0] = 1  # no text ends: a CPU leaves the mask out
+    classes = torch.tensor([1, 0])
+    plain = matching.of_vectors(x, ids, classes)
+    with as_on_a_gpu():
+        torch.testing.assert_close(matching.of_vectors(x, ids, classes), plain, rtol=1e-9, atol=1e-12)
+
+
+class Replays(device.Graphs):
+    """Captures as on a GPU, where the step's own functions then run no more: only what they launched is repeated."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self._pool, self.captured = object(), []
+
+    def _capture(self, step):
+        for _ in range(device.WARM_UP + 1):
+            step()
+        self.captured.append(step)
+        return step
+
+
+def test_what_is_replayed_equals_what_runs_as_it_is(matching):
+    classes = torch.tensor([0, 1, 1])
+    x, ids = drawn(matching.model, 7, groups=3)
+    z, lam = x + 0.2, 0.1 * x
+    plain = inner_loop(matching, classes)
+    expected = plain.move(x, z, lam, ids, torch.arange(3))
+    graphs = Replays()
+    inner = admm.InnerLoop(plain.objective, plain.config, graphs)
+    for _ in range(2):  # the second time with the graphs of the first
+        found = inner.move(x, z, lam, ids, torch.arange(3))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert len(graphs.captured) == 3  # a look, a descent, a measure
+    inner.move(x[1:], z[1:], lam[1:], ids[1:], torch.arange(1, 3))
+    assert len(graphs.captured) == 6  # other groups have other classes
+    torch.testing.assert_close(inner.move(x, z, lam, ids, torch.arange(3)), expected, rtol=0, atol=0)
+
+
+def test_a_whole_solution_is_the_same_with_replays(monkeypatch):
+    centres = torch.randn(5, 2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    config = admm.Config(rho=0.5, outer_steps=3, inner_steps=4, lr=0.05, groups_per_pass=2)
+
+    def solved():
+        return admm.solve(
+            lambda x, ids, groups: (x - centres[groups]).square().sum((1, 2, 3)),
+            lambda v, groups: (v.round(), v.round().long()[..., 0]),
+            admm.start(0 * centres),
+            config,
+        )
+
+    plain = solved()
+    monkeypatch.setattr(admm, "Graphs", lambda *_: Replays())
+    assert torch.equal(solved().value, plain.value) and torch.equal(solved().match_loss, plain.match_loss)
+
+
+def test_a_step_that_can_not_be_captured_runs_as_it_is(caplog):
+    class Failing(Replays):
+        def _capture(self, step):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    runs, begins = [], []
+    run = Failing().of("step", lambda: runs.append(1), lambda: begins.append(1))
+    run()
+    assert runs == [1] and begins == [1]
+    assert "runs as it is (RuntimeError: operation not permitted when stream is capturing)" in caplog.text
+
+
+def test_a_capture_that_the_memory_does_not_hold_is_no_reason_to_go_on_without():
+    class Full(Replays):
+        def _capture(self, step):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Full().of("step", lambda: None, lambda: None)
+
+
+@pytest.mark.parametrize(("most", "holds", "tried"), [(20, 20, [20]), (20, 6, [20, 10, 5]), (7, 1, [7, 4, 2, 1])])
+def test_what_the_memory_does_not_hold_is_halved(most, holds, tried):
+    sizes = []
+
+    def work(size):
+        sizes.append(size)
+        if size > holds:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return size
+
+    assert device.halving(work, most, "groups") == tried[-1] and sizes == tried
+
+
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_batches_that_the_memory_does_not_hold_are_cut_in_order(count):
+    done = []
+
+    def work(rows):
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.extend(rows)
+
+    device.in_batches(work, [list(range(count)), [100, 101]])
+    assert done == [*range(count), 100, 101]
+
+
+def test_one_that_the_memory_does_not_hold_is_refused_in_a_sentence():
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    for attempt in (lambda: device.halving(full, 4, "groups"), lambda: device.in_batches(full, [[0, 1]], "groups")):
+        with pytest.raises(UserError, match=r"memory does not hold 1 of the groups \(.*2.00 GiB\): take a smaller"):
+            attempt()
+
+
+@pytest.mark.parametrize(("free", "held", "expected"), [(100.0, 0.0, 20), (9.0, 1.0, 7), (1.0, 0.0, 1)])
+def test_as_many_at_once_as_a_trial_pass_says_in_passes_of_equal_size(monkeypatch, free, held, expected):
+    """A card on which one group takes 1 GB, and which has less for two than it said."""
+    giga, tried = 1 << 30, []
+    for name, value in (
+        ("reset_peak_memory_stats", None), ("memory_allocated", held * giga),
+        ("max_memory_allocated", (held + 1) * giga), ("memory_reserved", held * giga),
+        ("mem_get_info", (free * giga, 0)),
+    ):  # fmt: skip
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value: value)
+    assert device.most_at_once(tried.append, 20, torch.device("cuda")) == expected
+    assert tried == [1, 1, expected]
+    assert device.most_at_once(tried.append, 20, CPU) == 20 and len(tried) == 3
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_compiled_layers_share_one_code_and_give_the_same(tiny_model, kind, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    model = tiny_model(kind)
+    embeds = model.embed(torch.arange(5)[None])
+    plain = model.last_hidden(embeds)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with device.compiled_layers(model.lm):
+        torch.testing.assert_close(model.last_hidden(embeds), plain, rtol=1e-9, atol=1e-12)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # of two layers the last is left alone
+    torch._dynamo.utils.counters.clear()
+    model.last_hidden(embeds)
+    assert not torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+
+
+def test_fast_products_are_those_of_a_gpu_and_end():
+    flag = torch.backends.cuda.matmul
+    assert not flag.allow_tf32
+    with device.fast_products(torch.device("cuda")):
+        assert flag.allow_tf32
+    with device.fast_products(CPU):
+        assert not flag.allow_tf32
+    assert not flag.allow_tf32

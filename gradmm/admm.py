@@ -252,8 +252,7 @@ class InnerLoop:
         held.ids.copy_(ids)
         self._run(held, groups, z, z, self._look, 1)
         match_z = held.match.clone()
-        self._run(held, groups, old, z - lam / rho, self._descend, self.config.inner_steps)
-        x, inner_gradient = held.value.detach().clone(), held.norm.clone()
+        x, inner_gradient = self._minimise(held, groups, old, z - lam / rho)
         self._run(held, groups, x, z, self._measure, 1)
         return x, {
             "match_x": held.match.clone(),
@@ -263,6 +262,11 @@ class InnerLoop:
             "stationarity": _norm(held.gradient + (lam + rho * (x - z))),
             "inner_gradient": inner_gradient,
         }
+
+    def _minimise(self, held: "_Buffers", groups: Tensor, x: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """All inner steps from x: (x, the last gradient norm of each group)."""
+        self._run(held, groups, x, anchor, self._descend, self.config.inner_steps)
+        return held.value.detach().clone(), held.norm.clone()
 
     def _run(self, held: "_Buffers", groups: Tensor, x: Tensor, anchor: Tensor, what: Callable, times: int) -> None:
         """A step of these groups from x, so many times."""

@@ -17,7 +17,7 @@ from gradmm.models import Model, require_model
 from gradmm.rows import SPLITS
 from gradmm.tasks import PROBE, Task, TaskTokens, tokenize_task
 
-TOKENS_PER_BATCH = 1024
+TOKENS_PER_BATCH = 1024  # on a CPU
 
 
 @dataclass(frozen=True)
@@ -95,18 +95,20 @@ def _check_lengths(model: Model, tokens: TaskTokens, examples: Sequence[Example]
     model.check_lengths([tokens.sequence(example.text) for example in some], places)
 
 
-def evaluate(model: Model, task: Task, examples: Iterable, tokens_per_batch: int = TOKENS_PER_BATCH) -> Evaluation:
+def evaluate(model: Model, task: Task, examples: Iterable, tokens_per_batch: int | None = None) -> Evaluation:
     """Predict the label of each example: the likeliest of the C verbalizers after the prompt.
 
     Args:
         examples: whatever `check_examples` takes, such as a split of `load_data` or the `kept` of a synthesis.
-        tokens_per_batch: tokens of one pass, padding included; it changes speed and memory alone.
+        tokens_per_batch: tokens of one pass, padding included, which change speed and memory alone; None suits the
+            device.
 
     Raises:
         UserError: no examples, a label that the task does not know, or a text longer than the model's context.
     """
     require_model(model)
-    tokens_per_batch = require_whole(tokens_per_batch, "tokens_per_batch", 1)
+    if tokens_per_batch is not None:
+        tokens_per_batch = require_whole(tokens_per_batch, "tokens_per_batch", 1)
     tokens = tokenize_task(task, model.tokenizer)
     return score(model, tokens, Encoded.of(model, task, tokens, examples, "test"), tokens_per_batch)
 
@@ -131,7 +133,7 @@ def evaluate_calibrated(model: Model, task: Task, examples: Iterable, texts: Seq
         "there are 0 texts to calibrate on, at least 1 is needed: give some, such as the validation texts",
     )
     data = Encoded.of(model, task, tokens, examples, "test")
-    return score(model, tokens, data, TOKENS_PER_BATCH, label_preference(model, tokens, texts))
+    return score(model, tokens, data, None, label_preference(model, tokens, texts))
 
 
 def label_preference(model: Model, tokens: TaskTokens, texts: Sequence[str]) -> Tensor:
@@ -148,14 +150,15 @@ def label_logs(model: Model, tokens: TaskTokens, texts: Sequence[str]) -> Tensor
 
 @torch.no_grad()
 def score(
-    model: Model, tokens: TaskTokens, data: Encoded, tokens_per_batch: int, preference: Tensor | float = 0.0
+    model: Model, tokens: TaskTokens, data: Encoded, tokens_per_batch: int | None, preference: Tensor | float = 0.0
 ) -> Evaluation:
     """As `evaluate`, of examples that are encoded already.
 
     Args:
-        tokens_per_batch: tokens of one pass, padding included.
+        tokens_per_batch: tokens of one pass, padding included; None suits the device.
         preference: (C,) what is taken from the logits.
     """
+    tokens_per_batch = tokens_per_batch or model.tokens_at_once(TOKENS_PER_BATCH)
     logits = model.logits_of(model.hidden_of(data.sequences, tokens_per_batch), tokens.labels) - preference
     labels, predictions = data.labels.tolist(), logits.argmax(-1).tolist()
     classes = list(range(len(tokens.labels)))

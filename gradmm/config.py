@@ -297,9 +297,9 @@ class FinetuneConfig:
         gradient_clip: largest norm of the whole gradient.
         max_validation: validation examples used at most, drawn with the seed; None uses all.
         tokens_per_batch: tokens of one pass, padding included; a step's batch is cut in pieces of similar length, which
-            changes speed and memory but not the gradient.
+            changes speed and memory but not the gradient. None: 512 on a CPU, on a GPU what its memory holds.
         autocast: compute in bfloat16 with weights kept in float32 (float64 models are left alone); seldom faster on a
-            CPU.
+            CPU. None: on a GPU that multiplies it fast.
         adapter: what learns: None is every parameter, "lora" a LoRA adapter beside every linear layer but the head,
             which wants rates about ten times higher and needs the extra `gradmm[lora]`.
         adapter_rank: rank of the adapter's matrices.
@@ -315,8 +315,8 @@ class FinetuneConfig:
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     max_validation: int | None = 300
-    tokens_per_batch: int = 512
-    autocast: bool = False
+    tokens_per_batch: int | None = None
+    autocast: bool | None = None
     adapter: str | None = None
     adapter_rank: int = 8
     seed: int = 0

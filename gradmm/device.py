@@ -75,6 +75,11 @@ class Graphs:
         return graph.replay
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU's whole memory, whatever is free of it, so that batches follow from the card; 0 of a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
 def free_to_ask(tensor: torch.Tensor) -> bool:
     """Whether asking for a tensor's numbers makes nobody wait: on a CPU."""
     return tensor.device.type == "cpu"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
+from gradmm.device import in_batches
 from gradmm.errors import require
-from gradmm.models import TOKENS_PER_BATCH, Model, batches_by_length, pad_left
+from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.progress import advance
 from gradmm.tasks import from_start
 
@@ -36,11 +37,14 @@ class Perplexity:
     tokens: tuple[int, ...]
 
 
-def perplexity(model: Model, texts: Sequence[str], tokens_per_batch: int = TOKENS_PER_BATCH) -> Perplexity:
+def perplexity(model: Model, texts: Sequence[str], tokens_per_batch: int | None = None) -> Perplexity:
     """The perplexity of texts, each read alone as the tokenizer begins a text (`tasks.from_start`).
 
     What stands before the text is given and does not count. A tokenizer that puts nothing there gives the first token
     away, unless it is the only one. A text too unlikely for a float64 exponential has infinity.
+
+    Args:
+        tokens_per_batch: tokens of one pass, padding included; None: `Model.tokens_at_once`.
 
     Raises:
         UserError: no texts, a text without a token to predict, or one longer than the model's context.
@@ -67,14 +71,15 @@ def _from_start(model: Model, texts: Sequence[str]) -> list[list[int]]:
 
 @torch.no_grad()
 def _negative_log_likelihoods(
-    model: Model, sequences: list[list[int]], tokens_per_batch: int
+    model: Model, sequences: list[list[int]], tokens_per_batch: int | None
 ) -> tuple[list[float], list[int]]:
     """Sums over each sequence's tokens after the first, in nats, and their numbers."""
     model.check_lengths(sequences)
     short = [number for number, sequence in enumerate(sequences, 1) if len(sequence) < 2]
     require(not short, f"text {short[:1]} has no token to predict: every text needs a word")
     sums = torch.zeros(len(sequences), dtype=torch.float64)
-    for rows in batches_by_length(sequences, tokens_per_batch):
+
+    def read(rows: list[int]) -> None:
         ids, mask = pad_left([sequences[row] for row in rows], model.device)
         known = None if bool(mask.all()) else mask
         hidden = model.body(input_ids=ids, attention_mask=known, use_cache=False).last_hidden_state
@@ -83,6 +88,8 @@ def _negative_log_likelihoods(
         losses[predicted] = _token_losses(model, hidden[:, :-1][predicted], ids[:, 1:][predicted])
         sums[rows] = losses.sum(1).cpu()
         advance(len(rows))
+
+    in_batches(read, batches_by_length(sequences, tokens_per_batch or model.tokens_at_once()))
     return sums.tolist(), [len(sequence) - 1 for sequence in sequences]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gradmm import files
-from gradmm.classification import TOKENS_PER_BATCH, Encoded, Evaluation, score
+from gradmm.classification import Encoded, Evaluation, score
 from gradmm.config import FinetuneConfig
 from gradmm.data import Example, check_examples, refuse_overlap
 from gradmm.errors import UserError, first_line, require, require_flag, require_type
@@ -139,7 +139,7 @@ def finetune(
             look = show if on_look is None else lambda row: (show(row), on_look(row))
             found = fit(model, task, train, validation, config, look, saved)
         with shown(progress), stage("testing", len(asked.sequences)):
-            tested = score(found.model, tokens, asked, TOKENS_PER_BATCH)
+            tested = score(found.model, tokens, asked, None)
         result = FinetuneResult(
             test=tested,
             learning_rate=found.learning_rate,

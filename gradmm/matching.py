@@ -143,8 +143,24 @@ class Matching:
         return torch.cat(parts)
 
     def factors(self, texts: Sequence[str], classes: Sequence[int]) -> Factors:
-        """The gradients of texts as factor pairs in the targets' coordinates, see `factors_of`."""
-        return factors_of(self.model, self.tokens, self.space, [self.tokens.sequence(text) for text in texts], classes)
+        """The gradients of texts as factor pairs in the targets' coordinates, see `factors_of`.
+
+        Those of a few texts, such as the kept ones of a class, are remembered until all classes have been asked for.
+        """
+        key = (tuple(texts), tuple(classes))
+        if key in self._remembered:
+            return self._remembered[key]
+        sequences = [self.tokens.sequence(text) for text in texts]
+        found = factors_of(self.model, self.tokens, self.space, sequences, classes)
+        if len(texts) <= ROWS_PER_BLOCK:
+            while len(self._remembered) >= max(1, len(self.targets)):
+                del self._remembered[next(iter(self._remembered))]
+            self._remembered[key] = found
+        return found
+
+    @cached_property
+    def _remembered(self) -> dict[tuple, Factors]:
+        return {}
 
     def _around(self, x: Tensor) -> Tensor:
         """The template's embeddings, constants, around x: (N, L, D) -> (N, T, D)."""

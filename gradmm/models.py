@@ -33,7 +33,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from gradmm import files
-from gradmm.device import free_to_ask
+from gradmm.device import fast_products, free_to_ask, in_batches, memory_of
 from gradmm.errors import UserError, first_line, require, require_flag, require_type, short_repr
 from gradmm.markup import plain_name
 from gradmm.progress import advance, announced, shown
@@ -54,13 +54,49 @@ INSTRUCTIONS = (*FAST, "bf16")  # and ARM's, about whose speed nothing is known 
 # oneDNN's and PyTorch's cache of compiled products.
 COMPILED = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 KEPT = "64"  # of each: a step has some twenty shapes of product
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 2048  # on a CPU; on a GPU what this share of its memory holds, within bounds
+MEMORY_SHARE, MOST_TOKENS = 0.2, 1 << 16
+# Numbers a layer, token and width unit held between forward and backward: 10 to 22 by family, measured.
+ACTIVATION_NUMBERS = 24
 ONE_DEVICE = (
     "a model stands on one device here: leave device_map out, give device such as 'cuda:0', and dtype='bfloat16' for "
     "half the memory"
 )
 HEAD_SCALE = 1000.0
 LARGEST_LOGIT = 1e4  # of the check in float16, which ends at 65,504
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A language model in numbers.
+
+    Attributes:
+        layers, width, inner, vocabulary: of the body (inner: width within a feed-forward block) and the head.
+        weights: numbers in all, shared ones once.
+        bytes: of one number.
+    """
+
+    layers: int
+    width: int
+    inner: int
+    vocabulary: int
+    weights: int
+    bytes: int
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number of the ADMM state and of matching sums: float32 at least."""
+        return max(4, self.bytes)
+
+    @staticmethod
+    def of(model: "Model") -> "ModelShape":
+        """A loaded model's."""
+        config, width = model.lm.config, model.head_weight.shape[1]
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * width
+        weights = sum(weight.numel() for weight in model.lm.parameters())
+        return ModelShape(
+            config.num_hidden_layers, width, inner, model.head_weight.shape[0], weights, model.dtype.itemsize
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +215,8 @@ class Model:
         if mask is not None and self._takes_positions:
             length = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[1]
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        return self.lm.base_model(**inputs)
+        with fast_products(self.device):
+            return self.lm.base_model(**inputs)
 
     def last_hidden(self, embeds: Tensor, mask: Tensor | None = None) -> Tensor:
         """The state that the head reads at the last position.
@@ -208,9 +245,26 @@ class Model:
         # gradient.
         return layer(ids) if self._scales_embeddings else layer.weight[ids]
 
+    def tokens_at_once(self, on_cpu: int = TOKENS_PER_BATCH, backward: bool = False) -> int:
+        """Tokens of a batch of texts, padding included; they change speed and memory alone.
+
+        Args:
+            on_cpu: how many on a CPU. On a GPU as many as a share of its memory holds, by arithmetic.
+            backward: whether all layers' values are kept for a backward pass.
+        """
+        memory = memory_of(self.device)
+        if not memory:
+            return on_cpu
+        shape = ModelShape.of(self)
+        numbers = ACTIVATION_NUMBERS * shape.layers * shape.width if backward else 4 * shape.inner + 8 * shape.width
+        return min(MOST_TOKENS, max(on_cpu, int(MEMORY_SHARE * memory) // (numbers * shape.bytes)))
+
     @torch.no_grad()
-    def hidden_of(self, sequences: Sequence[Sequence[int]], tokens_per_batch: int = TOKENS_PER_BATCH) -> Tensor:
+    def hidden_of(self, sequences: Sequence[Sequence[int]], tokens_per_batch: int | None = None) -> Tensor:
         """The last hidden state of token sequences of any lengths, in batches of similar length.
+
+        Args:
+            tokens_per_batch: None: `tokens_at_once`.
 
         Returns:
             (N, D) in the order of `sequences`.
@@ -220,10 +274,13 @@ class Model:
         """
         self.check_lengths(sequences)
         states = torch.empty(len(sequences), self.head_weight.shape[1], device=self.device, dtype=self.dtype)
-        for rows in batches_by_length(sequences, tokens_per_batch):
+
+        def read(rows: list[int]) -> None:
             ids, mask = pad_left([sequences[row] for row in rows], self.device)
             states[rows] = self.last_hidden(self.embed(ids), mask)
             advance(len(rows))
+
+        in_batches(read, batches_by_length(sequences, tokens_per_batch or self.tokens_at_once()))
         return states
 
     def check_lengths(self, sequences: Sequence[Sequence[int]], places: Sequence[str] = ()) -> None:
@@ -380,9 +437,10 @@ def load_model(
         revision: a hub commit, tag or branch; the commit found is recorded in `Model.revision`.
         device: default "cuda" if there is one, else "cpu"; "cuda" is the GPU of this process's number where a launcher
             started several on this machine, else the first.
-        dtype: "float32" (default), "bfloat16", "float16", "float64", or "auto": bfloat16 where the device multiplies it
-            fast (see `fast_dtype`), else float32. "bfloat16" on a processor without instructions for it warns and loads
-            float32. Only float32 and float64 on a CPU give the same bytes on every run of a machine type.
+        dtype: "float32" (default on a CPU), "bfloat16", "float16", "float64", or "auto" (default on a GPU): bfloat16
+            where the device multiplies it fast (see `fast_dtype`), else float32. "bfloat16" on a processor without
+            instructions for it warns and loads float32. Only float32 and float64 on a CPU give the same bytes on every
+            run of a machine type.
         device_map: refused: a model stands on one device.
         progress: whether a line on stderr says so if it takes more than two seconds.
 
@@ -604,7 +662,7 @@ def _has_any(names: tuple[str, ...]) -> bool:
 
 def _dtype(dtype, device: torch.device) -> torch.dtype:
     require_type(dtype, str | torch.dtype | None, "the dtype", f"use one of {', '.join(DTYPES)} or auto")
-    if dtype == "auto":
+    if dtype == "auto" or (dtype in (None, "") and device.type == "cuda"):
         return fast_dtype(device)
     found = DTYPES.get(dtype or "float32", dtype)
     require(found in DTYPES.values(), f"the dtype {dtype!r} is not usable: use one of {', '.join(DTYPES)} or auto")

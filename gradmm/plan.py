@@ -15,7 +15,7 @@ from gradmm.errors import require
 from gradmm.evaluation import LOGITS_AT_ONCE
 from gradmm.generation import Sampling
 from gradmm.matching import ROWS_PER_BLOCK, Matching
-from gradmm.models import TOKENS_PER_BATCH, Model, kind_of
+from gradmm.models import ACTIVATION_NUMBERS, TOKENS_PER_BATCH, Model, ModelShape, kind_of
 from gradmm.privacy import Release
 from gradmm.projection import DecodingConfig, TokenTables, gathered_numbers
 from gradmm.selection import Selector
@@ -219,42 +219,6 @@ def work_units(model: Model, config: SynthesisConfig, groups: int) -> tuple[int,
 
 
 # ---------------------------------------------------------------- how much goes side by side
-
-# Numbers a layer, token and width unit held between forward and backward: 10 to 22 by family, measured.
-ACTIVATION_NUMBERS = 24
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A language model in numbers.
-
-    Attributes:
-        layers, width, inner, vocabulary: of the body (inner: width within a feed-forward block) and the head.
-        weights: numbers in all, shared ones once.
-        bytes: of one number.
-    """
-
-    layers: int
-    width: int
-    inner: int
-    vocabulary: int
-    weights: int
-    bytes: int
-
-    @property
-    def wide(self) -> int:
-        """Bytes of a number of the ADMM state and of matching sums: float32 at least."""
-        return max(4, self.bytes)
-
-    @staticmethod
-    def of(model: Model) -> "ModelShape":
-        """A loaded model's."""
-        config, width = model.lm.config, model.head_weight.shape[1]
-        inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * width
-        weights = sum(weight.numel() for weight in model.lm.parameters())
-        return ModelShape(
-            config.num_hidden_layers, width, inner, model.head_weight.shape[0], weights, model.dtype.itemsize
-        )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradmm import files
 from gradmm.classification import label_logs, label_preference
+from gradmm.device import in_batches
 from gradmm.errors import require, require_texts, require_whole
 from gradmm.generation import prompted_texts
 from gradmm.gradients import Factors, HeadSpace, LabelSpace, Space
@@ -44,7 +45,6 @@ PREFERENCE_ERROR = 0.15
 DEFAULT_DIRECTIONS = 4  # keeps most of what sets the classes apart and little room for noise; notebook 04 measures it
 RANK_TOLERANCE = 1e-6
 RANK = 16  # r of the body's sketch
-TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +96,12 @@ class BodySketch:
         wide = torch.promote_types(model.dtype, torch.float32)
         found = torch.zeros(len(sequences), self.size(model), dtype=wide, device=model.device)
         labels = torch.tensor(list(classes), device=model.device)
-        for rows in batches_by_length(sequences, TOKENS_PER_BATCH):
+
+        def read(rows: list[int]) -> None:
             found[rows] = self._batch(model, tokens, [sequences[row] for row in rows], labels[rows])
             advance(len(rows))
+
+        in_batches(read, batches_by_length(sequences, model.tokens_at_once(backward=True)))
         return Factors(torch.ones(len(sequences), 1, dtype=wide, device=model.device), found)
 
     def _batch(self, model: Model, tokens: TaskTokens, sequences: Sequence[Sequence[int]], labels: Tensor) -> Tensor:

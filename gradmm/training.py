@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -18,10 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from gradmm.classification import Encoded, score
 from gradmm.config import FinetuneConfig
+from gradmm.device import fast_products, halving
 from gradmm.errors import UserError
-from gradmm.models import Model, batches_by_length, pad_left
+from gradmm.models import Model, batches_by_length, fast_dtype, pad_left
 from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
+
+TOKENS_PER_STEP = 512  # of a pass on a CPU
 
 
 def trainable_copy(model: Model, config: FinetuneConfig | None = None) -> Model:
@@ -144,7 +148,8 @@ def _look(
     model: Model, tokens: TaskTokens, looks: Encoded, rate: float, step: int, losses: list[float], config
 ) -> dict:
     with _precision(model, config):
-        found = score(model, tokens, looks, config.tokens_per_batch)
+        size = config.tokens_per_batch or model.tokens_at_once(TOKENS_PER_STEP)
+        found = score(model, tokens, looks, size)
     return {
         "learning_rate": rate,
         "step": step,
@@ -170,23 +175,34 @@ def take_step(
     model: Model, tokens: TaskTokens, data: Encoded, rows: list[int], optimizer, config: FinetuneConfig
 ) -> float:
     """One AdamW step on the mean loss of a batch; returns that loss before the step."""
+    size = config.tokens_per_batch or model.tokens_at_once(TOKENS_PER_STEP, backward=True)
+    with fast_products(model.device):
+        losses = halving(partial(_add_gradients, model, tokens, data, rows, optimizer, config), size, "tokens")
+        torch.nn.utils.clip_grad_norm_(model.lm.parameters(), config.gradient_clip)
+        optimizer.step()
+    return sum(torch.stack(losses).tolist())
+
+
+def _add_gradients(
+    model: Model, tokens: TaskTokens, data: Encoded, rows: list[int], optimizer, config: FinetuneConfig, size: int
+) -> list[Tensor]:
+    """The gradient of a batch's mean loss in pieces of at most `size` tokens; returns their parts of the loss."""
     optimizer.zero_grad()
-    sequences, total = [data.sequences[row] for row in rows], 0.0
-    for piece in batches_by_length(sequences, config.tokens_per_batch):
+    sequences, losses = [data.sequences[row] for row in rows], []
+    for piece in batches_by_length(sequences, size):
         ids, mask = pad_left([sequences[place] for place in piece], model.device)
         with _precision(model, config):
             hidden = model.last_hidden(model.embed(ids), mask)
         labels = data.labels[[rows[place] for place in piece]]
         loss = cross_entropy(model.logits_of(hidden, tokens.labels), labels, reduction="sum") / len(rows)
         loss.backward()
-        total += float(loss.detach())
-    torch.nn.utils.clip_grad_norm_(model.lm.parameters(), config.gradient_clip)
-    optimizer.step()
-    return total
+        losses.append(loss.detach())
+    return losses
 
 
 def _precision(model: Model, config: FinetuneConfig):
-    enabled = config.autocast and model.dtype == torch.float32
+    wanted = fast_dtype(model.device) == torch.bfloat16 and model.device.type == "cuda"
+    enabled = (wanted if config.autocast is None else config.autocast) and model.dtype == torch.float32
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 
 

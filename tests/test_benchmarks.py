@@ -64,8 +64,8 @@ def test_one_group_becomes_all_of_them(benchmark, tmp_path):
 
 def test_words_are_read_as_they_are_written(benchmark):
     tokenizer = benchmark("whole_synthesis").word_tokenizer(50)
-    assert len(tokenizer) == 50 and tokenizer("w11 w49", add_special_tokens=False)["input_ids"] == [11, 49]
-    assert tokenizer.decode([11, 49]) == "w11 w49" and tokenizer.eos_token_id == 0
+    assert len(tokenizer) == 50 and tokenizer("w11 w48 .", add_special_tokens=False)["input_ids"] == [11, 48, 49]
+    assert tokenizer.decode([11, 49]) == "w11 ." and tokenizer.eos_token_id == 0
 
 
 def test_one_step_and_one_projection_against_the_literal_ones(benchmark, tmp_path):
@@ -74,3 +74,24 @@ def test_one_step_and_one_projection_against_the_literal_ones(benchmark, tmp_pat
     assert records.read_record(tmp_path / "r.json")["results"] == {"rows": rows}
     assert [row["work"] for row in rows] == ["inner step", "projection, lm_then_nearest", "projection, nearest_then_lm"]
     assert rows[0]["disagreement"] < 1e-3 and rows[1]["disagreement"] == rows[2]["disagreement"] == 0
+
+
+def test_every_part_of_a_card_is_measured_where_there_is_none(benchmark, tmp_path, capsys):
+    sizes = "--class-groups 1 --count 2 --length 6 --top-k 5 --real 4 --candidates 2 --outer-steps 1 --inner-steps 3"
+    more = f"--groups 1 2 --texts 8 --training-steps 2 --product 64 --output {tmp_path / 'gpu-none.json'}"
+    rows = benchmark("gpu").main([*"--device cpu --dtype float32 --shapes tiny".split(), *sizes.split(), *more.split()])
+    assert not [row for row in rows if "not measured" in row] and len(rows) == 12
+    assert records.read_record(tmp_path / "gpu-none.json")["results"]["rows"] == rows
+    assert "inner step, 2 group(s), compiled" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_or_comes_too_late_is_a_row_and_stops_no_other(benchmark, monkeypatch):
+    script = benchmark("gpu")
+    monkeypatch.setitem(script.PARTS, "pool", lambda bench: 1 / 0)
+    command = (
+        "--device cpu --dtype float32 --shapes tiny --parts pool projection --product 64 --real 4 --class-groups 1"
+    )
+    failed, done = script.main([*command.split(), "--count", "2", "--top-k", "5"])[1:]
+    assert failed["not measured"] == "ZeroDivisionError: division by zero" and done["milliseconds"] > 0
+    late = script.main([*command.split(), "--count", "2", "--top-k", "5", "--budget", "0"])[1:]
+    assert {row["not measured"] for row in late} == {"Unmeasured: the budget of seconds is spent"}

@@ -27,6 +27,15 @@ from gradmm.vocabulary import Vocabulary
 SHAPES = {
     "tiny": {"vocabulary": 500, "width": 64, "layers": 2, "heads": 2, "context": 128},
     "small": {"vocabulary": 20_000, "width": 512, "layers": 6, "heads": 8, "context": 128},
+    "smollm2": {
+        "vocabulary": 49_152,
+        "width": 576,
+        "layers": 30,
+        "heads": 9,
+        "kv_heads": 3,
+        "inner": 1536,
+        "context": 2048,
+    },
     "phi-1.5": {"vocabulary": 51_200, "width": 2048, "layers": 24, "heads": 32, "context": 2048, "family": "phi"},
 }
 PROMPT, TAIL, LABEL, REAL = tuple(range(1, 7)), (7, 8), 9, 50
@@ -42,15 +51,17 @@ def random_model(shape: str, device: str, dtype: str = "float32") -> Model:
         size.get("family", "llama"),
         vocab_size=size["vocabulary"],
         hidden_size=size["width"],
-        intermediate_size=4 * size["width"],
+        intermediate_size=size.get("inner", 4 * size["width"]),
         num_hidden_layers=size["layers"],
         num_attention_heads=size["heads"],
+        num_key_value_heads=size.get("kv_heads", size["heads"]),
         max_position_embeddings=size["context"],
         initializer_range=0.05,
         bos_token_id=0,
         eos_token_id=0,
     )
-    lm = transformers.AutoModelForCausalLM.from_config(config).to(device, DTYPES[dtype]).eval().requires_grad_(False)
+    with torch.device(device):  # drawn there: on a CPU phi-1.5's weights take half a minute
+        lm = transformers.AutoModelForCausalLM.from_config(config).to(DTYPES[dtype]).eval().requires_grad_(False)
     use_fast_kernels(lm)
     return Model(lm, None, shape, None, "random")
 

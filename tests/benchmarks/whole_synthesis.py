@@ -43,8 +43,8 @@ QUICK = {"outer_steps": 1, "inner_steps": 2}
 
 
 def word_tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of `size` tokens: an end, an unknown and the words w2, w3 and so on, with spaces between them."""
-    words = {END: 0, UNKNOWN: 1} | {f"w{number}": number for number in range(2, size)}
+    """A tokenizer of `size` tokens: an end, an unknown, the words w2, w3 and so on with spaces between, a full stop."""
+    words = {END: 0, UNKNOWN: 1} | {f"w{number}": number for number in range(2, size - 1)} | {".": size - 1}
     inner = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=END, eos_token=END, unk_token=UNKNOWN)
@@ -59,7 +59,7 @@ def worded_model(shape: str, device: str, dtype: str = "float32") -> Model:
 def worded_examples(shape: str, count: int, length: int) -> list[Example]:
     """Real examples of random words, as many of either class."""
     source = torch.Generator().manual_seed(1)
-    rows = torch.randint(FIRST_WORD, SHAPES[shape]["vocabulary"], (count, length), generator=source).tolist()
+    rows = torch.randint(FIRST_WORD, SHAPES[shape]["vocabulary"] - 1, (count, length), generator=source).tolist()
     return [Example(" ".join(f"w{number}" for number in row), place % 2) for place, row in enumerate(rows)]
 
 

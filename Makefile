@@ -19,7 +19,7 @@ LONGEST := $(addprefix notebooks/,05-ablations.ipynb 03-finetuning.ipynb 08-pape
 # a notebook would find.
 SHARED := $(or $(TMPDIR),/tmp)/gradmm-tests-$(shell echo "$(CURDIR)" | cksum | cut -d' ' -f1)
 
-.PHONY: quickstart test test-all test-oldest coverage mutants lint lab book clean
+.PHONY: quickstart test test-all test-gpu test-oldest coverage mutants lint lab book clean
 .DELETE_ON_ERROR:
 
 # A container often forbids Python to keep what it compiles; each process would then compile torch and transformers again, ten
@@ -27,7 +27,7 @@ SHARED := $(or $(TMPDIR),/tmp)/gradmm-tests-$(shell echo "$(CURDIR)" | cksum | c
 unexport PYTHONDONTWRITEBYTECODE
 
 # Nothing here needs the hub: the embedded default model and data are enough.
-quickstart test test-all coverage mutants book: export HF_HUB_OFFLINE = 1
+quickstart test test-all test-gpu coverage mutants book: export HF_HUB_OFFLINE = 1
 # The book's notebooks run side by side and share the cores, and so do the tests, few of which take two threads: waiting threads
 # sleep at once. A run by itself would lose half its speed by that; see gradmm/__init__.py.
 book test test-all coverage: export OMP_WAIT_POLICY = PASSIVE
@@ -48,7 +48,11 @@ test: $(VENV)/.installed-test
 test-all: test
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
 
-# The same in an environment of its own with the lowest versions that pyproject.toml admits.
+# What computes on a GPU, against the CPU; on a machine with one.
+test-gpu: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m gpu
+
+# As `make test` in an environment of its own with the lowest versions that pyproject.toml admits.
 test-oldest: $(VENV)-oldest/constraints.txt
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$<
 

@@ -6,11 +6,17 @@ bfloat16, the default on a card, numbers differ by its rounding (`ROUGH`) and te
 
 import copy
 import gc
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from test_sharding import free_port
 
 import gradmm
 from gradmm import admm, device
@@ -347,6 +353,42 @@ def test_an_adapter_learns_alike(pair):
     )
     one, two = (fit(model, TASK, REAL, REAL, config).curve for model in pair)
     assert two[-1]["validation_loss"] == pytest.approx(one[-1]["validation_loss"], rel=1e-5)
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+import conftest, test_gpu
+from gradmm.privacy import release
+from gradmm.synthesis import synthesize
+where = torch.device(sys.argv[2])
+tokenizer = conftest.make_toy_tokenizer()
+model = test_gpu.wrap_model(conftest.make_tiny_lm("llama"), tokenizer, "tiny")
+model = test_gpu.there(model, where)
+target = release(model, test_gpu.TASK, test_gpu.REAL, space="head", progress=False)
+synthesize(model, test_gpu.TASK, target, test_gpu.SHARED, sys.argv[3], progress=False)
+"""
+SHARED = replace(SMALL, groups_per_batch=1)
+
+
+@pytest.mark.parametrize(
+    "where", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda:0", marks=pytest.mark.gpu)]
+)
+def test_two_processes_on_one_device_share_a_run(where, tiny_model, tmp_path):
+    tests = Path(__file__).parent
+    places = {"PYTHONPATH": str(tests.parent), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "HF_HUB_OFFLINE": "1"}
+    places |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", TWO_PROCESSES, str(tests), where, str(tmp_path / "shared")]
+    running = [
+        subprocess.Popen(command, env={**os.environ, **places, "RANK": rank, "LOCAL_RANK": "0"}) for rank in ("0", "1")
+    ]
+    assert [process.wait(timeout=240) for process in running] == [0, 0]
+    model = there(tiny_model("llama"), torch.device(where))
+    target = release(model, TASK, REAL, space="head", progress=False)
+    alone = synthesize(model, TASK, target, SHARED, tmp_path / "alone", progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "shared" / "synthetic.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == alone.candidates["text"]
 
 
 # ---------------------------------------------------------------- a card alone

@@ -21,6 +21,7 @@ WARM_UP = 2  # runs before a capture: libraries choose their kernels and take th
 # layers share, and saved 7 ms of a captured step of 44 ms: 390 steps earn it.
 COMPILED_FROM = 500
 SHARE = 0.8  # of the free memory that a pass may take
+SPARE: list[Callable[[], object]] = []  # each gives up what a room keeps only to be faster
 
 
 class Graphs:
@@ -156,7 +157,7 @@ def halving(work: Callable[[int], T], size: int, what: str) -> T:
             _require_smaller(size, what, error)
         LOG.info("the device's memory does not hold %d %s: half of that is tried", size, what)
         size = (size + 1) // 2
-        _forget()
+        forget()
 
 
 def in_batches(work: Callable[[list[int]], object], batches: Iterable[list[int]], what: str = "texts") -> None:
@@ -177,7 +178,7 @@ def in_batches(work: Callable[[list[int]], object], batches: Iterable[list[int]]
             continue
         except torch.OutOfMemoryError as error:
             _require_smaller(len(rows), what, error)
-        _forget()
+        forget()
         half = len(rows) // 2
         waiting += [rows[half:], rows[:half]]
 
@@ -190,8 +191,10 @@ def _require_smaller(size: int, what: str, error: torch.OutOfMemoryError) -> Non
     )
 
 
-def _forget() -> None:
-    """Give back what a failed attempt held."""
+def forget() -> None:
+    """Give back the memory of what failed, and of what is kept only to be faster."""
+    for give_up in SPARE:
+        give_up()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -6,21 +6,24 @@ written beside it (up to rounding in the model's arithmetic). Letters: N texts, 
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from gradmm.data import Example, check_examples, content_hash
+from gradmm.decoding import AT_MOST, decoder_of, side_by_side
+from gradmm.device import in_batches
 from gradmm.errors import is_number, is_whole, plain_fields, require, require_type, require_whole, short_repr
-from gradmm.models import CachedDecoder, Model, require_model
+from gradmm.models import Model, kind_of, require_model
 from gradmm.readability import SENTENCE_ENDS, cut_to_sentence, ends_sentence, flaw
 from gradmm.seeds import generator
 from gradmm.tasks import Task, TaskTokens, tokenize_task, warn_of_equal_prompts
 from gradmm.vocabulary import NEVER, Vocabulary
 
 LEVELS = 256  # of the logits, between the least and the greatest: leaves about a hundred of ten thousand tokens to sort
+TOGETHER = {"cpu": 64, "other": AT_MOST}  # texts written side by side; a GPU takes fewer where its memory asks for it
 SPARE = 16  # texts tried at least when some are missing; the first usable ones are kept, so it changes only the speed
 
 
@@ -36,7 +39,8 @@ class Sampling:
         min_tokens: no text ends before it has this many tokens.
         shots: real examples of the class before each text, drawn anew for each; used when examples are given.
         separator: what stands between shots.
-        batch_size: texts written side by side.
+        batch_size: texts written side by side; None: 64 on a CPU, on a GPU as many as a share of it holds, at most
+            1024. It changes no text.
         rounds: how often missing texts are written anew before giving up.
     """
 
@@ -46,7 +50,7 @@ class Sampling:
     min_tokens: int = 6
     shots: int = 4
     separator: str = "\n"
-    batch_size: int = 64
+    batch_size: int | None = None
     rounds: int = 8
 
     def __post_init__(self) -> None:
@@ -63,7 +67,7 @@ class Sampling:
         for name in ("max_tokens", "min_tokens", "shots", "batch_size", "rounds"):
             value = getattr(self, name)
             require(
-                is_whole(value) and value >= 1,
+                (is_whole(value) and value >= 1) or (name, value) == ("batch_size", None),
                 f"{name} = {short_repr(value)}, it must be a whole number of at least 1: the default is "
                 f"{Sampling.__dict__[name]}",
             )
@@ -71,6 +75,10 @@ class Sampling:
             self.min_tokens <= self.max_tokens,
             f"min_tokens = {self.min_tokens} is above max_tokens = {self.max_tokens}: lower it",
         )
+
+    def on(self, device: torch.device) -> "Sampling":
+        """The same with the number of texts written side by side that a device has."""
+        return replace(self, batch_size=self.batch_size or TOGETHER[kind_of(device)])
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ def generate_texts(
     """
     require_model(model)
     require_type(sampling, Sampling | None, "sampling", "give a Sampling")
-    sampling, shots = sampling or Sampling(), check_examples(shots, task, "shot")
+    sampling, shots = (sampling or Sampling()).on(model.device), check_examples(shots, task, "shot")
     n_per_class, seed = require_whole(n_per_class, "n_per_class", 1), require_whole(seed, "seed")
     pools = [[example.text for example in shots if example.label == label] for label in range(len(task.labels))]
     bare = [name for name, pool in zip(task.labels, pools, strict=True) if shots and not pool]
@@ -177,8 +185,6 @@ def _enough(
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Probabilities with all but the smallest set of tokens that holds `top_p` set to zero: (N, V) -> (N, V).
 
-    The probability of each of many levels of logits tells on which of them the set ends; only its tokens are sorted.
-
     Args:
         logits: -inf for tokens that must not be drawn.
         top_p: above 0 and at most 1.
@@ -186,6 +192,14 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     probabilities = logits.softmax(-1)
     if top_p == 1:
         return probabilities
+    return torch.where(logits >= BORDERS[kind_of(logits.device)](logits, probabilities, top_p), probabilities, 0)
+
+
+def _by_levels(logits: Tensor, probabilities: Tensor, top_p: float) -> Tensor:
+    """The least logit of each row's nucleus, (N, 1), by few numbers to sort: how many is asked of the device.
+
+    The probability of each of many levels of logits tells on which of them the set ends; only its tokens are sorted.
+    """
     high = logits.amax(-1, keepdim=True)
     low = torch.where(logits.isneginf(), high, logits).amin(-1, keepdim=True)
     levels = (
@@ -201,7 +215,21 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
         -1, places
     ).cumsum(-1)
     last = (mass < top_p).sum(-1, keepdim=True).clamp_max(near.shape[-1] - 1)
-    return torch.where(logits >= near.gather(-1, last), probabilities, 0)
+    return near.gather(-1, last)
+
+
+def _by_sorting(logits: Tensor, probabilities: Tensor, top_p: float) -> Tensor:
+    """The same by one sort of all, which waits for nothing and moves some 130 bytes for each of N x V numbers.
+
+    Halving an interval of logits until none is left between its ends would wait for nothing either; it moves 18 bytes
+    for each of its 40 steps.
+    """
+    order, places = logits.sort(-1, descending=True)
+    mass = probabilities.gather(-1, places).cumsum(-1)
+    return order.gather(-1, (mass < top_p).sum(-1, keepdim=True).clamp_max(logits.shape[-1] - 1))
+
+
+BORDERS = {"cpu": _by_levels, "other": _by_sorting}
 
 
 def generate_counts(
@@ -254,16 +282,12 @@ def continue_prompts(
     Returns:
         (N, L) tokens, the prompts' openings first; -1 after a text's end.
     """
-    writer = _Writer(model, tokens, sampling, _ending(vocabulary))
-    ids = torch.full(uniform.shape, -1, dtype=torch.long, device=model.device)
-    for rows in torch.arange(len(classes)).split(sampling.batch_size):
-        some = [classes[row] for row in rows.tolist()]
-        openings = [tokens.openings[label] for label in some]
-        room = torch.tensor([uniform.shape[1] - len(opening) for opening in openings], device=model.device)
-        written = writer._sample([tokens.prompts[label] for label in some], uniform[rows].to(model.device), room)
-        for row, opening, text in zip(rows.tolist(), openings, written, strict=True):
-            ids[row] = torch.cat([torch.tensor(opening, dtype=torch.long, device=ids.device), text])[: ids.shape[1]]
-    return ids
+    writer = _Writer(model, tokens, sampling.on(model.device), _ending(vocabulary))
+    openings = [tokens.openings[label] for label in classes]
+    room = torch.tensor([uniform.shape[1] - len(opening) for opening in openings])
+    ids = writer.rows([tokens.prompts[label] for label in classes], uniform, room)
+    begun = [[*opening, *text][: uniform.shape[1]] for opening, text in zip(openings, ids.tolist(), strict=True)]
+    return torch.tensor(begun, device=model.device)
 
 
 def prompted_texts(model: Model, tokens: TaskTokens, per_class: int, length: int = 32, seed: int = 0) -> list[str]:
@@ -341,9 +365,20 @@ class _Writer:
             f"{self.model.context}: take fewer shots or lower max_tokens",
         )
         uniform = torch.stack([torch.rand(self.sampling.max_tokens, generator=draw) for draw in draws])
-        room = torch.full((len(prompts),), self.sampling.max_tokens, device=self.model.device)
-        ids = self._sample(prompts, uniform.to(self.model.device), room).tolist()
-        return [self._finish(label, row) for row in ids]
+        room = torch.full((len(prompts),), self.sampling.max_tokens)
+        return [self._finish(label, row) for row in self.rows(prompts, uniform, room).tolist()]
+
+    def rows(self, prompts: Sequence[Sequence[int]], uniform: Tensor, room: Tensor) -> Tensor:
+        """`_sample` of any number of prompts, as many side by side as the device holds."""
+        ids, device = torch.full(uniform.shape, -1, device=self.model.device), self.model.device
+
+        def work(some: list[int]) -> None:
+            ids[some] = self._sample([prompts[row] for row in some], uniform[some].to(device), room[some].to(device))
+
+        length = max(map(len, prompts)) + uniform.shape[1]
+        size = min(self.sampling.batch_size, side_by_side(self.model, len(prompts), length))
+        in_batches(work, [some.tolist() for some in torch.arange(len(prompts)).split(size)])
+        return ids
 
     def _prompt(self, label: int, pool: list[str], draw: torch.Generator) -> list[int]:
         """The class's prompt, with shots drawn for this text, see `TaskTokens.prompt`."""
@@ -359,26 +394,29 @@ class _Writer:
         Args:
             room: (N,) how many tokens each text may have, at most T.
         """
-        reader, ids = (
-            CachedDecoder.of(self.model, prompts),
-            torch.full(uniform.shape, -1, dtype=torch.long, device=self.model.device),
-        )
-        rows = torch.arange(len(prompts), device=self.model.device)  # the texts that go on: no pass reads another
-        before = torch.tensor([prompt[-1] for prompt in prompts], device=self.model.device)
-        state, closed = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
-        for step in range(uniform.shape[1]):
-            left = room[rows] - 1 - step
-            token = self._draw(reader.state, uniform[rows, step], self._open_to(state, left, step, before))
-            stopped = self.vocabulary.stops[token] | self._ended(ids, rows, token, closed, step)
-            ids[rows, step] = torch.where(stopped, -1, token)
-            ended = stopped | (left == 0)
-            going = (~ended).nonzero().squeeze(1)
-            state, closed = self.vocabulary.state_after(state, token)[going], self._closed(token, closed)[going]
-            if step + 1 == uniform.shape[1]:
-                break
-            rows = reader.read_on(rows, token, ended)
-            if len(rows) == 0:
-                break
+        shape, device = uniform.shape, self.model.device
+        ids, asked = torch.full(shape, -1, device=device), torch.zeros(shape, dtype=torch.bool, device=device)
+        rows = torch.arange(len(prompts), device=device)
+        before = torch.tensor([prompt[-1] for prompt in prompts], device=device)
+        state, closed, done = torch.zeros_like(rows), *torch.zeros(2, len(rows), dtype=torch.bool, device=device)
+        with decoder_of(self.model, prompts, shape[1]) as reader:
+            for step in range(shape[1]):
+                left = (room[rows] - 1 - step).clamp_min(0)
+                token = self._draw(reader.state, uniform[rows, step], self._open_to(state, left, step, before))
+                done = done | self.vocabulary.stops[token]
+                ids[rows, step] = torch.where(done, -1, token)
+                asked[rows, step] = closed & ~self.vocabulary.closers[token] & (step >= self.sampling.min_tokens)
+                last = step + 1 == shape[1]
+                if last or reader.due:
+                    done = done | self._cut(ids, asked)[rows]
+                if last:
+                    break
+                done = done | (left == 0)
+                going = reader.read_on(token, done)
+                state = self.vocabulary.state_after(state, token).masked_fill(done, 0)
+                rows, state, closed, done = rows[going], state[going], self._closed(token, closed)[going], done[going]
+                if len(rows) == 0:
+                    break
         return ids
 
     def _open_to(self, state: Tensor, left: Tensor, step: int, before: Tensor) -> Tensor:
@@ -402,13 +440,24 @@ class _Writer:
         """
         return self.vocabulary.closes[token] | (closed & self.vocabulary.closers[token])
 
-    def _ended(self, ids: Tensor, rows: Tensor, token: Tensor, closed: Tensor, step: int) -> Tensor:
-        """Which texts' sentences had ended before this token of each, which then is no part of them: (N,) bool."""
-        ended = closed & ~self.vocabulary.closers[token] & (step >= self.sampling.min_tokens)
-        for index in ended.nonzero().flatten().tolist():
-            before = self.tokens.decode(ids[rows[index], :step].tolist())
-            ended[index] = ends_sentence(before, self.model.pieces[int(token[index])])
-        return ended
+    def _cut(self, ids: Tensor, asked: Tensor) -> Tensor:
+        """Take from texts (N, T) what stands behind the end of their sentence: which of them have ended there, (N,).
+
+        Args:
+            asked: (N, T) tokens that aren't part of the text if the sentence before them has ended; all are answered.
+        """
+        ends = [ids.shape[1]] * len(ids)
+        found = (asked & (ids >= 0)).nonzero().tolist()
+        tokens = ids.tolist() if found else []
+        for row, place in found:
+            if place < ends[row] and ends_sentence(
+                self.tokens.decode(tokens[row][:place]), self.model.pieces[tokens[row][place]]
+            ):
+                ends[row] = place
+        asked.zero_()
+        end = torch.tensor(ends, device=ids.device)
+        ids.masked_fill_(torch.arange(ids.shape[1], device=ids.device) >= end.unsqueeze(1), -1)
+        return end < ids.shape[1]
 
     def _draw(self, state: Tensor, uniform: Tensor, open_to: Tensor) -> Tensor:
         """One token each by the inverse of the probabilities cumulated over the nucleus: (N, D), (N,) -> (N,).

@@ -24,7 +24,6 @@ from torch.nn.functional import linear
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -331,58 +330,6 @@ def _last_position_only(mlp: torch.nn.Module | None) -> Iterator[None]:
         del mlp.forward
         if own is not None:  # a hook of another library
             mlp.forward = own
-
-
-@dataclass
-class CachedDecoder:
-    """Sequences read side by side, token by token: the states (N, D) at their ends, their cache and mask (N, P) or
-    None."""
-
-    model: Model
-    state: Tensor
-    cache: Cache
-    mask: Tensor | None
-
-    @staticmethod
-    def of(model: Model, sequences: Sequence[Sequence[int]]) -> "CachedDecoder":
-        """N sequences, each of one token at least, that have been read; what is read alike is read once."""
-        places = {sequence: place for place, sequence in enumerate(dict.fromkeys(map(tuple, sequences)))}
-        ids, mask = pad_left(list(places), model.device)
-        padded = None if bool(mask.all()) else mask
-        state, cache = model.read(ids, padded)
-        reader = CachedDecoder(model, state, cache, padded)
-        reader.select(torch.tensor([places[tuple(sequence)] for sequence in sequences], device=model.device))
-        return reader
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with these sequences alone, in this order; one may come several times."""
-        _reorder(self.cache, rows)
-        self.state, self.mask = self.state[rows], None if self.mask is None else self.mask[rows]
-
-    def read(self, token: Tensor) -> None:
-        """One more token of each: (N,)."""
-        if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
-        self.state, self.cache = self.model.read(token[:, None], self.mask, self.cache)
-
-    def read_on(self, rows: Tensor, token: Tensor, ended: Tensor) -> Tensor:
-        """Read one more token of each text that has not ended and leave the others behind: the numbers (N,) of those
-        that go on."""
-        going = (~ended).nonzero().squeeze(1)
-        if 0 < len(going) < len(rows):
-            self.select(going)
-        if len(going):
-            self.read(token[going])
-        return rows[going]
-
-
-def _reorder(cache, rows: Tensor) -> None:
-    """Keep these sequences of a cache, in this order; Mamba's, in transformers 5.4, has no method for it."""
-    if hasattr(cache, "reorder_cache"):
-        cache.reorder_cache(rows)
-        return
-    for states in (cache.conv_states, cache.ssm_states):
-        states[:] = [state[rows] for state in states]
 
 
 def pad_left(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

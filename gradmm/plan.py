@@ -13,7 +13,7 @@ from gradmm.config import SynthesisConfig
 from gradmm.device import COMPILED_FROM
 from gradmm.errors import require
 from gradmm.evaluation import LOGITS_AT_ONCE
-from gradmm.generation import Sampling
+from gradmm.generation import TOGETHER
 from gradmm.matching import ROWS_PER_BLOCK, Matching
 from gradmm.models import ACTIVATION_NUMBERS, TOKENS_PER_BATCH, Model, ModelShape, kind_of
 from gradmm.privacy import Release
@@ -269,7 +269,7 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
         "state": 2 * work.batch * state + shape.vocabulary * shape.wide,
     }
     phases = {
-        "start": _decode(shape, work, min(rows, Sampling.batch_size), 5) + 3 * work.batch * state,
+        "start": _decode(shape, work, min(rows, TOGETHER["cpu"]), 5) + 3 * work.batch * state,
         "inner_steps": max(
             _inner_steps(shape, work) + 2 * work.batch * state + 8 * work.together * state, 8 * work.batch * state
         ),

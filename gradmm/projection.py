@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from gradmm.decoding import Decoder, decoder_of, side_by_side
+from gradmm.device import in_batches
 from gradmm.errors import require
-from gradmm.models import CachedDecoder, Model, kind_of
+from gradmm.models import Model, kind_of
 from gradmm.vocabulary import Vocabulary
 
 ROWS_PER_BLOCK = 4096
@@ -212,15 +214,22 @@ def project(
         ids[rows == number, : len(opening)] = torch.tensor(opening, dtype=torch.long, device=v.device)
     opened = torch.tensor([len(opening) for opening in openings] or [0] * len(prompts), device=v.device)[rows]
     before = torch.tensor([prompt[-1] for prompt in prompts], device=v.device)[rows]
-    return _decode(
-        tables, v, CachedDecoder.of(model, [prompts[row] for row in rows.tolist()]), decoding, ids, opened, before
-    )
+    sequences = [prompts[row] for row in rows.tolist()]
+
+    def work(some: list[int]) -> None:
+        here = slice(some[0], some[-1] + 1)
+        with decoder_of(model, sequences[here], v.shape[1]) as reader:
+            ids[here] = _decode(tables, v[here], reader, decoding, ids[here].clone(), opened[here], before[here])
+
+    size = side_by_side(model, len(v), longest + v.shape[1])
+    in_batches(work, [some.tolist() for some in torch.arange(len(v)).split(size)])
+    return ids
 
 
 def _decode(
     tables: TokenTables,
     v: Tensor,
-    reader: CachedDecoder,
+    reader: Decoder,
     decoding: DecodingConfig,
     ids: Tensor,
     opened: Tensor,
@@ -233,21 +242,21 @@ def _decode(
         opened: (N,) how many tokens of each opening.
         before: (N,) the last token of each prompt.
     """
-    rows = torch.arange(len(v), device=v.device)  # the texts that go on: no pass reads another
-    place, state = opened, torch.zeros_like(opened)
+    rows, end = torch.arange(len(v), device=v.device), v.shape[1] - 1
+    place, state, done = opened, torch.zeros_like(opened), torch.zeros_like(opened, dtype=torch.bool)
     for step in range(v.shape[1]):
-        left = v.shape[1] - 1 - place
-        allowed = _allowed_at(decoding, state, left, step, before)
+        allowed = _allowed_at(decoding, state, end - place, step, before)
         token = PROJECTIONS[decoding.order](tables, reader.state, v[rows, place], allowed, decoding.k)
-        ids[rows, place] = token
-        if step + 1 == v.shape[1]:
+        ids[rows, place] = torch.where(done, ids[rows, place], token)
+        done = done | (place == end) if decoding.end is None else done | (place == end) | (token == decoding.end)
+        if step == end:
             break
-        ended = left == 0 if decoding.end is None else (left == 0) | (token == decoding.end)
-        going = (~ended).nonzero().squeeze(1)
-        rows = reader.read_on(rows, token, ended)
+        going = reader.read_on(token, done)
+        # What a text that is done may go on with doesn't matter, but there has to be something.
+        state = decoding.vocabulary.state_after(state, token).masked_fill(done, 0)
+        rows, place, state, done = rows[going], (place + 1).clamp_max(end)[going], state[going], done[going]
         if len(rows) == 0:
             break
-        place, state = place[going] + 1, decoding.vocabulary.state_after(state, token)[going]
     return ids
 
 
@@ -259,9 +268,9 @@ def _allowed_at(decoding: DecodingConfig, state: Tensor, left: Tensor, step: int
     if decoding.end is None:
         return allowed
     allowed = allowed.clone()
-    allowed[..., decoding.end] = (
-        (state == 0) & (step >= decoding.min_tokens) if allowed.ndim > 1 else step >= decoding.min_tokens
-    )
+    ending = allowed.select(-1, decoding.end).fill_(step >= decoding.min_tokens)
+    if allowed.ndim > 1:
+        ending &= state == 0
     return allowed
 
 

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import gradmm.models
+from gradmm import decoding, generation
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT.parent / "shared" / "bench"
@@ -186,3 +187,11 @@ def demo_model() -> gradmm.models.Model:
 def kind(request) -> str:
     """Every family of tiny model in turn."""
     return request.param
+
+
+@pytest.fixture(params=decoding.DECODERS)
+def decoder(request, monkeypatch):
+    """What a CPU uses and what a GPU uses to write texts, both on the CPU."""
+    monkeypatch.setitem(decoding.DECODERS, "cpu", decoding.DECODERS[request.param])
+    monkeypatch.setitem(generation.BORDERS, "cpu", generation.BORDERS[request.param])
+    return decoding.DECODERS["cpu"]

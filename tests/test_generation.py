@@ -46,6 +46,7 @@ def shots_of(task: Task) -> list[Example]:
     return [shot for shot in SHOTS if shot.label < len(task.labels)]
 
 
+@pytest.mark.usefixtures("decoder")
 def test_texts_are_finished_distinct_and_balanced(tiny_model, task, kind, allowed):
     model = tiny_model(kind)
     for shots in ((), shots_of(task)):
@@ -57,6 +58,7 @@ def test_texts_are_finished_distinct_and_balanced(tiny_model, task, kind, allowe
             assert 4 <= len(tokenize_task(task, model.tokenizer).encode(example.text))
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.slow
 def test_neighbours_do_not_change_a_text(tiny_model, task, allowed):
     model = tiny_model()
@@ -83,6 +85,7 @@ def room(uniform) -> torch.Tensor:
     return torch.full((len(uniform),), uniform.shape[1])
 
 
+@pytest.mark.usefixtures("decoder")
 def test_draws_follow_the_model_with_temperature_and_nucleus(tiny_model):
     model = tiny_model("phi")  # its head has a bias
     sampling = Sampling(temperature=1.7, top_p=0.8)
@@ -98,6 +101,7 @@ def test_draws_follow_the_model_with_temperature_and_nucleus(tiny_model):
     torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.95, 1.0])
 @pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
 def test_the_nucleus_is_that_of_a_full_sort(top_p, spread):
@@ -107,6 +111,7 @@ def test_the_nucleus_is_that_of_a_full_sort(top_p, spread):
     torch.testing.assert_close(nucleus(logits, top_p), torch.where(expected.isinf(), 0, logits.softmax(-1)))
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("top_p", [0.2, 0.9])
 def test_equal_logits_are_in_the_nucleus_together(top_p):
     """Ties at the least logit of the set, and rows in which all tokens are equal, with and without forbidden ones."""
@@ -121,6 +126,7 @@ def test_equal_logits_are_in_the_nucleus_together(top_p):
     assert ((probabilities * (logits > least)).sum(-1) < top_p).all()
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_no_number_stays_in_its_row(bad):
     logits = torch.tensor([[0.0, 1, 2, 3], [bad] * 4, [3, bad, 1, -torch.inf]])
@@ -129,6 +135,7 @@ def test_what_is_no_number_stays_in_its_row(bad):
     assert nucleus(logits[1:2], 0.7).shape == (1, 4)
 
 
+@pytest.mark.usefixtures("decoder")
 def test_a_draw_at_either_end_is_in_the_nucleus(tiny_model):
     model = tiny_model()
     writer = writer_of(model, TWO, Sampling(top_p=0.5))
@@ -141,6 +148,7 @@ def test_a_draw_at_either_end_is_in_the_nucleus(tiny_model):
     assert writer._draw(state.expand(2, -1), ends, open_at(writer, 1)).tolist() == [kept[0], kept[-1]]
 
 
+@pytest.mark.usefixtures("decoder")
 def test_cached_steps_equal_whole_passes(tiny_model, kind):
     model = tiny_model(kind)
     writer = writer_of(model, TWO, replace(SAMPLING, max_tokens=9, min_tokens=9))
@@ -168,6 +176,7 @@ def test_equal_prompts_are_read_once_and_no_pass_reads_a_text_that_has_ended(tin
     assert sizes[-1] < (12, 1)
 
 
+@pytest.mark.usefixtures("decoder")
 def test_masked_tokens_are_not_written(tiny_model, allowed):
     for example in generate_texts(tiny_model(), TWO, 4, 0, SAMPLING, allowed=allowed):
         assert set(example.text.replace(".", " ").split()) <= {word.removeprefix("Ġ") for word in INSIDE}
@@ -249,6 +258,7 @@ def test_what_a_prompt_begins_is_the_beginning_of_the_text(tiny_model, opening, 
     assert writer._finish(0, [*model.tokenizer(written)["input_ids"], -1]) == text
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize(
     "prompts", [("the movie: i feel", "a movie: i saw"), ("i like the", "we saw it. you"), ("the", "a:")]
 )
@@ -286,6 +296,7 @@ def test_markup_in_a_prompt_is_warned_of(tiny_model, allowed, markup):
         generate_texts(tiny_model(), task, 1, 0, SAMPLING, allowed=allowed)
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("length", [1, 3, 6])
 def test_raw_texts_have_whole_characters_however_short(demo_model, length):
     tokens = tokenize_task(load_task("demo"), demo_model.tokenizer)

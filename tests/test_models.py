@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -16,7 +15,6 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import KINDS
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
@@ -31,7 +29,6 @@ from gradmm.models import (
     COMPILED,
     INSTRUCTIONS,
     KEPT,
-    CachedDecoder,
     batches_by_length,
     fast_dtype,
     load_model,
@@ -348,24 +345,6 @@ def test_other_families_have_no_traps(toy_tokenizer, family):
         model = wrap_model(lm, toy_tokenizer, family)
         assert_padding_changes_nothing(model, 1e-9)
         assert_the_head_reads_the_last_state(model, 1e-12)
-
-
-@pytest.mark.parametrize("family", [*KINDS, *FAMILIES, "mamba"])
-def test_what_is_read_token_by_token_equals_whole_passes(toy_tokenizer, tiny_lm, family):
-    """Prompts of two lengths, one of them twice; some sequences are left behind, others go on twice."""
-    lm = tiny_lm(family) if family in KINDS else random_lm(family, torch.float64, **FAMILIES.get(family, {}))
-    if family in FAMILIES:
-        lm.set_experts_implementation("eager")
-    with Widened() if family in FAMILIES else nullcontext():
-        model = wrap_model(lm, toy_tokenizer, family)
-        sequences = [(0, 5, 7), (0, 8), (0, 5, 7)]
-        reader = CachedDecoder.of(model, sequences)
-        for step, rows in enumerate(([0, 1, 2], [2, 1], [1, 0, 1], [0, 2])):
-            reader.select(torch.tensor(rows))
-            sequences = [(*sequences[row], 10 + step + place) for place, row in enumerate(rows)]
-            reader.read(torch.tensor([sequence[-1] for sequence in sequences]))
-            close = 1e-9 if family != "mamba" else 1e-6  # parts of Mamba are float32 whatever its weights are
-            torch.testing.assert_close(reader.state, model.hidden_of(sequences), rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradmm import models, projection
+from gradmm import decoding, models, projection
 from gradmm.errors import UserError
 from gradmm.experiments import reference
 from gradmm.projection import PROJECTIONS, DecodingConfig, TokenTables, project, text_mask
@@ -27,6 +27,7 @@ def every(model) -> Vocabulary:
     return Vocabulary.free(torch.ones(model.embedding.shape[0], dtype=torch.bool))
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("order", PROJECTIONS)
 @pytest.mark.parametrize("k", [1, 5, 97])
 def test_equals_brute_force_with_prompts_of_any_lengths_side_by_side(tiny_model, kind, order, k):
@@ -38,6 +39,7 @@ def test_equals_brute_force_with_prompts_of_any_lengths_side_by_side(tiny_model,
         assert torch.equal(ids[i : i + 1], expected)
 
 
+@pytest.mark.usefixtures("decoder")
 def test_a_text_may_have_more_tokens_than_its_vectors_have_numbers(tiny_model):
     model = tiny_model("llama")
     v, rows = vectors(model, 1, 40), torch.zeros(1, dtype=torch.long)
@@ -46,6 +48,7 @@ def test_a_text_may_have_more_tokens_than_its_vectors_have_numbers(tiny_model):
     assert ids.shape == (1, 40) and bool((ids >= 0).all())
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("order", PROJECTIONS)
 def test_the_mask_of_allowed_tokens_holds_everywhere(tiny_model, order):
     model = tiny_model("llama")
@@ -83,6 +86,7 @@ def test_limits_of_k_with_all_tokens_as_candidates_one_criterion_rules(tiny_mode
     assert torch.equal(found("nearest_then_lm", 97), found("lm_then_nearest", 1))
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("order", PROJECTIONS)
 def test_a_text_ends_at_the_end_token_and_not_before_it_may(tiny_model, order):
     model = tiny_model("opt")
@@ -100,9 +104,9 @@ def test_a_text_ends_at_the_end_token_and_not_before_it_may(tiny_model, order):
 @pytest.fixture
 def sizes(monkeypatch) -> list[int]:
     """How many texts each step of reading was for, as it goes on."""
-    counted, own = [], models.CachedDecoder.read
+    counted, own = [], decoding.CachedDecoder.read
     monkeypatch.setattr(
-        models.CachedDecoder, "read", lambda self, token: counted.append(len(token)) or own(self, token)
+        decoding.CachedDecoder, "read", lambda self, token: counted.append(len(token)) or own(self, token)
     )
     return counted
 
@@ -139,7 +143,7 @@ def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order):
     model, end = tiny_model("llama"), 9
     tables, v, rows = TokenTables.of(model), vectors(model, 3, 4), torch.tensor([0, 1, 2])
     reader, reading = (
-        models.CachedDecoder.of(model, [PROMPTS[row] for row in rows]),
+        decoding.CachedDecoder.of(model, [PROMPTS[row] for row in rows]),
         DecodingConfig(order, 5, every(model), end=end, min_tokens=2),
     )
     asked, select, read_on = [], reader.select, reader.read_on
@@ -155,10 +159,10 @@ def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order):
 def test_prompts_are_read_where_the_model_is_and_with_a_mask_only_if_they_differ_in_length(tiny_model, monkeypatch):
     model, asked = tiny_model("llama"), []
     monkeypatch.setattr(
-        models, "pad_left", lambda prompts, device, own=models.pad_left: asked.append(device) or own(prompts, device)
+        decoding, "pad_left", lambda prompts, device, own=models.pad_left: asked.append(device) or own(prompts, device)
     )
     for lengths in ([2, 2], [2, 3], [1, 2, 3]):
-        reader = models.CachedDecoder.of(model, [(1,) * length for length in lengths])
+        reader = decoding.CachedDecoder.of(model, [(1,) * length for length in lengths])
         assert (reader.mask is None) == (len(set(lengths)) == 1)
     assert asked == [model.device] * 3
 
@@ -238,6 +242,7 @@ def test_a_gpu_gathers_more_candidates_at_once():
     assert [projection.gathered_numbers(torch.device(name)) for name in ("cpu", "cuda:1")] == [1 << 20, 1 << 26]
 
 
+@pytest.mark.usefixtures("decoder")
 def test_a_prompt_and_text_may_fill_the_context(tiny_model):
     model = tiny_model("llama")
     ids = projected(
@@ -246,6 +251,7 @@ def test_a_prompt_and_text_may_fill_the_context(tiny_model):
     assert ids.shape == (1, 63)
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("order", PROJECTIONS)
 def test_an_opening_stands_before_each_text_and_is_not_chosen(tiny_model, kind, order):
     """As if the rest of each text had been projected alone, from the whole prompt and the rest of the vectors."""
@@ -275,6 +281,7 @@ def literal_masks(vocabulary, chosen, length, before):
     return masks, state
 
 
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("order", PROJECTIONS)
 @pytest.mark.parametrize("prompt", ["Rating: poor.", "a film", "the \n"])
 def test_every_projection_is_whole_characters_that_begin_with_a_word(demo_model, order, prompt):

@@ -11,7 +11,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradmm import selection
-from gradmm.config import SynthesisConfig
 from gradmm.data import Example
 from gradmm.errors import UserError
 from gradmm.experiments import roofline

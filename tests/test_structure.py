@@ -16,8 +16,8 @@ PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other: the method knows nothing of the experiments.
 METHOD = """
     errors progress markup readability vocabulary seeds device files sharding admm card runs gradients rows tasks data
-    models projection generation classification spaces matching mechanism evaluation selection initialisation config
-    privacy training finetuning plan searches synthesis
+    models decoding projection generation classification spaces matching mechanism evaluation selection initialisation
+    config privacy training finetuning plan searches synthesis
 """.split()
 EXPERIMENTS = """
     records theory seed_run metrics audit baselines results protocol ablation demo plots paper roofline

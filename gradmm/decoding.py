@@ -33,7 +33,9 @@ LOGIT_BYTES = 56  # for each token of the vocabulary: logits in two types, masks
 class Decoder(Protocol):
     """Sequences that have been read: the states (N, D) at their ends, and whether the device may be waited for now."""
 
-    state: Tensor
+    @property
+    def state(self) -> Tensor:
+        """(N, D)."""
 
     @property
     def due(self) -> bool:
@@ -90,7 +92,7 @@ class CachedDecoder:
     state: Tensor
     cache: Cache
     mask: Tensor | None
-    due = True
+    due: bool = True
 
     @staticmethod
     def of(model: Model, sequences: Sequence[Sequence[int]]) -> "CachedDecoder":

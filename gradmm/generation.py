@@ -6,24 +6,25 @@ written beside it (up to rounding in the model's arithmetic). Letters: N texts, 
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from gradmm.data import Example, check_examples, content_hash
-from gradmm.decoding import AT_MOST, decoder_of, side_by_side
+from gradmm.decoding import decoder_of, side_by_side
 from gradmm.device import in_batches
 from gradmm.errors import is_number, is_whole, plain_fields, require, require_type, require_whole, short_repr
 from gradmm.models import Model, kind_of, require_model
+from gradmm.progress import advance
 from gradmm.readability import SENTENCE_ENDS, cut_to_sentence, ends_sentence, flaw
 from gradmm.seeds import generator
 from gradmm.tasks import Task, TaskTokens, tokenize_task, warn_of_equal_prompts
 from gradmm.vocabulary import NEVER, Vocabulary
 
 LEVELS = 256  # of the logits, between the least and the greatest: leaves about a hundred of ten thousand tokens to sort
-TOGETHER = {"cpu": 64, "other": AT_MOST}  # texts written side by side; a GPU takes fewer where its memory asks for it
+TOGETHER = {"cpu": 64, "other": 256}  # texts written side by side; a GPU takes fewer where its memory asks for it
 SPARE = 16  # texts tried at least when some are missing; the first usable ones are kept, so it changes only the speed
 
 
@@ -76,9 +77,9 @@ class Sampling:
             f"min_tokens = {self.min_tokens} is above max_tokens = {self.max_tokens}: lower it",
         )
 
-    def on(self, device: torch.device) -> "Sampling":
-        """The same with the number of texts written side by side that a device has."""
-        return replace(self, batch_size=self.batch_size or TOGETHER[kind_of(device)])
+    def together(self, device: torch.device) -> int:
+        """How many texts are written side by side on a device."""
+        return self.batch_size or TOGETHER[kind_of(device)]
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def generate_texts(
     """
     require_model(model)
     require_type(sampling, Sampling | None, "sampling", "give a Sampling")
-    sampling, shots = (sampling or Sampling()).on(model.device), check_examples(shots, task, "shot")
+    sampling, shots = sampling or Sampling(), check_examples(shots, task, "shot")
     n_per_class, seed = require_whole(n_per_class, "n_per_class", 1), require_whole(seed, "seed")
     pools = [[example.text for example in shots if example.label == label] for label in range(len(task.labels))]
     bare = [name for name, pool in zip(task.labels, pools, strict=True) if shots and not pool]
@@ -149,24 +150,26 @@ def generate_texts(
         ]
         return writer.write(batch.label, pools[batch.label], draws)
 
-    return _enough(task, n_per_class, sampling, shots, lambda batches: share(batches, write))
+    most = sampling.together(model.device)
+    return _enough(task, n_per_class, sampling.rounds, most, shots, lambda batches: share(batches, write))
 
 
 def _enough(
     task: Task,
     n_per_class: int,
-    sampling: Sampling,
+    rounds: int,
+    most: int,
     shots: Sequence[Example],
     written: Callable[[Sequence[Batch]], list[list[str]]],
 ) -> list[Example]:
     """Round after round of batches until every class has its usable texts."""
     tries: list[list[str]] = [[] for _ in task.labels]
     kept = _first_usable(tries, n_per_class, shots, task.instructions)
-    for _ in range(sampling.rounds):
+    for _ in range(rounds):
         batches = [
             batch
             for label, texts in enumerate(tries)
-            for batch in _next_batches(label, len(texts), n_per_class - len(kept[label]), sampling.batch_size)
+            for batch in _next_batches(label, len(texts), n_per_class - len(kept[label]), most)
         ]
         if not batches:
             break
@@ -282,7 +285,7 @@ def continue_prompts(
     Returns:
         (N, L) tokens, the prompts' openings first; -1 after a text's end.
     """
-    writer = _Writer(model, tokens, sampling.on(model.device), _ending(vocabulary))
+    writer = _Writer(model, tokens, sampling, _ending(vocabulary))
     openings = [tokens.openings[label] for label in classes]
     room = torch.tensor([uniform.shape[1] - len(opening) for opening in openings])
     ids = writer.rows([tokens.prompts[label] for label in classes], uniform, room)
@@ -374,9 +377,10 @@ class _Writer:
 
         def work(some: list[int]) -> None:
             ids[some] = self._sample([prompts[row] for row in some], uniform[some].to(device), room[some].to(device))
+            advance(len(some))
 
         length = max(map(len, prompts)) + uniform.shape[1]
-        size = min(self.sampling.batch_size, side_by_side(self.model, len(prompts), length))
+        size = min(self.sampling.together(self.model.device), side_by_side(self.model, len(prompts), length))
         in_batches(work, [some.tolist() for some in torch.arange(len(prompts)).split(size)])
         return ids
 

@@ -117,6 +117,7 @@ class Plan:
             "groups": len(self.classes),
             "groups_per_batch": self.batch,
             "groups_per_pass": self.solver.groups_per_pass,
+            "texts_per_unit": TOGETHER[kind_of(self.model.device)],
         }  # fmt: skip
 
     def expected_bytes(self) -> dict[str, int]:
@@ -129,6 +130,7 @@ class Plan:
             prompt=max(map(len, self.tokens.prompts)),
             batch=self.batch,
             together=self.solver.groups_per_pass or self.batch,
+            written=TOGETHER[kind_of(self.model.device)],
             top_k=self.config.top_k,
             targets=sum(target.numbers for target in self.release.targets),
             gathered=gathered_numbers(self.model.device),
@@ -231,6 +233,7 @@ class Work:
         prompt: tokens of the longest generation prompt.
         batch: groups that are projected together.
         together: groups that an inner step sees at once.
+        written: texts that are written side by side.
         top_k: candidates of a projection.
         targets: numbers in the released targets.
         gathered: numbers of candidates' rows that a projection holds at once, see `projection.gathered_numbers`.
@@ -243,6 +246,7 @@ class Work:
     prompt: int
     batch: int
     together: int
+    written: int
     top_k: int
     targets: int
     gathered: int
@@ -269,7 +273,7 @@ def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
         "state": 2 * work.batch * state + shape.vocabulary * shape.wide,
     }
     phases = {
-        "start": _decode(shape, work, min(rows, TOGETHER["cpu"]), 5) + 3 * work.batch * state,
+        "start": _decode(shape, work, min(rows, work.written), 5) + 3 * work.batch * state,
         "inner_steps": max(
             _inner_steps(shape, work) + 2 * work.batch * state + 8 * work.together * state, 8 * work.batch * state
         ),

@@ -59,6 +59,13 @@ def stage(what: str, total: int, unit: str = "text") -> Iterator[None]:
             _BAR.reset(before)
 
 
+def expect(count: int) -> None:
+    """So many more are to be done than was thought."""
+    bar = _BAR.get()
+    if bar is not None:
+        bar.total += count
+
+
 def advance(count: int) -> None:
     """So many more are done; the bar grows where there are more than was thought."""
     bar = _BAR.get()

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gradmm import admm
-from gradmm.device import compiled_layers, fast_products, halving, most_at_once
+from gradmm.device import compiled_layers, fast_products, forget, halving, most_at_once
 from gradmm.generation import Batch, Sampling, generate_counts, warn_of_prompts
 from gradmm.initialisation import Shape, best_of
 from gradmm.plan import MIN_TOKENS, Plan
@@ -60,7 +60,11 @@ def search(
     plan: Plan, folder: RunFolder, processes: ProcessGroup, progress: bool, on_step: OnStep | None
 ) -> SearchOutput:
     """What the search of the plan's name writes."""
-    return _BY_NAME[plan.config.search](plan, RunContext(folder, processes, progress, on_step))
+    try:
+        return _BY_NAME[plan.config.search](plan, RunContext(folder, processes, progress, on_step))
+    finally:
+        if plan.model.device.type != "cpu":
+            forget()
 
 
 # ---------------------------------------------------------------- admm
@@ -255,10 +259,11 @@ class _TextUnits:
 
         def work(unit: int) -> list[str]:
             texts = self.folder.load_texts(unit)
-            if texts is None:
-                texts = write(batches[unit - first])
-                self.folder.save_texts(unit, texts)
-            advance(len(texts))
+            if texts is not None:
+                advance(len(texts))
+                return texts
+            texts = write(batches[unit - first])
+            self.folder.save_texts(unit, texts)
             return texts
 
         def read(unit: int) -> list[str]:

@@ -26,7 +26,7 @@ from gradmm.errors import require, require_texts, require_whole
 from gradmm.generation import prompted_texts
 from gradmm.gradients import Factors, HeadSpace, LabelSpace, Space
 from gradmm.models import Model, batches_by_length, pad_left
-from gradmm.progress import advance, shown, stage
+from gradmm.progress import advance, expect, shown, stage
 from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
 
@@ -224,7 +224,7 @@ def own_texts(
 def _write(model: Model, tokens: TaskTokens, bound: float, progress: bool) -> list[str]:
     """Stein's two stages: the spread within the classes of a first few texts says how many are needed in all."""
     classes, first = len(tokens.labels), min(FIRST_TEXTS, CALIBRATION_TEXTS)
-    with shown(progress), stage("measuring the model's preference", first * classes):
+    with shown(progress), stage("measuring the model's preference", 2 * first * classes):
         texts = prompted_texts(model, tokens, first)
         logs = label_logs(model, tokens, texts).double()
         spread = (
@@ -236,6 +236,7 @@ def _write(model: Model, tokens: TaskTokens, bound: float, progress: bool) -> li
         error = float(spread.max() / (first * classes)) ** 0.5
         needed = math.ceil(min(CALIBRATION_TEXTS, first * (error / bound) ** 2)) if bound else CALIBRATION_TEXTS
         if needed > first:
+            expect((needed - first) * classes)
             texts += prompted_texts(model, tokens, needed - first, seed=1)
     return texts
 

@@ -23,7 +23,7 @@ from gradmm.files import lock
 from gradmm.models import Model, require_model
 from gradmm.plan import Plan
 from gradmm.privacy import Release
-from gradmm.progress import shown
+from gradmm.progress import shown, stage
 from gradmm.runs import RunFolder, write_results
 from gradmm.searches import OnStep, SearchOutput, search
 from gradmm.selection import count_dropped
@@ -209,7 +209,8 @@ def _collect(plan: Plan, written: SearchOutput, folder: RunFolder) -> SynthesisR
 
 
 def _set_match(plan: Plan, kept: list[dict]) -> list[float | None]:
-    values = plan.matching.of_sets([row["text"] for row in kept], [row["label"] for row in kept])
+    with stage("reading the kept texts' gradients", len(kept)):
+        values = plan.matching.of_sets([row["text"] for row in kept], [row["label"] for row in kept])
     return [value if math.isfinite(value) else None for value in values]
 
 

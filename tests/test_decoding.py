@@ -359,5 +359,5 @@ def test_a_cpu_reads_all_texts_at_once_and_a_gpu_what_a_share_of_it_holds(tiny_m
 
 
 def test_texts_written_side_by_side_follow_from_the_device_alone_unless_told():
-    for some, cpu, gpu in ((generation.Sampling(), 64, decoding.AT_MOST), (generation.Sampling(batch_size=5), 5, 5)):
-        assert some.on(torch.device("cpu")).batch_size == cpu and some.on(torch.device("cuda")).batch_size == gpu
+    for some, cpu, gpu in ((generation.Sampling(), 64, 256), (generation.Sampling(batch_size=5), 5, 5)):
+        assert some.together(torch.device("cpu")) == cpu and some.together(torch.device("cuda")) == gpu

@@ -23,7 +23,7 @@ def paper_work(shape: ModelShape) -> Work:
     """20 groups of 10 on a GPU, 50 real examples with targets in the full head."""
     targets, gathered = 50 * (shape.vocabulary + shape.width), gathered_numbers(torch.device("cuda"))
     return Work(
-        groups=20, count=10, length=28, positions=36, prompt=8, batch=20, together=20, top_k=200,
+        groups=20, count=10, length=28, positions=36, prompt=8, batch=20, together=20, written=256, top_k=200,
         targets=targets, gathered=gathered,
     )  # fmt: skip
 

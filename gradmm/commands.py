@@ -62,7 +62,11 @@ class Inputs:
     quiet: bool = False
 
     def load(self) -> tuple[Model, Task, Splits]:
-        """The model, the task and the examples, which fit one another."""
+        """The model, the task and the examples, which fit one another.
+
+        Raises:
+            UserError: no data, or what `load_data`, `load_model` and `check_fit` refuse.
+        """
         require(self.data is not None, "no data is given: add --data with a folder or file, or demo")
         show = not self.quiet and launched()[0] == 0
         with shown(show), announced(f"reading the data {self.data}"):
@@ -163,7 +167,11 @@ def _parse(command: Callable, kinds: Sequence[type], arguments: Sequence[str]) -
 
 
 def synthesize(arguments: Sequence[str]) -> None:
-    """Write synthetic texts whose gradients match those of labelled real texts, or of a saved Release."""
+    """Write synthetic texts whose gradients match those of labelled real texts, or of a saved Release.
+
+    Raises:
+        UserError: settings of data or privacy beside a saved Release, or what the package refuses.
+    """
     kinds = (Inputs, Synthesis, ReleaseConfig, SynthesisConfig)
     first, own, private, changes = _parse(synthesize, kinds, arguments)
     inputs, given = Inputs(**first), Synthesis(**own)
@@ -219,7 +227,11 @@ def _default_folder(inputs: Inputs, given: Synthesis, private: ReleaseConfig, co
 
 
 def finetune(arguments: Sequence[str]) -> None:
-    """Fine-tune a model on examples, choose rate and step on the validation rows, and report the test accuracy."""
+    """Fine-tune a model on examples, choose rate and step on the validation rows, and report the test accuracy.
+
+    Raises:
+        UserError: what the package refuses.
+    """
     first, own, settings = _parse(finetune, (Inputs, Training, FinetuneConfig), arguments)
     inputs, given = Inputs(**first), Training(**own)
     config = FinetuneConfig(**settings)
@@ -235,7 +247,11 @@ def finetune(arguments: Sequence[str]) -> None:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Report how often a model names the right label, as it is."""
+    """Report how often a model names the right label, as it is.
+
+    Raises:
+        UserError: an unknown split, or what the package refuses.
+    """
     first, own = _parse(evaluate, (Inputs, Split), arguments)
     inputs, split = Inputs(**first), Split(**own).split
     require(split in ("train", "validation", "test"), f"split = {split!r} is not known: use train, validation or test")

@@ -82,7 +82,7 @@ def require_type(value, kinds: type | UnionType, name: str, mend: str) -> None:
 
 
 def require_whole(value, name: str, least: int | None = None) -> int:
-    """A whole number as Python's own; raise for any other value, and for one below `least`."""
+    """Raise unless a value is a whole number of at least `least`, which is returned as Python's own."""
     bound = "" if least is None else f" of at least {least}"
     require(
         is_whole(value) and (least is None or value >= least),
@@ -92,7 +92,7 @@ def require_whole(value, name: str, least: int | None = None) -> int:
 
 
 def require_texts(values, name: str) -> list[str]:
-    """Texts as a list; raise for one text alone and for something that is no text. No text is shown."""
+    """Raise for one text alone and for something that is no text; texts are returned as a list. No text is shown."""
     several = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
     require(several, f"{name} are of type {type(values).__name__}: give a list of texts")
     texts = list(values)

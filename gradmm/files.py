@@ -178,6 +178,7 @@ class YamlLoader(yaml.SafeLoader):
     """
 
     def compose_node(self, parent, index):
+        """The next value; an alias is refused."""
         if self.check_event(yaml.AliasEvent):
             alias = self.peek_event()
             problem = f"it has the alias *{alias.anchor}, where the value itself belongs"

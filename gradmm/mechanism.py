@@ -49,6 +49,9 @@ def exact_sigma(epsilon: float, delta: float) -> float:
 def classic_sigma(epsilon: float, delta: float) -> float:
     """sqrt(2 ln(1.25/delta)) / epsilon, valid for epsilon <= 1 alone (Dwork and Roth 2014, theorem A.1).
 
+    Raises:
+        UserError: epsilon above 1.
+
     >>> classic_sigma(1.0, 1e-5) > exact_sigma(1.0, 1e-5)  # the exact calibration needs less noise
     True
     """

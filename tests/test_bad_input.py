@@ -139,7 +139,6 @@ def test_it_is_one_sentence_and_leaves_nothing(case, tmp_path, monkeypatch):
         (["one.ipynb", "--preset", "demo"], "there is no preset 'demo'"),
         (["one.ipynb", "--sweep", "none.yaml"], "none.yaml does not exist"),
         (["one.ipynb", "--jobs", "0"], "jobs = 0, it must be at least 1"),
-        (["one.ipynb", "--backend", "ray"], "the backend 'ray' is not known"),
         (["one.ipynb", "--output", LONG], "no usable path (File name too long)"),
     ],
 )

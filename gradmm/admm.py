@@ -327,6 +327,7 @@ class _Buffers:
         """For the inner steps of such an x."""
         value = torch.empty_like(x, requires_grad=True)
         adam = torch.optim.Adam([value], lr=lr, capturable=x.is_cuda)
+        adam._warned_capturable_if_run_uncaptured = True  # the runs before a capture are meant to be without one
         of_groups = x.new_empty(len(x))
         return _Buffers(
             value, torch.empty_like(x), torch.empty_like(x), torch.empty_like(ids), of_groups, of_groups.clone(), adam

@@ -71,7 +71,7 @@ class Graphs:
                 step()
         main.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool):
             step()
         return graph.replay
 
@@ -106,12 +106,17 @@ def compiled_layers(lm: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
     """Within this a GPU multiplies float32 matrices in TF32: not for a release, whose norms are its guarantee."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or device.type == "cuda"
+    matmul = torch.backends.cuda.matmul
+    try:
+        before = matmul.allow_tf32
+    except RuntimeError:  # set by torch's newer switch, beside which this one is refused: left as it was chosen
+        yield
+        return
+    matmul.allow_tf32 = before or device.type == "cuda"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.allow_tf32 = before
 
 
 def most_at_once(trial: Callable[[int], object], most: int, device: torch.device) -> int:

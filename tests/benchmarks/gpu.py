@@ -1,10 +1,11 @@
 """What a card gives, part by part and as a whole: `python tests/benchmarks/gpu.py --output book/records/gpu-h100.json`.
 
 For each shape, on random weights made on the device: the rate of a large product; an inner step of 1 to 20 groups as it
-is, captured, and captured with compiled layers, with its share of that rate; projection and pool per token and text;
-sketches; a training step; a whole synthesis at the paper's setting from a few of its outer steps, and beside it the
-literal method. Prints a table as it goes; a part that fails or that the budget of seconds has no room for says so and
-the others go on. On a CPU (`--device cpu --shapes tiny`) it shows that it runs, not how fast a card is.
+is, captured, and captured with compiled layers, with its share of that rate, and with either kind of attention;
+projection and pool per token and text; sketches; a training step; a whole synthesis at the paper's setting from a few
+of its outer steps, and beside it the literal method. Prints a table as it goes; a part that fails or that the budget of
+seconds has no room for says so and the others go on. On a CPU (`--device cpu --shapes tiny`) it shows that it runs, not
+how fast a card is.
 """
 
 import argparse
@@ -119,6 +120,19 @@ def inner_step(bench: Bench, groups: int, mode: str) -> Callable[[], object]:
     return lambda: inner._run(held, torch.arange(groups), x, x, inner._descend, 1)
 
 
+def attention(bench: Bench) -> Iterator[Row]:
+    """A captured inner step of the most groups with plain attention, and with the fused kernels."""
+    groups, lm = max(bench.options.groups), bench.model.lm
+    before = lm.config._attn_implementation
+    for kind in ("eager", "sdpa"):
+        lm.set_attn_implementation(kind)
+        try:
+            spent = bench.seconds(inner_step(bench, groups, "captured"))
+        finally:
+            lm.set_attn_implementation(before)
+        yield {"part": f"inner step, {groups} group(s), attention {kind}", "milliseconds": 1e3 * spent}
+
+
 def projection(bench: Bench) -> Iterator[Row]:
     """Milliseconds a token of all texts side by side."""
     plan, model = bench.plan, bench.model
@@ -182,7 +196,7 @@ def whole(bench: Bench) -> Iterator[Row]:
     yield {"part": "the literal method", "seconds": reference, "times as long": reference / seconds}
 
 
-PARTS = {part.__name__: part for part in (inner_steps, projection, pool, sketches, training, whole)}
+PARTS = {part.__name__: part for part in (inner_steps, attention, projection, pool, sketches, training, whole)}
 
 # ---------------------------------------------------------------- measuring
 

@@ -1,11 +1,15 @@
 """The presets name parameters that exist, with values of the kind that is expected, and the paper's name all."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+import gradmm
 from gradmm import files
 from gradmm.experiments.batch import parameters_of
+from gradmm.models import ModelShape
+from gradmm.plan import Work, expected_bytes
 from gradmm.runs import output_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +37,74 @@ def test_a_preset_names_parameters_of_its_notebook_with_values_of_their_kind(pat
 def test_a_paper_preset_names_every_parameter_and_says_what_it_takes(path):
     assert set(files.read_parameters(path)) == set(parameters_of(ROOT / "notebooks" / f"{path.stem}.ipynb"))
     comment = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    assert "Machine:" in " ".join(comment) and "GB" in " ".join(comment) and "hour" in " ".join(comment)
+    said = " ".join(comment)
+    assert "Machine:" in said and "GB" in said and ("hour" in said or "minutes" in said)
+    assert files.read_parameters(path)["dtype"] == "bfloat16"
+
+
+CARDS = {"gpu-16gb": 16, "gpu-24gb": 24}
+# Layers, width, inner, vocabulary and weights, as the models' own configurations have them.
+SIZES = {
+    "HuggingFaceTB/SmolLM2-135M": (30, 576, 1536, 49_152, 134_515_008),
+    "HuggingFaceTB/SmolLM2-360M": (32, 960, 2560, 49_152, 361_821_120),
+    "microsoft/phi-1_5": (24, 2048, 8192, 51_200, 1_418_270_720),
+}
+
+
+def synthesis_gigabytes(model: str, top_k: int, groups: int, number: int) -> float:
+    """By the package's rule, for texts of 25 tokens whose groups are all in one pass."""
+    shape = ModelShape(*SIZES[model], number)
+    work = Work(groups, 10, 25, 34, 8, groups, groups, 256, top_k, 50 * (shape.width + shape.vocabulary), 1 << 26)
+    return expected_bytes(shape, work)["peak"] / 1e9
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PRESETS if path.parent.name in CARDS],
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
+def test_a_preset_for_a_card_fits_it_and_says_what_it_takes(path):
+    comment = " ".join(line[1:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+    card = CARDS[path.parent.name]
+    assert f"Machine: one GPU of {card} GB" in comment and "minutes" in comment and "not measured" in comment
+    stated = max(int(size) for size in re.findall(r"(\d+) GB", comment.replace(f"one GPU of {card} GB", "")))
+    given = files.read_parameters(path)
+    assert (given["data"], given["dtype"]) == ("sst2", "auto")
+    if path.stem == "02-synthesis":
+        published = gradmm.PRESETS["admm"]
+        names = ("n_synthetic", "outer_steps", "inner_steps", "rho", "top_k")
+        assert all(given[name] == getattr(published, name) for name in names)
+        widest = 4 if card == 16 else 2  # a T4 computes in float32
+        needed = synthesis_gigabytes(given["model"], given["top_k"], 10, widest)
+    else:
+        needed = (6 * 4 + 4) * SIZES[given["model"]][-1] / 1e9 + 0.2 * card  # a training, and batches by tokens
+    assert needed < stated < 0.9 * card
+
+
+@pytest.mark.parametrize(("groups", "size"), [(20, "20 GB for 20 groups"), (10, "12 GB for 10")])
+def test_the_memory_of_the_paper_s_search_follows_from_the_rule(groups, size):
+    text = " ".join((PARAMS / "README.md").read_text(encoding="utf-8").split())
+    assert size in text
+    assert int(size.split()[0]) - 1 < synthesis_gigabytes("microsoft/phi-1_5", 200, groups, 2) < int(size.split()[0])
+
+
+def test_the_expected_times_follow_from_the_measured_step():
+    """Minutes on an H100 by the tables of the README, and what the presets round them to."""
+    large, small, training = 3, 2, 20 / 60
+    minutes = {
+        "03-finetuning": 3 * (2 * large + 3 * small + 21 * 3 * training),
+        "06-transfer": 3 * (large + 5 * 3 * 3 * training),
+        "04-privacy": 9 * 2.5 + 12 * 1.25 * training,
+        "00-quickstart": large + 18 * 60 * 0.085 / 60,
+        "02-synthesis": 3 * 1.8,
+    }
+    for path in PRESETS:
+        if path.parent.name.startswith("paper-"):
+            text = " ".join(path.read_text(encoding="utf-8").replace("\n#", "").split())
+            found = re.search(r"about (\d+) (hours?|minutes) on an A100, (\d+) on an H100", text)
+            unit = 60 if found[2].startswith("hour") else 1
+            assert int(found[3]) * unit == pytest.approx(minutes[path.stem], rel=0.3)
+            assert int(found[1]) * unit == pytest.approx(3.2 * minutes[path.stem], rel=0.1)
 
 
 def test_results_of_one_preset_do_not_meet_those_of_another(tmp_path, monkeypatch):

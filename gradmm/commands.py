@@ -47,7 +47,7 @@ class Inputs:
         text, label: the columns' names.
         revision: of the model on the hub.
         device: cpu, cuda or auto.
-        dtype: of the weights: float32, bfloat16, float64 or auto.
+        dtype: of the weights: float32, bfloat16, float16, float64 or auto, which is the default on a GPU.
         quiet: no progress bars or lines.
     """
 

@@ -14,7 +14,8 @@ import pytest
 
 import gradmm
 from gradmm import files
-from gradmm.experiments import batch, demo, records
+from gradmm.experiments import batch, demo, plots, records
+from gradmm.experiments import performance as performance_room
 from gradmm.runs import NOT_FOR_RELEASE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,8 +138,8 @@ def performance(results: dict, preset: dict) -> None:
         assert [row["phase"] for row in rows] == ["inner steps", "projection"]
         assert all(0 < row["share"] < 1 and row["seconds"] == results["seconds"][dtype][row["phase"]] for row in rows)
     assert results["literal"][1]["they differ by"] == "0e+00" and all(row["ratio"] > 0 for row in results["literal"])
-    # No records in an empty folder.
-    assert results["records"] == results["gpu_records"] == results["memory"]["records"] == []
+    empty = (results["records"], results["gpu_records"], results["cards"], results["memory"]["records"])
+    assert not any(empty)  # no records in an empty folder
     assert len(results["types"]) == len(types) * preset["seeds"]
     assert all(0 <= row["accuracy"] <= 1 for row in results["types"])
     assert {row["same texts"] for row in results["types"] if row["type"] == "float32"} == {1.0}
@@ -202,6 +203,34 @@ def test_every_parameter_is_described_to_papermill(path):
     assert not [name for name, item in found.items() if item["inferred_type_name"] == "None" or not item["help"]]
     assert all(found[name]["inferred_type_name"].endswith(" or None") for name in found if own[name] is None)
     assert batch.parameters_of(path) == {name: own[name] for name in found}
+
+
+def test_a_record_of_a_card_is_shown_beside_those_of_processors(tmp_path):
+    """As tests/benchmarks/gpu.py writes it; the notebook's cells that read and show records are run on it."""
+    row = {
+        "shape": "phi-1.5",
+        "part": "inner step, 20 group(s), captured",
+        "milliseconds": 50.0,
+        "share of the rate": 0.6,
+    }
+    place = tmp_path / "gpu-h100.json"
+    records.write_record(place, {"rows": [row]}, {"device": "cuda", "dtype": "bfloat16"})
+    files.write_json(place, files.read_json(place) | {"machine": {"gpu": "NVIDIA H100", "processor": "a processor"}})
+    shown: list = []
+    own = {
+        "records": tmp_path,
+        "display": shown.append,
+        "Markdown": str,
+        "plots": plots,
+        "performance": performance_room,
+    }
+    own |= {"read_records": records.read_records, "origin": records.origin}
+    cells = {cell.id: cell for cell in nbformat.read(ROOT / "notebooks" / "07-performance.ipynb", as_version=4).cells}
+    for name in ("perf-20", "perf-20-gpu", "perf-21"):
+        exec(cells[name].source, own)
+    assert own["on_gpu"] == ["gpu-h100"] and "1 of 1 ran on a GPU" in shown[-1] and "NVIDIA H100" in shown[-1]
+    (found,) = own["of_cards"]
+    assert (found["on"], found["type"], found["milliseconds"]) == ("NVIDIA H100", "bfloat16", 50.0)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

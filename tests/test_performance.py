@@ -7,7 +7,7 @@ from gradmm import admm, searches, synthesis
 from gradmm.config import SynthesisConfig
 from gradmm.data import Example
 from gradmm.errors import UserError
-from gradmm.experiments import performance, roofline
+from gradmm.experiments import performance, plots, roofline
 from gradmm.tasks import Task
 
 TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the movie was:", "a film was:"))
@@ -79,3 +79,26 @@ def test_a_floor_is_set_by_arithmetic_or_by_memory():
 def test_a_record_says_what_it_ran_on(device, said):
     machine = {"processor": "Some CPU", "threads": 2, "gpu": "Some GPU"}
     assert performance.ran_on({"settings": {"device": device}, "machine": machine}) == said
+
+
+def test_a_card_s_rows_keep_every_figure():
+    rows = [
+        {"shape": "tiny", "part": "large product", "TFLOP/s": 789.4, "weights, GB": 2.84},
+        {"shape": "tiny", "part": "inner step, 20 group(s), captured", "milliseconds": 44.0, "share of the rate": 0.61,
+         "seconds before the first": 2.0, "peak, GB": 8.5},
+        {"shape": "tiny", "part": "sketches", "not measured": "Unmeasured: the budget of seconds is spent"},
+        {"shape": "tiny", "part": "whole synthesis, paper's setting", "seconds": 120.0, "groups at once": {"H100": 20}},
+    ]  # fmt: skip
+    record = {
+        "settings": {"device": "cuda", "dtype": "bfloat16"},
+        "machine": {"gpu": "H100"},
+        "results": {"rows": rows},
+    }
+    product, step, sketches, whole = performance.of_card(record)
+    assert {row["on"] for row in (product, step, sketches, whole)} == {"H100"} and step["type"] == "bfloat16"
+    assert product["more"] == "TFLOP/s 789, weights, GB 2.84" and product["milliseconds"] is None
+    assert (step["milliseconds"], step["share of the rate"], step["peak, GB"]) == (44.0, 0.61, 8.5)
+    assert sketches["more"] == "not measured Unmeasured: the budget of seconds is spent"
+    assert (whole["seconds"], whole["more"]) == (120.0, "groups at once {'H100': 20}")
+    html = plots.table(performance.of_card(record)).to_html()
+    assert "captured" in html and "0.610" in html and "None" not in html

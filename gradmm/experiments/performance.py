@@ -216,3 +216,18 @@ def summary(record: Mapping) -> dict:
         "torch": record["versions"]["torch"],
         "commit": record["commit"][:10],
     }
+
+
+def of_card(record: Mapping) -> list[dict]:
+    """Rows of a table for a record of `tests/benchmarks/gpu.py`; figures without a column of their own are "more"."""
+    where = {"on": ran_on(record), "type": record["settings"]["dtype"]}
+    columns = ("milliseconds", "seconds", "a second", "share of the rate", "peak, GB")
+    rows = []
+    for found in record["results"]["rows"]:
+        more = {name: value for name, value in found.items() if name not in ("shape", "part", *columns)}
+        said = (
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in more.items()
+        )
+        figures = {name: found.get(name) for name in columns}
+        rows.append({**where, "shape": found["shape"], "part": found["part"], **figures, "more": ", ".join(said)})
+    return rows

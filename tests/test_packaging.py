@@ -257,12 +257,14 @@ def test_a_registry_without_the_model_is_named_in_one_sentence(tmp_path, said):
         ([], {"task": "notebooks/tasks/reviews.yaml"}),
         (["DATA=my.csv"], {"data": "my.csv"}),
         (["DATA=my data/all reviews"], {"data": "my data/all reviews"}),
+        (["DATA=my.csv", "TASK=my task.yaml"], {"data": "my.csv", "task": "my task.yaml"}),
     ],
 )
 def test_make_real_runs_the_quickstart_on_its_model_with_the_reader_s_data(tmp_path, given, told):
     recipe = subprocess.run(
-        ["make", "-n", "real", f"VENV={tmp_path}", *given], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+        ["make", "-n", "real", f"VENV={tmp_path}", *given],
+        cwd=ROOT, env={**os.environ, "DATA": "another program's"}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
     (line,) = re.findall(r"papermill (.*)", recipe)
     words = shlex.split(line)
     assert words[words.index("-f") + 1] == REAL.relative_to(ROOT).as_posix()

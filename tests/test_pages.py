@@ -1,0 +1,230 @@
+"""The pages that quote messages and show how to add parts: each message is brought about, each piece of code runs."""
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import gradmm
+from gradmm import files, generation, tasks
+from gradmm.experiments import demo
+
+ROOT = Path(__file__).resolve().parents[1]
+FAQ = (ROOT / "book" / "faq.md").read_text(encoding="utf-8")
+# What a page names and this machine lacks -> what stands for it here.
+SUBSTITUTES = {
+    "path/to/model": str(demo.DATA / "model"),
+    "google/gemma-3-270m": "demo",
+    "path/to/reviews": str(demo.DATA),
+}
+TWO_PROCESSES = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+pytestmark = pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+
+
+def quoted(page: str) -> dict[str, list[str]]:
+    """The messages under each question, every run of white space as one space."""
+    parts = re.split(r"^### (.+)\n", page, flags=re.MULTILINE)[1:]
+    answers = zip(parts[::2], parts[1::2], strict=True)
+    return {question: [" ".join(text.split()) for text in blocks(answer, "text")] for question, answer in answers}
+
+
+def run(page: str, folder: Path) -> dict:
+    """Run the code of a page from top to bottom; what it defines."""
+    code = "\n".join(blocks(page, "python"))
+    for name, other in SUBSTITUTES.items():
+        code = code.replace(f'"{name}"', repr(other))
+    defined: dict = {}
+    exec(compile(code, str(folder / "page.py"), "exec"), defined)
+    return defined
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a reader has when a message comes."""
+
+    model: gradmm.Model
+    task: gradmm.Task
+    data: gradmm.Splits
+    target: gradmm.Release
+    patch: pytest.MonkeyPatch
+
+    def release(self, rows, **given) -> gradmm.Release:
+        return gradmm.release(self.model, self.task, rows, **given)
+
+    def synthesize(self, **changes) -> gradmm.SynthesisResult:
+        few = gradmm.SynthesisConfig(n_synthetic=2, oversample=1, seed=changes.pop("seed", 0))
+        given = {"model": self.model, "task": self.task, "release": self.target, "config": few, **changes}
+        return gradmm.synthesize(**given)
+
+    def launched(self, ask: Callable[[], object]) -> object:
+        for name, value in TWO_PROCESSES.items():
+            self.patch.setenv(name, value)
+        return ask()
+
+
+@pytest.fixture(scope="module")
+def target(demo_model) -> gradmm.Release:
+    task, data = gradmm.load_data("demo")
+    return gradmm.release(demo_model, task, gradmm.sample_examples(data.train, 4, task, 0), space="head")
+
+
+@pytest.fixture
+def case(demo_model, target, tmp_path, monkeypatch) -> Case:
+    monkeypatch.chdir(tmp_path)
+    return Case(demo_model, *gradmm.load_data("demo"), target, monkeypatch)
+
+
+def no_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def out_of_memory(case: Case) -> None:
+    with mock.patch("torch.nn.Linear.forward", no_memory):
+        gradmm.evaluate(case.model, case.task, case.data.test[:1])
+
+
+def pickles_alone(case: Case) -> None:
+    folder = Path("model")
+    folder.mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        (folder / name).write_text("{}", encoding="utf-8")
+    gradmm.load_model(folder)
+
+
+def ratings(case: Case) -> None:
+    rows = [{"text": f"Room {number}.", "label": number % 5 + 1} for number in range(40)]
+    gradmm.load_data(files.write_json_lines(Path("reviews.jsonl"), rows))
+
+
+def capped(case: Case) -> None:
+    lm = gradmm.load_model("demo", device="cpu").lm
+    lm.get_output_embeddings().register_forward_hook(lambda module, given, output: output / 2)
+    gradmm.wrap_model(lm, case.model.tokenizer, "google/gemma-2-2b")
+
+
+def beyond_float16(case: Case) -> None:
+    model = gradmm.load_model("demo", device="cpu", dtype="float16")
+    for weights in model.lm.parameters():
+        weights.data.fill_(torch.inf)
+    gradmm.release(model, case.task, gradmm.sample_examples(case.data.train, 2, case.task, 0), space="head")
+
+
+def old_processor(case: Case) -> None:
+    with mock.patch("gradmm.models._has_any", lambda names: False):
+        gradmm.load_model("demo", device="cpu", dtype="bfloat16")
+
+
+def other_settings(case: Case) -> None:
+    for seed in range(2):
+        case.synthesize(seed=seed, output="results/run")
+
+
+def marked_up(case: Case) -> None:
+    task = replace(case.task, generation_prompts=("Bad <|endoftext|>", "Rating: excellent."))
+    generation.warn_of_prompts(tasks.tokenize_task(task, case.model.tokenizer), case.model.vocabulary)
+
+
+def too_short(case: Case) -> None:
+    generation.generate_texts(case.model, case.task, 1, 0, generation.Sampling(max_tokens=1, min_tokens=1, rounds=1))
+
+
+ONE_SIDED = [{"text": "Cold food.", "label": 0}]
+# By question, in the order of its messages: what brings each about.
+PROVOKED: dict[str, list[Callable[[Case], object]]] = {
+    "My label words are several tokens": [
+        lambda case: gradmm.check_fit(
+            case.model, replace(case.task, verbalizers=(" negative", " positive")), case.data
+        ),
+    ],
+    "My labels are 1 to 5": [ratings],
+    "A label is spelt in two ways": [lambda case: case.release([{"text": "A kind host.", "label": "Positive"}])],
+    "All classes have the same prompt": [
+        lambda case: case.synthesize(task=replace(case.task, generation_prompts=("", "")))
+    ],
+    "My classes are not equally large": [
+        lambda case: gradmm.sample_examples(case.data.train[:3], 10, case.task, 0),
+        lambda case: case.release(ONE_SIDED),
+    ],
+    "My texts are too long": [lambda case: case.release([{"text": "so " * 600, "label": 0}])],
+    "The model is gated, or not found": [lambda case: gradmm.load_model("meta-llama/Llama-3.2-1B")],
+    "I have no network": [lambda case: gradmm.load_data("stanfordnlp/imdb")],
+    "There are only `.bin` files": [pickles_alone],
+    "The logits are scaled or capped": [capped],
+    "Instruction models, their markup and their end tokens": [
+        lambda case: case.synthesize(task=replace(case.task, prompt_style="chat")),
+        marked_up,
+    ],
+    "The model writes nothing that is kept": [too_short],
+    "Out of memory": [out_of_memory],
+    "T4, V100 and float16": [
+        lambda case: gradmm.load_model("demo", dtype="fp16"),
+        beyond_float16,
+        old_processor,
+    ],
+    "The release belongs to another model or task": [
+        lambda case: case.synthesize(model=gradmm.load_model(demo.DATA / "model-b", device="cpu")),
+        lambda case: case.synthesize(task=replace(case.task, verbalizers=(" bad", " good"))),
+    ],
+    "I gave texts where a release belongs": [lambda case: case.synthesize(release=case.data.train[:4])],
+    "Privacy asks for more settings": [
+        lambda case: case.release(case.data.train[:4], epsilon=1.0),
+        lambda case: case.release(case.data.train[:4], epsilon=1.0, length=20),
+    ],
+    "I changed a setting and it does not go on": [other_settings],
+    "Several processes": [
+        lambda case: case.launched(case.synthesize),
+        lambda case: case.launched(lambda: case.release(case.data.train[:4], epsilon=8.0, delta=1e-3, length=20)),
+    ],
+}
+MESSAGES = [(question, number) for question, asked in PROVOKED.items() for number, _ in zip(count(), asked)]
+
+
+def said(provoke: Callable[[Case], object], case: Case) -> str:
+    """What an error or, where there is none, the first warning says."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            provoke(case)
+        except gradmm.UserError as error:
+            return str(error)
+    return str(caught[0].message)
+
+
+def fits(message: str, page: str) -> bool:
+    """Whether a message is what a page quotes, where `...` stands for anything."""
+    return re.fullmatch(".+".join(map(re.escape, page.split("..."))), " ".join(message.split())) is not None
+
+
+def test_every_message_of_the_questions_is_brought_about():
+    assert {question: len(some) for question, some in quoted(FAQ).items()} == {
+        question: len(some) for question, some in PROVOKED.items()
+    }
+
+
+@pytest.mark.parametrize("question, number", MESSAGES)
+def test_a_message_is_what_the_page_quotes(question, number, case):
+    assert fits(said(PROVOKED[question][number], case), quoted(FAQ)[question][number])
+
+
+def test_a_message_that_went_stale_is_seen():
+    assert fits("a gradient of 3 is not finite", "a gradient of ... is not finite")
+    assert not fits("a gradient of 3 is not finite", "a gradient of ... is infinite")
+    assert not fits("a gradient is finite: mend it", "a gradient is finite")
+
+
+@pytest.mark.slow
+def test_the_code_of_the_questions_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    defined = run(FAQ, tmp_path)
+    assert defined["again"].kept["text"] == defined["result"].kept["text"] and len(defined["other"].kept) == 2
+    assert "negative |" in capsys.readouterr().out

@@ -1,10 +1,12 @@
 """The pages that quote messages and show how to add parts: each message is brought about, each piece of code runs."""
 
+import importlib
+import inspect
 import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -12,11 +14,12 @@ import pytest
 import torch
 
 import gradmm
-from gradmm import files, generation, tasks
+from gradmm import config, files, generation, privacy, searches, spaces, tasks
+from gradmm.errors import one_of
 from gradmm.experiments import demo
 
 ROOT = Path(__file__).resolve().parents[1]
-FAQ = (ROOT / "book" / "faq.md").read_text(encoding="utf-8")
+FAQ, ARCHITECTURE = ((ROOT / "book" / f"{name}.md").read_text(encoding="utf-8") for name in ("faq", "architecture"))
 # What a page names and this machine lacks -> what stands for it here.
 SUBSTITUTES = {
     "path/to/model": str(demo.DATA / "model"),
@@ -228,3 +231,102 @@ def test_the_code_of_the_questions_runs_from_top_to_bottom(tmp_path, monkeypatch
     defined = run(FAQ, tmp_path)
     assert defined["again"].kept["text"] == defined["result"].kept["text"] and len(defined["other"].kept) == 2
     assert "negative |" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- architecture
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """The module that draws the rooms."""
+    pytest.importorskip("sphinx", reason="jupyter-book is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "book" / "_ext")
+        yield importlib.import_module("rooms")
+
+
+def test_the_picture_has_every_room_once_and_links_each(picture):
+    boxes = re.findall(r'href="api.html#module-gradmm\.(\w+)"', picture.svg())
+    assert sorted(boxes) == sorted(path.stem for path in (ROOT / "gradmm").glob("*.py") if path.stem[:2] != "__")
+
+
+def test_the_arrows_say_what_the_imports_say(picture):
+    """Each is an import, none follows from others, and every import between rooms with arrows follows from them."""
+    found, drawn = picture.imports(), picture.arrows(picture.imports())
+    assert {"admm", "plan", "projection", "generation"} <= found["searches"] and not found["errors"]
+    assert all(drawn[room] <= found[room] for room in drawn)
+
+    def below(room: str) -> set[str]:
+        return drawn[room].union(*map(below, drawn[room]))
+
+    for room, names in drawn.items():
+        assert found[room] & drawn.keys() <= below(room)
+        assert not [name for name in names if any(name in below(other) for other in names)]
+
+
+def test_arrows_lead_down_and_boxes_stand_apart(picture):
+    places = picture.drawing(picture.arrows(picture.imports())).places
+    level = picture.levels(picture.arrows(picture.imports()))
+    edges = picture.arrows(picture.imports())
+    assert all(level[name] < level[room] for room, names in edges.items() for name in names)
+    for row in {row for row, _ in places}:
+        middles = sorted(x for (other, point), (x, _) in places.items() if other == row and isinstance(point, str))
+        assert all(right - left >= picture.BOX for left, right in pairwise(middles))
+        assert picture.BOX / 2 <= middles[0] and middles[-1] <= picture.WIDTH - picture.BOX / 2
+
+
+def test_a_new_import_changes_the_picture(picture):
+    edges = {"first": set(), "second": {"first"}, "third": {"first", "second"}}
+    assert picture.arrows(edges) == {"first": set(), "second": {"first"}, "third": {"second"}}
+    assert picture.levels(picture.arrows(edges)) == {"first": 0, "second": 1, "third": 2}
+    assert picture.arrows({**edges, "second": set()})["third"] == {"first", "second"}
+
+
+FLOW = re.findall(r"^\|[^|]+\| `(\w+)\.([\w.]+)` \|[^|]+\|[^|]*`(\w+)` \|$", ARCHITECTURE, re.MULTILINE)
+
+
+def test_every_step_of_the_flow_is_read():
+    table = ARCHITECTURE.split("## How data flows")[1].split("##")[0]
+    assert len(FLOW) == table.count("\n|") - 2 == 8
+
+
+@pytest.mark.parametrize("room, name, gives", FLOW)
+def test_a_step_of_the_flow_gives_what_the_page_says(room, name, gives):
+    found = importlib.import_module(f"gradmm.{room}")
+    for part in name.split("."):
+        found = getattr(found, part)
+    annotation = inspect.signature(found).return_annotation
+    assert gives in str(getattr(annotation, "__name__", annotation)) or gives in str(annotation)
+
+
+@pytest.fixture(scope="module")
+def added(tmp_path_factory) -> dict:
+    """What the page's code defines, after it has run."""
+    return run(ARCHITECTURE, tmp_path_factory.mktemp("architecture"))
+
+
+def test_a_search_that_is_added_as_the_page_says_runs(added, case, monkeypatch):
+    monkeypatch.setitem(searches._BY_NAME, "prompted", added["search_prompted"])
+    monkeypatch.setitem(config._SYNTHESIS, "search", one_of((*config.SEARCHES, "prompted")))
+    result = case.synthesize(config=gradmm.SynthesisConfig(n_synthetic=4, search="prompted"), output="prompted")
+    assert len(result.kept) == 4 and sorted(result.kept["label"]) == [0, 0, 1, 1]
+    again = case.synthesize(config=gradmm.SynthesisConfig(n_synthetic=4, search="prompted"))
+    assert again.kept["text"] == result.kept["text"]
+
+
+def test_a_space_that_is_added_as_the_page_says_releases_and_is_read_back(added, case, monkeypatch):
+    def made(model, tokens, name, *_, **__):
+        assert name == "label_rows_random"
+        return added["random_space"](model, tokens)
+
+    monkeypatch.setattr(privacy, "release_space", made)
+    monkeypatch.setattr(spaces, "SPACES", (*spaces.SPACES, "label_rows_random"))
+    real = gradmm.sample_examples(case.data.train, 4, case.task, 0)
+    private = case.release(real, space="label_rows_random", epsilon=8.0, delta=1e-3, length=20)
+    private.save("release.safetensors")
+    result = case.synthesize(release=gradmm.load_release("release.safetensors"))
+    assert private.space_name == "label_rows_random" and len(result.kept) == 2
+
+
+def test_a_task_that_is_added_as_the_page_says_is_released(added):
+    assert added["target"].task == added["task"].fingerprint and added["task"].name == "hotels"

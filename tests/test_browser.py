@@ -217,18 +217,39 @@ def test_every_public_name_is_on_the_api_page(book):
 
 
 class Links(HTMLParser):
-    """The targets and the anchors of a page."""
+    """The targets and the anchors of a page, what it loads by itself, and how many headings it begins with."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.targets, self.anchors = set(), set()
+        self.targets, self.anchors, self.loaded, self.headings = set(), set(), set(), 0
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         held = dict(attributes)
+        self.headings += tag == "h1"
+        if tag in ("script", "img", "iframe", "source", "video", "audio"):
+            self.loaded |= {held["src"]} if held.get("src") else set()
+        elif tag == "link" and not {"canonical", "author"} & set((held.get("rel") or "").split()):
+            self.loaded |= {held["href"]} if held.get("href") else set()
         self.anchors |= {held[name] for name in ("id", "name") if held.get(name)}
         if tag in ("a", "link", "script", "img"):
             self.targets |= {held[name] for name in ("href", "src") if held.get(name)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_has_a_heading_and_loads_nothing_from_elsewhere(book, page):
+    """Needs no browser, and so is asked wherever the book can be built."""
+    found = Links(place_of(book, page).read_text(encoding="utf-8"))
+    assert found.headings >= 1 and found.loaded
+    assert not [
+        target for target in found.loaded if urlsplit(target).netloc or urlsplit(target).scheme not in ("", "data")
+    ]
+
+
+def test_what_a_page_loads_is_seen():
+    text = '<h1>x</h1><script src="https://a.org/x.js"></script><img src="b.png"><link rel="stylesheet" href="//c.org/d.css">'
+    found = Links(text + '<a href="https://e.org"></a><link rel="canonical" href="https://f.org">')
+    assert found.loaded == {"https://a.org/x.js", "b.png", "//c.org/d.css"} and found.headings == 1
 
 
 def test_every_local_link_leads_somewhere(book):

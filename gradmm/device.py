@@ -105,7 +105,7 @@ def compiled_layers(lm: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
-    """Within this a GPU multiplies float32 matrices in TF32: not for a release, whose norms are its guarantee."""
+    """Within this a GPU multiplies float32 matrices in TF32: not the norms and sums of a release, its guarantee."""
     matmul = torch.backends.cuda.matmul
     try:
         before = matmul.allow_tf32

@@ -22,7 +22,7 @@ pytestmark = [
 ]
 PAGES = [*executing.pages(), "genindex", "py-modindex", "search"]
 DESKTOP, PHONE = (1280, 900), (390, 844)
-LOCAL = ("file", "data", "blob")
+LOCAL = ("file", "data", "blob", "chrome")  # the last: the empty tab that the browser begins with
 FLAGS = """
     --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars

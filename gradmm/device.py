@@ -106,13 +106,16 @@ def compiled_layers(lm: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
     """Within this a GPU multiplies float32 matrices in TF32: not the norms and sums of a release, its guarantee."""
+    if device.type != "cuda":
+        yield
+        return
     matmul = torch.backends.cuda.matmul
     try:
         before = matmul.allow_tf32
     except RuntimeError:  # set by torch's newer switch, beside which this one is refused: left as it was chosen
         yield
         return
-    matmul.allow_tf32 = before or device.type == "cuda"
+    matmul.allow_tf32 = True
     try:
         yield
     finally:

@@ -41,7 +41,7 @@ class Sampling:
         shots: real examples of the class before each text, drawn anew for each; used when examples are given.
         separator: what stands between shots.
         batch_size: texts written side by side; None: 64 on a CPU, on a GPU as many as a share of it holds, at most
-            1024. It changes no text.
+            256. It changes no text.
         rounds: how often missing texts are written anew before giving up.
     """
 

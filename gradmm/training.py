@@ -201,7 +201,7 @@ def _add_gradients(
 
 
 def _precision(model: Model, config: FinetuneConfig):
-    wanted = fast_dtype(model.device) == torch.bfloat16 and model.device.type == "cuda"
+    wanted = model.device.type == "cuda" and fast_dtype(model.device) == torch.bfloat16
     enabled = (wanted if config.autocast is None else config.autocast) and model.dtype == torch.float32
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)
 

@@ -86,14 +86,19 @@ def free_to_ask(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def layers_of(lm: torch.nn.Module) -> list[torch.nn.Module]:
+    """A model's layers, first to last; none where its family keeps them in no list."""
+    stacks = [part for part in lm.modules() if isinstance(part, torch.nn.ModuleList) and len(part)]
+    return list(stacks[0]) if stacks else []
+
+
 @contextmanager
 def compiled_layers(lm: torch.nn.Module) -> Iterator[None]:
     """Within this the layers of a model run as the compiler has them: equal layers share one code.
 
     The last layer stays as it is, since `Model.last_hidden` cuts its work short.
     """
-    stacks = [part for part in lm.modules() if isinstance(part, torch.nn.ModuleList) and len(part) > 1]
-    layers = list(stacks[0])[:-1] if stacks else []
+    layers = layers_of(lm)[:-1]
     for layer in layers:
         layer.compile(dynamic=False)
     try:

@@ -32,7 +32,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from gradmm import files
-from gradmm.device import fast_products, free_to_ask, in_batches, memory_of
+from gradmm.device import fast_products, free_to_ask, in_batches, layers_of, memory_of
 from gradmm.errors import UserError, first_line, require, require_flag, require_type, short_repr
 from gradmm.markup import plain_name
 from gradmm.progress import advance, announced, shown
@@ -187,8 +187,8 @@ class Model:
     @cached_property
     def _last_mlp(self) -> torch.nn.Module | None:
         """The last layer's feed-forward block, where the family keeps layers in a list and it is a module."""
-        stacks = [m for m in self.lm.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
-        return getattr(stacks[0][-1], "mlp", None) if stacks else None
+        layers = layers_of(self.lm.base_model)
+        return getattr(layers[-1], "mlp", None) if layers else None
 
     def read(self, ids: Tensor, mask: Tensor | None = None, cache=None):
         """Read tokens behind those of a cache: (N, T) ids, (N, P + T) mask or None -> ((N, D) at the end, cache)."""

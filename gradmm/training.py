@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gradmm.classification import Encoded, score
 from gradmm.config import FinetuneConfig
-from gradmm.device import fast_products, halving
-from gradmm.errors import UserError
+from gradmm.device import fast_products, halving, layers_of
+from gradmm.errors import UserError, require
 from gradmm.models import Model, batches_by_length, fast_dtype, pad_left
 from gradmm.seeds import generator
 from gradmm.tasks import TaskTokens
@@ -32,18 +32,32 @@ def trainable_copy(model: Model, config: FinetuneConfig | None = None) -> Model:
     """A copy of the model that learns; half precision would lose small updates, so it becomes float32.
 
     Args:
-        config: its `adapter` says what learns; None: every parameter.
+        config: its `adapter` and `layers` say what learns; None: every parameter.
 
     Raises:
-        UserError: an adapter whose package is not installed.
+        UserError: an adapter whose package is not installed, or more layers than the model has.
     """
     lm = copy.deepcopy(model.lm).eval()
     if model.dtype in (torch.float16, torch.bfloat16):
         lm = lm.float()
-    lm.requires_grad_(config is None or config.adapter is None)
-    if config is not None and config.adapter == "lora":
+    config = config or FinetuneConfig()
+    lm.requires_grad_(config.adapter is None and config.layers is None)
+    if config.layers is not None:
+        _free_last(lm.base_model, config.layers)
+    if config.adapter == "lora":
         add_lora(lm, config.adapter_rank, config.seed)
     return replace(model, lm=lm)
+
+
+def _free_last(body: torch.nn.Module, count: int) -> None:
+    """Let the last layers learn, and what stands beside the layers and is no embedding: the norms."""
+    layers = layers_of(body)
+    require(count <= len(layers), f"layers = {count}, but the model has {len(layers)}: give fewer, or None for all")
+    within = {part for layer in layers for part in layer.modules()}
+    beside = [part for part in body.modules() if part not in within and not isinstance(part, torch.nn.Embedding)]
+    for part in (*layers[-count:], *beside):
+        for weights in part.parameters(recurse=part in within):
+            weights.requires_grad_(True)
 
 
 def restart(trained: Model, model: Model, config: FinetuneConfig) -> None:

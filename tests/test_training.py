@@ -10,6 +10,7 @@ from conftest import LONG_KINDS
 from gradmm.classification import evaluate
 from gradmm.config import FinetuneConfig
 from gradmm.data import Example
+from gradmm.device import layers_of
 from gradmm.errors import UserError
 from gradmm.finetuning import fit
 from gradmm.tasks import Task
@@ -105,3 +106,43 @@ def test_a_bfloat16_model_learns_as_the_float32_model_of_its_weights(tiny_model,
         ours.copy_(theirs)
     found, expected = (fit(model, TASK, TRAIN, TRAIN, replace(CONFIG, adapter=adapter)) for model in (half, single))
     assert found.curve == expected.curve and same(state(found.model.lm), state(expected.model.lm))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_last_layers_and_the_norms_behind_them_alone_learn(tiny_model, kind, count):
+    model = tiny_model(kind, dtype=torch.float32)
+    config = replace(CONFIG, adapter=None, layers=count)
+    guesses = evaluate(model, TASK, TRAIN).predictions
+    train = [replace(example, label=1 - guess) for example, guess in zip(TRAIN, guesses, strict=True)]
+    found, before = fit(model, TASK, train, train, config), state(model.lm)
+    after = state(found.model.lm)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = layers_of(model.lm.base_model)
+    last = {id(weights) for layer in layers[-count:] for weights in layer.parameters()}
+    inside = {id(weights) for layer in layers for weights in layer.parameters()}
+    names = {name: id(weights) for name, weights in model.lm.named_parameters()}
+    assert found.step > 0 and any(names[name] in last for name in changed)
+    assert all(names[name] in last or (names[name] not in inside and before[name].ndim == 1) for name in changed)
+
+
+def test_what_learns_in_a_llama_by_name(tiny_model):
+    model = tiny_model("llama", dtype=torch.float32)
+    config = replace(CONFIG, adapter=None, layers=1, learning_rates=(1e-2,))
+    trained = trainable_copy(model, config)
+    learning = [name for name, weights in trained.lm.named_parameters() if weights.requires_grad]
+    last = len(layers_of(model.lm.base_model)) - 1
+    assert all(f"layers.{last}." in name or name == "model.norm.weight" for name in learning)
+    assert "model.norm.weight" in learning and f"model.layers.{last}.mlp.up_proj.weight" in learning
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adapter": None, "layers": 0}, "layers = 0"),
+        ({"adapter": "lora", "layers": 1}, "adapter = 'lora' and layers = 1: give one of them"),
+        ({"adapter": None, "layers": 99}, r"layers = 99, but the model has \d: give fewer"),
+    ],
+)
+def test_layers_that_cannot_learn_are_refused(tiny_model, settings, message):
+    with pytest.raises(UserError, match=message):
+        fit(tiny_model("llama"), TASK, TRAIN, TRAIN, replace(CONFIG, **settings))

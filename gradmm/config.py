@@ -30,14 +30,15 @@ from gradmm.mechanism import CLAIM
 from gradmm.projection import PROJECTIONS
 from gradmm.selection import FILTERS, RANKINGS
 
+POSITIVE = Rule(lambda value: is_number(value) and value > 0, "{name} = {value}, it must be above 0: give such as 1.0")
 SEARCHES = ("admm", "pool")
 ADAPTERS = ("lora",)
 _SYNTHESIS = {
     **dict.fromkeys(("n_synthetic", "group_size", "top_k", "length", "init_candidates", "groups_per_batch"), COUNT),
     "oversample": at_least(1),
     "perplexity_weight": at_least(0),
-    "early_end": FLAG,
     "seed": WHOLE,
+    "temperature": POSITIVE,
     "search": one_of(SEARCHES),
     "init": one_of(INITIALISATIONS),
     "projection": one_of(PROJECTIONS),
@@ -65,10 +66,11 @@ class SynthesisConfig:
             settings of the solver, the projection and the start are its own); it needs a Release of the head, and
             `PRESETS` has the ranking and the oversample that suit it.
         length: L, tokens of a text behind the words that its prompt begins it with; None takes the Release's.
-        early_end: whether a text may end before L tokens; it has `plan.MIN_TOKENS` at least.
+        temperature: of the texts that a pool writes, see `generation.Sampling`; 1 samples from the model.
         distance: "cosine" or "l2".
-        init: "generated" starts x at texts that the model writes from the public prompts (it needs `early_end`),
-            "normal" at random vectors as published.
+        init: "generated" starts x at texts that the model writes from the public prompts, which may end before L
+            tokens as they do (`plan.MIN_TOKENS` at least); "normal", as published, at random vectors, and every text
+            has L tokens.
         init_candidates: draws of each group, which starts as the one with the lowest matching loss.
         filter: a name in `selection.FILTERS`. A model that cannot yet do the task misreads the labels, and its filter
             then teaches its own mistakes: "none" by default, "label" as published.
@@ -94,7 +96,7 @@ class SynthesisConfig:
     top_k: int = 50
     search: str = "pool"
     length: int | None = None
-    early_end: bool = True
+    temperature: float = 1.0
     distance: str = "cosine"
     init: str = "generated"
     init_candidates: int = 4
@@ -107,10 +109,6 @@ class SynthesisConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, _SYNTHESIS)
-        require(
-            self.early_end or self.init == "normal",
-            "init = 'generated' writes texts of several lengths: set early_end, or init = 'normal'",
-        )
         solver = admm.Config(self.rho, self.outer_steps, self.inner_steps, self.lr)  # checks its own settings
         object.__setattr__(self, "solver", solver)
 
@@ -131,7 +129,6 @@ _PUBLISHED: dict[str, Any] = {
     "rho": 0.01,  # the paper tries 0.01, 0.1, 0.5, 1 and 5; notebooks/params takes the smallest too
     "lr": 0.008,
     "top_k": 200,
-    "early_end": False,
     "init": "normal",
     "init_candidates": 500,
     "filter": "label",
@@ -282,9 +279,7 @@ _FINETUNING = {
     ),
     "warmup": at_least(0),
     "weight_decay": at_least(0),
-    "gradient_clip": Rule(
-        lambda value: is_number(value) and value > 0, "{name} = {value}, it must be above 0: give such as 1.0"
-    ),
+    "gradient_clip": POSITIVE,
     "autocast": FLAG,
     "adapter": one_of(ADAPTERS),
     "seed": WHOLE,

@@ -184,9 +184,9 @@ class Plan:
 
 
 def _end_token(model: Model, config: SynthesisConfig) -> int | None:
-    if not config.early_end:
+    if config.init != "generated":
         return None
-    require(len(model.ends) > 0, f"{model.name} has no end-of-text token: set early_end = False and init = 'normal'")
+    require(len(model.ends) > 0, f"{model.name} has no end-of-text token: set init = 'normal'")
     return model.ends[0]
 
 

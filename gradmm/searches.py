@@ -230,7 +230,7 @@ def _search_pool(plan: Plan, here: RunContext) -> SearchOutput:
         *map(len, tokens.prompts), len(tokens.start + tokens.prefix + tokens.suffix) + max(map(len, tokens.openings))
     )
     longest = max(MIN_TOKENS, min(2 * plan.length, plan.model.context - around))
-    sampling = Sampling(max_tokens=longest, min_tokens=MIN_TOKENS)
+    sampling = Sampling(temperature=plan.config.temperature, max_tokens=longest, min_tokens=MIN_TOKENS)
     share = _TextUnits(here.folder, here.processes)
     source = stream(plan.config.seed, "pool")
     with stage("writing texts", sum(plan.written_per_class)):

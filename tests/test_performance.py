@@ -14,7 +14,7 @@ TASK = Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the m
 REAL = [Example("a dull plot", 0), Example("a fine film", 1)]
 SMALL = SynthesisConfig(
     search="admm", ranking="text", n_synthetic=2, oversample=1, group_size=1, length=6, outer_steps=2, inner_steps=2,
-    early_end=False, init="normal", top_k=5,
+    init="normal", top_k=5,
 )  # fmt: skip
 
 

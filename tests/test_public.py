@@ -203,7 +203,8 @@ CASES = {
     "PRESETS: for a config": (lambda: written(config=PRESETS),
         "the config is of type dict: give a gradmm.SynthesisConfig"),
     "SynthesisConfig: seed true": (lambda: replace(SMALL, seed=True), "seed = True, it must be a whole number"),
-    "SynthesisConfig: numpy's true": (lambda: replace(SMALL, early_end=numpy.bool_(True)), "it must be True or False"),
+    "FinetuneConfig: numpy's true": (lambda: gradmm.FinetuneConfig(autocast=numpy.bool_(True)),
+        "it must be True or False"),
     "SynthesisConfig: rho": (lambda: replace(SMALL, rho=numpy.float32(NAN)),
         "rho = nan, it must be a finite number above 0"),
     # fine-tuning and judging

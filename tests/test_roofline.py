@@ -43,7 +43,7 @@ def deep(request) -> Model:
 
 @pytest.fixture(scope="module")
 def plan(deep) -> Plan:
-    config = dataclasses.replace(SMALL, oversample=1, init_candidates=4, length=40, early_end=False, init="normal")
+    config = dataclasses.replace(SMALL, oversample=1, init_candidates=4, length=40, init="normal")
     return Plan.of(deep, TASK, release(deep, TASK, REAL, space="head"), config)
 
 

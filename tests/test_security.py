@@ -172,7 +172,7 @@ def test_no_setting_or_name_writes_outside_the_output_folder(tiny_model, tmp_pat
         lambda: compare(*asked, ("../none",), (0,), other, progress=False),
         lambda: compare(*asked, ("none",), ("../../0",), other, progress=False),
         lambda: ablation.vary(*asked, {"space": ["../../../x"]}, (0,), other, progress=False),
-        lambda: ablation.vary(*asked, {"early_end": ["../../../x"]}, (0,), other, progress=False),
+        lambda: ablation.vary(*asked, {"init": ["../../../x"]}, (0,), other, progress=False),
     ):
         with pytest.raises(UserError):
             act()

@@ -235,8 +235,7 @@ def test_a_run_killed_in_one_process_continues_in_another_to_the_same_bytes(tiny
 def test_the_published_settings_run_too(setting):
     model, task, release = setting
     published = {
-        name: getattr(PRESETS["official"], name)
-        for name in ("projection", "early_end", "init", "filter", "perplexity_weight")
+        name: getattr(PRESETS["official"], name) for name in ("projection", "init", "filter", "perplexity_weight")
     }
     result = synthesize(model, task, release, replace(SMALL, **published), progress=False)
     tokens = tokenize_task(task, model.tokenizer)
@@ -298,7 +297,7 @@ def test_four_classes_a_model_with_bias_and_texts_that_end_early(tiny_model):
     words, prompts = tuple(f" {label}" for label in labels), ("we:", "they:", "you:", "i:")
     task = Task("news", labels, words, "{text} this is", prompts)
     real = [{"text": f"a {word} scene", "label": i % 4} for i, word in enumerate("red blue cat dog fine dull".split())]
-    config = replace(SMALL, n_synthetic=6, early_end=True, distance="l2", projection="nearest_then_lm", filter="none")
+    config = replace(SMALL, n_synthetic=6, distance="l2", projection="nearest_then_lm", filter="none")
     result = synthesize(model, task, gradmm.release(model, task, real, space="head"), config, progress=False)
     assert [result.kept["label"].count(label) for label in range(4)] == [2, 2, 1, 1]
 
@@ -409,7 +408,7 @@ def test_a_folder_with_other_settings_is_refused_and_kept(setting, tmp_path):
         ({"top_k": 5000}, "top_k = 5000, it must be from 1 to the"),
         ({"projection": "beam"}, "projection 'beam' is not known: use one of"),
         ({"init": "zeros"}, "init 'zeros' is not known: use one of generated, normal"),
-        ({"early_end": False}, "set early_end, or init = 'normal'"),
+        ({"temperature": 0.0}, "temperature = 0.0, it must be above 0"),
         ({"filter": "best"}, "filter 'best' is not known: use one of"),
         ({"distance": "l1"}, "distance 'l1' is not known: use one of cosine, l2"),
         ({"length": 0}, "length = 0"),

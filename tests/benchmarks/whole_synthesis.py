@@ -69,7 +69,7 @@ def settings_of(options: argparse.Namespace) -> SynthesisConfig:
     return SynthesisConfig(
         search="admm", ranking="text", n_synthetic=texts, oversample=2.0, group_size=options.count,
         outer_steps=options.outer_steps, inner_steps=options.inner_steps, top_k=options.top_k, length=options.length,
-        early_end=False, init="normal", init_candidates=options.candidates, filter="label",
+        init="normal", init_candidates=options.candidates, filter="label",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What makes a text unreadable, as far as its letters tell: leftover markup, loops, fragments, an echo of its prompt.
+"""What makes a text unreadable, as far as its letters tell: markup, junk, loops, fragments, an echo of its prompt.
 
 Knows no model and no task. The rules leave what people write alone: of the 8,530 train reviews of Rotten Tomatoes they
 drop 5. A phrase that was cut out of a sentence, as most train rows of SST-2, may begin with a fragment and then is
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 LOOP = "it repeats {!r}"
 FRAGMENT = "it begins with the fragment {!r}"
 MARKUP = "it holds {!r}, which is no text"
+JUNK = "it spells {!r}, which is no word"
 ECHO = "it echoes its prompt"
 WORDLESS = "it has no word"
 ECHO_WORDS = 3  # of an instruction: many texts begin with fewer by themselves, such as with "a"
@@ -25,6 +26,13 @@ LETTERS = rf"(?:(?![{UNSPACED}])[\w{MARKS}])+"
 WORD = re.compile(rf"[{UNSPACED}]|\d+(?:[.,:/-]\d+)+|{LETTERS}(?:['’]{LETTERS})*")
 RUN = re.compile(r"([^\s\d]{1,12}?)\1{2,}")
 RUN_LENGTH = 12  # characters; "hahaha" and "sooooo" are shorter
+# What no word is: letters and digits joined by three signs of a calculation, three small letters before capital ones,
+# digits within letters three times, 45 letters in a row. Addresses, names and tags of users are not looked at.
+NO_WORD = re.compile(
+    r"(?:[^\W_]+[+*=|~^\\<>]){3}[^\W_]|(?:[a-z]+[A-Z]+){3}|(?:[^\W\d_]+\d+){3}[^\W\d_]|"
+    rf"(?:(?![{UNSPACED}])[^\W\d_]){{45}}"
+)
+ADDRESS = frozenset("/@#_")
 # What closes something, a dash or mark before a space, the rest of a hyphened word or contraction; ". . ." and "..."
 # may begin a text.
 BEGINNING = re.compile(
@@ -46,10 +54,10 @@ def flaw(text: str, instruction: str = "") -> str | None:
     """Why a text is not readable, or None.
 
     It has no word. Leftover markup: a special token spelt out, a tag, a character that did not decode or that no one
-    sees. A loop: see `times_of_a_loop`; or characters without a space that repeat at least three times over
-    `RUN_LENGTH`. A fragment: it begins with a mark that closes something, a lone mark or dash, a part of a word, or
-    inside a character. An echo: it begins with its whole instruction of `ECHO_WORDS` words or more, or
-    all of it is a part of that, case and punctuation aside.
+    sees. Junk: see `NO_WORD`. A loop: see `times_of_a_loop`; or characters without a space that repeat at least three
+    times over `RUN_LENGTH`. A fragment: it begins with a mark that closes something, a lone mark or dash, a part of a
+    word, or inside a character. An echo: it begins with its whole instruction of `ECHO_WORDS` words or more, or all of
+    it is a part of that, case and punctuation aside.
 
     Args:
         text: the text.
@@ -57,9 +65,11 @@ def flaw(text: str, instruction: str = "") -> str | None:
 
     >>> flaw("nighttime nighttime nighttime"), flaw(", and that was it."), flaw("a very, very good film")
     ("it repeats 'nighttime'", "it begins with the fragment ','", None)
+    >>> flaw("Steve Jobs a librated pi+m+k+m+k!!"), flaw("An iPhone of YouTube's 2nd V8 era, E=mc2 and B2B.")
+    ("it spells 'pi+m+k+m+k!!', which is no word", None)
     """
     spoken = words(text)
-    return _markup(text) or _loop(text, spoken) or _fragment(text) or _echo(spoken, words(instruction))
+    return _markup(text) or _junk(text) or _loop(text, spoken) or _fragment(text) or _echo(spoken, words(instruction))
 
 
 def unseen(text: str) -> str | None:
@@ -87,6 +97,12 @@ def _markup(text: str) -> str | None:
     found = TAG.search(text)
     fault = found.group() if found else unseen(text)
     return None if fault is None else MARKUP.format(fault)
+
+
+def _junk(text: str) -> str | None:
+    pieces = (piece for piece in text.split() if not ADDRESS.intersection(piece))
+    found = next((some for piece in pieces if (some := NO_WORD.search(piece))), None)
+    return None if found is None else JUNK.format(found.string)
 
 
 def _loop(text: str, spoken: Sequence[str]) -> str | None:

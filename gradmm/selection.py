@@ -20,7 +20,7 @@ from gradmm.evaluation import perplexities
 from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.progress import stage
-from gradmm.readability import ECHO, FRAGMENT, LOOP, MARKUP, WORDLESS, flaw
+from gradmm.readability import ECHO, FRAGMENT, JUNK, LOOP, MARKUP, WORDLESS, flaw
 from gradmm.tasks import TaskTokens
 
 KEPT = "kept: rank {} of {} by {}"
@@ -43,6 +43,7 @@ KINDS = {
             ("loop", LOOP),
             ("fragment", FRAGMENT),
             ("markup", MARKUP),
+            ("junk", JUNK),
             ("echo", ECHO),
             ("no word", WORDLESS),
         )

@@ -14,12 +14,14 @@ from gradmm import evaluation
 from gradmm.errors import UserError
 from gradmm.evaluation import perplexities, perplexity
 from gradmm.experiments.metrics import (
+    MEASURES,
     distinct_n,
     duplicate_share,
     longest_shared_spans,
     paired_bootstrap,
     summarise_runs,
 )
+from gradmm.experiments.results import table_of
 from gradmm.models import load_model
 from gradmm.readability import words
 
@@ -74,6 +76,14 @@ def test_distinct_n_by_hand():
     assert distinct_n(["a", "b"], 2) == 0 and distinct_n([], 1) == 0
     with pytest.raises(UserError, match="n = 0"):
         distinct_n(["a"], 0)
+
+
+def test_an_older_record_s_table_shows_what_it_knows():
+    whole = {"accuracy": {"mean": 0.5, "std": None, "runs": [0.5]}, "minus_gradmm": None, "macro_f1": 0.5, "n": 2}
+    whole |= {"similarity": {}} | dict.fromkeys(MEASURES)
+    older = {name: value for name, value in whole.items() if name not in ("flawed", "unfinished")}
+    shown = [set(table_of({"real": figures}).columns) for figures in (whole, older)]
+    assert shown[0] - shown[1] == {"flawed", "unfinished"} and "second_perplexity" not in shown[0]
 
 
 def test_duplicates_are_blind_to_case_and_spaces():

@@ -80,7 +80,8 @@ def test_every_method_has_its_budget_and_its_figures(whole):
     }
     for name, figures in found.methods.items():
         assert len(figures["accuracy"]["runs"]) == 2 and 0 <= figures["macro_f1"] <= 1
-        assert (figures["match_loss"] is None) == (name == "none")
+        assert (figures["match_loss"] is None) == (figures["flawed"] is None) == (name == "none")
+        assert name == "none" or (0 <= figures["flawed"] <= 1 and 0 <= figures["unfinished"] <= 1)
         assert set(figures["similarity"]) == ({"0", "2"} if name != "none" else set())
         assert (figures["minus_gradmm"] is None) == (name == "gradmm")
     assert len(found.labels) == 8 and len(found.table()) == len(METHODS)

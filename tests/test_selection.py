@@ -106,6 +106,7 @@ FLAWS = {
     ),
     "it holds": ("<|im_start|>user", "hi <start_of_turn> you", "half a char\ufffd", "good.</s>", "[INST] go", "a<|im",
         "a \u202eb", "private \ue000", "line<br />break"),
+    "it spells": ("a librated pi+m+k+m+k!!", "the mOoRaNgE", "it is a1b2c3d", "very " + "long" * 12),
     "it echoes its prompt": ("A bad review.", "bad review", "a BAD review: the room was cold.", "Review"),
     "it has no word": ("...", "?!", "\"\"", "'"),
 }  # fmt: skip
@@ -118,7 +119,8 @@ READABLE = (
     "-5 degrees", "$1,000,000,000,000 later", "10 - 10 - 10", ":) nice", "#1 film", "@you well", "(un)likely", "«bon»",
     "»gut«", "¿qué?", "i <3 it", "a < b > c",
     "it goes on and on and on", "sooooo good", "hahahaha", "a copy of a copy of a copy", "bad reviews are fun",
-    "http://www.aaa.com/a", "it was good. it was bad.",
+    "http://www.aaa.com/aBcDeFgH", "s1m0ne", "H2O2", "x+y=z", "McDonald's iPhone", "Donaudampfschifffahrtskapitän",
+    "it was good. it was bad.",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from gradmm.experiments.seed_run import SeedRun
 from gradmm.gradients import FactorTarget, Target
 from gradmm.matching import Matching
 from gradmm.models import Model
-from gradmm.readability import words
+from gradmm.readability import ends_sentence, flaw, words
 from gradmm.seeds import generator, stream
 from gradmm.tasks import tokenize_task
 from gradmm.training import adamw, train_at_rate, trainable_copy
@@ -28,7 +28,7 @@ from gradmm.training import adamw, train_at_rate, trainable_copy
 Items = Sequence[Hashable]
 METRIC_TEXTS = 500  # texts of a set that are measured at most, a seeded sample; training reads them all
 MEASURES: tuple[str, ...] = ("perplexity", "second_perplexity", "match_loss", "distinct_2", "duplicates")
-MEASURES += ("longest_shared_span", "tokens")
+MEASURES += ("flawed", "unfinished", "longest_shared_span", "tokens")
 
 
 # ---------------------------------------------------------------- of one seed's run
@@ -48,6 +48,8 @@ def measure(seed_run: SeedRun, examples: Sequence[Example]) -> dict:
         "match_loss": _match(matching, examples),
         "distinct_2": distinct_n(texts, 2),
         "duplicates": duplicate_share(texts),
+        "flawed": statistics.fmean(flaw(text) is not None for text in texts),
+        "unfinished": statistics.fmean(not ends_sentence(text.rstrip(), "") for text in texts),
         "longest_shared_span": max(longest_shared_spans(sequences, real)),
         "tokens": statistics.fmean(read.tokens),
     }

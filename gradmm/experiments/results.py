@@ -116,6 +116,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if len(known) == len(values) else None
 
 
+def _measured(figures: Mapping) -> list[str]:
+    """Of MEASURES what a table shows: what the record knows, an older one not all; a second model's only with one."""
+    known = [key for key in MEASURES if key in figures]
+    return [key for key in known if figures[key] is not None or key != "second_perplexity"]
+
+
 def _table_row(name: str, figures: Mapping) -> dict:
     accuracy, gap = figures["accuracy"], figures["minus_gradmm"]
     return {
@@ -126,6 +132,6 @@ def _table_row(name: str, figures: Mapping) -> dict:
         "minus gradmm": None if gap is None else gap["mean"],
         "95% interval": "" if gap is None else f"{gap['low']:+.3f} to {gap['high']:+.3f}",
         "macro F1": figures["macro_f1"],
-        **{key: figures[key] for key in MEASURES if figures[key] is not None or key != "second_perplexity"},
+        **{key: figures[key] for key in _measured(figures)},
         **{f"cosine at step {step}": value for step, value in figures["similarity"].items()},
     }

@@ -1,8 +1,12 @@
 """The benchmarks run at the shape tiny and write what they say; how fast, only a quiet machine can tell."""
 
+from dataclasses import replace
+
 import pytest
 
+import gradmm
 from gradmm.experiments import performance, records
+from gradmm.experiments.metrics import subsample
 
 pytestmark = pytest.mark.slow
 FEW = "--shape tiny --groups 1 --count 2 --top-k 5 --real 4 --candidates 2 --threads 1".split()
@@ -95,3 +99,43 @@ def test_a_part_that_fails_or_comes_too_late_is_a_row_and_stops_no_other(benchma
     assert failed["not measured"] == "ZeroDivisionError: division by zero" and done["milliseconds"] > 0
     late = script.main([*command.split(), "--count", "2", "--top-k", "5", "--budget", "0"])[1:]
     assert {row["not measured"] for row in late} == {"Unmeasured: the budget of seconds is spent"}
+
+
+def test_a_real_model_s_shortcuts_change_no_result(benchmark, tmp_path, capsys):
+    """The lower layers' states, the gradients and the pool that are kept give what the plain comparison gives."""
+    script = benchmark("real_models")
+    path, common = (
+        tmp_path / "03-finetuning-demo.json",
+        "--seeds 2 --steps 10 --written 2 --n-synthetic 8 --n-real 6".split(),
+    )
+    methods = ["none", "real", "herding", "prompt_only", "gradmm"]
+    where = [
+        "--model",
+        "demo",
+        "--data",
+        "demo",
+        "--task",
+        "demo",
+        "--folder",
+        str(tmp_path / "work"),
+        "--output",
+        str(path),
+    ]
+    some = ["--layers", "2", "--max-test", "40", "--max-validation", "20", "--threads", "1", "--methods", *methods]
+    script.main([*where, *common, *some])
+    record = records.read_record(path)
+    found, settings = record["results"], record["settings"]
+    assert list(found["methods"]) == methods and found["seeds"] == [0, 1] and found["n_test"] == 40
+    assert all(len(texts) == 4 for texts in found["texts"]["gradmm"].values())
+    assert settings["layers"] == 2 and "folder" not in settings
+    model, (task, splits) = gradmm.load_model("demo", device="cpu"), gradmm.load_data("demo")
+    kept = [gradmm.sample_examples(splits.train, 6, task, seed) for seed in (0, 1)]
+    tuning = gradmm.FinetuneConfig(
+        steps=10, learning_rates=[2e-4], patience=None, warmup=5, max_validation=20, layers=2
+    )
+    tested = subsample(splits.test, 0, 40)
+    for seed, accuracy in enumerate(found["methods"]["real"]["accuracy"]["runs"]):
+        plain = gradmm.finetune(
+            model, task, kept[seed], splits.validation, tested, replace(tuning, seed=seed), progress=False
+        )
+        assert accuracy == plain.accuracy

@@ -1,0 +1,232 @@
+"""What gradmm is worth on a pretrained model, at a cost that two cores can bear: 03-finetuning with three shortcuts.
+
+    python tests/benchmarks/real_models.py --model FOLDER --data sst2 --task notebooks/tasks/film-chat.yaml \
+        --folder results/real --output book/records/03-finetuning-smollm2-sst2.json
+
+Only the last layers learn (`FinetuneConfig.layers`), so what enters them is read once for each text; the gradient of a
+text is read once for all methods of a seed; and a pool is written once for all methods and data. None changes a result
+but by rounding (a test compares). Interrupted runs go on. For models with `embed_tokens`, `layers` and `norm`, such as
+Llama, Qwen and Gemma.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import gradmm
+from gradmm import files
+from gradmm.classification import Encoded, evaluate_calibrated, score
+from gradmm.data import Example
+from gradmm.experiments import protocol
+from gradmm.experiments.metrics import subsample
+from gradmm.experiments.records import write_record
+from gradmm.experiments.results import Comparison
+from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun
+from gradmm.finetuning import FinetuneResult, _drawn
+from gradmm.generation import Sampling, generate_counts
+from gradmm.gradients import Factors
+from gradmm.models import Model, batches_by_length, pad_left
+from gradmm.plan import MIN_TOKENS
+from gradmm.seeds import generator, stream
+from gradmm.spaces import BodySketch
+from gradmm.tasks import Task, tokenize_task
+from gradmm.training import adamw, learnt_weights, train_at_rate
+
+METHODS = ("none", "real", "random", "herding", "few_shot", "prompt_only", "random_target", "gradmm")
+SHOWN = 20  # texts of each class and method that a record keeps
+
+
+class Upper:
+    """The last layers of a model as a model of its own, whose embeddings are what enters them: a row for each token."""
+
+    def __init__(self, model: Model, layers: int) -> None:
+        self.model, self.layers = model, layers
+        body = model.lm.base_model
+        self._below = _part(body, slice(0, len(body.layers) - layers), torch.nn.Identity())
+        self._rows: dict[tuple[int, ...], range] = {}
+        self._read: list[Tensor] = []
+
+    @torch.no_grad()
+    def encoded(self, data: Encoded) -> Encoded:
+        """The same examples, a row's number for each token."""
+        new = [ids for ids in dict.fromkeys(map(tuple, data.sequences)) if ids not in self._rows]
+        for rows in batches_by_length(new, 1024):
+            ids, mask = pad_left([new[row] for row in rows])
+            places = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            states = self._below(
+                inputs_embeds=self.model.embed(ids), attention_mask=mask, position_ids=places, use_cache=False
+            ).last_hidden_state
+            for place, row in enumerate(rows):
+                first, count = sum(map(len, self._read)), len(new[row])
+                self._rows[new[row]] = range(first, first + count)
+                self._read.append(states[place, -count:].clone())
+        return Encoded([list(self._rows[tuple(ids)]) for ids in data.sequences], data.labels)
+
+    def fresh(self) -> Model:
+        """A copy that learns, over all rows read so far."""
+        self._read = [torch.cat(self._read)]
+        lm, body = copy.copy(self.model.lm), self.model.lm.base_model
+        lm._modules = dict(lm._modules)
+        upper = _part(body, slice(len(body.layers) - self.layers, None), copy.deepcopy(body.norm))
+        upper.layers = copy.deepcopy(upper.layers)
+        upper.embed_tokens = torch.nn.Embedding.from_pretrained(self._read[0])
+        lm._modules[lm.base_model_prefix] = upper
+        lm.requires_grad_(False)
+        for part in (upper.layers, upper.norm):
+            part.requires_grad_(True)
+        return replace(self.model, lm=lm)
+
+    def finetune(self, model: Model, task: Task, train, validation, test, config, progress=True) -> FinetuneResult:
+        """As `gradmm.finetune` with `config.layers`."""
+        begun, tokens = time.monotonic(), tokenize_task(task, model.tokenizer)
+        sets = (train, _drawn(validation, task, config), test)
+        data, looks, asked = (self.encoded(Encoded.of(model, task, tokens, some, "a")) for some in sets)
+        best: dict = {}
+        weights: dict[str, Tensor] = {}
+        curve: list[dict] = []
+        for rate in config.learning_rates:
+            trained = self.fresh()
+            for row in train_at_rate(trained, tokens, data, looks, adamw(trained, rate, config), config):
+                curve.append(row)
+                if not best or _rank(row) < _rank(best):
+                    best, weights = row, learnt_weights(trained)
+        trained.lm.load_state_dict(weights, strict=False)
+        found = score(trained, tokens, asked, None)
+        chosen = (best["learning_rate"], best["step"], best["validation_accuracy"])
+        return FinetuneResult(found, *chosen, curve, time.monotonic() - begun)
+
+
+def _rank(row: dict) -> tuple:
+    return -row["validation_accuracy"], row["step"]
+
+
+def _part(body: torch.nn.Module, which: slice, norm: torch.nn.Module) -> torch.nn.Module:
+    part = copy.copy(body)
+    part._modules, part.config = dict(body._modules), copy.deepcopy(body.config)
+    part.layers, part.norm = body.layers[which], norm
+    part.config.num_hidden_layers = len(part.layers)
+    if kinds := getattr(body.config, "layer_types", None):
+        part.config.layer_types = kinds[which]
+    return part
+
+
+@contextmanager
+def gradients_read_once() -> Iterator[None]:
+    """Within this the gradient of a text in the body's space is read once."""
+    held: dict[tuple, Tensor] = {}
+    read = BodySketch.factors
+
+    def factors(self, model, tokens, sequences: Sequence[Sequence[int]], classes: Sequence[int]) -> Factors:
+        keys = [(tuple(ids), label) for ids, label in zip(sequences, classes, strict=True)]
+        new = list(dict.fromkeys(key for key in keys if key not in held))
+        if new:
+            found = read(self, model, tokens, [ids for ids, _ in new], [label for _, label in new])
+            held.update(zip(new, found.hidden, strict=True))
+        rows = torch.stack([held[key] for key in keys])
+        return Factors(rows.new_ones(len(rows), 1), rows)
+
+    with mock.patch.object(BodySketch, "factors", factors):
+        yield
+
+
+def written(model: Model, task: Task, seed: int, each: int, sampling: Sampling, folder: Path) -> list[Example]:
+    """A seed's pool: read back, or written now."""
+    place = folder / f"pool-{seed}.jsonl"
+    if not place.exists():
+        pool = generate_counts(model, task, [each] * len(task.labels), stream(seed, "pool"), sampling)
+        files.write_json_lines(place, [{"text": example.text, "label": example.label} for example in pool])
+    return [Example(row["text"], row["label"]) for row in files.read_json_lines(place)]
+
+
+def shown(run: SeedRun, methods: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Some of the texts that methods train on, drawn at random: {method: {label: texts}}."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in methods:
+        examples = protocol.METHODS[name](run)
+        for number, label in enumerate(run.experiment.task.labels):
+            own = [example.text for example in examples if example.label == number]
+            order = torch.randperm(len(own), generator=generator(run.seed, "shown texts", number)).tolist()
+            found.setdefault(name, {})[label] = [own[row] for row in order[:SHOWN]]
+    return found
+
+
+def results_of(found: Comparison, texts: dict, calibrated: float) -> dict:
+    """What 03-finetuning writes of a comparison, with some texts of each method."""
+    beaten = {name: found.methods[name]["minus_gradmm"]["high"] < 0 for name in ("prompt_only",) if found.of(name)}
+    seeds = sorted({record["seed"] for record in found.records})
+    return {
+        "methods": found.methods,
+        "calibrated": calibrated,
+        "beats": beaten,
+        "texts": texts,
+        "seeds": seeds,
+        "n_test": len(found.labels),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing and write the record."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    task, splits = gradmm.load_data(options.data, options.task)
+    model = gradmm.load_model(options.model, device="cpu", dtype="float32")
+    folder, each = Path(options.folder), options.written * options.n_synthetic // len(task.labels)
+    sampling = Sampling(temperature=options.temperature, max_tokens=options.length, min_tokens=MIN_TOKENS)
+    seeds = range(options.seed, options.seed + options.seeds)
+    config = ComparisonConfig(
+        n_real=options.n_real,
+        synthesis=gradmm.SynthesisConfig(n_synthetic=options.n_synthetic, temperature=options.temperature),
+        finetuning=gradmm.FinetuneConfig(
+            steps=options.steps,
+            learning_rates=(options.rate,),
+            eval_every=10,
+            patience=None,
+            warmup=5,
+            max_validation=options.max_validation,
+            layers=options.layers,
+        ),
+        sampling=sampling,
+        max_test=options.max_test,
+        similarity_steps=(),
+        pools={seed: written(model, task, seed, each, sampling, folder) for seed in seeds},
+    )
+    upper = Upper(model, options.layers)
+    with gradients_read_once(), mock.patch.object(protocol, "finetune", upper.finetune):
+        found = protocol.compare(model, task, splits, config, options.methods, seeds, folder / task.name)
+        run = SeedRun(Experiment(model, task, splits, config, {}, "", folder / task.name), options.seed)
+        texts = shown(run, [name for name in ("real", "prompt_only", "gradmm") if name in options.methods])
+    unlabelled = [example.text for example in splits.validation[: options.max_validation]]
+    tested = subsample(splits.test, 0, options.max_test)
+    calibrated = evaluate_calibrated(model, task, tested, unlabelled).accuracy
+    named = ("folder", "output", "methods", "seed", "seeds", "data", "task", "model")
+    settings = {"model": model.name, "data": task.name, "task": task.to_dict()} | {
+        name: value for name, value in vars(options).items() if name not in named
+    }
+    write_record(options.output, results_of(found, texts, calibrated), settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("model", "data", "task", "folder", "output"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    for name, default in (
+        ("n-real", 50), ("n-synthetic", 100), ("written", 5), ("length", 40), ("layers", 6), ("steps", 30),
+        ("max-validation", 200), ("max-test", None), ("seed", 0), ("seeds", 5), ("threads", 2),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

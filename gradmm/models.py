@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
@@ -546,12 +547,14 @@ def keep_few_compiled() -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hush transformers' progress bar and advice while a model loads, and leave both as they were."""
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bar = transformers_logging.get_verbosity(), modeling_gguf_pytorch_utils.tqdm
     hook = transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
     transformers_logging.set_verbosity_error()
+    modeling_gguf_pytorch_utils.tqdm = partial(bar, disable=True)  # widening a GGUF file asks no hook
     try:
         yield
     finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.set_tqdm_hook(hook)
 

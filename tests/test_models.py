@@ -654,10 +654,11 @@ def write_gguf(path: Path, tokenizer, without: str = "") -> dict[str, numpy.ndar
 
 
 @pytest.mark.slow
-def test_a_gguf_file_is_a_model(tmp_path, demo_model):
+def test_a_gguf_file_is_a_model(tmp_path, demo_model, capsys):
     weights = write_gguf(tmp_path / "tiny one.gguf", demo_model.tokenizer)
     model = load_model(tmp_path / "tiny one.gguf", device="cpu")
     assert model.name == "tiny one" and model.revision is None and model.context == 64
+    assert "GGUF" not in capsys.readouterr().err  # no bar but ours
     assert torch.equal(model.head_weight, torch.from_numpy(weights["output"]))
     text = "The room was lovely, and the staff great."
     assert model.tokenizer.decode(model.tokenizer(text, add_special_tokens=False)["input_ids"]) == text

@@ -121,8 +121,8 @@ def test_a_real_model_s_shortcuts_change_no_result(benchmark, tmp_path, capsys):
         "--output",
         str(path),
     ]
-    some = ["--layers", "2", "--max-test", "40", "--max-validation", "20", "--threads", "1", "--methods", *methods]
-    script.main([*where, *common, *some])
+    some = "--layers 2 --rate 2e-4 --eval-every 10 --max-test 40 --max-validation 20 --threads 1".split()
+    script.main([*where, *common, *some, "--methods", *methods])
     record = records.read_record(path)
     found, settings = record["results"], record["settings"]
     assert list(found["methods"]) == methods and found["seeds"] == [0, 1] and found["n_test"] == 40

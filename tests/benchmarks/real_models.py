@@ -3,10 +3,10 @@
     python tests/benchmarks/real_models.py --model FOLDER --data sst2 --task notebooks/tasks/film-chat.yaml \
         --folder results/real --output book/records/03-finetuning-smollm2-sst2.json
 
-Only the last layers learn (`FinetuneConfig.layers`), so what enters them is read once for each text; the gradient of a
-text is read once for all methods of a seed; and a pool is written once for all methods and data. None changes a result
-but by rounding (a test compares). Interrupted runs go on. For models with `embed_tokens`, `layers` and `norm`, such as
-Llama, Qwen and Gemma.
+Embeddings do not learn, nor what is below the last `--layers` layers, so what enters these is read once for each text;
+the gradient of a text is read once for all methods; and a pool is written once for all methods and data. None of this
+changes a result but by rounding (a test compares with `FinetuneConfig.layers`). Interrupted runs go on. For models with
+`embed_tokens`, `layers` and `norm`, such as Llama, Qwen and Gemma.
 """
 
 import argparse
@@ -178,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     task, splits = gradmm.load_data(options.data, options.task)
     model = gradmm.load_model(options.model, device="cpu", dtype="float32")
+    layers = options.layers or len(model.lm.base_model.layers)
     folder, each = Path(options.folder), options.written * options.n_synthetic // len(task.labels)
     sampling = Sampling(temperature=options.temperature, max_tokens=options.length, min_tokens=MIN_TOKENS)
     seeds = range(options.seed, options.seed + options.seeds)
@@ -187,18 +188,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finetuning=gradmm.FinetuneConfig(
             steps=options.steps,
             learning_rates=(options.rate,),
-            eval_every=10,
+            eval_every=options.eval_every,
             patience=None,
             warmup=5,
             max_validation=options.max_validation,
-            layers=options.layers,
+            layers=layers,
         ),
         sampling=sampling,
         max_test=options.max_test,
         similarity_steps=(),
         pools={seed: written(model, task, seed, each, sampling, folder) for seed in seeds},
     )
-    upper = Upper(model, options.layers)
+    upper = Upper(model, layers)
     with gradients_read_once(), mock.patch.object(protocol, "finetune", upper.finetune):
         found = protocol.compare(model, task, splits, config, options.methods, seeds, folder / task.name)
         run = SeedRun(Experiment(model, task, splits, config, {}, "", folder / task.name), options.seed)
@@ -210,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {"model": model.name, "data": task.name, "task": task.to_dict()} | {
         name: value for name, value in vars(options).items() if name not in named
     }
+    settings |= {"layers": layers}
     write_record(options.output, results_of(found, texts, calibrated), settings)
 
 
@@ -219,11 +221,11 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     for name, default in (
-        ("n-real", 50), ("n-synthetic", 100), ("written", 5), ("length", 40), ("layers", 6), ("steps", 30),
-        ("max-validation", 200), ("max-test", None), ("seed", 0), ("seeds", 5), ("threads", 2),
+        ("n-real", 50), ("n-synthetic", 100), ("written", 5), ("length", 40), ("layers", None), ("steps", 30),
+        ("eval-every", 15), ("max-validation", 150), ("max-test", None), ("seed", 0), ("seeds", 5), ("threads", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--temperature", type=float, default=0.8)
     return parser
 

@@ -104,23 +104,10 @@ def test_a_part_that_fails_or_comes_too_late_is_a_row_and_stops_no_other(benchma
 def test_a_real_model_s_shortcuts_change_no_result(benchmark, tmp_path, capsys):
     """The lower layers' states, the gradients and the pool that are kept give what the plain comparison gives."""
     script = benchmark("real_models")
-    path, common = (
-        tmp_path / "03-finetuning-demo.json",
-        "--seeds 2 --steps 10 --written 2 --n-synthetic 8 --n-real 6".split(),
-    )
+    path, work = str(tmp_path / "03-finetuning-demo.json"), str(tmp_path / "work")
+    common = "--model demo --data demo --task demo --seeds 2 --steps 10 --written 2 --n-synthetic 8 --n-real 6".split()
     methods = ["none", "real", "herding", "prompt_only", "gradmm"]
-    where = [
-        "--model",
-        "demo",
-        "--data",
-        "demo",
-        "--task",
-        "demo",
-        "--folder",
-        str(tmp_path / "work"),
-        "--output",
-        str(path),
-    ]
+    where = ["--folder", work, "--output", path]
     some = "--layers 2 --rate 2e-4 --eval-every 10 --max-test 40 --max-validation 20 --threads 1".split()
     script.main([*where, *common, *some, "--methods", *methods])
     record = records.read_record(path)

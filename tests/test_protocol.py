@@ -321,6 +321,12 @@ def test_prompt_only_is_the_first_projection_of_the_first_draw_in_order_of_writi
     assert [e.text for e in found] == [*readable[0][:2], *readable[1][:2]]
 
 
+def test_zero_shot_texts_are_drawn_at_the_temperature_of_the_pool(model):
+    hot = replace(CONFIG, sampling=None, synthesis=replace(CONFIG.synthesis, temperature=3.0))
+    assert SeedRun(bench_of(model, config=hot), 0).sampling.temperature == 3.0
+    assert SeedRun(bench_of(model, config=CONFIG), 0).sampling is CONFIG.sampling
+
+
 def test_shuffling_moves_labels_alone(model):
     trial = SeedRun(bench_of(model, config=replace(CONFIG, synthesis=replace(CONFIG.synthesis, n_synthetic=12))), 0)
     ours, dealt = METHODS["gradmm"](trial), METHODS["shuffled"](trial)

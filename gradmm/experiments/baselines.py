@@ -194,7 +194,7 @@ def k_center(seed_run: SeedRun) -> list[Example]:
 
 def zero_shot(seed_run: SeedRun) -> list[Example]:
     """Texts that the model writes from the public prompts, kept by gradmm's own label filter: it sees no real one."""
-    return _generated(seed_run, seed_run.experiment.config.sampling, ())
+    return _generated(seed_run, seed_run.sampling, ())
 
 
 def few_shot(seed_run: SeedRun) -> list[Example]:
@@ -204,7 +204,7 @@ def few_shot(seed_run: SeedRun) -> list[Example]:
 
 def fitting_shots(seed_run: SeedRun) -> Sampling:
     """The sampling with the most shots, at least one, of which even the longest leave room for a text."""
-    experiment, sampling = seed_run.experiment, seed_run.experiment.config.sampling
+    experiment, sampling = seed_run.experiment, seed_run.sampling
     tokens = tokenize_task(experiment.task, experiment.model.tokenizer)
     # Each shot stands behind a prompt and before a separator, which may meet the text in an odd token.
     around = max(map(len, tokens.prompts)) + len(tokens.encode(sampling.separator)) + 1

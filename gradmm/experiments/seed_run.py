@@ -34,7 +34,7 @@ class ComparisonConfig:
             takes what suits the search.
         synthesis: its n_synthetic is the budget of every method but "none", "all_real" and "real".
         finetuning: the same for every method, all real texts included: equal steps, not equal passes.
-        sampling: of the zero-shot and few-shot texts.
+        sampling: of the zero-shot and few-shot texts; None: Sampling's defaults at the synthesis's temperature.
         max_test: test examples used at most, the same for all seeds; None uses all.
         similarity_steps: steps of training on the real examples after which gradients are compared, at the last of the
             learning rates. None compares no gradients: ().
@@ -51,7 +51,7 @@ class ComparisonConfig:
     space: str | None = None
     synthesis: SynthesisConfig = SynthesisConfig()
     finetuning: FinetuneConfig = FinetuneConfig()
-    sampling: Sampling = Sampling()
+    sampling: Sampling | None = None
     max_test: int | None = None
     similarity_steps: tuple[int, ...] = (0, 10, 50)
     second: Model | None = field(default=None, repr=False)
@@ -61,8 +61,9 @@ class ComparisonConfig:
 
     def __post_init__(self) -> None:
         plain_fields(self)
-        for name, kind in (("synthesis", SynthesisConfig), ("finetuning", FinetuneConfig), ("sampling", Sampling)):
+        for name, kind in (("synthesis", SynthesisConfig), ("finetuning", FinetuneConfig)):
             require_type(getattr(self, name), kind, f"a comparison's {name}", f"give a {kind.__name__}")
+        require_type(self.sampling, Sampling | None, "a comparison's sampling", "give a Sampling")
         require_whole(self.n_real, "n_real", 1)
         require(
             self.space is None or (isinstance(self.space, str) and self.space in SPACES),
@@ -149,6 +150,11 @@ class SeedRun:
     def synthesis(self) -> SynthesisConfig:
         """The settings with this seed."""
         return replace(self.experiment.config.synthesis, seed=self.seed)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How zero-shot and few-shot texts are drawn."""
+        return self.experiment.config.sampling or Sampling(temperature=self.synthesis.temperature)
 
     @cached_property
     def real(self) -> list[Example]:

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import executing
@@ -39,6 +40,7 @@ CHECKED = {
     "tests/test_batch.py executes",
     "gradmm ": "run on the embedded model, small",
     "accelerate launch": "run by one process, on the demo, small; tests/test_sharding.py launches several",
+    "pip install": "its extras are looked up: it wants a registry; tests/test_packaging.py builds the wheel",
     "python tests/benchmarks/": "its options are looked up: it wants a quiet machine; tests/test_benchmarks.py "
     "runs it small",
 }
@@ -164,12 +166,20 @@ def test_the_commands_of_the_documentation_run_one_after_the_other(here, capsys)
     words = {"negative": ("dull", "awful", "poor"), "positive": ("lovely", "great", "fine")}
     rows = [f'"A {word} room, number {n}.",{label}' for n in range(10) for label, two in words.items() for word in two]
     (here / "reviews.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    (here / "task.yaml").symlink_to(ROOT / "notebooks" / "tasks" / "reviews.yaml")  # what one's own might be
     small = {"synthesize": "--n-synthetic 4 --oversample 3", "finetune": "--steps 1 --learning-rates 1e-4"}
     for command in of_kind("gradmm "):
         name, *given = shlex.split(substituted(command))[1:]
         assert cli.main([name, *given, *shlex.split(small.get(name, "")), "--device", "cpu"]) == 0
     said = capsys.readouterr().out
     assert "4 of 12 texts are kept in synthetic/train.jsonl" in said and "learnt from 4 examples" in said
+
+
+@pytest.mark.parametrize("command", of_kind("pip install"))
+def test_what_is_installed_is_this_package_with_extras_that_it_has(command):
+    place, _, extras = shlex.split(command)[2].partition("[")
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert place == "." and set(filter(None, extras.rstrip("]").split(","))) <= set(known)
 
 
 @pytest.mark.parametrize("command", of_kind("python tests/benchmarks/"))

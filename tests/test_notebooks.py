@@ -414,6 +414,8 @@ def test_a_notebook_runs_and_writes_its_numbers(path, shared_folder):
     if path.stem == "04-privacy":
         experiments(apart, preset)
     assert bool(apart) == bool(results.get("private"))
+    (box,) = (cell for cell in executed.cells if "plots.in_short(" in cell.source)
+    assert "It took" in box.outputs[-1]["data"]["text/html"]
     promised = [cell for cell in executed.cells if cell.cell_type == "code" and "figure = " in cell.source]
     drawn = [cell for cell in promised if any("image/png" in output.get("data", {}) for output in cell.outputs)]
     assert promised and len(drawn) == len(promised)

@@ -19,11 +19,14 @@ from gradmm.errors import one_of
 from gradmm.experiments import demo
 
 ROOT = Path(__file__).resolve().parents[1]
-FAQ, ARCHITECTURE = ((ROOT / "book" / f"{name}.md").read_text(encoding="utf-8") for name in ("faq", "architecture"))
+FAQ, ARCHITECTURE, OWN_DATA = (
+    (ROOT / "book" / f"{name}.md").read_text(encoding="utf-8") for name in ("faq", "architecture", "own-data")
+)
 # What a page names and this machine lacks -> what stands for it here.
 SUBSTITUTES = {
     "path/to/model": str(demo.DATA / "model"),
     "google/gemma-3-270m": "demo",
+    "HuggingFaceTB/SmolLM2-135M": str(demo.DATA / "model"),
     "path/to/reviews": str(demo.DATA),
 }
 TWO_PROCESSES = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
@@ -231,6 +234,61 @@ def test_the_code_of_the_questions_runs_from_top_to_bottom(tmp_path, monkeypatch
     defined = run(FAQ, tmp_path)
     assert defined["again"].kept["text"] == defined["result"].kept["text"] and len(defined["other"].kept) == 2
     assert "negative |" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- one's own data
+
+
+@pytest.fixture
+def own_data(tmp_path, monkeypatch) -> Path:
+    """A reader's folder with what the page says to write: a CSV, with more rows than the page shows, and the task."""
+    monkeypatch.chdir(tmp_path)
+    names, rows = ("complaint", "praise"), gradmm.load_data("demo")[1].train[:60]
+    first = next(text for text in blocks(OWN_DATA, "text") if text.startswith("text,label"))
+    assert re.findall(r",(\w+)$", first, re.MULTILINE)[1:] == list(names)
+    csv = first + "".join(f'"{row.text}",{names[row.label]}\n' for row in rows)
+    (tmp_path / "reviews.csv").write_text(csv, encoding="utf-8")
+    (task,) = blocks(OWN_DATA, "yaml")
+    (tmp_path / "task.yaml").write_text(task, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_code_of_one_s_own_data_runs_from_top_to_bottom(own_data, capsys):
+    defined = run(OWN_DATA, own_data)
+    said = capsys.readouterr().out
+    assert len(defined["result"].kept) == 20 and said.count("complaint | ") == said.count("praise | ") == 10
+    assert defined["rows"].column_names == ["prompt", "completion"] and 0 <= defined["found"].accuracy <= 1
+    assert "(8, 0.001)-differential privacy" in said and (own_data / "release.safetensors").is_file()
+
+
+def test_the_messages_of_one_s_own_data_are_what_the_page_quotes(own_data, case, monkeypatch):
+    monkeypatch.chdir(own_data)
+    task, data = gradmm.load_data("reviews.csv", "task.yaml")
+    spelt, alike = (" ".join(text.split()) for text in blocks(OWN_DATA, "text")[1:])
+    assert fits(said(lambda _: gradmm.check_fit(case.model, task, data), case), spelt)
+    same = replace(task, verbalizers=(" bad", " great"), generation_prompts=("", ""))
+    assert fits(
+        said(lambda _: generation.warn_of_prompts(tasks.tokenize_task(same, case.model.tokenizer), None), case), alike
+    )
+
+
+PRESETS = re.findall(r"^\| .*\| (\d+ GB) \| (.*) \| `([\w-]+)` \|$", OWN_DATA, re.MULTILINE)
+
+
+def test_every_machine_of_the_page_is_read():
+    assert [preset for _, _, preset in PRESETS] == ["real", "gpu-16gb", "gpu-24gb"]
+
+
+@pytest.mark.parametrize("memory, time, preset", PRESETS)
+def test_a_machine_s_memory_and_time_are_those_of_its_preset(memory, time, preset):
+    said = (
+        (ROOT / "notebooks" / "params" / preset / "00-quickstart.yaml").read_text(encoding="utf-8").replace("\n# ", " ")
+    )
+    assert memory in said
+    assert not [
+        number for number in re.findall(r"\d+", time.replace("T4", "")) if not re.search(rf"\b{number}\b", said)
+    ]
 
 
 # ---------------------------------------------------------------- architecture

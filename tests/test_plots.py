@@ -148,3 +148,9 @@ def test_a_text_from_step_to_step_marks_what_changed_and_obeys_nothing():
     assert "> bad</mark>" in second and ">!</mark>" in second
     assert "<b>" not in shown and "&lt;b&gt;" in shown and "↵" in shown
     assert "color:inherit" in second and "border-bottom" in second  # legible on any ground, and in grey
+
+
+def test_a_notebook_s_box_holds_question_answers_and_cost_and_obeys_none_of_them():
+    html = plots.in_short("Does it <b>hold</b>?", ["yes & no", "perhaps"], 12.6)._repr_html_()
+    assert "<em>Does it &lt;b&gt;hold&lt;/b&gt;?</em>" in html and "<p>yes &amp; no</p><p>perhaps</p>" in html
+    assert "It took 13 s here" in html and html.count("<div") == html.count("</div>") == 1

@@ -226,3 +226,9 @@ def test_plumbing_is_hidden_and_what_draws_is_shown(path):
 def test_a_notebook_ends_with_a_link_to_the_next(path, following):
     last = nbformat.read(path, as_version=4).cells[-1]
     assert last.cell_type == "markdown" and f"[{following.stem}]({following.name})" in last.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_says_in_short_what_it_found(path):
+    (box,) = (cell for cell in code_cells(path) if "plots.in_short(" in cell.source)
+    assert tags(box) == ["hide-input"] and "time.perf_counter() - begun" in box.source

@@ -248,6 +248,14 @@ class Markup:
         return self.html
 
 
+def in_short(question: str, answers: Sequence[str], seconds: float) -> Markup:
+    """The box that ends a notebook: its question, what the run answered, and what that cost."""
+    said = "".join(f"<p>{escape(answer)}</p>" for answer in answers)
+    cost = f"It took {seconds:.0f} s here; work that was finished before is read back."
+    head = f"<p class='admonition-title'>In short</p><p><em>{escape(question)}</em></p>"
+    return Markup(f"<div class='admonition tip'>{head}{said}<p><small>{cost}</small></p></div>")
+
+
 def evolution(texts: Mapping[object, Sequence[str]], heading: str = "step") -> Markup:
     """One text from step to step, a row a step; tokens that differ from the row above are underlined and tinted.
 

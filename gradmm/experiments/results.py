@@ -102,10 +102,14 @@ def verdicts_of(methods: Mapping[str, Mapping]) -> list[str]:
     return [_sentence(name, means[name], "gradmm", means["gradmm"], gap) for name, gap in gaps.items()]
 
 
+def outcome(gap: Mapping[str, float]) -> str:
+    """What an interval {low, high} of a difference decides: "beats", "is beaten by" or "cannot be told from"."""
+    return "beats" if gap["low"] > 0 else "is beaten by" if gap["high"] < 0 else "cannot be told from"
+
+
 def _sentence(first: str, one: float, second: str, other: float, gap: Mapping[str, float]) -> str:
-    word = "beats" if gap["low"] > 0 else "is beaten by" if gap["high"] < 0 else "cannot be told from"
     return (
-        f"{first} ({one:.3f}) {word} {second} ({other:.3f}): difference {gap['mean']:+.3f}, "
+        f"{first} ({one:.3f}) {outcome(gap)} {second} ({other:.3f}): difference {gap['mean']:+.3f}, "
         f"{gap['confidence']:.0%} interval {gap['low']:+.3f} to {gap['high']:+.3f}"
     )
 

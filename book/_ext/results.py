@@ -1,0 +1,482 @@
+"""The directives `results-table`, `results-figure`, `results` and `results-limits`: what recorded comparisons found.
+
+Every figure, and every sentence that depends on one, is computed at the build from the records beside this folder, so
+that none can go stale. Run as a program this file writes the short table into README.md.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+from gradmm.experiments.records import origin, read_records
+from gradmm.experiments.results import outcome, verdicts_of
+
+BOOK = Path(__file__).resolve().parents[1]
+README = BOOK.parent / "README.md"
+PREFIX = "03-finetuning-"
+BEGIN, END = "<!-- results: python book/_ext/results.py writes these lines -->", "<!-- end of results -->"
+
+Record = Mapping[str, Any]
+Records = Mapping[str, Record]
+
+METHODS = {
+    "none": "nothing: the model as it came",
+    "shuffled": "gradmm's texts, labels dealt at random",
+    "random_target": "gradmm's search for a random target",
+    "prompt_only": "gradmm's prompts without matching",
+    "zero_shot": "zero-shot texts of the same model",
+    "few_shot": "few-shot texts, real ones in the prompt",
+    "gradmm": "gradmm's texts",
+    "real": "the real texts that gradmm saw",
+    "random": "real texts drawn at random",
+    "herding": "real texts chosen by herding",
+    "k_center": "real texts chosen by k-center",
+    "matched_real": "real texts chosen as gradmm chooses",
+    "all_real": "every real training text",
+}
+DATA = {"sst2": "SST-2", "rotten_tomatoes": "Rotten Tomatoes", "demo": "the embedded reviews"}
+BRIEF = ("none", "prompt_only", "zero_shot", "few_shot", "gradmm", "real", "random", "herding", "all_real")
+OF_REAL_TEXT, WRITTEN = ("random", "herding", "k_center", "matched_real"), ("prompt_only", "zero_shot", "few_shot")
+NO_BREAK = "\N{NO-BREAK SPACE}"
+MARKS = {"beats": "▲", "is beaten by": "▼", "cannot be told from": ""}
+
+WIDTH, ROW, LEFT, RIGHT, TRACK = 340, 38, 6, 334, 25  # of a panel and of a row in it, in pixels
+COLOURS = {"beats": "#1fa67a", "is beaten by": "#3a8fd0", "cannot be told from": "currentColor"}
+GRADMM = "#e07b39"
+
+
+# ---------------------------------------------------------------- records
+
+
+def recorded(folder: Path = BOOK / "records") -> dict[str, Record]:
+    """The comparisons of a folder; those named after their data alone, which are of a small model, come last."""
+    found = read_records(folder, PREFIX)
+    alone = {name: name == PREFIX + str(record["settings"]["data"]) for name, record in found.items()}
+    return {name: found[name] for name in sorted(found, key=lambda name: (alone[name], name))}
+
+
+def title(record: Record) -> str:
+    """`SmolLM2-135M on SST-2`: the model without its owner and its description, and the data."""
+    settings = record["settings"]
+    data = Path(str(settings["data"])).name
+    return f"{Path(str(settings['model']).split(',')[0]).name} on {DATA.get(data, data)}"
+
+
+def words(method: str) -> str:
+    """A method in plain words; one that is not known here keeps its name."""
+    return METHODS.get(method, f"`{method}`")
+
+
+def ranked(records: Sequence[Record]) -> list[str]:
+    """Every method of the records, from the ceiling to the floor: by how far it lies above gradmm on average."""
+    above: dict[str, list[float]] = {}
+    for record in records:
+        methods = record["results"]["methods"]
+        base = methods["gradmm"]["accuracy"]["mean"] if "gradmm" in methods else 0.0
+        for name, figures in methods.items():
+            above.setdefault(name, []).append(figures["accuracy"]["mean"] - base)
+    return sorted(above, key=lambda name: -statistics.fmean(above[name]))
+
+
+def accuracy(figures: Mapping[str, Any]) -> str:
+    """Mean and spread, and the mark of what the interval decides."""
+    gap, found = figures["minus_gradmm"], figures["accuracy"]
+    mark = "" if gap is None else MARKS[outcome(gap)]
+    return f"{found['mean']:.3f}{NO_BREAK}±{NO_BREAK}{found['std']:.3f}{NO_BREAK}{mark}".rstrip()
+
+
+def whole(number: float) -> str:
+    """A count, which is a mean over seeds and may be broken."""
+    return f"{number:,.0f}" if float(number).is_integer() else f"{number:,.1f}"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 seed`, `5 seeds`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+# ---------------------------------------------------------------- the short table
+
+
+def brief(records: Records) -> str:
+    """The table of the README and of the first page: what each way to get a training set gives, record by record."""
+    if not records:
+        return "No comparison is recorded."
+    held = list(records.values())
+    rows = []
+    for name in (name for name in ranked(held) if name in BRIEF):
+        of = [record["results"]["methods"].get(name) for record in held]
+        counts = sorted({figures["n"] for figures in of if figures})
+        cells = ["" if figures is None else accuracy(figures) for figures in of]
+        row = [words(name), " / ".join(map(whole, counts)), *cells]
+        rows.append([f"**{cell}**" if name == "gradmm" and cell else cell for cell in row])
+    calibrated = ["{:.3f}".format(record["results"]["calibrated"]) for record in held]
+    rows.append(["nothing, but calibrated", "0", *calibrated])
+    head = ["trained on", "texts", *map(title, held)]
+    return f"{markdown(head, rows)}\n\n{legend(held)}"
+
+
+def legend(records: Sequence[Record]) -> str:
+    """What the figures of a table are and what its marks mean."""
+    gaps = [one["minus_gradmm"] for record in records for one in record["results"]["methods"].values()]
+    shares = sorted({f"{gap['confidence']:.0%}" for gap in gaps if gap})
+    *others, most = sorted({len(record["results"]["seeds"]) for record in records})
+    seeds = " or ".join([*map(str, others), counted(most, "seed")])
+    return (
+        f"Test accuracy, mean ± standard deviation over {seeds}. ▲ beats gradmm, ▼ is beaten by it: the "
+        f"{' or '.join(shares)} interval of the difference leaves out 0. Without a mark the two cannot be told apart."
+    )
+
+
+def readme(text: str, records: Records) -> str:
+    """The README with the records' table between its marks."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{brief(records)}\n\n{END}{rest.split(END)[1]}"
+
+
+# ---------------------------------------------------------------- the figure
+
+
+def rows_of(record: Record) -> list[tuple[str, float, Mapping[str, float] | None]]:
+    """Of each row of a panel: method, mean accuracy, and the interval of its difference to gradmm, if it has one."""
+    methods = record["results"]["methods"]
+    rows = [(name, methods[name]["accuracy"]["mean"], methods[name]["minus_gradmm"]) for name in methods]
+    rows.append(("calibrated", record["results"]["calibrated"], None))
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def limits_of(records: Sequence[Record]) -> tuple[float, float]:
+    """The ends of the axis that all panels share, in twentieths."""
+    ends = []
+    for record in records:
+        base = record["results"]["methods"].get("gradmm", {"accuracy": {"mean": 0.0}})["accuracy"]["mean"]
+        for _, mean, gap in rows_of(record):
+            ends += [mean] if gap is None else [mean, base + gap["low"], base + gap["high"]]
+    return int(min(ends) * 20) / 20, -int(-max(ends) * 20 - 1) / 20
+
+
+def marker(x: float, y: float, decided: str | None) -> str:
+    """What stands at a mean: shapes differ as well as colours."""
+    if decided is None:
+        return f'<path d="M{x:.1f} {y - 6} l6 6 l-6 6 l-6 -6 z" fill="{GRADMM}"/>'
+    up = {"beats": -1, "is beaten by": 1}.get(decided)
+    if up is None:
+        return (
+            f'<circle cx="{x:.1f}" cy="{y}" r="4.5" fill="var(--pst-color-background, white)" stroke="currentColor"/>'
+        )
+    return f'<path d="M{x - 6:.1f} {y - 5 * up} h12 l-6 {10 * up} z" fill="{COLOURS[decided]}"/>'
+
+
+def panel(record: Record, ends: tuple[float, float]) -> str:
+    """One record: a row a method with its name, its accuracy, a mark at it and the interval against gradmm's line."""
+    low, high = ends
+    base = record["results"]["methods"].get("gradmm", {"accuracy": {"mean": None}})["accuracy"]["mean"]
+
+    def at(value: float) -> float:
+        return LEFT + (RIGHT - LEFT) * (value - low) / (high - low)
+
+    drawn, rows = [], rows_of(record)
+    for number, (name, mean, gap) in enumerate(rows):
+        top = number * ROW
+        y, bold = top + TRACK, ' font-weight="700"' if name == "gradmm" else ""
+        said = "nothing, but calibrated" if name == "calibrated" else words(name).strip("`")
+        drawn.append(f'<text x="0" y="{top + 13}"{bold}>{escape(said)}</text>')
+        drawn.append(f'<text x="{WIDTH}" y="{top + 13}" text-anchor="end"{bold}>{mean:.3f}</text>')
+        drawn.append(f'<path d="M{LEFT} {y} H{RIGHT}" stroke="currentColor" opacity="0.2"/>')
+        if base is not None:
+            drawn.append(f'<path d="M{at(base):.1f} {y - 8} v16" stroke="{GRADMM}" stroke-width="1.5"/>')
+        if gap:
+            decided = outcome(gap)
+            line = f"M{at(base + gap['low']):.1f} {y} H{at(base + gap['high']):.1f}"
+            drawn.append(f'<path d="{line}" stroke="{COLOURS[decided]}" stroke-width="2.5"/>')
+            drawn.append(marker(at(mean), y, decided))
+        else:
+            drawn.append(marker(at(mean), y, None if name == "gradmm" else ""))
+    foot = len(rows) * ROW + 12
+    for tick in range(round(low * 20), round(high * 20) + 1):
+        if tick % 2 == 0:
+            drawn.append(
+                f'<text x="{at(tick / 20):.1f}" y="{foot}" text-anchor="middle" opacity="0.8">{tick / 20:.1f}</text>'
+            )
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {foot + 6}" role="img" aria-label="{escape(spoken(record))}" '
+        f'xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" font-size="13" fill="currentColor">'
+        f"{''.join(drawn)}</svg>"
+    )
+
+
+def spoken(record: Record) -> str:
+    """The panel in words."""
+    return f"Test accuracy, {title(record)}: " + ", ".join(
+        f"{'calibrated' if name == 'calibrated' else words(name)} {mean:.3f}"
+        + (f" ({outcome(gap)} gradmm)" if gap else "")
+        for name, mean, gap in rows_of(record)
+    )
+
+
+def figure(records: Records) -> str:
+    """All records side by side, on one axis."""
+    held = list(records.values())
+    panels = "".join(f"<div><p>{escape(title(one))}</p>{panel(one, limits_of(held))}</div>" for one in held)
+    return f'<figure class="results">{panels}</figure>'
+
+
+# ---------------------------------------------------------------- record by record
+
+
+def report(records: Records) -> str:
+    """A section for each record: sentences, tables, texts, cost and origin."""
+    return "\n\n".join(section(record) for record in records.values()) or brief(records)
+
+
+def section(record: Record) -> str:
+    """All that one record says."""
+    results = record["results"]
+    parts = [f"## {title(record)}", summary(record), full_table(record)]
+    methods = {name: results["methods"][name] for name in ranked([record])}
+    parts.append(behind_a_click("Sentence by sentence", "\n".join(f"- {said}." for said in verdicts_of(methods))))
+    parts += [of_budgets(results), texts(results), seconds(results)]
+    parts.append(behind_a_click("Where these figures come from", f"{origin(record)}."))
+    return "\n\n".join(filter(None, parts))
+
+
+def behind_a_click(heading: str, body: str) -> str:
+    """A box that the reader opens."""
+    return f":::{{dropdown}} {heading}\n{body}\n:::"
+
+
+def summary(record: Record) -> str:
+    """How many texts of which kind gave what, and how many of the other ways gradmm beats."""
+    results, methods = record["results"], record["results"]["methods"]
+    gaps = {name: figures["minus_gradmm"] for name, figures in methods.items() if figures["minus_gradmm"]}
+    by = {word: [name for name, gap in gaps.items() if outcome(gap) == word] for word in MARKS}
+    tested = f"{counted(len(results['seeds']), 'seed')}, {counted(results['n_test'], 'test text')}."
+    if "gradmm" not in methods:
+        return f"{tested} gradmm itself was not run here."
+    found = methods["gradmm"]
+    return (
+        f"{tested} {whole(found['n'])} texts by gradmm give **{found['accuracy']['mean']:.3f}**. "
+        f"Of the {len(gaps)} other ways, {len(by['beats'])} did better, {len(by['is beaten by'])} did worse, and "
+        f"{len(by['cannot be told from'])} cannot be told from it. Calibrated and still untrained, the model "
+        f"reaches {results['calibrated']:.3f}."
+    )
+
+
+def full_table(record: Record) -> str:
+    """Every method with its number of texts, its accuracy and its difference to gradmm."""
+    rows = []
+    for name in ranked([record]):
+        figures = record["results"]["methods"][name]
+        gap = figures["minus_gradmm"]
+        apart = "" if gap is None else f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})"
+        plain = f"{METHODS[name]} (`{name}`)" if name in METHODS else words(name)
+        row = [plain, whole(figures["n"]), accuracy(figures), apart]
+        rows.append([f"**{cell}**" if name == "gradmm" and cell else cell for cell in row])
+    head = ["trained on", "texts", "test accuracy", "minus gradmm (interval)"]
+    return f"{markdown(head, rows)}\n\n{legend([record])}"
+
+
+def of_budgets(results: Mapping[str, Any]) -> str:
+    """The same at other numbers of texts, where the record has them."""
+    budgets = {float(size): methods for size, methods in results.get("budgets", {}).items()}
+    if len(budgets) < 2:
+        return ""
+    names = list(dict.fromkeys(name for size in sorted(budgets) for name in budgets[size]))
+    rows = [
+        [whole(size), *(accuracy(budgets[size][name]) if name in budgets[size] else "" for name in names)]
+        for size in sorted(budgets)
+    ]
+    return "With fewer or more texts:\n\n" + markdown(["texts of each class", *map(words, names)], rows)
+
+
+def texts(results: Mapping[str, Any]) -> str:
+    """Kept texts side by side, a column a method; a text is shown, never obeyed."""
+    held = results.get("texts")
+    if not held:
+        return ""
+    labels = list(dict.fromkeys(label for by_label in held.values() for label in by_label))
+    head = "".join(f"<th>{escape(words(name).strip('`'))}</th>" for name in held)
+    body = ""
+    for label in labels:
+        columns = [by_label.get(label, []) for by_label in held.values()]
+        for number in range(max(map(len, columns))):
+            said = [column[number] if number < len(column) else "" for column in columns]
+            cells = "".join(f"<td>{escape(' '.join(text.split()))}</td>" for text in said)
+            body += f"<tr><th>{escape(label)}</th>{cells}</tr>"
+    table = f"<table class='table texts'><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"Texts, drawn at random:\n\n<div class='pst-scrollable-table-container'>{table}</div>"
+
+
+def seconds(results: Mapping[str, Any]) -> str:
+    """What each stage took, where the record has it."""
+    rows = [[str(stage).replace("_", " "), duration(value)] for stage, value in results.get("seconds", {}).items()]
+    return "What it cost:\n\n" + markdown(["stage", "time"], rows) if rows else ""
+
+
+def duration(value: float) -> str:
+    """Seconds, or minutes where there are many."""
+    return (
+        f"{value:.1f} s"
+        if value < 120
+        else f"{value / 60:.0f} minutes"
+        if value < 7200
+        else f"{value / 3600:.1f} hours"
+    )
+
+
+# ---------------------------------------------------------------- when not to use this
+
+
+def standing(records: Records, name: str) -> str:
+    """`herding` beats it on A, cannot be told from it on B; it is gradmm."""
+    by: dict[str, list[str]] = {word: [] for word in MARKS}
+    for record in records.values():
+        gap = record["results"]["methods"].get(name, {}).get("minus_gradmm")
+        if gap:
+            by[outcome(gap)].append(title(record))
+    said = [
+        f"{word} it {'everywhere' if len(places) == len(records) > 1 else f'on {listed(places)}'}"
+        for word, places in by.items() if places
+    ]  # fmt: skip
+    return f"`{name}` {', '.join(said)}" if said else ""
+
+
+def standings(records: Records, names: Sequence[str]) -> str:
+    """How several methods stand to gradmm, one after the other."""
+    return "; ".join(filter(None, (standing(records, name) for name in names)))
+
+
+def outcomes(records: Records, names: Sequence[str]) -> list[str]:
+    """What the interval of each of these methods decides in each record that has it."""
+    methods = [record["results"]["methods"] for record in records.values()]
+    found = [one[name]["minus_gradmm"] for one in methods for name in names if name in one]
+    return [outcome(gap) for gap in found if gap]
+
+
+def against_real(records: Records) -> str:
+    """Whether a choice of real texts does better."""
+    found = outcomes(records, OF_REAL_TEXT)
+    won = found.count("beats")
+    end = (
+        f"In {won} of {len(found)} comparisons a choice of real texts teaches more than gradmm's texts: train on those"
+        if won
+        else f"In none of {len(found)} comparisons does a choice of real texts teach more than gradmm's texts"
+    )
+    said = f"Against gradmm: {standings(records, OF_REAL_TEXT)}. {end}."
+    return f"**Where the real texts may be published.** A choice among them needs no synthesis. {said}"
+
+
+def against_calibration(records: Records) -> str:
+    """How much of the gain a calibration gives, and whether the labels matter."""
+    said = " ".join(filter(None, map(of_the_gain, records.values())))
+    return (
+        "**Where the model is only out of balance.** A model may know the task and prefer one verbalizer whatever the "
+        "text says. `gradmm.classification.evaluate_calibrated` takes that out with unlabelled texts and no training. "
+        f"{said} gradmm's texts with their labels dealt at random: {standings(records, ['shuffled'])}."
+    )
+
+
+def of_the_gain(record: Record) -> str:
+    """The share of gradmm's gain that a calibration gives."""
+    methods, calibrated = record["results"]["methods"], record["results"]["calibrated"]
+    if not {"none", "gradmm"} <= set(methods):
+        return ""
+    start, end = (methods[name]["accuracy"]["mean"] for name in ("none", "gradmm"))
+    share = max(0.0, (calibrated - start) / (end - start)) if end > start else None
+    said = (
+        "gradmm's texts gain nothing there" if share is None
+        else "calibration alone gives all of the gain" if share >= 1
+        else f"calibration alone gives {share:.0%} of the gain"
+    )  # fmt: skip
+    figures = f"{start:.3f} untrained, {calibrated:.3f} calibrated, {end:.3f} with gradmm's texts"
+    return f"{title(record)}: {figures}; {said}."
+
+
+def against_writing(records: Records) -> str:
+    """Whether texts that match nothing do as well."""
+    found = outcomes(records, [*WRITTEN, "random_target"])
+    lost = found.count("is beaten by")
+    end = (
+        "So in these records matching adds to what the model writes anyway" if lost == len(found)
+        else f"gradmm is shown to be better in {lost} of these {len(found)} comparisons, and in no other"
+    )  # fmt: skip
+    said = standings(records, [*WRITTEN, "random_target"])
+    return (
+        f"**Where texts that the model writes freely are enough.** A search costs time. Against gradmm: {said}. {end}."
+    )
+
+
+def against_noise(records: Records) -> str:
+    """Which records are private."""
+    private = [title(record) for record in records.values() if record["settings"].get("epsilon") is not None]
+    held = f"Only {listed(private)} was measured with privacy" if private else "No record here is of a private release"
+    return (
+        f"**Where the real texts are private and few.** {held}. What the noise costs at which number of examples, and "
+        "what an attacker still sees, is in [04-privacy](executed/04-privacy.ipynb). Without `epsilon` nothing is "
+        "promised about the real texts."
+    )
+
+
+def undecided(records: Records) -> str:
+    """How many comparisons are open, and how small a difference the records can see."""
+    found = outcomes(
+        records, list(dict.fromkeys(name for one in records.values() for name in one["results"]["methods"]))
+    )
+    widths = []
+    for record in records.values():
+        gaps = [one["minus_gradmm"] for one in record["results"]["methods"].values() if one["minus_gradmm"]]
+        half = statistics.median((gap["high"] - gap["low"]) / 2 for gap in gaps) if gaps else 0
+        widths.append(f"{half:.3f} on {title(record)}")
+    open_ones = found.count("cannot be told from")
+    return (
+        f"**Where a small difference decides.** {open_ones} of {len(found)} comparisons are open. "
+        f"Half an interval is, in the median, {listed(widths)}: much smaller differences are not seen here."
+    )
+
+
+def limits(records: Records) -> str:
+    """When not to use gradmm, as the records have it."""
+    if not records:
+        return brief(records)
+    points = (against_real, against_calibration, against_writing, against_noise, undecided)
+    return "\n".join(f"- {point(records)}" for point in points)
+
+
+# ---------------------------------------------------------------- directives
+
+
+def directive(made: Callable[[Records], str]) -> type[SphinxDirective]:
+    """One whose Markdown is made of the records, and read as if it stood on the page."""
+
+    class Results(SphinxDirective):
+        def run(self) -> list[nodes.Node]:
+            self.env.note_reread()  # at every build: records come and go
+            return self.parse_text_to_nodes(made(recorded()), allow_section_headings=True)
+
+    return Results
+
+
+def setup(app):
+    """Make the directives known."""
+    for name, made in {"-table": brief, "-figure": figure, "": report, "-limits": limits}.items():
+        app.add_directive(f"results{name}", directive(made))
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+if __name__ == "__main__":
+    README.write_text(readme(README.read_text(encoding="utf-8"), recorded()), encoding="utf-8")

@@ -1,0 +1,170 @@
+"""The results page: every method of a record is on it, its sentences follow the intervals, and the README agrees."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from gradmm.experiments import baselines, records
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def page():
+    """The module that writes the page."""
+    pytest.importorskip("sphinx", reason="jupyter-book is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "book" / "_ext")
+        yield importlib.import_module("results")
+
+
+def figures(mean: float, gap: tuple[float, float] | None, n: float = 100.0) -> dict:
+    """What a record holds of a method, as far as the page reads it."""
+    of_gradmm = None
+    if gap is not None:
+        of_gradmm = {"mean": sum(gap) / 2, "low": gap[0], "high": gap[1], "confidence": 0.95}
+    accuracy = {"mean": mean, "std": 0.01, "runs": [mean, mean]}
+    return {"accuracy": accuracy, "minus_gradmm": of_gradmm, "n": n, "perplexity": 30.0}
+
+
+METHODS = {
+    "none": figures(0.5, (-0.25, -0.15), 0.0),
+    "zero_shot": figures(0.65, (-0.08, -0.02)),
+    "gradmm": figures(0.7, None),
+    "real": figures(0.71, (-0.02, 0.04), 50.0),
+    "herding": figures(0.75, (0.02, 0.08)),
+    "mixed_up": figures(0.69, (-0.04, 0.02), 99.5),  # a method that no page has a word for
+}
+
+
+def record(methods: dict | None = None, data: str = "sst2", **more) -> dict:
+    machine = {"gpu": None, "processor": "a processor"}
+    results = {"methods": METHODS if methods is None else methods, "calibrated": 0.6, "seeds": [0, 1], "n_test": 1200}
+    return {
+        "settings": {"model": "someone/Small-LM, a model of the tests", "data": data},
+        "machine": machine,
+        "versions": {"torch": "2.13"},
+        "commit": "0123456789abcdef",
+        "results": {**results, **more},
+    }
+
+
+def without(*names: str) -> dict:
+    return {name: one for name, one in METHODS.items() if name not in names}
+
+
+def test_every_method_of_the_package_has_plain_words(page):
+    assert set(page.METHODS) == set(baselines.METHODS)
+    assert {*page.BRIEF, *page.OF_REAL_TEXT, *page.WRITTEN} <= set(page.METHODS)
+
+
+@pytest.mark.parametrize("left_out", [(), ("herding",), ("zero_shot", "none"), ("gradmm",)])
+def test_every_method_of_a_record_is_in_figure_table_and_sentences(page, left_out):
+    methods = without(*left_out)
+    if "gradmm" in left_out:
+        methods = {name: {**one, "minus_gradmm": None} for name, one in methods.items()}
+    shown = record(methods)
+    text, drawing = page.section(shown), page.figure({"a": shown})
+    for name, one in methods.items():
+        plain = page.METHODS.get(name, name)
+        assert f"{one['accuracy']['mean']:.3f}" in text and f"`{name}`" in text
+        assert drawing.count(f">{plain.replace(chr(39), '&#x27;')}</text>") == 1
+        assert (f"- {name} (" in text) == (name != "gradmm" and "gradmm" in methods)
+    assert "2 seeds, 1,200 test texts" in text and "99.5" in text
+    assert "a processor, torch 2.13, commit `0123456789ab`" in text
+
+
+@pytest.mark.parametrize(
+    "gap, said, mark",
+    [
+        ((0.01, 0.05), "beats", "▲"),
+        ((-0.05, -0.01), "is beaten by", "▼"),
+        ((-0.01, 0.01), "cannot be told from", ""),
+        ((0.0, 0.05), "cannot be told from", ""),
+    ],
+)
+def test_a_sentence_follows_the_interval(page, gap, said, mark):
+    shown = record({**METHODS, "herding": figures(0.7 + sum(gap) / 2, gap)})
+    text, limits = page.section(shown), page.limits({"a": shown})
+    assert re.search(rf"- herding \([\d.]+\) {said} gradmm \(0.700\)", text)
+    row = next(line for line in text.splitlines() if "(`herding`)" in line)
+    assert f"{gap[0]:+.3f} to {gap[1]:+.3f}" in row and (mark or "0.010 |").strip() in row
+    assert f"`herding` {said} it on Small-LM on SST-2" in limits
+    assert f"{'In 1 of' if said == 'beats' else 'In none of'} 1 comparisons" in limits
+    assert f"({said} gradmm)" in page.figure({"a": shown})
+
+
+def test_the_order_is_from_the_ceiling_to_the_floor(page):
+    rows = page.full_table(record()).splitlines()[2:]
+    names = [found[1] for row in rows if (found := re.search(r"`(\w+)`", row))]
+    assert names == ["herding", "real", "gradmm", "mixed_up", "zero_shot", "none"]
+
+
+def test_texts_stand_side_by_side_and_are_not_obeyed(page):
+    texts = {
+        "real": {"negative": ["a <b>dull</b> film", "$x$ `bad`\n\n## no"], "positive": ["lovely"]},
+        "gradmm": {"negative": ["slow"], "positive": ["warm", "kind"]},
+    }
+    shown = page.section(record(texts=texts))
+    assert "a &lt;b&gt;dull&lt;/b&gt; film" in shown and "<td>$x$ `bad` ## no</td>" in shown
+    assert "<tr><th>positive</th><td>lovely</td><td>warm</td></tr>" in shown
+    assert "<td></td><td>kind</td>" in shown and "Texts, drawn at random" not in page.section(record())
+
+
+@pytest.mark.parametrize("seconds, said", [(3.25, "3.2 s"), (600, "10 minutes"), (9000, "2.5 hours")])
+def test_what_it_cost_is_shown_where_it_is_known(page, seconds, said):
+    assert f"| write the_texts | {said} |".replace("_", " ") in page.section(
+        record(seconds={"write_the_texts": seconds})
+    )
+    assert "What it cost" not in page.section(record())
+
+
+@pytest.mark.parametrize(
+    "start, calibrated, end, said",
+    [
+        (0.5, 0.6, 0.7, "gives 50% of the gain"),
+        (0.5, 0.8, 0.7, "gives all of the gain"),
+        (0.5, 0.45, 0.7, "gives 0% of the gain"),
+        (0.7, 0.75, 0.6, "gain nothing there"),
+    ],
+)
+def test_what_a_calibration_gives_follows_the_figures(page, start, calibrated, end, said):
+    methods = {**METHODS, "none": figures(start, (-0.2, -0.1), 0.0), "gradmm": figures(end, None)}
+    assert said in page.limits({"a": record(methods, calibrated=calibrated)})
+
+
+def test_what_holds_in_all_records_is_said_once(page):
+    two = {"a": record(), "b": record(data="rotten_tomatoes")}
+    assert "`herding` beats it everywhere" in page.limits(two)
+    two["b"] = record({**METHODS, "herding": figures(0.69, (-0.02, 0.01))}, "rotten_tomatoes")
+    said = "`herding` beats it on Small-LM on SST-2, cannot be told from it on Small-LM on Rotten Tomatoes"
+    assert said in page.limits(two)
+
+
+def test_other_numbers_of_texts_are_a_table(page):
+    budgets = {"50": {"gradmm": METHODS["gradmm"]}, "5": {"gradmm": figures(0.61, None), "random": METHODS["herding"]}}
+    rows = page.section(record(budgets=budgets)).split("With fewer or more texts:")[1].splitlines()
+    assert rows[4].startswith("| 5 | 0.610") and rows[5].startswith("| 50 | 0.700") and rows[5].endswith("|  |")
+
+
+def test_records_named_after_their_data_alone_come_last(page, tmp_path):
+    for name in ("sst2", "alm-sst2", "zlm-sst2"):
+        records.write_record(tmp_path / f"03-finetuning-{name}.json", record()["results"], record()["settings"])
+    assert list(page.recorded(tmp_path)) == [f"03-finetuning-{name}" for name in ("alm-sst2", "zlm-sst2", "sst2")]
+    assert page.recorded(tmp_path / "absent") == {}
+    assert all(made({}) == "No comparison is recorded." for made in (page.brief, page.report, page.limits))
+
+
+def test_the_records_of_the_book_can_be_shown(page):
+    held = page.recorded()
+    assert held and page.report(held).count("\n## ") + 1 == len(held) == page.figure(held).count("<svg")
+
+
+def test_the_readme_says_what_the_records_say(page):
+    text = page.README.read_text(encoding="utf-8")
+    assert page.readme(text, page.recorded()) == text, "run: python book/_ext/results.py"
+    assert text.index(page.BEGIN) < text.index("\n## ")  # before the first heading: on the first screen
+    changed = page.readme(text, {"a": record()})
+    assert "Small-LM on SST-2" in changed and page.readme(changed, page.recorded()) == text

@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import importlib
 import string
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,19 @@ VOCABULARY, WIDTH, LAYERS, HEADS, CONTEXT = 97, 32, 2, 4, 64
 END, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 KINDS = ("gpt2", "opt", "llama", "phi", "gpt_neox", "qwen2")
 TIED = ("gpt2", "opt")
-# For a long test of every family: two in the fast tier, the others in the slow one.
-LONG_KINDS = [pytest.param(kind, marks=() if kind in ("llama", "phi") else pytest.mark.slow) for kind in KINDS]
 WORDS = """
     great good bad terrible fine dull it was is the a and but not very movie film story actor actors plot scene ending
     music joy sadness love fear world sports business text some words this that of in to i feel we you they about one
     two three red blue cat dog sat on saw like made all time
 """.split()
+
+
+def in_tiers(values: Iterable[str], *fast: str) -> list:
+    """The values of a test's parameter: those that are named again are in the fast tier, the others in the slow one."""
+    return [pytest.param(value, marks=() if value in fast else pytest.mark.slow) for value in values]
+
+
+LONG_KINDS = in_tiers(KINDS, "llama", "phi")  # for a test that takes long
 
 
 def pytest_configure(config):
@@ -183,9 +190,9 @@ def demo_model() -> gradmm.models.Model:
     return gradmm.models.load_model("demo", device="cpu")
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=in_tiers(KINDS, "gpt2", "llama", "phi"))
 def kind(request) -> str:
-    """Every family of tiny model in turn."""
+    """Every family of tiny model in turn; in the fast tier a tied head, an untied one and one with a bias."""
     return request.param
 
 

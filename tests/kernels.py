@@ -34,7 +34,7 @@ def serve(place: str) -> None:
         listener.listen()
         while True:
             asking, _ = listener.accept()
-            if not os.fork():
+            if asking.recv(1, socket.MSG_PEEK) and not os.fork():  # others only look whether somebody listens
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 listener.close()
                 become_kernel(asking)
@@ -52,8 +52,6 @@ def become_kernel(asking: socket.socket) -> None:
     import torch
 
     request, streams, *_ = socket.recv_fds(asking, 1 << 20, 3)
-    if not request:  # whoever asked only looked whether this process listens
-        return
     folder, environment, sys.argv = json.loads(request)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)

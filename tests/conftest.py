@@ -9,6 +9,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import copy
+import functools
 import importlib
 import string
 from collections.abc import Iterable
@@ -114,6 +116,21 @@ def configuration_of(kind: str, tied: bool) -> transformers.PretrainedConfig:
     return type(config)(**common, **special[kind])
 
 
+@functools.cache
+def _drawn(kind: str, seed: int, tied: bool, dtype: torch.dtype):
+    config = configuration_of(kind, tied)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            is_norm = parameter.ndim == 1 and bool((parameter == 1).all())
+            noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(dtype)
+            parameter.copy_(1 + 0.1 * noise if is_norm else 0.2 * noise)
+    return lm.eval()
+
+
 def make_tiny_lm(kind: str, seed: int = 0, tied: bool | None = None, dtype: torch.dtype = torch.float64):
     """A random causal language model: V = 97, D = 32, 2 layers, 4 heads, context 64, end token 0.
 
@@ -126,17 +143,7 @@ def make_tiny_lm(kind: str, seed: int = 0, tied: bool | None = None, dtype: torc
         tied: whether the head shares the embedding's weights; None takes the family's habit.
         dtype: of the weights.
     """
-    config = configuration_of(kind, kind in TIED if tied is None else tied)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            is_norm = parameter.ndim == 1 and bool((parameter == 1).all())
-            noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(dtype)
-            parameter.copy_(1 + 0.1 * noise if is_norm else 0.2 * noise)
-    return lm.eval()
+    return copy.deepcopy(_drawn(kind, seed, kind in TIED if tied is None else tied, dtype))
 
 
 def make_toy_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -38,7 +38,7 @@ WORDS = """
 """.split()
 
 
-def in_tiers(values: Iterable[str], *fast: str) -> list:
+def in_tiers(values: Iterable, *fast) -> list:
     """The values of a test's parameter: those that are named again are in the fast tier, the others in the slow one."""
     return [pytest.param(value, marks=() if value in fast else pytest.mark.slow) for value in values]
 

@@ -52,7 +52,7 @@ def forked_kernels(shared: Path) -> Iterator[None]:
     """
     place = shared / "kernels" / "socket"
     with filelock.FileLock(shared / "kernels.lock"):
-        if hasattr(os, "fork") and "COVERAGE_PROCESS_CONFIG" not in os.environ and not listening(place):
+        if sys.platform == "linux" and "COVERAGE_PROCESS_CONFIG" not in os.environ and not listening(place):
             serve_kernels(place)
     with mock.patch.dict(os.environ, {"JUPYTER_PATH": str(shared)}):
         yield

@@ -57,8 +57,20 @@ def model(tiny_model):
     return tiny_model("llama", dtype=torch.float32)
 
 
-@pytest.mark.parametrize("epsilon", [None, 2.0])
-@pytest.mark.parametrize("choices", [{}, {"ranking": "group"}, {"filter": "label"}, {"search": "pool"}], ids=str)
+@pytest.mark.parametrize(
+    ("choices", "epsilon"),
+    [
+        ({}, 2.0),
+        ({"search": "pool"}, None),
+        *(
+            pytest.param(choices, epsilon, marks=pytest.mark.slow)
+            for choices in ({}, {"ranking": "group"}, {"filter": "label"}, {"search": "pool"})
+            for epsilon in (None, 2.0)
+            if (choices, epsilon) not in [({}, 2.0), ({"search": "pool"}, None)]
+        ),
+    ],
+    ids=str,
+)
 def test_release_synthesize_and_fine_tune(model, folder, epsilon, choices):
     task, data = gradmm.load_data(folder)
     assert task.labels == LABELS and {e.label for e in data.test} == {0, 1, 2, 3}

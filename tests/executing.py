@@ -52,10 +52,15 @@ def forked_kernels(shared: Path) -> Iterator[None]:
     """
     place = shared / "kernels" / "socket"
     with filelock.FileLock(shared / "kernels.lock"):
-        if sys.platform == "linux" and "COVERAGE_PROCESS_CONFIG" not in os.environ and not listening(place):
+        if forks() and not listening(place):
             serve_kernels(place)
     with mock.patch.dict(os.environ, {"JUPYTER_PATH": str(shared)}):
         yield
+
+
+def forks() -> bool:
+    """Whether kernels can be forked here."""
+    return sys.platform == "linux" and "COVERAGE_PROCESS_CONFIG" not in os.environ
 
 
 def listening(place: Path) -> bool:

@@ -11,6 +11,7 @@ import executing
 import nbformat
 import papermill
 import pytest
+from test_batch import store
 
 import gradmm
 from gradmm import files
@@ -339,6 +340,19 @@ def test_a_private_quickstart_shares_nothing_of_the_private_texts_and_spends_onc
 def test_an_unknown_parameter_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no parameter outer_stepps"):
         executing.execute(NOTEBOOKS[0], {"outer_stepps": 1}, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_forked_kernel_has_a_folder_and_an_end_of_its_own(tmp_path, shared_folder):
+    """Where it is, what it has imported, and an error when it dies."""
+    at_first = (
+        "import os, pathlib, sys; pathlib.Path('seen').write_text(str(sorted({'torch', 'gradmm'} & {*sys.modules})))"
+    )
+    died = store(tmp_path / "died.ipynb", "seed = 0", at_first, "os._exit(3)")
+    (tmp_path / "here").mkdir()
+    with executing.quiet(tmp_path), executing.forked_kernels(shared_folder), pytest.raises(RuntimeError, match="died"):
+        executing.execute(died, {}, tmp_path / "here")
+    assert (tmp_path / "here" / "seen").read_text() == ("['torch']" if executing.forks() else "[]")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -65,8 +65,10 @@ def forks() -> bool:
 
 def listening(place: Path) -> bool:
     """Whether a process accepts connections at a socket."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
-        return asking.connect_ex(str(place)) == 0
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking, suppress(OSError):
+        asking.connect(str(place))
+        return True
+    return False
 
 
 def serve_kernels(place: Path) -> None:

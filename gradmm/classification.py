@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -158,6 +157,8 @@ def score(
         tokens_per_batch: tokens of one pass, padding included; None suits the device.
         preference: (C,) what is taken from the logits.
     """
+    from sklearn.metrics import f1_score
+
     tokens_per_batch = tokens_per_batch or model.tokens_at_once(TOKENS_PER_BATCH)
     logits = model.logits_of(model.hidden_of(data.sequences, tokens_per_batch), tokens.labels) - preference
     labels, predictions = data.labels.tolist(), logits.argmax(-1).tolist()

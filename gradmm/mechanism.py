@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import dp_accounting
 import numpy
 import torch
 from scipy.special import ndtri
@@ -43,6 +42,8 @@ BLOCK = 1 << 20  # noise values drawn at once
 
 def exact_sigma(epsilon: float, delta: float) -> float:
     """The smallest sigma at sensitivity 1, by the exact condition above (dp-accounting's solver, rounded up)."""
+    import dp_accounting
+
     return dp_accounting.get_sigma_gaussian(epsilon, delta, tol=SOLVER_TOLERANCE) * (1 + SOLVER_SLACK)
 
 
@@ -164,6 +165,8 @@ def total_epsilon(entries: Sequence[LedgerEntry], delta: float) -> float:
     Raises:
         UserError: the entries count different neighbours.
     """
+    import dp_accounting
+
     if not entries:
         return 0.0
     relations = sorted({entry.relation for entry in entries})

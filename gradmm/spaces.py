@@ -14,7 +14,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from sklearn.covariance import ledoit_wolf
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
@@ -310,6 +309,8 @@ def whitening(hidden: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         UserError: states that do not differ or are not finite.
     """
+    from sklearn.covariance import ledoit_wolf
+
     states = hidden.double()
     require(
         float((states - states[0]).abs().max()) > 0,  # false for what is not a number, too

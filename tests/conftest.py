@@ -9,8 +9,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import copy
+import functools
 import importlib
 import string
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -28,13 +31,19 @@ VOCABULARY, WIDTH, LAYERS, HEADS, CONTEXT = 97, 32, 2, 4, 64
 END, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 KINDS = ("gpt2", "opt", "llama", "phi", "gpt_neox", "qwen2")
 TIED = ("gpt2", "opt")
-# For a long test of every family: two in the fast tier, the others in the slow one.
-LONG_KINDS = [pytest.param(kind, marks=() if kind in ("llama", "phi") else pytest.mark.slow) for kind in KINDS]
 WORDS = """
     great good bad terrible fine dull it was is the a and but not very movie film story actor actors plot scene ending
     music joy sadness love fear world sports business text some words this that of in to i feel we you they about one
     two three red blue cat dog sat on saw like made all time
 """.split()
+
+
+def in_tiers(values: Iterable, *fast) -> list:
+    """The values of a test's parameter: those that are named again are in the fast tier, the others in the slow one."""
+    return [pytest.param(value, marks=() if value in fast else pytest.mark.slow) for value in values]
+
+
+LONG_KINDS = in_tiers(KINDS, "llama", "phi")  # for a test that takes long
 
 
 def pytest_configure(config):
@@ -107,6 +116,21 @@ def configuration_of(kind: str, tied: bool) -> transformers.PretrainedConfig:
     return type(config)(**common, **special[kind])
 
 
+@functools.cache
+def _drawn(kind: str, seed: int, tied: bool, dtype: torch.dtype):
+    config = configuration_of(kind, tied)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            is_norm = parameter.ndim == 1 and bool((parameter == 1).all())
+            noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(dtype)
+            parameter.copy_(1 + 0.1 * noise if is_norm else 0.2 * noise)
+    return lm.eval()
+
+
 def make_tiny_lm(kind: str, seed: int = 0, tied: bool | None = None, dtype: torch.dtype = torch.float64):
     """A random causal language model: V = 97, D = 32, 2 layers, 4 heads, context 64, end token 0.
 
@@ -119,17 +143,7 @@ def make_tiny_lm(kind: str, seed: int = 0, tied: bool | None = None, dtype: torc
         tied: whether the head shares the embedding's weights; None takes the family's habit.
         dtype: of the weights.
     """
-    config = configuration_of(kind, kind in TIED if tied is None else tied)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            is_norm = parameter.ndim == 1 and bool((parameter == 1).all())
-            noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(dtype)
-            parameter.copy_(1 + 0.1 * noise if is_norm else 0.2 * noise)
-    return lm.eval()
+    return copy.deepcopy(_drawn(kind, seed, kind in TIED if tied is None else tied, dtype))
 
 
 def make_toy_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -183,9 +197,9 @@ def demo_model() -> gradmm.models.Model:
     return gradmm.models.load_model("demo", device="cpu")
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=in_tiers(KINDS, "gpt2", "llama", "phi"))
 def kind(request) -> str:
-    """Every family of tiny model in turn."""
+    """Every family of tiny model in turn; in the fast tier a tied head, an untied one and one with a bias."""
     return request.param
 
 

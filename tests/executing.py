@@ -1,12 +1,16 @@
 """Notebooks executed and the book built for the tests: once, whoever and however many ask."""
 
+import atexit
 import importlib.util
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -39,6 +43,48 @@ def quiet(folder: Path) -> AbstractContextManager:
     return mock.patch.dict(os.environ, {**QUIET, "IPYTHONDIR": str(folder / ".ipython")})
 
 
+@contextmanager
+def forked_kernels(shared: Path) -> Iterator[None]:
+    """While it lasts, kernels are forked from a process that has the heavy packages already: see kernels.py.
+
+    The process is started the first time that any worker asks, and ends with that worker; a kernel that finds it gone
+    starts as usual. So do all while coverage is measured, which follows no fork.
+    """
+    place = shared / "kernels" / "socket"
+    with filelock.FileLock(shared / "kernels.lock"):
+        if forks() and not listening(place):
+            serve_kernels(place)
+    with mock.patch.dict(os.environ, {"JUPYTER_PATH": str(shared)}):
+        yield
+
+
+def forks() -> bool:
+    """Whether kernels can be forked here."""
+    return sys.platform == "linux" and "COVERAGE_PROCESS_CONFIG" not in os.environ
+
+
+def listening(place: Path) -> bool:
+    """Whether a process accepts connections at a socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking, suppress(OSError):
+        asking.connect(str(place))
+        return True
+    return False
+
+
+def serve_kernels(place: Path) -> None:
+    """Start the process that forks kernels, and name it as Jupyter's own kernel in the folder of the socket."""
+    (place.parent / "python3").mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)
+    script = [sys.executable, "-P", str(ROOT / "tests" / "kernels.py"), str(place)]
+    specification = {"argv": [*script, "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}
+    (place.parent / "python3" / "kernel.json").write_text(json.dumps(specification), encoding="utf-8")
+    environment = {**os.environ, **QUIET, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    server = subprocess.Popen(script, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    atexit.register(server.kill)
+    while server.poll() is None and not listening(place):
+        time.sleep(0.1)
+
+
 def once(shared: Path, name: str, make: Callable[[Path], object]) -> Path:
     """The folder `shared/name`, filled by `make` the first time that anyone asks for it.
 
@@ -62,7 +108,7 @@ def smoke_run(name: str, shared: Path) -> Path:
 
     def run(folder: Path) -> None:
         preset = yaml.safe_load((SMOKE / f"{name}.yaml").read_text(encoding="utf-8"))
-        with quiet(folder):
+        with quiet(folder), forked_kernels(shared):
             execute(ROOT / "notebooks" / f"{name}.ipynb", preset, folder)
 
     return once(shared, name, run)

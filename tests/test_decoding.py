@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import KINDS
+from conftest import KINDS, in_tiers
 from test_device import WAITS, Launches, as_on_a_gpu
 from test_generation import SAMPLING, TWO, room, shots_of, writer_of
 from test_models import FAMILIES, Widened, random_lm
@@ -22,6 +22,8 @@ from gradmm.projection import PROJECTIONS, DecodingConfig
 
 # Bloom, Falcon and MPT make numbers on the host for each token, experts of a mixture are asked for.
 UNCAPTURED = {"bloom", "falcon", "gpt_oss", "mixtral", "mpt"}
+# A tied head, one with a bias, grouped keys, numbers made on the host, windows, experts, a recurrent state.
+FAST = ("gpt2", "phi", "qwen2", "falcon", "gemma3_text", "gpt_oss", "mamba")
 SEQUENCES = [(0, 5, 7), (0, 8), (0, 5, 7), (3, 9, 11, 12, 13), (4,)]
 
 
@@ -43,7 +45,7 @@ def static(monkeypatch):
     monkeypatch.setitem(generation.BORDERS, "cpu", generation.BORDERS["other"])
 
 
-@pytest.mark.parametrize("family", [*KINDS, *FAMILIES, "mamba"])
+@pytest.mark.parametrize("family", in_tiers([*KINDS, *FAMILIES, "mamba"], *FAST))
 def test_what_is_read_token_by_token_equals_whole_passes(toy_tokenizer, tiny_lm, family):
     """Prompts of two lengths, one of them twice; some sequences are left behind, others go on twice."""
     with widened(family):
@@ -70,7 +72,7 @@ def assert_same_states(model, sequences, steps=6):
         static.leave(model)
 
 
-@pytest.mark.parametrize("family", [*KINDS, *FAMILIES])
+@pytest.mark.parametrize("family", in_tiers([*KINDS, *FAMILIES], *FAST))
 def test_places_that_stay_give_the_states_of_a_cache_that_grows(toy_tokenizer, tiny_lm, family):
     with widened(family):
         model = model_of(family, tiny_lm, toy_tokenizer)
@@ -141,7 +143,7 @@ def test_capturing_reads_a_few_times_and_leaves_no_trace(tiny_model, kind, monke
     assert len(captured) == 1  # rooms of 1 and 6 share a stage
 
 
-@pytest.mark.parametrize("family", [*KINDS, *sorted({*FAMILIES} - UNCAPTURED)])
+@pytest.mark.parametrize("family", in_tiers([*KINDS, *sorted({*FAMILIES} - UNCAPTURED)], *FAST))
 def test_the_step_of_a_token_launches_the_same_at_every_place_and_waits_for_nothing(toy_tokenizer, tiny_lm, family):
     """So that a replay reads the next token as it read the one at which it was captured."""
     seen = []

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LONG_KINDS
+from conftest import KINDS, in_tiers
 from sklearn.metrics import accuracy_score, f1_score
 
 from gradmm import files, finetuning
@@ -45,7 +45,7 @@ def run(model, task, config=QUICK, count=8, **options):
     return finetune(model, task, toy(task, 0, count), toy(task, 20, 6), toy(task, 30, 6), config, **options)
 
 
-@pytest.mark.parametrize("kind", LONG_KINDS)
+@pytest.mark.parametrize("kind", in_tiers(KINDS, "phi"))
 def test_training_teaches_and_leaves_the_model_alone(tiny_model, task, kind):
     model = tiny_model(kind, dtype=torch.float32)
     before = {name: value.clone() for name, value in model.lm.state_dict().items()}
@@ -301,7 +301,7 @@ def uninterrupted(request, tiny_model):
     return model, config, run(model, TWO, config, progress=False)
 
 
-@pytest.mark.parametrize("look", [*(pytest.param(look, marks=pytest.mark.slow) for look in (1, 4, 5, 8)), 3, 6])
+@pytest.mark.parametrize("look", in_tiers([1, 3, 4, 5, 6, 8], 3))
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, monkeypatch, look):
     monkeypatch.setattr(finetuning, "SNAPSHOT_SECONDS", -1.0)
     model, config, whole = uninterrupted

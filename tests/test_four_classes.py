@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from executing import ROOT, execute, quiet
+from executing import ROOT, execute, forked_kernels, quiet
 
 import gradmm
 from gradmm import files
@@ -57,8 +57,20 @@ def model(tiny_model):
     return tiny_model("llama", dtype=torch.float32)
 
 
-@pytest.mark.parametrize("epsilon", [None, 2.0])
-@pytest.mark.parametrize("choices", [{}, {"ranking": "group"}, {"filter": "label"}, {"search": "pool"}], ids=str)
+@pytest.mark.parametrize(
+    ("choices", "epsilon"),
+    [
+        ({}, 2.0),
+        ({"search": "pool"}, None),
+        *(
+            pytest.param(choices, epsilon, marks=pytest.mark.slow)
+            for choices in ({}, {"ranking": "group"}, {"filter": "label"}, {"search": "pool"})
+            for epsilon in (None, 2.0)
+            if (choices, epsilon) not in [({}, 2.0), ({"search": "pool"}, None)]
+        ),
+    ],
+    ids=str,
+)
 def test_release_synthesize_and_fine_tune(model, folder, epsilon, choices):
     task, data = gradmm.load_data(folder)
     assert task.labels == LABELS and {e.label for e in data.test} == {0, 1, 2, 3}
@@ -118,11 +130,11 @@ def test_a_comparison_with_a_learner_a_second_model_and_a_head_with_bias(model, 
     ],
     ids=["quickstart", "finetuning"],
 )  # fmt: skip
-def test_a_notebook(name, few, model, folder, tmp_path):
+def test_a_notebook(name, few, model, folder, tmp_path, shared_folder):
     model.lm.save_pretrained(tmp_path / "tiny")
     model.tokenizer.save_pretrained(tmp_path / "tiny")
     preset = {"model": str(tmp_path / "tiny"), "data": str(folder), "top_k": 5, "output": str(tmp_path / "out"), **few}
-    with quiet(tmp_path):
+    with quiet(tmp_path), forked_kernels(shared_folder):
         execute(ROOT / "notebooks" / f"{name}.ipynb", preset, tmp_path)
     results = json.loads((tmp_path / "out" / f"{name}.json").read_text(encoding="utf-8"))
     assert 0 <= results["methods"]["gradmm"]["accuracy"]["mean"] <= 1 and results["methods"]["gradmm"]["n"] == 8

@@ -183,7 +183,7 @@ NEIGHBOURS = {
 }
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("case", NEIGHBOURS)
 def test_no_neighbour_is_further_than_the_sensitivity(case, bias):
     """Gradient ascent over both versions of the differing example, from many starts, beside fixed companions."""

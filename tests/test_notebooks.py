@@ -11,6 +11,7 @@ import executing
 import nbformat
 import papermill
 import pytest
+from test_batch import store
 
 import gradmm
 from gradmm import files
@@ -309,14 +310,14 @@ def test_a_quickstart_writes_what_python_writes(tmp_path, shared_folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
-def test_a_private_quickstart_shares_nothing_of_the_private_texts_and_spends_once(tmp_path):
+def test_a_private_quickstart_shares_nothing_of_the_private_texts_and_spends_once(tmp_path, shared_folder):
     words = ("bad", "dull", "fine", "great")  # four classes
     rows = [{"text": f"zebra {n} was {word}", "label": word} for n in range(31) for word in words]
     for split, some in (("train", rows[:78]), ("validation", rows[78:95]), ("test", rows[95:])):
         files.write_json_lines(tmp_path / "ward" / f"{split}.jsonl", some)
     asked = {"data": "ward", "n_real": 8, "n_synthetic": 8, "epsilon": 2.0, "delta": 1e-5, "length": 8}
     asked |= {"fine_tuning_steps": 1, "fine_tuning_seeds": 1}
-    with executing.quiet(tmp_path):
+    with executing.quiet(tmp_path), executing.forked_kernels(shared_folder):
         executed = executing.execute(NOTEBOOKS[0], asked, tmp_path)
         (folder,) = (tmp_path / "results" / "00-quickstart").iterdir()
         results, apart = results_of(folder, "00-quickstart")
@@ -342,6 +343,19 @@ def test_an_unknown_parameter_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_forked_kernel_has_a_folder_and_an_end_of_its_own(tmp_path, shared_folder):
+    """Where it is, what it has imported, and an error when it dies."""
+    seen = (
+        "import os, sys\nwith open('seen', 'w') as file:\n    print(*{'torch', 'gradmm'} & {*sys.modules}, file=file)"
+    )
+    died = store(tmp_path / "died.ipynb", "seed = 0", seen, "os._exit(3)")
+    (tmp_path / "here").mkdir()
+    with executing.quiet(tmp_path), executing.forked_kernels(shared_folder), pytest.raises(RuntimeError, match="died"):
+        executing.execute(died, {}, tmp_path / "here")
+    assert (tmp_path / "here" / "seen").read_text().split() == (["torch"] if executing.forks() else [])
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_the_stored_quickstart_runs_cell_by_cell(tmp_path):
     """As an editor runs it, by nbval, with small parameters below its own."""
@@ -362,13 +376,14 @@ def test_the_stored_quickstart_runs_cell_by_cell(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
-@pytest.mark.parametrize("name", ["03-finetuning", "06-transfer"])
-def test_the_same_seeds_give_the_same_numbers(name, tmp_path, shared_folder):
-    """Byte for byte, by one kernel after the other; what depends on the clock stays out of this file."""
-    (first,) = executing.smoke_run(name, shared_folder).rglob(f"{name}.json")
+def test_the_same_seeds_give_the_same_numbers(tmp_path, shared_folder):
+    """Byte for byte, by a forked kernel and one that starts alone; what depends on the clock stays out of this file."""
+    (first,) = executing.smoke_run("03-finetuning", shared_folder).rglob("03-finetuning.json")
     with executing.quiet(tmp_path):
-        executing.execute(ROOT / "notebooks" / f"{name}.ipynb", files.read_yaml(PRESETS / f"{name}.yaml"), tmp_path)
-    (again,) = tmp_path.rglob(f"{name}.json")
+        executing.execute(
+            ROOT / "notebooks" / "03-finetuning.ipynb", files.read_yaml(PRESETS / "03-finetuning.yaml"), tmp_path
+        )
+    (again,) = tmp_path.rglob("03-finetuning.json")
     assert len(files.read_json(again)["seeds"]) > 1 and again.read_bytes() == first.read_bytes()
 
 
@@ -386,7 +401,7 @@ def test_recorded_comparisons_are_shown_as_they_stand(tmp_path, shared_folder):
     start = [place for place, cell in enumerate(code) if cell.source.startswith("recorded = ")][0]
     notebook.cells = [*before_loading(notebook), *code[start:]]
     nbformat.write(notebook, tmp_path / "section.ipynb")
-    with executing.quiet(tmp_path):
+    with executing.quiet(tmp_path), executing.forked_kernels(shared_folder):
         (tmp_path / "run").mkdir()
         executed = executing.execute(
             tmp_path / "section.ipynb", {"records": str(tmp_path / "records")}, tmp_path / "run"

@@ -287,8 +287,8 @@ def literal_masks(vocabulary, chosen, length, before):
 def test_every_projection_is_whole_characters_that_begin_with_a_word(demo_model, order, prompt):
     model = demo_model
     ids = tuple(model.tokenizer(prompt)["input_ids"])
-    v = torch.randn(12, 6, model.embedding.shape[1], generator=torch.Generator().manual_seed(0))
-    found = projected(model, v, [ids], torch.zeros(12, dtype=torch.long), DecodingConfig(order, 3000, model.vocabulary))
+    v = torch.randn(4, 6, model.embedding.shape[1], generator=torch.Generator().manual_seed(0))
+    found = projected(model, v, [ids], torch.zeros(4, dtype=torch.long), DecodingConfig(order, 3000, model.vocabulary))
     for row in found.tolist():
         masks, state = literal_masks(model.vocabulary, row, 6, ids[-1])
         assert state == 0 and all(mask[token] for mask, token in zip(masks, row, strict=True))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from executing import ROOT, SMOKE, execute, quiet
+from executing import ROOT, SMOKE, execute, forked_kernels, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -142,9 +142,9 @@ def evil_data(folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["00-quickstart", "02-synthesis"])
-def test_an_executed_notebook_shows_tags_of_the_data(name, tmp_path):
+def test_an_executed_notebook_shows_tags_of_the_data(name, tmp_path, shared_folder):
     preset = files.read_yaml(SMOKE / f"{name}.yaml") | {"data": str(evil_data(tmp_path / "data"))}
-    with quiet(tmp_path):
+    with quiet(tmp_path), forked_kernels(shared_folder):
         executed = execute(ROOT / "notebooks" / f"{name}.ipynb", preset, tmp_path)
     shown = [output["data"] for cell in executed.cells for output in cell.get("outputs", []) if "data" in output]
     pages = [data["text/html"] for data in shown if "text/html" in data] + [

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import in_tiers
 
 from gradmm import privacy
 from gradmm.data import Example
@@ -18,7 +19,7 @@ EXAMPLES = [Example(text, number % 2) for number, text in enumerate(TEXTS)]
 PUBLIC = ["some words", "a dog sat on the cat", "two red words", "this text is about sports", "they made time"]
 
 
-@pytest.fixture(scope="module", params=["llama", "phi"])
+@pytest.fixture(scope="module", params=in_tiers(["llama", "phi"], "phi"))
 def model(request, tiny_model):
     return tiny_model(request.param)
 

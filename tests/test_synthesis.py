@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS
+from conftest import KINDS, in_tiers
 
 import gradmm
 from gradmm.config import PRESETS, SynthesisConfig
@@ -109,7 +109,7 @@ def test_joint_ranking_keeps_what_matches_best_in_each_class_and_in_their_sum(se
 
 
 @pytest.mark.parametrize("options", [{}, {"epsilon": 1.0, "delta": 1e-5, "length": 5}], ids=["exact", "private"])
-@pytest.mark.parametrize("space", LABEL_SPACES)
+@pytest.mark.parametrize("space", in_tiers(LABEL_SPACES, "label_rows_whitened"))
 def test_a_saved_release_under_the_loss_of_fine_tuning_is_matched_by_moving_texts(setting, tmp_path, space, options):
     model, task, _ = setting
     release = gradmm.release(model, task, REAL, space=space, **options)
@@ -119,7 +119,7 @@ def test_a_saved_release_under_the_loss_of_fine_tuning_is_matched_by_moving_text
     assert found[0].history["match_x"].between(0, 2).all()
 
 
-@pytest.mark.parametrize("space", ["head", pytest.param("body", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("space", in_tiers(["head", "body"], "head"))
 def test_a_pool_holds_finished_texts_and_the_target_chooses(setting, tmp_path, space):
     model, task, _ = setting
     release = gradmm.release(model, task, REAL, space=space)
@@ -174,7 +174,7 @@ def test_a_finished_folder_is_read_back(setting, tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == held
 
 
-@pytest.mark.parametrize("after", [*(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 4)), 3, 5])
+@pytest.mark.parametrize("after", in_tiers([1, 2, 3, 4, 5], 3))
 def test_an_interrupted_run_continues_to_the_same_bytes(setting, tmp_path, monkeypatch, after):
     model, task, release = setting
     config = replace(SMALL, groups_per_batch=3, outer_steps=3)
@@ -259,13 +259,12 @@ def test_the_size_of_a_batch_changes_no_byte(tiny_model, kind, init):
     model = tiny_model(kind, dtype=torch.float32)
     release = gradmm.release(model, TASK, REAL, space="head")
     config = replace(SMALL, init=init, n_synthetic=7)
-    runs = [
-        synthesize(model, TASK, release, replace(config, groups_per_batch=size), progress=False) for size in (1, 3, 6)
-    ]
-    for other in runs[1:]:
-        assert other.candidates.to_list() == runs[0].candidates.to_list()
-        assert _sorted(other.history).equals(_sorted(runs[0].history))
-        assert other.manifest["groups_ended"] == runs[0].manifest["groups_ended"]
+    one, four = (
+        synthesize(model, TASK, release, replace(config, groups_per_batch=size), progress=False) for size in (1, 4)
+    )
+    assert four.candidates.to_list() == one.candidates.to_list()
+    assert _sorted(four.history).equals(_sorted(one.history))
+    assert four.manifest["groups_ended"] == one.manifest["groups_ended"]
 
 
 def _sorted(history):

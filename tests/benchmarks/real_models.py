@@ -147,7 +147,7 @@ def written(model: Model, task: Task, seed: int, each: int, sampling: Sampling, 
 
 
 def shown(run: SeedRun, methods: Sequence[str]) -> dict[str, dict[str, list[str]]]:
-    """Some of the texts that methods train on, drawn at random: {method: {label: texts}}."""
+    """Some of the texts that methods keep, drawn at random: {method: {label: texts}}."""
     found: dict[str, dict[str, list[str]]] = {}
     for name in methods:
         examples = protocol.METHODS[name](run)
@@ -203,12 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with gradients_read_once(), mock.patch.object(protocol, "finetune", upper.finetune):
         found = protocol.compare(model, task, splits, config, options.methods, seeds, folder / task.name)
         run = SeedRun(Experiment(model, task, splits, config, {}, "", folder / task.name), options.seed)
-        texts = shown(run, [name for name in ("real", "prompt_only", "gradmm") if name in options.methods])
+        texts = shown(run, [name for name in ("prompt_only", "gradmm") if name in options.methods])  # no real text
     unlabelled = [example.text for example in splits.validation[: options.max_validation]]
     tested = subsample(splits.test, 0, options.max_test)
     calibrated = evaluate_calibrated(model, task, tested, unlabelled).accuracy
-    named = ("folder", "output", "methods", "seed", "seeds", "data", "task", "model")
-    settings = {"model": model.name, "data": task.name, "task": task.to_dict()} | {
+    named = ("folder", "output", "methods", "seed", "seeds", "data", "model")
+    settings = {"model": model.name, "data": splits.source} | {
         name: value for name, value in vars(options).items() if name not in named
     }
     settings |= {"layers": layers}
@@ -217,14 +217,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("model", "data", "task", "folder", "output"):
-        parser.add_argument(f"--{name}", required=True)
+    for name in ("--model", "--data", "--task", "--folder", "--output"):
+        parser.add_argument(name, required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     for name, default in (
-        ("n-real", 50), ("n-synthetic", 100), ("written", 5), ("length", 40), ("layers", None), ("steps", 30),
-        ("eval-every", 15), ("max-validation", 150), ("max-test", None), ("seed", 0), ("seeds", 5), ("threads", 2),
+        ("--n-real", 50), ("--n-synthetic", 100), ("--written", 5), ("--length", 40), ("--layers", None),
+        ("--steps", 30), ("--eval-every", 15), ("--max-validation", 150), ("--max-test", None), ("--seed", 0),
+        ("--seeds", 5), ("--threads", 2),
     ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(name, type=int, default=default)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--temperature", type=float, default=0.8)
     return parser

@@ -308,7 +308,7 @@ class FinetuneConfig:
             which wants rates about ten times higher and needs the extra `gradmm[lora]`.
         adapter_rank: rank of the adapter's matrices.
         layers: how many of the last layers learn, and the norms behind them, where no adapter does; None is every
-            parameter. A fifth of them halves the time of a step and takes a fifth of the memory of moments and copies.
+            parameter. A fifth of them halves a step's time and takes a fifth of the memory of gradients and moments.
         seed: names every random draw.
     """
 

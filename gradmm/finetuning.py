@@ -201,7 +201,7 @@ def fit(
     """
     require_model(model)
     tokens, saved = tokenize_task(task, model.tokenizer), saved or Checkpoint(None)
-    train, validation = check_examples(train, task, "train example"), _drawn(validation, task, config)
+    train, validation = check_examples(train, task, "train example"), looked_at(validation, task, config)
     data = Encoded.of(model, task, tokens, train, "train")
     looks = Encoded.of(model, task, tokens, validation, "validation")
     trained = trainable_copy(model, config)
@@ -222,7 +222,7 @@ def fit(
             rows[number].append(row)
             if on_look is not None:
                 on_look(row)
-            if not best or (-row["validation_accuracy"], row["step"]) < (-best["validation_accuracy"], best["step"]):
+            if not best or rank_of(row) < rank_of(best):
                 best, weights = row, learnt_weights(trained)
             saved.snapshot(rows, best, weights, trained, optimizer)
     finish(trained, weights, config)
@@ -231,7 +231,13 @@ def fit(
     return Training(named, best["learning_rate"], best["step"], best["validation_accuracy"], sum(rows, []))
 
 
-def _drawn(validation: Iterable, task: Task, config: FinetuneConfig) -> list[Example]:
+def rank_of(row: dict) -> tuple[float, int]:
+    """What is lowest for the best of a curve's rows."""
+    return -row["validation_accuracy"], row["step"]
+
+
+def looked_at(validation: Iterable, task: Task, config: FinetuneConfig) -> list[Example]:
+    """The validation examples that a fine-tuning uses: long enough ones, drawn with its seed."""
     validation = check_examples(validation, task, "validation example")
     pool = [example for example in validation if len(example.text.split()) >= task.min_words]
     require(

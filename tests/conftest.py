@@ -88,6 +88,15 @@ def benchmark(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def extension():
+    """The factory `extension(name)` of one of the book's own Sphinx extensions as a module."""
+    pytest.importorskip("sphinx", reason="jupyter-book is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "book" / "_ext")
+        yield importlib.import_module
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory) -> Path:
     """A folder of this run of the tests, the same for all worker processes and for both runs of `make test-all`."""

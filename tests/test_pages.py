@@ -295,12 +295,9 @@ def test_a_machine_s_memory_and_time_are_those_of_its_preset(memory, time, prese
 
 
 @pytest.fixture(scope="module")
-def picture():
+def picture(extension):
     """The module that draws the rooms."""
-    pytest.importorskip("sphinx", reason="jupyter-book is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "book" / "_ext")
-        yield importlib.import_module("rooms")
+    return extension("rooms")
 
 
 def test_the_picture_has_every_room_once_and_links_each(picture):

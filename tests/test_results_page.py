@@ -1,6 +1,5 @@
 """The results page: every method of a record is on it, its sentences follow the intervals, and the README agrees."""
 
-import importlib
 import re
 from pathlib import Path
 
@@ -12,12 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def page():
+def page(extension):
     """The module that writes the page."""
-    pytest.importorskip("sphinx", reason="jupyter-book is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "book" / "_ext")
-        yield importlib.import_module("results")
+    return extension("results")
 
 
 def figures(mean: float, gap: tuple[float, float] | None, n: float = 100.0) -> dict:

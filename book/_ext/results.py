@@ -72,14 +72,18 @@ def words(method: str) -> str:
     return METHODS.get(method, f"`{method}`")
 
 
+def base_of(record: Record) -> float | None:
+    """gradmm's mean accuracy; None where it was not run, and then no method has a difference to it."""
+    found = record["results"]["methods"].get("gradmm")
+    return None if found is None else found["accuracy"]["mean"]
+
+
 def ranked(records: Sequence[Record]) -> list[str]:
     """Every method of the records, from the ceiling to the floor: by how far it lies above gradmm on average."""
     above: dict[str, list[float]] = {}
     for record in records:
-        methods = record["results"]["methods"]
-        base = methods["gradmm"]["accuracy"]["mean"] if "gradmm" in methods else 0.0
-        for name, figures in methods.items():
-            above.setdefault(name, []).append(figures["accuracy"]["mean"] - base)
+        for name, figures in record["results"]["methods"].items():
+            above.setdefault(name, []).append(figures["accuracy"]["mean"] - (base_of(record) or 0.0))
     return sorted(above, key=lambda name: -statistics.fmean(above[name]))
 
 
@@ -164,7 +168,7 @@ def limits_of(records: Sequence[Record]) -> tuple[float, float]:
     """The ends of the axis that all panels share, in twentieths."""
     ends = []
     for record in records:
-        base = record["results"]["methods"].get("gradmm", {"accuracy": {"mean": 0.0}})["accuracy"]["mean"]
+        base = base_of(record)
         for _, mean, gap in rows_of(record):
             ends += [mean] if gap is None else [mean, base + gap["low"], base + gap["high"]]
     return int(min(ends) * 20) / 20, -int(-max(ends) * 20 - 1) / 20
@@ -185,7 +189,7 @@ def marker(x: float, y: float, decided: str | None) -> str:
 def panel(record: Record, ends: tuple[float, float]) -> str:
     """One record: a row a method with its name, its accuracy, a mark at it and the interval against gradmm's line."""
     low, high = ends
-    base = record["results"]["methods"].get("gradmm", {"accuracy": {"mean": None}})["accuracy"]["mean"]
+    base = base_of(record)
 
     def at(value: float) -> float:
         return LEFT + (RIGHT - LEFT) * (value - low) / (high - low)

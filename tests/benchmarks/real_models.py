@@ -30,7 +30,7 @@ from gradmm.experiments.metrics import subsample
 from gradmm.experiments.records import write_record
 from gradmm.experiments.results import Comparison
 from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun
-from gradmm.finetuning import FinetuneResult, _drawn
+from gradmm.finetuning import FinetuneResult, looked_at, rank_of
 from gradmm.generation import Sampling, generate_counts
 from gradmm.gradients import Factors
 from gradmm.models import Model, batches_by_length, pad_left
@@ -57,6 +57,7 @@ class Upper:
     @torch.no_grad()
     def encoded(self, data: Encoded) -> Encoded:
         """The same examples, a row's number for each token."""
+        first = sum(map(len, self._read))
         new = [ids for ids in dict.fromkeys(map(tuple, data.sequences)) if ids not in self._rows]
         for rows in batches_by_length(new, 1024):
             ids, mask = pad_left([new[row] for row in rows])
@@ -65,9 +66,10 @@ class Upper:
                 inputs_embeds=self.model.embed(ids), attention_mask=mask, position_ids=places, use_cache=False
             ).last_hidden_state
             for place, row in enumerate(rows):
-                first, count = sum(map(len, self._read)), len(new[row])
+                count = len(new[row])
                 self._rows[new[row]] = range(first, first + count)
                 self._read.append(states[place, -count:].clone())
+                first += count
         return Encoded([list(self._rows[tuple(ids)]) for ids in data.sequences], data.labels)
 
     def fresh(self) -> Model:
@@ -87,7 +89,7 @@ class Upper:
     def finetune(self, model: Model, task: Task, train, validation, test, config, progress=True) -> FinetuneResult:
         """As `gradmm.finetune` with `config.layers`."""
         begun, tokens = time.monotonic(), tokenize_task(task, model.tokenizer)
-        sets = (train, _drawn(validation, task, config), test)
+        sets = (train, looked_at(validation, task, config), test)
         data, looks, asked = (self.encoded(Encoded.of(model, task, tokens, some, "a")) for some in sets)
         best: dict = {}
         weights: dict[str, Tensor] = {}
@@ -96,16 +98,12 @@ class Upper:
             trained = self.fresh()
             for row in train_at_rate(trained, tokens, data, looks, adamw(trained, rate, config), config):
                 curve.append(row)
-                if not best or _rank(row) < _rank(best):
+                if not best or rank_of(row) < rank_of(best):
                     best, weights = row, learnt_weights(trained)
         trained.lm.load_state_dict(weights, strict=False)
         found = score(trained, tokens, asked, None)
         chosen = (best["learning_rate"], best["step"], best["validation_accuracy"])
         return FinetuneResult(found, *chosen, curve, time.monotonic() - begun)
-
-
-def _rank(row: dict) -> tuple:
-    return -row["validation_accuracy"], row["step"]
 
 
 def _part(body: torch.nn.Module, which: slice, norm: torch.nn.Module) -> torch.nn.Module:

@@ -69,7 +69,7 @@ test: $(VENV)/.installed-test
 	@rm -rf $(SHARED)
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal
 
-# Everything, in at most fifteen minutes: what `make test` runs, then the rest.
+# Everything, in some seventeen minutes: what `make test` runs, then the rest.
 test-all: test
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
 

@@ -237,7 +237,11 @@ def rank_of(row: dict) -> tuple[float, int]:
 
 
 def looked_at(validation: Iterable, task: Task, config: FinetuneConfig) -> list[Example]:
-    """The validation examples that a fine-tuning uses: long enough ones, drawn with its seed."""
+    """The validation examples that a fine-tuning uses: long enough ones, drawn with its seed.
+
+    Raises:
+        UserError: An example does not fit the task, or none has ``task.min_words`` words.
+    """
     validation = check_examples(validation, task, "validation example")
     pool = [example for example in validation if len(example.text.split()) >= task.min_words]
     require(

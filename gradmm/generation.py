@@ -131,6 +131,57 @@ def generate_texts(
         UserError: a class without shots though some are given, too few usable texts after `rounds`, or a prompt that
             leaves no room in the context.
     """
+    kept, tries = _usable_texts(model, task, n_per_class, seed, sampling, shots, allowed, share)
+    for name, found in zip(task.labels, kept, strict=True):
+        require(
+            len(found) == n_per_class,
+            f"{_came_out(len(found), n_per_class, name, tries[name])}: raise max_tokens, temperature or rounds, or ask "
+            "for fewer",
+        )
+    return [example for found in kept for example in found]
+
+
+def generate_counts(
+    model: Model,
+    task: Task,
+    counts: Sequence[int],
+    seed: int,
+    sampling: Sampling | None = None,
+    shots: Sequence[Example] = (),
+    share: Share = in_turn,
+) -> list[Example]:
+    """A pool to choose from: of each class the first `counts[label]` texts that `generate_texts` would give.
+
+    A class that comes to fewer after `rounds` has these, with a warning.
+
+    Raises:
+        UserError: as `generate_texts`, but too few usable texts are none at all.
+    """
+    kept, tries = _usable_texts(model, task, max(counts), seed, sampling, shots, None, share)
+    for name, count, found in zip(task.labels, counts, kept, strict=True):
+        said = f"{_came_out(len(found), count, name, tries[name])}: raise length or temperature, or take other "
+        said += "generation prompts or another model"
+        require(len(found) > 0, said)
+        if len(found) < count:
+            warnings.warn(said, stacklevel=2)
+    return [example for found, count in zip(kept, counts, strict=True) for example in found[:count]]
+
+
+def _came_out(found: int, count: int, name: str, tries: int) -> str:
+    return f"{found} of {count} texts of {name!r} came out finished, distinct and readable after {tries} tries"
+
+
+def _usable_texts(
+    model: Model,
+    task: Task,
+    n_per_class: int,
+    seed: int,
+    sampling: Sampling | None,
+    shots: Sequence[Example],
+    allowed: Tensor | None,
+    share: Share,
+) -> tuple[list[list[Example]], dict[str, int]]:
+    """Of each class at most `n_per_class` usable texts, and how many were tried; see `generate_texts`."""
     require_model(model)
     require_type(sampling, Sampling | None, "sampling", "give a Sampling")
     sampling, shots = sampling or Sampling(), check_examples(shots, task, "shot")
@@ -151,18 +202,18 @@ def generate_texts(
         return writer.write(batch.label, pools[batch.label], draws)
 
     most = sampling.together(model.device)
-    return _enough(task, n_per_class, sampling.rounds, most, shots, lambda batches: share(batches, write))
+    return _in_rounds(task, n_per_class, sampling.rounds, most, shots, lambda batches: share(batches, write))
 
 
-def _enough(
+def _in_rounds(
     task: Task,
     n_per_class: int,
     rounds: int,
     most: int,
     shots: Sequence[Example],
     written: Callable[[Sequence[Batch]], list[list[str]]],
-) -> list[Example]:
-    """Round after round of batches until every class has its usable texts."""
+) -> tuple[list[list[Example]], dict[str, int]]:
+    """Round after round of batches until every class has its usable texts, or the rounds are over."""
     tries: list[list[str]] = [[] for _ in task.labels]
     kept = _first_usable(tries, n_per_class, shots, task.instructions)
     for _ in range(rounds):
@@ -176,13 +227,7 @@ def _enough(
         for batch, texts in zip(batches, written(batches), strict=True):
             tries[batch.label] += texts
         kept = _first_usable(tries, n_per_class, shots, task.instructions)
-    for name, texts, found in zip(task.labels, tries, kept, strict=True):
-        require(
-            len(found) == n_per_class,
-            f"{len(found)} of {n_per_class} texts of {name!r} came out finished, distinct and readable after "
-            f"{len(texts)} tries: raise max_tokens, temperature or rounds, or ask for fewer",
-        )
-    return [example for found in kept for example in found]
+    return kept, {name: len(texts) for name, texts in zip(task.labels, tries, strict=True)}
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
@@ -233,21 +278,6 @@ def _by_sorting(logits: Tensor, probabilities: Tensor, top_p: float) -> Tensor:
 
 
 BORDERS = {"cpu": _by_levels, "other": _by_sorting}
-
-
-def generate_counts(
-    model: Model,
-    task: Task,
-    counts: Sequence[int],
-    seed: int,
-    sampling: Sampling | None = None,
-    shots: Sequence[Example] = (),
-    share: Share = in_turn,
-) -> list[Example]:
-    """`generate_texts` with a number of texts for each class: the first `counts[label]` of each."""
-    most = max(counts)
-    found = generate_texts(model, task, most, seed, sampling, shots, share=share)
-    return [example for place, example in enumerate(found) if place % most < counts[example.label]]
 
 
 def warn_of_prompts(tokens: TaskTokens, vocabulary: Vocabulary) -> None:

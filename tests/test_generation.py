@@ -9,7 +9,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from gradmm.data import Example, content_hash, load_data, sample_examples
 from gradmm.errors import DataWarning, UserError
-from gradmm.generation import Sampling, _Writer, generate_texts, nucleus, prompted_texts
+from gradmm.generation import Sampling, _Writer, generate_counts, generate_texts, nucleus, prompted_texts
 from gradmm.models import Model, load_model
 from gradmm.tasks import Task, load_task, tokenize_task
 
@@ -330,6 +330,41 @@ def test_unusable_requests_are_refused(tiny_model):
             generate_texts(
                 **{"model": model, "task": TWO, "n_per_class": 3, "seed": 0, "sampling": SAMPLING, **options}
             )
+
+
+FEW = ("red", "blue", "old", "new", "long", "short", "loud", "calm", "odd")
+
+
+def write_few(usable):
+    """A writer that knows so many texts of each class and no others."""
+
+    def write(writer, label, pool, draws):
+        picked = [int(torch.randint(max(1, usable[label]), (1,), generator=draw)) for draw in draws]
+        return [f"The {FEW[n]} film was {('dull', 'fine')[label]}." if usable[label] else "" for n in picked]
+
+    return write
+
+
+@pytest.mark.parametrize(("usable", "counts"), [((3, 9), (5, 4)), ((1, 5), (5, 5)), ((2, 2), (2, 3)), ((1, 1), (9, 9))])
+def test_a_pool_that_comes_out_short_is_what_came_out_with_a_warning(tiny_model, monkeypatch, usable, counts):
+    monkeypatch.setattr(_Writer, "write", write_few(usable))
+    with pytest.warns(UserWarning, match="came out finished, distinct and readable after .* raise length") as said:
+        found = generate_counts(tiny_model(), TWO, counts, 0)
+    there = [min(pair) for pair in zip(usable, counts, strict=True)]
+    assert [sum(example.label == label for example in found) for label in (0, 1)] == there
+    assert [example.label for example in found] == sorted(example.label for example in found)
+    assert len({example.text for example in found}) == len(found)
+    short = [label for label in (0, 1) if there[label] < counts[label]]
+    assert [str(one.message).partition(" texts of ")[0] for one in said] == [
+        f"{there[label]} of {counts[label]}" for label in short
+    ]
+
+
+@pytest.mark.parametrize("usable", [(0, 9), (9, 0), (0, 0)])
+def test_a_pool_without_a_text_of_some_class_is_refused(tiny_model, monkeypatch, usable):
+    monkeypatch.setattr(_Writer, "write", write_few(usable))
+    with pytest.raises(UserError, match=r"0 of 5 texts of '.*' came out .* raise length or temperature, or take other"):
+        generate_counts(tiny_model(), TWO, (5, 5), 0)
 
 
 @pytest.mark.slow

@@ -356,6 +356,23 @@ def test_a_search_that_writes_loops_keeps_none_and_counts_them(setting, monkeypa
     assert json.loads((tmp_path / "manifest.json").read_text())["dropped"] == result.manifest["dropped"]
 
 
+@pytest.mark.parametrize("ranking", ["text", "group", "joint"])
+def test_a_pool_that_comes_out_short_is_chosen_from_all_the_same(setting, monkeypatch, tmp_path, ranking):
+    model, task, release = setting
+    words = ("red", "blue", "one", "like", "not")
+
+    def write(writer, label, pool, draws):
+        some = [int(torch.randint(3 + 2 * label, (1,), generator=draw)) for draw in draws]
+        return [f"a {words[one]} {('plot', 'film')[label]}" for one in some]
+
+    monkeypatch.setattr("gradmm.generation._Writer.write", write)
+    config = replace(SMALL, search="pool", ranking=ranking, oversample=2.5)
+    with pytest.warns(UserWarning, match="3 of 5 texts of 'bad' came out"):
+        result = synthesize(model, task, release, config, tmp_path, progress=False)
+    assert len(result.candidates) == 8 and result.kept["label"] == [0, 0, 1, 1]
+    assert [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()] == result.kept.to_list()
+
+
 @pytest.mark.parametrize("search", ["admm", "pool"])
 @pytest.mark.parametrize("prompts", [(), ("", ""), ("a film.", "A  film.")])
 def test_prompts_that_tell_no_class_are_warned_of_before_writing(setting, monkeypatch, search, prompts):

@@ -157,7 +157,9 @@ def _attributes(kind: type) -> dict[str, str]:
 def _parse(command: Callable, kinds: Sequence[type], arguments: Sequence[str]) -> list[dict[str, Any]]:
     """What was given for each dataclass; a setting that two have belongs to the first."""
     name, about = command.__name__, (inspect.getdoc(command) or "").split("\n\n")[0]
-    given = vars(_Parser(kinds, prog=f"gradmm {name}", description=about, allow_abbrev=False).parse_args(arguments))
+    usage = f"gradmm {name} [--help] [--SETTING VALUE ...]"  # all of them would be a page above a sentence
+    parser = _Parser(kinds, prog=f"gradmm {name}", usage=usage, description=about, allow_abbrev=False)
+    given = vars(parser.parse_args(arguments))
     parts = []
     for kind in kinds:
         names = {item.name for item in fields(kind)}

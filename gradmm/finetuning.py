@@ -23,7 +23,7 @@ from gradmm.data import Example, check_examples, refuse_overlap
 from gradmm.errors import UserError, first_line, require, require_flag, require_type
 from gradmm.files import lock
 from gradmm.models import Model, require_model
-from gradmm.progress import SECONDS, if_slow, shown, stage
+from gradmm.progress import SECONDS, if_slow, shown, stage, ticking
 from gradmm.runs import RunFolder, finite_row, numbers
 from gradmm.seeds import generator
 from gradmm.tasks import Task, tokenize_task
@@ -166,7 +166,11 @@ def _bar(config: FinetuneConfig, progress: bool) -> Iterator[OnLook]:
     """A progress bar over the steps of all rates, moved by the rows of the curve."""
     total = len(config.learning_rates) * config.steps
     options = {"desc": "fine-tuning", "unit": "step", "delay": SECONDS, "smoothing": 0}
-    with tqdm(total=total, disable=not progress, **options) as bar, if_slow(progress, lambda: bar.update(0)):
+    with (
+        tqdm(total=total, disable=not progress, **options) as bar,
+        if_slow(progress, lambda: bar.update(0)),
+        ticking(bar),
+    ):
 
         def show(row: dict) -> None:
             done = config.learning_rates.index(row["learning_rate"]) * config.steps + row["step"]

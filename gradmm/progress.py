@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from threading import Timer
+from threading import Event, Thread, Timer
 
 from tqdm.auto import tqdm
 
 SECONDS = 2.0  # what is done sooner shows no bar
+TICK = 1.0  # seconds after which the clock of a bar that stands is shown again
 _SHOWN: ContextVar[bool] = ContextVar("shown", default=False)
 _BAR: ContextVar[tqdm | None] = ContextVar("bar", default=None)
 
@@ -44,6 +45,29 @@ def if_slow(show: bool, tell: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
+def ticking(bar: tqdm) -> Iterator[None]:
+    """Within this, a bar on a terminal shows its clock while nothing moves it: what is slow isn't silent."""
+    if bar.disable or not sys.stderr.isatty():  # a file would only grow by it
+        yield
+        return
+    over = Event()
+
+    def tick() -> None:
+        wait = SECONDS
+        while not over.wait(wait):
+            bar.refresh()
+            wait = TICK
+
+    clock = Thread(target=tick, daemon=True)
+    clock.start()
+    try:
+        yield
+    finally:
+        over.set()
+        clock.join()
+
+
+@contextmanager
 def stage(what: str, total: int, unit: str = "text") -> Iterator[None]:
     """A part of the work with a bar of its own, which `advance` moves: rate and time left."""
     if _BAR.get() is not None:
@@ -53,7 +77,7 @@ def stage(what: str, total: int, unit: str = "text") -> Iterator[None]:
     with tqdm(total=total, desc=what, unit=unit, disable=not _SHOWN.get(), delay=SECONDS, smoothing=0) as bar:
         before = _BAR.set(bar)
         try:
-            with if_slow(_SHOWN.get(), lambda: bar.update(0)):
+            with if_slow(_SHOWN.get(), lambda: bar.update(0)), ticking(bar):
                 yield
         finally:
             _BAR.reset(before)

@@ -23,7 +23,7 @@ from gradmm.device import compiled_layers, fast_products, forget, halving, most_
 from gradmm.generation import Batch, Sampling, generate_counts, warn_of_prompts
 from gradmm.initialisation import Shape, best_of
 from gradmm.plan import MIN_TOKENS, Plan
-from gradmm.progress import advance, stage
+from gradmm.progress import advance, stage, ticking
 from gradmm.projection import project, text_mask
 from gradmm.runs import RunFolder
 from gradmm.seeds import generator, stream
@@ -81,7 +81,7 @@ def _search_admm(plan: Plan, here: RunContext) -> SearchOutput:
         saved = cast(admm.Result, folder.load_result(number, plan.model.device))  # it was found
         return saved.without_vectors()
 
-    with tqdm(total=total, desc="matching", unit="step", disable=not here.progress) as bar:
+    with tqdm(total=total, desc="matching", unit="step", disable=not here.progress) as bar, ticking(bar):
 
         def run(number: int) -> admm.Result:
             result = _solved(plan, number, here, _report(number, here, bar))

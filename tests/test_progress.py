@@ -51,6 +51,20 @@ def test_a_slow_stage_shows_its_bar_before_anything_is_done(monkeypatch, capsys)
     assert "reading: 100%" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("terminal", "show", "ticks"), [(True, True, True), (False, True, False), (True, False, False)]
+)
+def test_the_clock_of_a_bar_that_stands_goes_on_in_a_terminal(monkeypatch, capsys, terminal, show, ticks):
+    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    monkeypatch.setattr(progress, "TICK", 0.05)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with shown(show), stage("reading", 4):
+        advance(1)
+        time.sleep(1.0)
+    said = capsys.readouterr().err
+    assert (said.count("1/4") > 3) == ticks and (show or said == "")
+
+
 def test_what_cannot_be_counted_has_one_line_if_it_is_slow(monkeypatch, capsys):
     with shown(True), announced("loading"):  # two seconds are not over
         pass

@@ -37,6 +37,7 @@ from gradmm import files, runs
 from gradmm.errors import UserError, first_line, near, require
 from gradmm.experiments.records import PACKAGE, cores
 from gradmm.files import lock
+from gradmm.progress import ticking
 
 LONGEST_NAME = 80
 LONGEST_NOTE = 300
@@ -331,7 +332,7 @@ def _run_changed(jobs: Sequence[Job], processes: int | None, joblib: Any, progre
     pending.sort(key=lambda job: -_read_stamp(job).get("seconds", math.inf))
     count = min(processes or (1 if torch.cuda.is_available() else cores() or 1), max(len(pending), 1))
     parallel = joblib.Parallel(count, return_as="generator_unordered", batch_size=1)
-    with tqdm(total=len(jobs), initial=len(found), unit="notebook", disable=not progress) as bar:
+    with tqdm(total=len(jobs), initial=len(found), unit="notebook", disable=not progress) as bar, ticking(bar):
         for target, outcome in parallel(joblib.delayed(_executed)(job) for job in pending):
             why = f"changed: {', '.join(changed[target] or ())}" if changed[target] else ""
             found[target] = replace(outcome, note=outcome.note or why)
@@ -402,7 +403,7 @@ def _from_command_line(text: str) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     description = "Execute notebooks with papermill, several at a time."
-    parser = argparse.ArgumentParser(prog="python -m gradmm.experiments.batch", description=description)
+    parser = argparse.ArgumentParser(prog="gradmm batch", description=description)
     add, shown = parser.add_argument, "(default: %(default)s)"
     add("notebooks", nargs="+", help="paths of notebooks")
     folder = "a folder in params/ beside the notebooks, such as smoke or demo; without it the defaults hold"

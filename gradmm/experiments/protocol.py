@@ -32,6 +32,7 @@ from gradmm.files import lock
 from gradmm.finetuning import finetune
 from gradmm.models import Model, require_model
 from gradmm.plan import ModelShape
+from gradmm.progress import ticking
 from gradmm.rows import SPLITS
 from gradmm.runs import RunFolder, finite_row
 from gradmm.tasks import Task
@@ -164,7 +165,7 @@ def _records(
         chosen = select_coresets(experiment.model, experiment.task, train, count, wanted)
         experiment = replace(experiment, coresets=chosen)
     done = len(found) - sum(map(len, missing.values()))
-    with tqdm(total=len(found), initial=done, desc="comparing", unit="run", disable=not progress) as bar:
+    with tqdm(total=len(found), initial=done, desc="comparing", unit="run", disable=not progress) as bar, ticking(bar):
         for record in _made(experiment, missing, workers):
             found[record["method"], record["seed"]] = record
             bar.update(1)

@@ -117,7 +117,7 @@ def test_every_long_step_of_a_run_has_a_bar_or_none(tiny_model, at_once, capsys,
 
 def test_loggers_say_what_happened_to_those_who_listen(tmp_path, tiny_model, caplog, capsys):
     with caplog.at_level(logging.INFO, "gradmm"):
-        gradmm.load_model("demo", device="cpu")
+        gradmm.load_model("demo", device="cpu", progress=False)
         model, output = tiny_model("llama", dtype=torch.float32), tmp_path / "run"
         release = gradmm.release(model, TASK, REAL, space="head", progress=False)
         for _ in range(2):

@@ -630,13 +630,16 @@ def _folder(name: str, revision: str | None) -> tuple[Path, str | None]:
         f"there is no model folder {name}: check the path, or give a hub id such as microsoft/phi-1_5",
     )
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=SAFE_PATTERNS))
     except Exception as error:  # the hub's client raises many kinds, all of them about reaching the model
+        gated = "it is gated, so accept its licence on its page there and run `hf auth login` once"
+        mend = gated if isinstance(error, GatedRepoError) else "check the name and the network"
         raise UserError(
-            f"the model {name!r} is neither a folder here nor to be had from the hub ({first_line(error)}): check the "
-            "name and the network, or give a local folder"
+            f"the model {name!r} is not a folder here and could not be fetched from the hub ({first_line(error)}): "
+            f"{mend}, or give a local folder"
         ) from error
     return folder, folder.name
 

@@ -1,9 +1,14 @@
 """The book: its pages and the notebooks keep in step, and every room of the package is in the API reference."""
 
+import importlib
 import re
 from pathlib import Path
+from unittest import mock
 
 import executing
+import nbformat
+
+from gradmm.experiments.metrics import MEASURES
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "book"
@@ -21,6 +26,72 @@ def test_every_other_page_exists():
         for page in executing.pages()
         if not page.startswith("book/executed/") and not (ROOT / f"{page}.md").is_file()
     ]
+
+
+def test_every_written_page_is_listed():
+    written = {f"book/{path.stem}" for path in BOOK.glob("*.md")}
+    assert written <= set(executing.pages()) and len(executing.pages()) == len(set(executing.pages()))
+
+
+def source_of(page: str) -> str:
+    """The Markdown of a page; of a notebook the cells' sources."""
+    if not page.startswith("book/executed/"):
+        return (ROOT / f"{page}.md").read_text(encoding="utf-8")
+    cells = nbformat.read(ROOT / "notebooks" / f"{Path(page).name}.ipynb", as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def clicked(page: str) -> set[str]:
+    """The pages to which links in a page's own text lead; the menu beside it is not counted."""
+    text, labels = source_of(page), {}
+    for other in executing.pages():
+        labels |= dict.fromkeys(re.findall(r"^\(([\w-]+)\)=$", source_of(other), re.MULTILINE), other)
+    links = {re.sub(r"\.(md|ipynb)$", "", link) for link in re.findall(r"\]\(([\w./-]+\.(?:md|ipynb))\)", text)}
+    links = {(Path(page).parent / link).as_posix().replace("book/../", "") for link in links}
+    return links | {labels[name] for name in re.findall(r"\{ref\}`[^`<]*<([\w-]+)>`", text)}
+
+
+SOUGHT = {
+    "a result": r"^```\{results-figure\}",
+    "a command for one's data": r"^gradmm synthesize .*--data ",
+    "a warning": r"^## When not to use this",
+    "a formula": r"^\$\$$",
+    "the code of a formula": r"^```\{source\} gradmm\.",
+}
+
+
+def test_a_first_time_reader_finds_what_he_seeks_in_two_clicks():
+    """By links in the text of the first page, and of the pages that it leads to."""
+    first = clicked("book/intro")
+    near = {"book/intro", *first, *(page for one in first for page in clicked(one))}
+    assert near <= set(executing.pages())
+    texts = [source_of(page) for page in near]
+    assert not [what for what, mark in SOUGHT.items() if not any(re.search(mark, text, re.MULTILINE) for text in texts)]
+
+
+def test_a_formula_s_code_is_that_of_the_package(extension):
+    named = re.findall(r"^```\{source\} (\S+)$", source_of("book/notation"), re.MULTILINE)
+    for name in named:
+        room, _, function = name.rpartition(".")
+        assert callable(getattr(importlib.import_module(room), function))
+    directive = mock.Mock(arguments=["gradmm.gradients.combine"])
+    (shown,) = extension("sources").Source.run(directive)
+    assert shown["language"] == "python" and shown.astext().startswith("def combine(inners")
+    directive.env.note_dependency.assert_called_once_with(str(ROOT / "gradmm" / "gradients.py"))
+    assert len(named) == 3
+
+
+def test_the_measures_of_a_set_are_explained():
+    glossary = (BOOK / "glossary.md").read_text(encoding="utf-8")
+    assert not [name for name in MEASURES if not re.search(rf"\b{name}\b", glossary)]
+    assert not [
+        name for name in ("flawed", "unfinished") if f"*{name}*" not in source_of("book/executed/03-finetuning")
+    ]
+
+
+def test_the_glossary_is_in_order():
+    terms = re.findall(r"^([^\s`#].*)\n  ", (BOOK / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(terms) > 30 and terms == sorted(terms, key=str.casefold)
 
 
 def test_every_room_is_in_the_api_reference():

@@ -155,7 +155,7 @@ def test_a_revision_is_found_by_its_name(hub, tiny_lm, toy_tokenizer):
 
 
 def test_what_is_neither_folder_nor_hub_id_is_refused(hub, tmp_path, saved):
-    with pytest.raises(UserError, match="'someone/absent' is neither a folder here nor .* hub .*: check") as caught:
+    with pytest.raises(UserError, match="'someone/absent' is not a folder here and .* hub .*: check") as caught:
         load_model("someone/absent")
     assert "\n" not in str(caught.value)
     for path in (str(tmp_path / "absent"), "./absent", "a/b/c"):

@@ -255,7 +255,7 @@ def test_a_notebook_s_folder_follows_from_all_its_parameters(path):
     assert {word.arg: ast.unparse(word.value) for word in call.keywords} == {
         name: name for name in set(known) - NOT_OF_THE_FOLDER - ADDS_RUNS.get(path.stem, set())
     }
-    first = "".join(ast.unparse(tree) for tree in trees[1:]).split("output_folder(")[0]
+    first = "".join(map(ast.unparse, trees)).split("output_folder(")[0]
     assert not [
         work for work in ("load_data(", "load_model(", "release(", "release_once(") if work in first
     ]  # refused before any of it
@@ -269,12 +269,11 @@ def before_loading(notebook) -> list:
 
 def resolved(name: str, folder: Path, **given) -> gradmm.SynthesisConfig:
     """The settings that a notebook arrives at with these parameters and no others."""
-    first, *setup = before_loading(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4))
     own = {}
-    exec(first.source, own)
-    own |= given | {"output": folder / name}
-    for cell in setup:
+    for cell in before_loading(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)):
         exec(cell.source, own)
+        if "parameters" in cell.metadata.get("tags", []):
+            own |= given | {"output": folder / name}
     return own.get("synthesis", own.get("config"))
 
 
@@ -407,7 +406,8 @@ def test_recorded_comparisons_are_shown_as_they_stand(tmp_path, shared_folder):
             tmp_path / "section.ipynb", {"records": str(tmp_path / "records")}, tmp_path / "run"
         )
     shown = [data for cell in executed.cells for output in cell.get("outputs", []) if (data := output.get("data"))]
-    assert sum("image/png" in data for data in shown) == 1 and sum("text/html" in data for data in shown) == 2
+    assert sum("image/png" in data for data in shown) == 1 and sum("text/html" in data for data in shown) == 3
+    assert "The answer stands here when" in shown[0]["text/html"]  # the box, which no cell of this section fills
     text = "\n".join(data.get("text/markdown", "") for data in shown)
     assert "**sst2**: 2 seed(s), 10 test texts" in text and "**rotten_tomatoes**" in text
     assert f"commit `{records.commit()[:12]}`" in text
@@ -429,8 +429,8 @@ def test_a_notebook_runs_and_writes_its_numbers(path, shared_folder):
     if path.stem == "04-privacy":
         experiments(apart, preset)
     assert bool(apart) == bool(results.get("private"))
-    (box,) = (cell for cell in executed.cells if "plots.in_short(" in cell.source)
-    assert "It took" in box.outputs[-1]["data"]["text/html"]
+    (box,) = (cell for cell in executed.cells if "plots.InShort(" in cell.source)
+    assert "It took" in box.outputs[-1]["data"]["text/html"]  # filled where it stands, by a cell at the end
     promised = [cell for cell in executed.cells if cell.cell_type == "code" and "figure = " in cell.source]
     drawn = [cell for cell in promised if any("image/png" in output.get("data", {}) for output in cell.outputs)]
     assert promised and len(drawn) == len(promised)

@@ -15,7 +15,9 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import executing
 import floors
+import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -302,16 +304,88 @@ def checkout(tmp_path) -> tuple[Path, set[str]]:
     return tmp_path / "source", tracked
 
 
+@pytest.fixture
+def wheel(shared_folder, checkout) -> Path:
+    """The package as pip builds it of the tracked files, once."""
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", checkout[0], "-w"]
+
+    def build(folder: Path) -> None:
+        subprocess.run([*command, folder], check=True, stdin=subprocess.DEVNULL)
+
+    (built,) = executing.once(shared_folder, "wheel", build).glob("*.whl")
+    return built
+
+
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(tmp_path, checkout):
-    source, tracked = checkout
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
-        check=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    (wheel,) = tmp_path.glob("*.whl")
+def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel, checkout):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert held == {name for name in tracked if name.startswith("gradmm/")}
+    assert held == {name for name in checkout[1] if name.startswith("gradmm/")}
+
+
+@pytest.fixture
+def service(wheel, tmp_path) -> tuple[str, dict[str, str], Path]:
+    """A machine of a service such as Colab: pip's command for the wheel, the environment, a folder far from here."""
+    site, folder = tmp_path / "site", tmp_path / "content"
+    site.mkdir()
+    folder.mkdir()
+    command = f"{sys.executable} -m pip install --quiet --no-deps --no-index --target {site} {wheel}"
+    return command, {**executing.QUIET, "IPYTHONDIR": str(tmp_path / ".ipython"), "PYTHONPATH": str(site)}, folder
+
+
+@pytest.mark.slow
+def test_the_stored_quickstart_runs_on_a_service_behind_a_cell_that_installs_the_package(service, monkeypatch):
+    """As book/reproduce.md says of Colab: the first cell is pip's, and nothing of the checkout is there."""
+    command, environment, folder = service
+    notebook = nbformat.read(executing.NOTEBOOKS[0], as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"!{command}\nimport gradmm\nprint(gradmm.__file__)"))
+    nbformat.write(notebook, folder.parent / "00-quickstart.ipynb")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    preset = files.read_yaml(executing.SMOKE / "00-quickstart.yaml")
+    executed = executing.execute(folder.parent / "00-quickstart.ipynb", preset, folder)
+    assert executed.cells[0].outputs[-1]["text"].splitlines()[-1] == f"{folder.parent}/site/gradmm/__init__.py"
+    (results,) = folder.rglob("00-quickstart.json")
+    assert files.read_json(results)["methods"]["gradmm"]["accuracy"]["runs"]
+
+
+# Reads cells of notebooks, one list each, and runs each list for itself.
+RUN_CELLS = """
+import json, sys, gradmm
+for cells in json.load(sys.stdin):
+    defined = {}
+    for cell in cells:
+        exec(cell, defined)
+    assert defined["language_model" if "language_model" in defined else "task"]
+print(gradmm.__file__)
+"""
+
+
+def first_cells(path: Path) -> list[str]:
+    """The code of a notebook until it has its data, with the parameters of the smoke preset."""
+    cells = []
+    for cell in (cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"):
+        cells.append(cell.source)
+        if "parameters" in cell.metadata.get("tags", []):
+            preset = files.read_yaml(executing.SMOKE / f"{path.stem}.yaml")
+            cells.append("\n".join(f"{name} = {value!r}" for name, value in preset.items()))
+        if "gradmm.load_data(" in cell.source:
+            return cells
+    raise AssertionError(f"{path.name} loads no data")
+
+
+@pytest.mark.slow
+def test_every_stored_notebook_finds_its_imports_and_data_on_a_service(service):
+    """What follows runs at the smoke preset in tests/test_notebooks.py, in an empty folder too."""
+    command, environment, folder = service
+    subprocess.run(shlex.split(command), check=True, stdin=subprocess.DEVNULL)
+    cells = json.dumps([first_cells(path) for path in executing.NOTEBOOKS])
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_CELLS], cwd=folder, env={**os.environ, **environment}, input=cells,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == f"{folder.parent}/site/gradmm/__init__.py"
+    assert {path.name for path in (folder / "results").iterdir()} <= {path.stem for path in executing.NOTEBOOKS}
 
 
 @pytest.mark.slow

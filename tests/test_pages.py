@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 
 import gradmm
 from gradmm import config, files, generation, privacy, searches, spaces, tasks
@@ -107,6 +108,12 @@ def pickles_alone(case: Case) -> None:
     gradmm.load_model(folder)
 
 
+def gated(case: Case) -> None:
+    answer = GatedRepoError("Access to model meta-llama/Llama-3.2-1B is restricted.", response=mock.Mock(headers={}))
+    with mock.patch("huggingface_hub.snapshot_download", side_effect=answer):
+        gradmm.load_model("meta-llama/Llama-3.2-1B")
+
+
 def ratings(case: Case) -> None:
     rows = [{"text": f"Room {number}.", "label": number % 5 + 1} for number in range(40)]
     gradmm.load_data(files.write_json_lines(Path("reviews.jsonl"), rows))
@@ -162,7 +169,7 @@ PROVOKED: dict[str, list[Callable[[Case], object]]] = {
         lambda case: case.release(ONE_SIDED),
     ],
     "My texts are too long": [lambda case: case.release([{"text": "so " * 600, "label": 0}])],
-    "The model is gated, or not found": [lambda case: gradmm.load_model("meta-llama/Llama-3.2-1B")],
+    "The model is gated, or not found": [gated, lambda case: gradmm.load_model("meta-llama/Llama-3.2-1B")],
     "I have no network": [lambda case: gradmm.load_data("stanfordnlp/imdb")],
     "There are only `.bin` files": [pickles_alone],
     "The logits are scaled or capped": [capped],

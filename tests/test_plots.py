@@ -1,5 +1,7 @@
 """The figures draw what they are given, and text is shown rather than obeyed."""
 
+import time
+
 import datasets
 import matplotlib
 
@@ -151,6 +153,10 @@ def test_a_text_from_step_to_step_marks_what_changed_and_obeys_nothing():
 
 
 def test_a_notebook_s_box_holds_question_answers_and_cost_and_obeys_none_of_them():
-    html = plots.in_short("Does it <b>hold</b>?", ["yes & no", "perhaps"], 12.6)._repr_html_()
+    asked = plots.InShort("Does it <b>hold</b>?", begun=time.perf_counter() - 12.6)
+    html = asked.answered(["yes & no", "perhaps"])._repr_html_()
     assert "<em>Does it &lt;b&gt;hold&lt;/b&gt;?</em>" in html and "<p>yes &amp; no</p><p>perhaps</p>" in html
     assert "It took 13 s here" in html and html.count("<div") == html.count("</div>") == 1
+    open_yet = asked._repr_html_()
+    assert "<em>Does it &lt;b&gt;hold&lt;/b&gt;?</em>" in open_yet and "It took" not in open_yet
+    assert "The answer stands here when the last cells have run." in open_yet

@@ -228,7 +228,28 @@ def test_a_notebook_ends_with_a_link_to_the_next(path, following):
     assert last.cell_type == "markdown" and f"[{following.stem}]({following.name})" in last.source
 
 
+def kinds(cells) -> str:
+    """A letter a cell: T draws a table, F a figure, M is prose; other code is left out, and B does two of them."""
+    marks = []
+    for cell in cells:
+        found = [mark for mark, call in (("F", "figure = "), ("T", "plots.table(")) if call in cell.source]
+        marks.append("M" if cell.cell_type == "markdown" else "B" if len(found) > 1 else "".join(found))
+    return "".join(marks)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_says_in_short_what_it_found(path):
-    (box,) = (cell for cell in code_cells(path) if "plots.in_short(" in cell.source)
-    assert tags(box) == ["hide-input"] and "time.perf_counter() - begun" in box.source
+def test_a_cell_shows_one_thing_and_figures_stand_before_tables(path):
+    """Between two pieces of prose, that is: a new thought may begin with a table."""
+    shown = kinds(nbformat.read(path, as_version=4).cells)
+    assert "B" not in shown and not [part for part in shown.split("M") if "TF" in part]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_says_in_short_under_its_title_what_it_found(path):
+    """The box is the first thing after the title; a cell at the end fills it."""
+    title, box, introduction = nbformat.read(path, as_version=4).cells[:3]
+    assert re.fullmatch("# .+", title.source) and introduction.cell_type == "markdown"
+    assert tags(box) == ["hide-input"] and re.search(r'in_short = plots\.InShort\("[^"]+\?"\)', box.source)
+    assert box.source.endswith("box_of_answers = display(in_short, display_id=True)")
+    (answer,) = (cell for cell in code_cells(path) if "in_short.answered(" in cell.source)
+    assert tags(answer) == ["hide-input"] and parse_cell(answer).body[-1].value.func.attr == "update"

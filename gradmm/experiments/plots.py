@@ -4,8 +4,9 @@ Each function takes plain data, draws on axes that it makes or is given, and ret
 Ito's; methods differ by marker as well as by colour.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
@@ -248,12 +249,37 @@ class Markup:
         return self.html
 
 
-def in_short(question: str, answers: Sequence[str], seconds: float) -> Markup:
-    """The box that ends a notebook: its question, what the run answered, and what that cost."""
-    said = "".join(f"<p>{escape(answer)}</p>" for answer in answers)
-    cost = f"It took {seconds:.0f} s here; work that was finished before is read back."
-    head = f"<p class='admonition-title'>In short</p><p><em>{escape(question)}</em></p>"
-    return Markup(f"<div class='admonition tip'>{head}{said}<p><small>{cost}</small></p></div>")
+@dataclass(frozen=True)
+class InShort:
+    """The box under a notebook's title: its question, and once the notebook has run the answers and what they cost.
+
+    `box = display(in_short, display_id=True)` shows it, and `box.update(in_short.answered(answers))` at the end of the
+    notebook fills it where it stands: in JupyterLab, in Colab, and in the copy that papermill keeps.
+
+    Attributes:
+        question: what the notebook asks.
+        answers: a paragraph each, by the runs of the notebook; none as long as it runs.
+        begun: the clock when the box was made, in seconds.
+        seconds: from there to the answers; None as long as there are none.
+    """
+
+    question: str
+    answers: tuple[str, ...] = ()
+    begun: float = field(default_factory=time.perf_counter)
+    seconds: float | None = None
+
+    def answered(self, answers: Iterable[str]) -> "InShort":
+        """The box with its answers, and the time since it was made as the cost."""
+        return replace(self, answers=tuple(answers), seconds=time.perf_counter() - self.begun)
+
+    def _repr_html_(self) -> str:
+        said = "".join(f"<p>{escape(answer)}</p>" for answer in self.answers)
+        cost = (
+            "The answer stands here when the last cells have run." if self.seconds is None
+            else f"It took {self.seconds:.0f} s here; work that was finished before is read back."
+        )  # fmt: skip
+        head = f"<p class='admonition-title'>In short</p><p><em>{escape(self.question)}</em></p>"
+        return f"<div class='admonition tip'>{head}{said}<p><small>{cost}</small></p></div>"
 
 
 def evolution(texts: Mapping[object, Sequence[str]], heading: str = "step") -> Markup:

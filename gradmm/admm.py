@@ -252,7 +252,7 @@ class InnerLoop:
         held.ids.copy_(ids)
         self._run(held, groups, z, z, self._look, 1)
         match_z = held.match.clone()
-        x, inner_gradient = self._minimise(held, groups, old, z - lam / rho)
+        x, inner_gradient = self.minimise(groups, old, z - lam / rho)
         self._run(held, groups, x, z, self._measure, 1)
         return x, {
             "match_x": held.match.clone(),
@@ -263,8 +263,9 @@ class InnerLoop:
             "inner_gradient": inner_gradient,
         }
 
-    def _minimise(self, held: "_Buffers", groups: Tensor, x: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-        """All inner steps from x: (x, the last gradient norm of each group)."""
+    def minimise(self, groups: Tensor, x: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """All inner steps from x: (x, the last gradient norm of each group); the ids are those of the last `move`."""
+        held = self._buffers[x.shape]
         self._run(held, groups, x, anchor, self._descend, self.config.inner_steps)
         return held.value.detach().clone(), held.norm.clone()
 

@@ -33,7 +33,7 @@ from gradmm.selection import FILTERS, RANKINGS
 POSITIVE = Rule(lambda value: is_number(value) and value > 0, "{name} = {value}, it must be above 0: give such as 1.0")
 SEARCHES = ("admm", "pool")
 ADAPTERS = ("lora",)
-_SYNTHESIS = {
+RULES = {
     **dict.fromkeys(("n_synthetic", "group_size", "top_k", "length", "init_candidates", "groups_per_batch"), COUNT),
     "oversample": at_least(1),
     "perplexity_weight": at_least(0),
@@ -108,7 +108,7 @@ class SynthesisConfig:
     solver: admm.Config = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_settings(self, _SYNTHESIS)
+        check_settings(self, RULES)
         solver = admm.Config(self.rho, self.outer_steps, self.inner_steps, self.lr)  # checks its own settings
         object.__setattr__(self, "solver", solver)
 

@@ -173,12 +173,11 @@ def halving(work: Callable[[int], T], size: int, what: str) -> T:
         forget()
 
 
-def in_batches(work: Callable[[list[int]], object], batches: Iterable[list[int]], what: str = "texts") -> None:
+def in_batches(work: Callable[[list[int]], object], batches: Iterable[list[int]]) -> None:
     """`work(rows)` for each batch of rows; one that the device's memory does not hold is cut in halves.
 
     Args:
         work: gives the same for a row whatever is beside it, and changes nothing where it fails.
-        what: rows are, for messages.
 
     Raises:
         UserError: one row is too much.
@@ -190,7 +189,7 @@ def in_batches(work: Callable[[list[int]], object], batches: Iterable[list[int]]
             work(rows)
             continue
         except torch.OutOfMemoryError as error:
-            _require_smaller(len(rows), what, error)
+            _require_smaller(len(rows), "texts", error)
         forget()
         half = len(rows) // 2
         waiting += [rows[half:], rows[:half]]

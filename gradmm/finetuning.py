@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from gradmm.models import Model, require_model
 from gradmm.progress import SECONDS, if_slow, shown, stage, ticking
 from gradmm.runs import RunFolder, finite_row, numbers
 from gradmm.seeds import generator
-from gradmm.tasks import Task, tokenize_task
+from gradmm.tasks import Task, TaskTokens, tokenize_task
 from gradmm.training import (
     adamw,
     finish,
@@ -204,17 +205,46 @@ def fit(
         UserError: as `finetune`.
     """
     require_model(model)
-    tokens, saved = tokenize_task(task, model.tokenizer), saved or Checkpoint(None)
+    tokens = tokenize_task(task, model.tokenizer)
     train, validation = check_examples(train, task, "train example"), looked_at(validation, task, config)
     data = Encoded.of(model, task, tokens, train, "train")
     looks = Encoded.of(model, task, tokens, validation, "validation")
     trained = trainable_copy(model, config)
+    begin = partial(restart, trained, model, config)
+    best, curve = train_at_rates(trained, begin, tokens, data, looks, config, on_look, saved)
+    finish(trained, config)
+    fingerprint = _fingerprint(model, config, train, validation)
+    named = replace(trained, name=f"{model.name}, fine-tuned", revision=None, fingerprint=fingerprint)
+    return Training(named, best["learning_rate"], best["step"], best["validation_accuracy"], curve)
+
+
+def train_at_rates(
+    trained: Model,
+    begin: Callable[[], object],
+    tokens: TaskTokens,
+    data: Encoded,
+    looks: Encoded,
+    config: FinetuneConfig,
+    on_look: OnLook | None = None,
+    saved: "Checkpoint | None" = None,
+) -> tuple[dict, list[dict]]:
+    """Train a copy at each rate, in place, and leave it with the weights of the best look.
+
+    Args:
+        trained: a copy that learns.
+        begin: gives it the weights of step 0.
+        saved: see `fit`.
+
+    Returns:
+        The best look's row of the curve, and the curve.
+    """
+    saved = saved or Checkpoint(None)
     rows, best, held = saved.load()
     weights = held["best"]
     for number, rate in enumerate(config.learning_rates):
         if number < len(rows) - 1:
             continue  # done before the interruption
-        restart(trained, model, config)
+        begin()
         optimizer = adamw(trained, rate, config)
         if number == len(rows) - 1:
             trained.lm.load_state_dict(held["weights"], strict=False)
@@ -226,16 +256,14 @@ def fit(
             rows[number].append(row)
             if on_look is not None:
                 on_look(row)
-            if not best or rank_of(row) < rank_of(best):
+            if not best or _rank(row) < _rank(best):
                 best, weights = row, learnt_weights(trained)
             saved.snapshot(rows, best, weights, trained, optimizer)
-    finish(trained, weights, config)
-    fingerprint = _fingerprint(model, config, train, validation)
-    named = replace(trained, name=f"{model.name}, fine-tuned", revision=None, fingerprint=fingerprint)
-    return Training(named, best["learning_rate"], best["step"], best["validation_accuracy"], sum(rows, []))
+    trained.lm.load_state_dict(weights, strict=False)
+    return best, sum(rows, [])
 
 
-def rank_of(row: dict) -> tuple[float, int]:
+def _rank(row: dict) -> tuple[float, int]:
     """What is lowest for the best of a curve's rows."""
     return -row["validation_accuracy"], row["step"]
 

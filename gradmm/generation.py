@@ -191,7 +191,7 @@ def _usable_texts(
     require(not bare, f"the labels {bare} have 0 of the {len(shots)} shots: give at least one of each class")
     tokens = tokenize_task(task, model.tokenizer)
     warn_of_prompts(tokens, model.vocabulary)
-    writer = _Writer(
+    writer = Writer(
         model, tokens, sampling, _ending(model.vocabulary if allowed is None else model.vocabulary.only(allowed))
     )
 
@@ -315,7 +315,7 @@ def continue_prompts(
     Returns:
         (N, L) tokens, the prompts' openings first; -1 after a text's end.
     """
-    writer = _Writer(model, tokens, sampling, _ending(vocabulary))
+    writer = Writer(model, tokens, sampling, _ending(vocabulary))
     openings = [tokens.openings[label] for label in classes]
     room = torch.tensor([uniform.shape[1] - len(opening) for opening in openings])
     ids = writer.rows([tokens.prompts[label] for label in classes], uniform, room)
@@ -377,7 +377,7 @@ def _first_usable(
 
 
 @dataclass(frozen=True)
-class _Writer:
+class Writer:
     """Writes batches of texts."""
 
     model: Model

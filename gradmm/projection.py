@@ -222,7 +222,7 @@ def project(
             ids[here] = _decode(tables, v[here], reader, decoding, ids[here].clone(), opened[here], before[here])
 
     size = side_by_side(model, len(v), longest + v.shape[1])
-    in_batches(work, [some.tolist() for some in torch.arange(len(v)).split(size)])
+    in_batches(work, [some.tolist() for some in torch.arange(len(v), device="cpu").split(size)])
     return ids
 
 

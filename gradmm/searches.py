@@ -61,7 +61,7 @@ def search(
 ) -> SearchOutput:
     """What the search of the plan's name writes."""
     try:
-        return _BY_NAME[plan.config.search](plan, RunContext(folder, processes, progress, on_step))
+        return BY_NAME[plan.config.search](plan, RunContext(folder, processes, progress, on_step))
     finally:
         if plan.model.device.type != "cpu":
             forget()
@@ -273,4 +273,4 @@ class _TextUnits:
         return self.processes.share(f"texts {first}", range(first, self.given), work, read)
 
 
-_BY_NAME = {"admm": _search_admm, "pool": _search_pool}  # of settings.SEARCHES
+BY_NAME = {"admm": _search_admm, "pool": _search_pool}  # of config.SEARCHES

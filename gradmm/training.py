@@ -73,9 +73,8 @@ def learnt_weights(trained: Model) -> dict[str, Tensor]:
     return {name: weights.detach().clone() for name, weights in trained.lm.named_parameters() if weights.requires_grad}
 
 
-def finish(trained: Model, weights: dict[str, Tensor], config: FinetuneConfig) -> None:
-    """Give a `trainable_copy` the `learnt_weights` of some step, and make of it a model that learns no more."""
-    trained.lm.load_state_dict(weights, strict=False)
+def finish(trained: Model, config: FinetuneConfig) -> None:
+    """Make of a `trainable_copy` a model that learns no more."""
     if config.adapter == "lora":
         fold_lora(trained.lm)
     trained.lm.requires_grad_(False)

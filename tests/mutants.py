@@ -20,7 +20,7 @@ def unnoticed() -> dict[tuple[str, str], str]:
     """(function, changed line) of every mutant that no test noticed -> its name."""
     rows = (line.split(": ") for line in _mutmut("results").splitlines() if ": " in line)
     names = [name.strip() for name, state in rows if state not in NOTICED]
-    return {(_function(name), _changed_line(name)): name for name in names}
+    return {(function_of(name), _changed_line(name)): name for name in names}
 
 
 def explained(path: Path) -> set[tuple[str, str]]:
@@ -29,7 +29,7 @@ def explained(path: Path) -> set[tuple[str, str]]:
     return {(function, line) for reason in reasons for function, lines in reason["changes"].items() for line in lines}
 
 
-def _function(name: str) -> str:
+def function_of(name: str) -> str:
     """`gradmm.admm.x__finish__mutmut_6` -> `admm._finish`; of a method `gradients.Space.factors`."""
     module, _, rest = name.removeprefix("gradmm.").partition(".x")
     own = rest.rpartition("__mutmut_")[0]

@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import KINDS, in_tiers
 from test_device import WAITS, Launches, as_on_a_gpu
-from test_generation import SAMPLING, TWO, room, shots_of, writer_of
+from test_generation import SAMPLING, TWO, room, shots_of, tell, writer_of
 from test_models import FAMILIES, Widened, random_lm
 from test_projection import PROMPTS, every, projected, vectors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmm import decoding, device, generation
 from gradmm.decoding import EVERY, CachedDecoder, StaticDecoder, decoder_of, side_by_side, stands_still
-from gradmm.generation import generate_texts
+from gradmm.generation import generate_texts, nucleus
 from gradmm.models import wrap_model
 from gradmm.projection import PROJECTIONS, DecodingConfig
 
@@ -61,7 +61,7 @@ def test_what_is_read_token_by_token_equals_whole_passes(toy_tokenizer, tiny_lm,
 
 
 def assert_same_states(model, sequences, steps=6):
-    """Both decoders, token by token; the static one leaves its stage to the next."""
+    """Both decoders, token by token; the static one leaves its stage, which is given, to the next."""
     with torch.no_grad():
         static, cached = StaticDecoder.of(model, sequences, steps), CachedDecoder.of(model, sequences)
         torch.testing.assert_close(static.state, cached.state, rtol=0, atol=0)
@@ -70,6 +70,7 @@ def assert_same_states(model, sequences, steps=6):
                 reader.read(torch.arange(len(sequences)) + 10 + step)
             torch.testing.assert_close(static.state, cached.state, rtol=1e-9, atol=1e-9)
         static.leave(model)
+    return static.stage
 
 
 @pytest.mark.parametrize("family", in_tiers([*KINDS, *FAMILIES], *FAST))
@@ -108,14 +109,14 @@ def test_a_recurrent_state_is_read_with_a_cache_that_grows(toy_tokenizer, tiny_l
 def test_a_model_that_misreads_or_refuses_places_that_stay_is_read_with_a_cache_that_grows(
     tiny_model, kind, static, monkeypatch, caplog, fault
 ):
-    model, update = tiny_model(kind), decoding._Layer.update
+    model, read = tiny_model(kind), StaticDecoder.read
 
-    def broken(self, keys, values, *args, **kwargs):
+    def broken(self, token):
         if fault == "refused":
             raise TypeError("no such cache")
-        return update(self, keys.roll(1, 0), values, *args, **kwargs)
+        read(self, token.roll(1))
 
-    monkeypatch.setattr(decoding._Layer, "update", broken)
+    monkeypatch.setattr(StaticDecoder, "read", broken)
     with caplog.at_level(logging.INFO, "gradmm.decoding"), torch.no_grad(), decoder_of(model, SEQUENCES, 4) as reader:
         assert type(reader) is CachedDecoder
     said = {"wrong": "its states differ with places that stay", "refused": "TypeError: no such cache"}[fault]
@@ -153,7 +154,7 @@ def test_the_step_of_a_token_launches_the_same_at_every_place_and_waits_for_noth
             static = StaticDecoder.of(model, sequences, 40)
             for _ in range(3):
                 with as_on_a_gpu(), Launches() as launches:
-                    static.stage._step()
+                    static.stage.read(static.end)
                 assert not launches.waits
                 seen.append(launches.seen)
     assert all(some == seen[0] for some in seen)
@@ -163,31 +164,27 @@ def test_batches_of_nearly_the_same_shape_share_a_stage_that_stays_where_it_is(t
     model = tiny_model(kind)
 
     def places(sequences, steps):
-        assert_same_states(model, sequences, steps)
-        stage = decoding._STAGES[model]
+        stage = assert_same_states(model, sequences, steps)
         some = [stage.token, stage.state, stage.mask, stage.place]
         return [tensor.data_ptr() for tensor in (*some, *(layer.keys for layer in stage.layers))]
 
     first = places(SEQUENCES, 4)
     assert first == places(SEQUENCES[:2], 9)
-    stage = weakref.ref(decoding._STAGES[model])
-    places(SEQUENCES * 7, 4)
-    assert stage() is None and decoding._STAGES[model].token.shape == (64,)
-    stage = weakref.ref(decoding._STAGES[model])
+    stage = weakref.ref(assert_same_states(model, SEQUENCES, 4))
+    larger = weakref.ref(assert_same_states(model, SEQUENCES * 7, 4))
+    assert stage() is None and larger().token.shape == (64,)
     for parameter in model.lm.parameters():
         parameter.data = parameter.data.clone()  # as a model that goes to another device and back
-    places(SEQUENCES * 7, 4)
-    assert stage() is None
+    assert_same_states(model, SEQUENCES * 7, 4)
+    assert larger() is None
 
 
 def test_a_stage_goes_with_its_model_or_where_memory_is_short(tiny_model):
     model = tiny_model()
-    assert_same_states(model, SEQUENCES)
-    stage = weakref.ref(decoding._STAGES[model])
+    stage = weakref.ref(assert_same_states(model, SEQUENCES))
     device.forget()
-    assert stage() is None and model not in decoding._STAGES
-    assert_same_states(model, SEQUENCES)
-    stage, gone = weakref.ref(decoding._STAGES[model]), weakref.ref(model)
+    assert stage() is None
+    stage, gone = weakref.ref(assert_same_states(model, SEQUENCES)), weakref.ref(model)
     del model
     device.forget()
     assert stage() is None and gone() is None
@@ -242,10 +239,9 @@ def test_a_text_that_has_ended_may_read_on_and_holds_none_of_it(tiny_model, stat
     """Tokens drawn as told: an abbreviation, a real end, and words behind it until the host asks."""
     model = tiny_model()
     told = model.tokenizer(" the dr. cat sat. the dog sat. on it" + 9 * " on")["input_ids"]
-    draws = iter(told)
-    monkeypatch.setattr(generation._Writer, "_draw", lambda *args: torch.tensor([next(draws)]))
+    draws = tell(monkeypatch, told)
     writer = writer_of(model, TWO, replace(SAMPLING, min_tokens=2, max_tokens=30))
-    ids = writer._sample([(0, 5, 7)], torch.zeros(1, 30), torch.tensor([30]))
+    ids = writer.rows([(0, 5, 7)], torch.zeros(1, 30), torch.tensor([30]))
     assert model.tokenizer.decode([token for token in ids[0].tolist() if token >= 0]).strip() == "the dr. cat sat."
     assert len(told) - len(list(draws)) == 2 * EVERY
 
@@ -319,20 +315,18 @@ def test_writing_asks_for_ends_once_every_eight_tokens(tiny_model, kind, static,
     writer = writer_of(model, TWO, replace(SAMPLING, max_tokens=30, min_tokens=25))
     uniform = torch.rand(5, 30, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), as_on_a_gpu(), monkeypatch.context() as patch, Waits(patch) as waits:
-        writer._sample(SEQUENCES, uniform, room(uniform))
+        writer.rows(SEQUENCES, uniform, room(uniform))
     assert {reads for reads, _ in waits.seen} == {*range(EVERY - 1, 29, EVERY), 29}
     assert len(waits.seen) <= 4 * 5  # a mask, its numbers, an end for each text, whether all have ended
 
 
 def test_what_waits_is_seen(tiny_model, static, monkeypatch):
     """The check itself: a number asked of each token's state."""
-    model, draw = tiny_model(), generation._Writer._draw
-    monkeypatch.setattr(
-        generation._Writer, "_draw", lambda self, state, *given: draw(self, state + 0 * float(state.sum()), *given)
-    )
+    model = tiny_model()
+    monkeypatch.setattr(generation, "nucleus", lambda logits, top_p: nucleus(logits + 0 * float(logits.amax()), top_p))
     writer, uniform = writer_of(model, TWO, SAMPLING), torch.rand(5, 16)
     with torch.no_grad(), as_on_a_gpu(), monkeypatch.context() as patch, Waits(patch) as waits:
-        writer._sample(SEQUENCES, uniform, room(uniform))
+        writer.rows(SEQUENCES, uniform, room(uniform))
     assert {reads for reads, _ in waits.seen} >= set(range(EVERY))
 
 

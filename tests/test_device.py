@@ -59,9 +59,8 @@ def matching(request, tiny_model, kind):
     return Matching(model, tokens, found.targets, found.space, end=model.ends[0])
 
 
-def inner_loop(matching, classes, **settings):
-    config = admm.Config(inner_steps=3, lr=0.05, **settings)
-    graphs = device.Graphs(CPU)
+def inner_loop(matching, classes, graphs):
+    config = admm.Config(inner_steps=3, lr=0.05)
     return admm.InnerLoop(lambda x, ids, which: matching.of_vectors(x, ids, classes[which]), config, graphs)
 
 
@@ -72,25 +71,35 @@ def drawn(model, seed, groups=2):
     return x, ids
 
 
+class Watched(device.Graphs):
+    """Each step runs as it is, and what it launches is told by its name."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.runs = []
+
+    def of(self, key, step, begin):
+        def run():
+            with Launches() as launches:
+                step()
+            self.runs.append((key[0], launches.seen, launches.waits))
+
+        return run
+
+
 def test_an_inner_step_waits_for_nothing_and_launches_the_same_whatever_its_numbers(matching):
     """Then a graph captured from one step is right for all."""
     classes = torch.tensor([0, 1])
-    inner = inner_loop(matching, classes)
+    inner, runs = inner_loop(matching, classes, Watched()), []
     with as_on_a_gpu():
-        runs = []
-        for seed in range(3):
+        for seed in range(4):
             x, ids = drawn(matching.model, seed)
-            inner.move(x, x + 0.1, 0 * x, ids, torch.arange(2))  # the first run looks up what is constant
-            held = inner._buffers[x.shape]
-            for step in (inner._look, inner._descend, inner._measure):
-                with Launches() as launches:
-                    step(held, torch.arange(2))
-                # Adam's count of steps, which lies on the CPU there and on the GPU where it is captured.
-                assert launches.waits == ["_local_scalar_dense"] * (step == inner._descend)
-                runs.append((step.__name__, launches.seen))
-    for name in ("_look", "_descend", "_measure"):
-        first, *others = (seen for known, seen in runs if known == name)
-        assert all(other == first for other in others)
+            inner.graphs.runs = []
+            inner.move(x, x + 0.1, 0 * x, ids, torch.arange(2))
+            runs.append(inner.graphs.runs)
+    assert runs[1] == runs[2] == runs[3]  # the first looks up what is constant
+    # Adam's count of steps, which lies on the CPU here and on the GPU where it is captured.
+    assert [waits for *_, waits in runs[1]] == [[], *[["_local_scalar_dense"]] * 3, []]
 
 
 def test_the_masked_pass_of_a_gpu_equals_that_of_a_cpu(matching):
@@ -107,20 +116,22 @@ class Replays(device.Graphs):
 
     def __init__(self) -> None:
         super().__init__(CPU)
-        self._pool, self.captured = object(), []
+        self.captured = {}
 
-    def _capture(self, step):
-        for _ in range(device.WARM_UP + 1):
-            step()
-        self.captured.append(step)
-        return step
+    def of(self, key, step, begin):
+        if key not in self.captured:
+            for _ in range(device.WARM_UP + 1):
+                step()
+            self.captured[key] = step
+            begin()
+        return self.captured[key]
 
 
 def test_what_is_replayed_equals_what_runs_as_it_is(matching):
     classes = torch.tensor([0, 1, 1])
     x, ids = drawn(matching.model, 7, groups=3)
     z, lam = x + 0.2, 0.1 * x
-    plain = inner_loop(matching, classes)
+    plain = inner_loop(matching, classes, device.Graphs(CPU))
     expected = plain.move(x, z, lam, ids, torch.arange(3))
     graphs = Replays()
     inner = admm.InnerLoop(plain.objective, plain.config, graphs)
@@ -201,9 +212,11 @@ def test_one_that_the_memory_does_not_hold_is_refused_in_a_sentence():
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
 
-    for attempt in (lambda: device.halving(full, 4, "groups"), lambda: device.in_batches(full, [[0, 1]], "groups")):
-        with pytest.raises(UserError, match=r"memory does not hold 1 of the groups \(.*2.00 GiB\): take a smaller"):
-            attempt()
+    refused = r"memory does not hold 1 of the {} \(.*2.00 GiB\): take a smaller"
+    with pytest.raises(UserError, match=refused.format("groups")):
+        device.halving(full, 4, "groups")
+    with pytest.raises(UserError, match=refused.format("texts")):
+        device.in_batches(full, [[0, 1]])
 
 
 @pytest.mark.parametrize(("free", "held", "expected"), [(100.0, 0.0, 20), (9.0, 1.0, 7), (1.0, 0.0, 1)])

@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from gradmm import generation
 from gradmm.data import Example, content_hash, load_data, sample_examples
+from gradmm.decoding import decoder_of
 from gradmm.errors import DataWarning, UserError
-from gradmm.generation import Sampling, _Writer, generate_counts, generate_texts, nucleus, prompted_texts
+from gradmm.generation import Sampling, Writer, generate_counts, generate_texts, nucleus, prompted_texts
 from gradmm.models import Model, load_model
 from gradmm.tasks import Task, load_task, tokenize_task
 
@@ -71,14 +73,39 @@ def test_neighbours_do_not_change_a_text(tiny_model, task, allowed):
         assert whole != generate_texts(model, task, 6, 2, SAMPLING, shots, allowed)
 
 
-def writer_of(model, task, sampling, allowed=None) -> _Writer:
+def writer_of(model, task, sampling, allowed=None) -> Writer:
     vocabulary = model.vocabulary if allowed is None else model.vocabulary.only(allowed)
-    return _Writer(model, tokenize_task(task, model.tokenizer), sampling, vocabulary)
+    return Writer(model, tokenize_task(task, model.tokenizer), sampling, vocabulary)
 
 
-def open_at(writer, step, before=5) -> torch.Tensor:
-    row = torch.zeros(1, dtype=torch.long)
-    return writer._open_to(row, torch.full((1,), 9), step, torch.full((1,), before))
+def logits_at(model, prompt, step) -> torch.Tensor:
+    """Of the tokens that a text may have at a step, too early to end: (1, V)."""
+    logits = torch.nn.functional.linear(model.hidden_of([prompt]), model.head_weight, model.head_bias)
+    vocabulary, row = model.vocabulary, torch.zeros(1, dtype=torch.long)
+    allowed = vocabulary.open_to(row, row + 9) & ~vocabulary.stops
+    if step == 0:
+        allowed = allowed & vocabulary.first(row + prompt[-1])
+    return logits.masked_fill(~allowed, -torch.inf)
+
+
+def tell(monkeypatch, tokens):
+    """Let the tokens of one text be drawn as told: the iterator has those that were not asked for."""
+    draws = iter(tokens)
+
+    def told(logits, top_p):
+        return torch.nn.functional.one_hot(torch.tensor([next(draws)]), logits.shape[-1]).to(logits)
+
+    monkeypatch.setattr(generation, "nucleus", told)
+    return draws
+
+
+def prompts_read(monkeypatch) -> list:
+    """The prompts of all texts from now on."""
+    asked = []
+    monkeypatch.setattr(
+        generation, "decoder_of", lambda model, prompts, room: asked.extend(prompts) or decoder_of(model, prompts, room)
+    )
+    return asked
 
 
 def room(uniform) -> torch.Tensor:
@@ -88,16 +115,12 @@ def room(uniform) -> torch.Tensor:
 @pytest.mark.usefixtures("decoder")
 def test_draws_follow_the_model_with_temperature_and_nucleus(tiny_model):
     model = tiny_model("phi")  # its head has a bias
-    sampling = Sampling(temperature=1.7, top_p=0.8)
-    writer = writer_of(model, TWO, sampling)
-    state = model.hidden_of([[0, 5, 7]])
-    uniform = torch.linspace(0, 1, 20_001, dtype=torch.float64)[:-1]
-    drawn = writer._draw(state.expand(len(uniform), -1), uniform, open_at(writer, 1))
-    logits = torch.nn.functional.linear(state, model.head_weight, model.head_bias).masked_fill(
-        ~open_at(writer, 1), -torch.inf
-    )
-    expected = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(1.7)(None, logits)).softmax(-1)[0]
-    found = torch.bincount(drawn, minlength=97) / len(drawn)
+    writer = writer_of(model, TWO, Sampling(temperature=1.7, top_p=0.8, batch_size=2000))
+    uniform = torch.linspace(0, 1, 20_001, dtype=torch.float64)[:-1, None]
+    drawn = writer.rows([[0, 5, 7]] * len(uniform), uniform, room(uniform))
+    logits = TemperatureLogitsWarper(1.7)(None, logits_at(model, [0, 5, 7], 0))
+    expected = TopPLogitsWarper(0.8)(None, logits).softmax(-1)[0]
+    found = torch.bincount(drawn.flatten(), minlength=97) / len(drawn)
     torch.testing.assert_close(found.double(), expected, atol=2e-4, rtol=0)
 
 
@@ -139,13 +162,9 @@ def test_what_is_no_number_stays_in_its_row(bad):
 def test_a_draw_at_either_end_is_in_the_nucleus(tiny_model):
     model = tiny_model()
     writer = writer_of(model, TWO, Sampling(top_p=0.5))
-    state = model.hidden_of([[0, 5, 7]])
-    logits = torch.nn.functional.linear(state, model.head_weight, model.head_bias).masked_fill(
-        ~open_at(writer, 1), -torch.inf
-    )
-    kept = nucleus(logits, 0.5)[0].nonzero().flatten().tolist()
-    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    assert writer._draw(state.expand(2, -1), ends, open_at(writer, 1)).tolist() == [kept[0], kept[-1]]
+    kept = nucleus(logits_at(model, [0, 5, 7], 0), 0.5).nonzero()[:, 1:].tolist()
+    ends = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
+    assert writer.rows([[0, 5, 7]] * 2, ends, room(ends)).tolist() == [kept[0], kept[-1]]
 
 
 @pytest.mark.usefixtures("decoder")
@@ -154,12 +173,12 @@ def test_cached_steps_equal_whole_passes(tiny_model, kind):
     writer = writer_of(model, TWO, replace(SAMPLING, max_tokens=9, min_tokens=9))
     prompts = [[0, 5, 7, 9], [0, 8], [0, 4, 6]]
     uniform = torch.rand(3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = writer._sample(prompts, uniform, room(uniform))
+    found = writer.rows(prompts, uniform, room(uniform))
     for row, prompt in enumerate(prompts):
         text = []
         for step in range(9):
-            state, place = model.hidden_of([prompt + text]), open_at(writer, step, prompt[-1])
-            text.append(int(writer._draw(state, uniform[row : row + 1, step], place)))
+            cumulated = nucleus(logits_at(model, prompt + text, step) / SAMPLING.temperature, 0.95)[0].cumsum(0)
+            text.append(int((cumulated <= uniform[row, step] * cumulated[-1]).sum()))
         assert found[row].tolist() == text
 
 
@@ -170,7 +189,7 @@ def test_equal_prompts_are_read_once_and_no_pass_reads_a_text_that_has_ended(tin
     )
     writer = writer_of(model, TWO, SAMPLING, allowed)
     uniform = torch.rand(12, 16, generator=torch.Generator().manual_seed(0))
-    written = (writer._sample([(0, 5, 7)] * 12, uniform, room(uniform)) >= 0).sum(1)
+    written = (writer.rows([(0, 5, 7)] * 12, uniform, room(uniform)) >= 0).sum(1)
     passes = written.clamp_max(15)  # a text's last token is read: what follows tells whether its sentence ended there
     assert sizes == [(1, 3), *((int((passes > step).sum()), 1) for step in range(int(passes.max())))]
     assert sizes[-1] < (12, 1)
@@ -182,23 +201,26 @@ def test_masked_tokens_are_not_written(tiny_model, allowed):
         assert set(example.text.replace(".", " ").split()) <= {word.removeprefix("Ġ") for word in INSIDE}
 
 
-def test_shots_are_real_examples_of_the_class_behind_the_prompt(tiny_model):
-    model = tiny_model()
-    writer = writer_of(model, TWO, Sampling(shots=2, separator=" : "))
+def test_shots_are_real_examples_of_the_class_behind_the_prompt(tiny_model, monkeypatch):
+    model, asked = tiny_model(), prompts_read(monkeypatch)
+    writer = writer_of(model, TWO, Sampling(shots=2, separator=" : ", max_tokens=6))
     pool = [shot.text for shot in SHOTS if shot.label == 1]
-    drawn = [writer._prompt(1, pool, torch.Generator().manual_seed(seed)) for seed in range(20)]
-    prompts = {model.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in drawn}
+    writer.write(1, pool, [torch.Generator().manual_seed(seed) for seed in range(20)])
+    prompts = {model.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in asked}
     said = "this was great ."
     possible = {f"{said} {first} : {said} {second} : {said}" for first, second in itertools.permutations(pool, 2)}
     assert prompts <= possible and len(prompts) > 2
-    assert writer._prompt(1, [], torch.Generator()) == list(writer.tokens.prompts[1])
+    writer.write(1, [], [torch.Generator()])
+    assert asked[-1] == list(writer.tokens.prompts[1])
 
 
 @pytest.mark.parametrize("bad", ["cat cat cat.", ", the cat sat.", "The movie was bad. It was.", "the <|im_end|> cat."])
 def test_texts_that_cannot_be_read_are_written_anew(tiny_model, allowed, monkeypatch, bad):
-    model, whole = tiny_model(), _Writer._finish
+    model, cut = tiny_model(), generation.cut_to_sentence
     wanted = generate_texts(model, TWO, 20, 0, SAMPLING, allowed=allowed)
-    monkeypatch.setattr(_Writer, "_finish", lambda self, label, row: bad if row[0] % 2 else whole(self, label, row))
+    monkeypatch.setattr(
+        generation, "cut_to_sentence", lambda text, complete: bad if len(text) % 2 else cut(text, complete)
+    )
     found = generate_texts(model, TWO, 5, 0, SAMPLING, allowed=allowed)
     assert len(found) == 10 and (bad, 0) not in [(example.text, example.label) for example in found]
     assert {example.text for example in found if example.label == 0} < {
@@ -213,12 +235,9 @@ def test_no_class_is_written_without_a_prompt_of_its_own_in_silence(tiny_model, 
 
 
 def test_a_chat_writes_behind_the_templates_markup(tiny_model, allowed, monkeypatch):
-    model, asked, sample = tiny_model(), [], _Writer._sample
+    model, asked = tiny_model(), prompts_read(monkeypatch)
     model.tokenizer.chat_template = (
         "{% for m in messages %}<|endoftext|>{{ m.role }} {{ m.content }}{% endfor %}<|endoftext|>"
-    )
-    monkeypatch.setattr(
-        _Writer, "_sample", lambda self, prompts, *rest: asked.extend(prompts) or sample(self, prompts, *rest)
     )
     for shots in ((), shots_of(TWO)):
         generate_texts(model, replace(TWO, prompt_style="chat"), 2, 0, SAMPLING, shots, allowed)
@@ -230,32 +249,34 @@ def test_a_chat_writes_behind_the_templates_markup(tiny_model, allowed, monkeypa
         assert any("this was great ." in turn for turn in turns)
 
 
-def test_a_text_is_cut_back_to_its_last_sentence_and_ends_at_stops(tiny_model):
+def written(model, task, monkeypatch, said, stopped=True) -> str:
+    """A text of the first class whose tokens are told, up to a stop or to the last that it may have."""
+    ids = model.tokenizer(said)["input_ids"]
+    tell(monkeypatch, [*ids, 0])
+    writer = writer_of(model, task, replace(SAMPLING, max_tokens=len(ids) + stopped))
+    return writer.write(0, [], [torch.Generator()])[0]
+
+
+def test_a_text_is_cut_back_to_its_last_sentence_and_ends_at_stops(tiny_model, monkeypatch):
     model = tiny_model()
-    writer = writer_of(model, TWO, SAMPLING)
-
-    def ids(text):
-        return model.tokenizer(text)["input_ids"]
-
-    assert writer._finish(0, [*ids(" the cat sat. the"), -1]) == "the cat sat."
-    assert not [text for text in (" the cat sat the", " ...", " it.") if writer._finish(0, ids(text))]
-    vocabulary = writer.vocabulary
+    assert written(model, TWO, monkeypatch, " the cat sat. the") == "the cat sat."
+    assert written(model, TWO, monkeypatch, " the cat sat the", stopped=False) == ""
+    assert written(model, TWO, monkeypatch, " ...") == written(model, TWO, monkeypatch, " a it.") == ""
+    vocabulary = model.vocabulary
     assert bool(vocabulary.stops[0])
     assert vocabulary.closes.nonzero().flatten().tolist() == [model.tokenizer.convert_tokens_to_ids(".")]
 
 
 @pytest.mark.parametrize(
-    ("opening", "written", "text"),
+    ("opening", "said", "text"),
     [
         ("i feel", " that the cat sat.", "i feel that the cat sat."),
         ("the movie", " was great.", "the movie was great."),
         ("a movie: i", " sat on the cat.", "i sat on the cat."),
     ],
 )
-def test_what_a_prompt_begins_is_the_beginning_of_the_text(tiny_model, opening, written, text):
-    model = tiny_model()
-    writer = writer_of(model, replace(TWO, generation_prompts=(opening, "a:")), SAMPLING)
-    assert writer._finish(0, [*model.tokenizer(written)["input_ids"], -1]) == text
+def test_what_a_prompt_begins_is_the_beginning_of_the_text(tiny_model, monkeypatch, opening, said, text):
+    assert written(tiny_model(), replace(TWO, generation_prompts=(opening, "a:")), monkeypatch, said) == text
 
 
 @pytest.mark.usefixtures("decoder")
@@ -280,13 +301,14 @@ def test_a_sentence_goes_on_where_what_follows_is_no_new_word(tiny_model, allowe
         (" the cat sat on. the", "the cat sat on."),
     ):
         told = model.tokenizer(said)["input_ids"]
-        draws = iter(told)
-        monkeypatch.setattr(_Writer, "_draw", lambda *args, draws=draws: torch.tensor([next(draws)]))
+        draws = tell(monkeypatch, told)
         writer = writer_of(model, TWO, replace(SAMPLING, min_tokens=2, max_tokens=len(told) + 4))
         uniform = torch.zeros(1, len(told) + 4)
-        ids = writer._sample([(0, 5, 7)], uniform, room(uniform))
+        ids = writer.rows([(0, 5, 7)], uniform, room(uniform))
         assert model.tokenizer.decode([token for token in ids[0].tolist() if token >= 0]).strip() == text
-        assert list(draws) == [] and writer._finish(0, ids[0].tolist()) == text
+        assert list(draws) == []
+        tell(monkeypatch, told)
+        assert writer.write(0, [], [torch.Generator()]) == [text]
 
 
 @pytest.mark.parametrize("markup", ["<|endoftext|>", "<|unknown|>", "<|endoftext|> so"])

@@ -254,27 +254,26 @@ def moved(model: Model, graphs: device.Graphs, groups: int = 3):
         lambda x, ids, which: matching.of_vectors(x, ids, classes[which]), admm.Config(inner_steps=5, lr=0.05), graphs
     )
     found = inner.move(x, x + 0.1, 0.2 * x, ids, torch.arange(groups))
-    return found, inner, (x, ids)
+    return found, inner, x
 
 
 def test_captured_equals_as_it_is(pair):
     _, model = pair
     plain, *_ = moved(model, device.Graphs(torch.device("cpu")))
-    captured, inner, _ = moved(model, device.Graphs(model.device))
+    captured, *_ = moved(model, device.Graphs(model.device))
     close(captured, plain, rtol=1e-6, atol=1e-9)
-    assert (len(inner.graphs._replays) == 3) == (model.device.type == "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head", HEADS)
 def test_a_step_is_captured_and_its_replays_wait_for_nothing(head, tiny_model, toy_tokenizer, caplog):
     model = there(tiny(head, tiny_model, toy_tokenizer), torch.device("cuda"))
-    _, inner, (x, ids) = moved(model, device.Graphs(model.device))
+    _, inner, x = moved(model, device.Graphs(model.device))
     assert "can't be captured" not in caplog.text
-    held = inner._buffers[x.shape]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        inner._run(held, torch.arange(3), x, x, inner._descend, 20)
+        for _ in range(4):
+            inner.minimise(torch.arange(3), x, x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

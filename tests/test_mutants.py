@@ -28,7 +28,7 @@ def test_a_mutant_s_name_tells_its_function():
         "gradmm.gradients.xǁ_Chosenǁloss_with__mutmut_10": "gradients._Chosen.loss_with",
         "gradmm.privacy.xǁReleaseǁto__mutmut_7": "privacy.Release.to",
     }
-    assert {name: mutants._function(name) for name in names} == names
+    assert {name: mutants.function_of(name) for name in names} == names
 
 
 def test_a_change_is_told_by_the_line_that_it_makes_or_takes_out():

@@ -133,7 +133,7 @@ def beyond_float16(case: Case) -> None:
 
 
 def old_processor(case: Case) -> None:
-    with mock.patch("gradmm.models._has_any", lambda names: False):
+    with mock.patch("torch.cpu.get_capabilities", dict):
         gradmm.load_model("demo", device="cpu", dtype="bfloat16")
 
 
@@ -368,8 +368,8 @@ def added(tmp_path_factory) -> dict:
 
 
 def test_a_search_that_is_added_as_the_page_says_runs(added, case, monkeypatch):
-    monkeypatch.setitem(searches._BY_NAME, "prompted", added["search_prompted"])
-    monkeypatch.setitem(config._SYNTHESIS, "search", one_of((*config.SEARCHES, "prompted")))
+    monkeypatch.setitem(searches.BY_NAME, "prompted", added["search_prompted"])
+    monkeypatch.setitem(config.RULES, "search", one_of((*config.SEARCHES, "prompted")))
     result = case.synthesize(config=gradmm.SynthesisConfig(n_synthetic=4, search="prompted"), output="prompted")
     assert len(result.kept) == 4 and sorted(result.kept["label"]) == [0, 0, 1, 1]
     again = case.synthesize(config=gradmm.SynthesisConfig(n_synthetic=4, search="prompted"))

@@ -1,5 +1,7 @@
 """Cached projections against brute force with the whole prefix recomputed."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -138,7 +140,7 @@ def test_half_precision_tables_take_single_precision_vectors(tiny_model, order):
 
 
 @pytest.mark.parametrize("order", PROJECTIONS)
-def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order):
+def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order, monkeypatch):
     """The default device is another one, as it is for everything that should be on a GPU."""
     model, end = tiny_model("llama"), 9
     tables, v, rows = TokenTables.of(model), vectors(model, 3, 4), torch.tensor([0, 1, 2])
@@ -150,9 +152,9 @@ def test_what_is_made_lies_where_the_vectors_lie(tiny_model, order):
     reader.read = lambda token: None  # the model's own code is not what is asked
     reader.select = lambda rows: asked.append(rows.device) or select(rows)
     reader.read_on = lambda rows, *given: asked.append(rows.device) or read_on(rows, *given)
-    ids, none = torch.full((3, 4), end), torch.zeros(3, dtype=torch.long)
+    monkeypatch.setattr(projection, "decoder_of", lambda *given: nullcontext(reader))
     with torch.device("meta"):
-        ids = projection._decode(tables, v, reader, reading, ids, none, none)
+        ids = project(model, tables, v, PROMPTS, rows, reading)
     assert {ids.device, *asked} == {v.device} and ids.shape == (3, 4)
 
 

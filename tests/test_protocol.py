@@ -399,14 +399,24 @@ def test_misuse_is_one_sentence(model, options, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_worker_ends_when_its_parent_is_gone(monkeypatch):
+def test_a_worker_ends_when_its_parent_is_gone(model, monkeypatch):
     seen = []
     monkeypatch.setattr(
         protocol.multiprocessing, "parent_process", lambda: SimpleNamespace(join=lambda: seen.append("gone"))
     )
     monkeypatch.setattr(protocol.os, "_exit", seen.append)
     monkeypatch.setattr(protocol.threading, "Thread", lambda target, daemon: SimpleNamespace(start=target))
-    protocol._begin_worker(torch.get_num_threads())
+
+    class Begun(Exception):
+        pass
+
+    def begin(workers, context, initializer, given):
+        initializer(*given)
+        raise Begun
+
+    monkeypatch.setattr(protocol, "ProcessPoolExecutor", begin)
+    with pytest.raises(Begun):
+        compare(model, TWO, splits_of(TWO), replace(CONFIG, workers=2), ("none",), progress=False)
     assert seen == ["gone", 1]
 
 

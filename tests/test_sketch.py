@@ -6,6 +6,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradmm.errors import UserError
 from gradmm.matching import factors_of
+from gradmm.seeds import generator
 from gradmm.spaces import BodySketch, linear_maps
 from gradmm.tasks import Task, tokenize_task
 
@@ -31,10 +32,10 @@ def literal(model, tokens, space: BodySketch, text: str, label: int) -> torch.Te
     for number, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
         inward = gradient if isinstance(layer, Conv1D) else gradient.mT  # (in, out)
         left, right = (
-            space._thin(number, side, torch.eye(size).to(inward))
+            torch.randn(size, space.rank, generator=generator(0, f"sketch {side}", number), dtype=torch.float64)
             for side, size in zip(("in", "out"), inward.shape, strict=True)
         )
-        parts.append((left.to(inward).mT @ inward @ right.to(inward)).flatten())
+        parts.append((left.mT @ inward.double() @ right / space.rank).flatten())
     return torch.cat(parts)
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 import nbformat
 import pytest
 
-import gradmm
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gradmm"
 # Each room may import those before it, and no other: the method knows nothing of the experiments.
@@ -80,9 +78,7 @@ def test_a_room_imports_only_from_rooms_above(room):
 
 
 def test_the_front_door_opens_on_the_method_alone():
-    assert {room_of(name) for name in imported(parse("__init__")) if name.startswith("gradmm.")} | set(
-        gradmm._ROOMS
-    ) <= set(METHOD)
+    assert {room_of(name) for name in imported(parse("__init__")) if name.startswith("gradmm.")} <= set(METHOD)
 
 
 def functions(room: str) -> dict[str, ast.FunctionDef]:
@@ -128,6 +124,32 @@ def test_no_name_of_a_room_is_given_twice(room):
         names += [target.id for target in targets if isinstance(target, ast.Name)]
         names += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
     assert sorted(names) == sorted(set(names))
+
+
+def private(tree: ast.AST) -> set[str]:
+    """The names with one underscore that a file defines, its methods and attributes of `self` too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(getattr(node, "ctx", None), ast.Store):
+            found.add(dotted(node).removeprefix("self."))
+    return {name for name in found if re.fullmatch(r"_[^\W_]\w*(?<!_)", name)}
+
+
+def test_no_test_reaches_for_a_private_name_of_the_package():
+    """As an attribute, in an import, or as a text such as `monkeypatch.setattr` takes."""
+    hidden = set().union(*(private(parse(room)) for room in [*ROOMS, "__init__", "experiments/__init__"]))
+    reached = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node, "attr", getattr(node, "name", getattr(node, "value", None)))
+            if not isinstance(node, ast.Attribute | ast.alias | ast.Constant) or not isinstance(name, str):
+                continue
+            own = "." not in name or name.startswith("gradmm.")
+            if own and name.rpartition(".")[2] in hidden and not ast.unparse(node).startswith("self."):
+                reached.append(f"{path.name}: {name}")
+    assert not reached and len(hidden) > 100
 
 
 @pytest.mark.parametrize("room", [*ROOMS, "__init__", "experiments/__init__"])

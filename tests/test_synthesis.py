@@ -349,7 +349,7 @@ def test_unreadable_texts_are_never_kept_whatever_the_search_and_ranking(setting
 
 def test_a_search_that_writes_loops_keeps_none_and_counts_them(setting, monkeypatch, tmp_path):
     model, task, release = setting
-    monkeypatch.setattr("gradmm.searches._text", lambda plan, ids: "good " * 3 + str(int(ids.sum())))
+    monkeypatch.setattr("gradmm.tasks.TaskTokens.decode", lambda self, ids: "good " * 3 + str(sum(ids)))
     with pytest.warns(UserWarning, match=r"0 of 4 texts are kept: of the 8 written too many were dropped \(loop"):
         result = synthesize(model, task, release, SMALL, tmp_path, progress=False)
     assert len(result.kept) == 0 and sum(result.manifest["dropped"].values()) == 8

@@ -29,7 +29,7 @@ BANDWIDTH_BYTES = 1 << 28  # of each vector: far more than a processor's caches 
 # Where the pipeline spends a phase's time, as (room, function): none of them is called within another.
 CLOCKED = {
     "initialisation": (searches, "_initial"),
-    "inner steps": (admm.InnerLoop, "_minimise"),
+    "inner steps": (admm.InnerLoop, "minimise"),
     "projection": (searches, "project"),
     "filter": (Selector, "rows"),
 }

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +31,7 @@ from gradmm.experiments.metrics import subsample
 from gradmm.experiments.records import write_record
 from gradmm.experiments.results import Comparison
 from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun
-from gradmm.finetuning import FinetuneResult, looked_at, rank_of
+from gradmm.finetuning import FinetuneResult, looked_at, train_at_rates
 from gradmm.generation import Sampling, generate_counts
 from gradmm.gradients import Factors
 from gradmm.models import Model, batches_by_length, pad_left
@@ -38,7 +39,7 @@ from gradmm.plan import MIN_TOKENS
 from gradmm.seeds import generator, stream
 from gradmm.spaces import BodySketch
 from gradmm.tasks import Task, tokenize_task
-from gradmm.training import adamw, learnt_weights, train_at_rate
+from gradmm.training import learnt_weights
 
 METHODS = ("none", "real", "random", "herding", "few_shot", "prompt_only", "random_target", "gradmm")
 SHOWN = 20  # texts of each class and method that a record keeps
@@ -91,16 +92,9 @@ class Upper:
         begun, tokens = time.monotonic(), tokenize_task(task, model.tokenizer)
         sets = (train, looked_at(validation, task, config), test)
         data, looks, asked = (self.encoded(Encoded.of(model, task, tokens, some, "a")) for some in sets)
-        best: dict = {}
-        weights: dict[str, Tensor] = {}
-        curve: list[dict] = []
-        for rate in config.learning_rates:
-            trained = self.fresh()
-            for row in train_at_rate(trained, tokens, data, looks, adamw(trained, rate, config), config):
-                curve.append(row)
-                if not best or rank_of(row) < rank_of(best):
-                    best, weights = row, learnt_weights(trained)
-        trained.lm.load_state_dict(weights, strict=False)
+        trained = self.fresh()
+        begin = partial(trained.lm.load_state_dict, learnt_weights(trained), strict=False)
+        best, curve = train_at_rates(trained, begin, tokens, data, looks, config)
         found = score(trained, tokens, asked, None)
         chosen = (best["learning_rate"], best["step"], best["validation_accuracy"])
         return FinetuneResult(found, *chosen, curve, time.monotonic() - begun)

@@ -369,7 +369,7 @@ def write_few(usable):
 
 @pytest.mark.parametrize(("usable", "counts"), [((3, 9), (5, 4)), ((1, 5), (5, 5)), ((2, 2), (2, 3)), ((1, 1), (9, 9))])
 def test_a_pool_that_comes_out_short_is_what_came_out_with_a_warning(tiny_model, monkeypatch, usable, counts):
-    monkeypatch.setattr(_Writer, "write", write_few(usable))
+    monkeypatch.setattr(Writer, "write", write_few(usable))
     with pytest.warns(UserWarning, match="came out finished, distinct and readable after .* raise length") as said:
         found = generate_counts(tiny_model(), TWO, counts, 0)
     there = [min(pair) for pair in zip(usable, counts, strict=True)]
@@ -384,7 +384,7 @@ def test_a_pool_that_comes_out_short_is_what_came_out_with_a_warning(tiny_model,
 
 @pytest.mark.parametrize("usable", [(0, 9), (9, 0), (0, 0)])
 def test_a_pool_without_a_text_of_some_class_is_refused(tiny_model, monkeypatch, usable):
-    monkeypatch.setattr(_Writer, "write", write_few(usable))
+    monkeypatch.setattr(Writer, "write", write_few(usable))
     with pytest.raises(UserError, match=r"0 of 5 texts of '.*' came out .* raise length or temperature, or take other"):
         generate_counts(tiny_model(), TWO, (5, 5), 0)
 

@@ -39,7 +39,8 @@ class Graphs:
         """
         self.device, self.within = device, within
         self._replays: dict[object, Callable[[], object]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.captures = device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def of(self, key: object, step: Callable[[], None], begin: Callable[[], None]) -> Callable[[], object]:
         """A step to be called as often as it takes; `begin` has been run last.
@@ -48,7 +49,7 @@ class Graphs:
             key: names the step and all that is not in its tensors: two of the same key are the same.
             begin: puts the step's tensors at the beginning; capturing runs the step a few times.
         """
-        if self._pool is not None and key not in self._replays:
+        if self.captures and key not in self._replays:
             self._replays[key] = self._captured(step)
             begin()
         return self._replays.get(key, step)
@@ -56,14 +57,15 @@ class Graphs:
     def _captured(self, step: Callable[[], None]) -> Callable[[], object]:
         try:
             with self.within():
-                return self._capture(step)
+                return self.capture(step)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler and the capture raise many kinds; each means: run it as it is
             LOG.warning("a step can't be captured as a CUDA graph and runs as it is (%s)", first_line(error))
             return step
 
-    def _capture(self, step: Callable[[], None]) -> Callable[[], object]:
+    def capture(self, step: Callable[[], None]) -> Callable[[], object]:
+        """Run a step `WARM_UP` times and then capture it: what is given out repeats all that it launched."""
         aside, main = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         aside.wait_stream(main)
         with torch.cuda.stream(aside):

@@ -386,7 +386,11 @@ class Writer:
     vocabulary: Vocabulary
 
     def write(self, label: int, pool: list[str], draws: list[torch.Generator]) -> list[str]:
-        """One text for each generator; an empty string where it came to nothing."""
+        """One text for each generator; an empty string where it came to nothing.
+
+        Raises:
+            UserError: a prompt without a token, or one that leaves no room in the context.
+        """
         prompts = [self._prompt(label, pool, draw) for draw in draws]
         longest = max(map(len, prompts))
         require(

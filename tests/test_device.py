@@ -116,15 +116,13 @@ class Replays(device.Graphs):
 
     def __init__(self) -> None:
         super().__init__(CPU)
-        self.captured = {}
+        self.captures, self.captured = True, []
 
-    def of(self, key, step, begin):
-        if key not in self.captured:
-            for _ in range(device.WARM_UP + 1):
-                step()
-            self.captured[key] = step
-            begin()
-        return self.captured[key]
+    def capture(self, step):
+        for _ in range(device.WARM_UP + 1):
+            step()
+        self.captured.append(step)
+        return step
 
 
 def test_what_is_replayed_equals_what_runs_as_it_is(matching):
@@ -163,7 +161,7 @@ def test_a_whole_solution_is_the_same_with_replays(monkeypatch):
 
 def test_a_step_that_can_not_be_captured_runs_as_it_is(caplog):
     class Failing(Replays):
-        def _capture(self, step):
+        def capture(self, step):
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     runs, begins = [], []
@@ -175,7 +173,7 @@ def test_a_step_that_can_not_be_captured_runs_as_it_is(caplog):
 
 def test_a_capture_that_the_memory_does_not_hold_is_no_reason_to_go_on_without():
     class Full(Replays):
-        def _capture(self, step):
+        def capture(self, step):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):

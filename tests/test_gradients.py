@@ -184,16 +184,17 @@ def test_a_text_that_ends_early_matches_as_the_shorter_text(tiny_model, kind):
 
 
 def test_degenerate_gradients_have_a_defined_distance():
-    zero = FactorTarget(Factors(torch.zeros(1, 5), torch.zeros(1, 3)))
-    some = Factors(torch.randn(1, 2, 5), torch.randn(1, 2, 3))
+    source, wide = torch.Generator().manual_seed(10), torch.float64
+    zero = FactorTarget(Factors(torch.zeros(1, 5, dtype=wide), torch.zeros(1, 3, dtype=wide)))
+    some = Factors(*(torch.randn(1, 2, size, generator=source, dtype=wide) for size in (5, 3)))
     which = torch.tensor([0])
     assert match_groups(some, which, [zero]).item() == 1.0
     same = FactorTarget(some[0])
-    assert match_groups(some, which, [same]).item() == pytest.approx(0, abs=1e-6)
-    assert match_groups(some, which, [same], "l2").item() == pytest.approx(0, abs=1e-5)
-    nothing = Factors(torch.zeros(1, 2, 5), torch.zeros(1, 2, 3))
+    assert match_groups(some, which, [same]).item() == pytest.approx(0, abs=1e-12)
+    assert match_groups(some, which, [same], "l2").item() == pytest.approx(0, abs=1e-12)
+    nothing = Factors(torch.zeros(1, 2, 5, dtype=wide), torch.zeros(1, 2, 3, dtype=wide))
     assert match_groups(nothing, which, [same]).item() == 1.0
-    x = torch.zeros(1, 2, 3, requires_grad=True)
+    x = torch.zeros(1, 2, 3, dtype=wide, requires_grad=True)
     match_groups(Factors(some.delta, x), which, [same]).sum().backward()
     assert bool(torch.isfinite(x.grad).all())
 

@@ -365,7 +365,7 @@ def test_a_pool_that_comes_out_short_is_chosen_from_all_the_same(setting, monkey
         some = [int(torch.randint(3 + 2 * label, (1,), generator=draw)) for draw in draws]
         return [f"a {words[one]} {('plot', 'film')[label]}" for one in some]
 
-    monkeypatch.setattr("gradmm.generation._Writer.write", write)
+    monkeypatch.setattr("gradmm.generation.Writer.write", write)
     config = replace(SMALL, search="pool", ranking=ranking, oversample=2.5)
     with pytest.warns(UserWarning, match="3 of 5 texts of 'bad' came out"):
         result = synthesize(model, task, release, config, tmp_path, progress=False)

@@ -385,7 +385,7 @@ def test_every_stored_notebook_finds_its_imports_and_data_on_a_service(service):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == f"{folder.parent}/site/gradmm/__init__.py"
-    assert {path.name for path in (folder / "results").iterdir()} <= {path.stem for path in executing.NOTEBOOKS}
+    assert {path.name for path in folder.iterdir()} <= {"results"}
 
 
 @pytest.mark.slow

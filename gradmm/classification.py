@@ -112,7 +112,6 @@ def evaluate(model: Model, task: Task, examples: Iterable, tokens_per_batch: int
     return score(model, tokens, Encoded.of(model, task, tokens, examples, "test"), tokens_per_batch)
 
 
-@torch.no_grad()
 def evaluate_calibrated(model: Model, task: Task, examples: Iterable, texts: Sequence[str]) -> Evaluation:
     """As `evaluate`, with each verbalizer's mean log-probability over unlabelled texts taken out first.
 
@@ -132,7 +131,7 @@ def evaluate_calibrated(model: Model, task: Task, examples: Iterable, texts: Seq
         "there are 0 texts to calibrate on, at least 1 is needed: give some, such as the validation texts",
     )
     data = Encoded.of(model, task, tokens, examples, "test")
-    return score(model, tokens, data, None, label_preference(model, tokens, texts))
+    return score_calibrated(model, tokens, data, [tokens.sequence(text) for text in texts])[1]
 
 
 def label_preference(model: Model, tokens: TaskTokens, texts: Sequence[str]) -> Tensor:
@@ -140,33 +139,43 @@ def label_preference(model: Model, tokens: TaskTokens, texts: Sequence[str]) -> 
     return label_logs(model, tokens, texts).mean(0)
 
 
-@torch.no_grad()
 def label_logs(model: Model, tokens: TaskTokens, texts: Sequence[str]) -> Tensor:
     """The log-probability of each label token behind each text, softmax over these alone: (N, C), float32 at least."""
-    hidden = model.hidden_of([tokens.sequence(text) for text in texts])
-    return model.logits_of(hidden, tokens.labels).log_softmax(-1)
+    return _label_logits(model, tokens, [tokens.sequence(text) for text in texts]).log_softmax(-1)
+
+
+def score(model: Model, tokens: TaskTokens, data: Encoded, tokens_per_batch: int | None = None) -> Evaluation:
+    """As `evaluate`, of examples that are encoded already."""
+    tokens_per_batch = tokens_per_batch or model.tokens_at_once(TOKENS_PER_BATCH)
+    return _judged(_label_logits(model, tokens, data.sequences, tokens_per_batch), data.labels)
+
+
+def score_calibrated(
+    model: Model, tokens: TaskTokens, data: Encoded, unlabelled: Sequence[Sequence[int]]
+) -> tuple[Evaluation, Evaluation]:
+    """As `evaluate` and as `evaluate_calibrated`, from one pass over the examples; all encoded already."""
+    logits = _label_logits(model, tokens, data.sequences, model.tokens_at_once(TOKENS_PER_BATCH))
+    preference = _label_logits(model, tokens, unlabelled).log_softmax(-1).mean(0)
+    return _judged(logits, data.labels), _judged(logits - preference, data.labels)
 
 
 @torch.no_grad()
-def score(
-    model: Model, tokens: TaskTokens, data: Encoded, tokens_per_batch: int | None, preference: Tensor | float = 0.0
-) -> Evaluation:
-    """As `evaluate`, of examples that are encoded already.
+def _label_logits(
+    model: Model, tokens: TaskTokens, sequences: Sequence[Sequence[int]], tokens_per_batch: int | None = None
+) -> Tensor:
+    """The logits of the label tokens behind N sequences, batched as `Model.hidden_of`: (N, C)."""
+    return model.logits_of(model.hidden_of(sequences, tokens_per_batch), tokens.labels)
 
-    Args:
-        tokens_per_batch: tokens of one pass, padding included; None suits the device.
-        preference: (C,) what is taken from the logits.
-    """
+
+def _judged(logits: Tensor, targets: Tensor) -> Evaluation:
     from sklearn.metrics import f1_score
 
-    tokens_per_batch = tokens_per_batch or model.tokens_at_once(TOKENS_PER_BATCH)
-    logits = model.logits_of(model.hidden_of(data.sequences, tokens_per_batch), tokens.labels) - preference
-    labels, predictions = data.labels.tolist(), logits.argmax(-1).tolist()
-    classes = list(range(len(tokens.labels)))
+    labels, predictions = targets.tolist(), logits.argmax(-1).tolist()
+    classes = list(range(logits.shape[-1]))
     return Evaluation(
         labels=tuple(labels),
         predictions=tuple(predictions),
         accuracy=sum(a == b for a, b in zip(labels, predictions, strict=True)) / len(labels),
         macro_f1=float(f1_score(labels, predictions, labels=classes, average="macro", zero_division=0.0)),
-        loss=float(cross_entropy(logits, data.labels)),
+        loss=float(cross_entropy(logits, targets)),
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gradmm import files
-from gradmm.classification import Encoded, Evaluation, score
+from gradmm.classification import Encoded, Evaluation, score_calibrated
 from gradmm.config import FinetuneConfig
 from gradmm.data import Example, check_examples, refuse_overlap
 from gradmm.errors import UserError, first_line, require, require_flag, require_type
@@ -42,6 +42,7 @@ from gradmm.training import (
 OnLook = Callable[[dict], object]
 SNAPSHOT_SECONDS = 10.0
 STATE, RESULT = "training.safetensors", "finetuning.json"
+JUDGED = ("test", "calibrated")  # what a result holds of the test examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +67,16 @@ class Training:
 
 @dataclass(frozen=True, eq=False)
 class FinetuneResult:
-    """A fine-tuning's figures: the chosen model on the test examples, and how it was chosen (see `Training`)."""
+    """A fine-tuning's figures: the chosen model on the test examples, and how it was chosen (see `Training`).
+
+    Attributes:
+        test: as `evaluate` finds it.
+        calibrated: as `evaluate_calibrated` finds it with the validation texts: without the preference for some
+            verbalizer that the model had or that training gave it.
+    """
 
     test: Evaluation
+    calibrated: Evaluation
     learning_rate: float
     step: int
     validation_accuracy: float
@@ -139,10 +147,12 @@ def finetune(
         with _bar(config, progress) as show:
             look = show if on_look is None else lambda row: (show(row), on_look(row))
             found = fit(model, task, train, validation, config, look, saved)
-        with shown(progress), stage("testing", len(asked.sequences)):
-            tested = score(found.model, tokens, asked, None)
+        looks = [tokens.sequence(example.text) for example in looked_at(validation, task, config)]
+        with shown(progress), stage("testing", len(asked.sequences) + len(looks)):
+            tested, calibrated = score_calibrated(found.model, tokens, asked, looks)
         result = FinetuneResult(
             test=tested,
+            calibrated=calibrated,
             learning_rate=found.learning_rate,
             step=found.step,
             validation_accuracy=found.validation_accuracy,
@@ -369,7 +379,7 @@ def _write(folder: RunFolder, result: FinetuneResult) -> None:
     if folder.path is None:
         return
     held = asdict(result) | {
-        "test": finite_row(asdict(result.test)),
+        **{name: finite_row(asdict(getattr(result, name))) for name in JUDGED},
         "curve": [finite_row(row) for row in result.curve],
     }
     files.write_json(folder.path / RESULT, held)
@@ -380,15 +390,20 @@ def _write(folder: RunFolder, result: FinetuneResult) -> None:
 def _read(folder: Path) -> FinetuneResult:
     held, place = files.read_json(folder / RESULT, files.MAX_TEXT_BYTES), folder / RESULT
     try:
-        test = {name: tuple(value) if isinstance(value, list) else value for name, value in held["test"].items()}
+        judged = {name: _evaluation(held[name]) for name in JUDGED}
         curve = [numbers(row, "validation_loss") for row in held["curve"]]
-        result = FinetuneResult(**{**held, "test": Evaluation(**numbers(test, "loss")), "curve": curve})
+        result = FinetuneResult(**{**held, **judged, "curve": curve})
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{place} is no finished fine-tuning ({first_line(error)}): remove its folder and run again"
         ) from error
     _clear(folder)
     return result
+
+
+def _evaluation(held: dict) -> Evaluation:
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in held.items()}
+    return Evaluation(**numbers(values, "loss"))
 
 
 def _clear(folder: Path) -> None:

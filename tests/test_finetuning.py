@@ -67,6 +67,16 @@ def test_calibration_takes_out_the_preference_for_a_verbalizer_and_nothing_else(
         evaluate_calibrated(model, task, examples, [])
 
 
+def test_a_result_knows_what_the_trained_model_is_worth_calibrated(tiny_model, task):
+    model, config = tiny_model("llama", dtype=torch.float32), replace(QUICK, max_validation=4)
+    sets, tested = (toy(task, 0, 8), toy(task, 20, 6)), toy(task, 30, 6)
+    trained = fit(model, task, *sets, config).model
+    looks = [example.text for example in finetuning.looked_at(sets[1], task, config)]
+    found = finetune(model, task, *sets, tested, config)
+    assert len(looks) == 4 and found.test == evaluate(trained, task, tested)
+    assert found.calibrated == evaluate_calibrated(trained, task, tested, looks)
+
+
 def test_same_seed_same_run_other_seed_other_run(tiny_model, task):
     model = tiny_model("llama")
     first, again, other = (run(model, task, replace(QUICK, seed=seed)) for seed in (3, 3, 4))
@@ -335,8 +345,8 @@ def test_a_finished_training_is_read_back(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(finetuning, "fit", None)
     again = run(model, TWO, output=tmp_path, progress=False)
     assert (
-        again.curve, again.test, again.seconds, again.macro_f1,
-    ) == (first.curve, first.test, first.seconds, first.macro_f1)  # fmt: skip
+        again.curve, again.test, again.calibrated, again.seconds, again.macro_f1,
+    ) == (first.curve, first.test, first.calibrated, first.seconds, first.macro_f1)  # fmt: skip
     for changed in ({"config": replace(QUICK, seed=1)}, {"count": 7}):
         with pytest.raises(UserError, match="holds a run with other settings: .*choose another output folder"):
             run(model, TWO, output=tmp_path, progress=False, **changed)

@@ -84,6 +84,9 @@ def test_every_method_has_its_budget_and_its_figures(whole):
         assert name == "none" or (0 <= figures["flawed"] <= 1 and 0 <= figures["unfinished"] <= 1)
         assert set(figures["similarity"]) == ({"0", "2"} if name != "none" else set())
         assert (figures["minus_gradmm"] is None) == (name == "gradmm")
+        assert figures["calibrated"]["minus_gradmm"] == found.calibrated.methods[name]["minus_gradmm"]
+        runs = [record["calibrated"]["accuracy"] for record in found.of(name)]
+        assert list(figures["calibrated"]["accuracy"]["runs"]) == runs
     assert len(found.labels) == 8 and len(found.table()) == len(METHODS)
     json.dumps(found.methods, allow_nan=False)
     assert files.read_json(folder / "manifest.json")["status"] == "complete"
@@ -291,6 +294,22 @@ def test_a_pool_is_written_once_and_every_target_chooses_from_it(model, monkeypa
     assert len(METHODS["zero_shot"](trial)) == 4 and len(done) == 1
 
 
+def test_the_surest_are_those_read_most_surely_as_their_label(model):
+    config = replace(CONFIG, synthesis=replace(CONFIG.synthesis, search="pool", oversample=4.0, length=12))
+    trial = SeedRun(bench_of(model, config=config), 3)
+    texts = [(example.text, example.label) for example in trial.pool]
+    tokens = tokenize_task(TWO, model.tokenizer)
+    logs = [gradmm.classification.label_logs(model, tokens, [text])[0].double() for text, _ in texts]
+    middle = sum(torch.stack([log for log, (_, own) in zip(logs, texts, strict=True) if own == label]).mean(0)
+                 for label in (0, 1)) / 2  # fmt: skip
+    sure = {text: float((log - middle).softmax(-1)[own]) for log, (text, own) in zip(logs, texts, strict=True)}
+    readable = [text for text, _ in texts if flaw(text) is None]
+    for label in (0, 1):
+        kept = [example.text for example in METHODS["surest"](trial) if example.label == label]
+        best = sorted({text for text, own in texts if own == label and text in readable}, key=lambda text: -sure[text])
+        assert set(kept) == set(best[:2])
+
+
 def test_matched_real_examples_are_unseen_real_ones_that_match_together(model):
     config = replace(
         CONFIG, space="body", synthesis=replace(CONFIG.synthesis, search="pool", ranking="group", oversample=8.0)
@@ -383,6 +402,7 @@ def test_curves_and_verdicts(whole):
             p in (("a", 1, [0, 1] * 50), ("b", 0, [1, 0] * 50))])  # fmt: skip
     assert known.verdict("a", "b") == "a (1.000) beats b (0.000): difference +1.000, 95% interval +1.000 to +1.000"
     assert "is beaten by" in known.verdict("b", "a")
+    assert known.calibrated is None and "calibrated" not in known.methods["a"]  # as older records are
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,23 @@ def test_a_sentence_follows_the_interval(page, gap, said, mark):
     assert f"({said} gradmm)" in page.figure({"a": shown})
 
 
+def test_a_record_of_one_seed_has_no_spread(page):
+    alone = {name: one | {"accuracy": one["accuracy"] | {"std": None}} for name, one in METHODS.items()}
+    assert "| 0.750 ▲ |" in page.full_table(record(alone)) and "±" not in page.full_table(record(alone))[:400]
+
+
 def test_the_order_is_from_the_ceiling_to_the_floor(page):
     rows = page.full_table(record()).splitlines()[2:]
     names = [found[1] for row in rows if (found := re.search(r"`(\w+)`", row))]
     assert names == ["herding", "real", "gradmm", "mixed_up", "zero_shot", "none"]
+
+
+def test_a_record_that_knows_the_accuracy_calibrated_shows_it(page):
+    calibrated = {"calibrated": {key: figures(0.8, (0.01, 0.05))[key] for key in ("accuracy", "minus_gradmm")}}
+    head, _, *rows = page.full_table(record({**METHODS, "herding": METHODS["herding"] | calibrated})).splitlines()
+    (row,) = (row for row in rows if "`herding`" in row)
+    assert head.endswith("| calibrated |") and "0.800" in row.split("|")[-2] and "▲" in row.split("|")[-2]
+    assert "| calibrated |" not in page.full_table(record())
 
 
 def test_texts_stand_side_by_side_and_are_not_obeyed(page):

@@ -29,6 +29,7 @@ METHODS = {
     "shuffled": "gradmm's texts, labels dealt at random",
     "random_target": "gradmm's search for a random target",
     "prompt_only": "gradmm's prompts without matching",
+    "surest": "the candidates whose label the model is surest of",
     "zero_shot": "zero-shot texts of the same model",
     "few_shot": "few-shot texts, real ones in the prompt",
     "gradmm": "gradmm's texts",
@@ -40,8 +41,9 @@ METHODS = {
     "all_real": "every real training text",
 }
 DATA = {"sst2": "SST-2", "rotten_tomatoes": "Rotten Tomatoes", "demo": "the embedded reviews"}
-BRIEF = ("none", "prompt_only", "zero_shot", "few_shot", "gradmm", "real", "random", "herding", "all_real")
-OF_REAL_TEXT, WRITTEN = ("random", "herding", "k_center", "matched_real"), ("prompt_only", "zero_shot", "few_shot")
+BRIEF = ("none", "prompt_only", "surest", "zero_shot", "few_shot", "gradmm", "real", "random", "herding", "all_real")
+OF_REAL_TEXT = ("random", "herding", "k_center", "matched_real")
+WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")
 NO_BREAK = "\N{NO-BREAK SPACE}"
 MARKS = {"beats": "▲", "is beaten by": "▼", "cannot be told from": ""}
 
@@ -91,7 +93,8 @@ def accuracy(figures: Mapping[str, Any]) -> str:
     """Mean and spread, and the mark of what the interval decides."""
     gap, found = figures["minus_gradmm"], figures["accuracy"]
     mark = "" if gap is None else MARKS[outcome(gap)]
-    return f"{found['mean']:.3f}{NO_BREAK}±{NO_BREAK}{found['std']:.3f}{NO_BREAK}{mark}".rstrip()
+    spread = "" if found["std"] is None else f"±{NO_BREAK}{found['std']:.3f}"  # None of one run
+    return NO_BREAK.join(filter(None, [f"{found['mean']:.3f}", spread, mark]))
 
 
 def whole(number: float) -> str:
@@ -282,16 +285,17 @@ def summary(record: Record) -> str:
 
 
 def full_table(record: Record) -> str:
-    """Every method with its number of texts, its accuracy and its difference to gradmm."""
-    rows = []
+    """Every method with its number of texts, its accuracy, its difference to gradmm, and the accuracy calibrated."""
+    rows, calibrated = [], any("calibrated" in one for one in record["results"]["methods"].values())
     for name in ranked([record]):
         figures = record["results"]["methods"][name]
         gap = figures["minus_gradmm"]
         apart = "" if gap is None else f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})"
         plain = f"{METHODS[name]} (`{name}`)" if name in METHODS else words(name)
         row = [plain, whole(figures["n"]), accuracy(figures), apart]
+        row += [accuracy(figures["calibrated"]) if "calibrated" in figures else ""] if calibrated else []
         rows.append([f"**{cell}**" if name == "gradmm" and cell else cell for cell in row])
-    head = ["trained on", "texts", "test accuracy", "minus gradmm (interval)"]
+    head = ["trained on", "texts", "test accuracy", "minus gradmm (interval)", *["calibrated"] * calibrated]
     return f"{markdown(head, rows)}\n\n{legend([record])}"
 
 

@@ -21,6 +21,7 @@ from gradmm.models import Model, require_model
 from gradmm.plan import Plan
 from gradmm.privacy import Release
 from gradmm.seeds import generator, stream
+from gradmm.selection import calibrate, label_probabilities
 from gradmm.tasks import Task, tokenize_task
 
 # ---------------------------------------------------------------- controls
@@ -236,6 +237,21 @@ def prompt_only(seed_run: SeedRun) -> list[Example]:
     return seed_run.write("prompt_only", seed_run.blank, config)
 
 
+def surest(seed_run: SeedRun) -> list[Example]:
+    """Of gradmm's candidates those that the model reads most surely as their label, once its preference is taken out.
+
+    What the model knows already chooses, as where written texts are filtered by confidence; no gradient and no target
+    does.
+    """
+    pool, experiment = seed_run.pool, seed_run.experiment
+    tokens = tokenize_task(experiment.task, experiment.model.tokenizer)
+    classes = [example.label for example in pool]
+    read = label_probabilities(experiment.model, tokens, [example.text for example in pool]).double()
+    sure = calibrate(read, classes)[range(len(pool)), classes]
+    order = sure.argsort(descending=True, stable=True).tolist()
+    return seed_run.among([pool[row] for row in order], seed_run.blank, replace(seed_run.synthesis, **UNMATCHED))
+
+
 def random_target(seed_run: SeedRun) -> list[Example]:
     """gradmm with targets of random directions: what the search does when there is nothing to find."""
     return seed_run.write("random_target", random_directions(seed_run.release, seed_run.seed), seed_run.synthesis)
@@ -253,7 +269,13 @@ def shuffled(seed_run: SeedRun) -> list[Example]:
     return [Example(example.text, ours[row].label) for example, row in zip(ours, order, strict=True)]
 
 
-WRITING = ("prompt_only", "random_target", "shuffled", "gradmm")  # they share a synthesis, which is most of the work
+WRITING = (
+    "prompt_only",
+    "surest",
+    "random_target",
+    "shuffled",
+    "gradmm",
+)  # they share a synthesis, which is most of the work
 
 METHODS: dict[str, Callable[[SeedRun], list[Example]]] = {
     "none": no_training,
@@ -266,6 +288,7 @@ METHODS: dict[str, Callable[[SeedRun], list[Example]]] = {
     "zero_shot": zero_shot,
     "few_shot": few_shot,
     "prompt_only": prompt_only,
+    "surest": surest,
     "random_target": random_target,
     "shuffled": shuffled,
     "gradmm": gradmm,

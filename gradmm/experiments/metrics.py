@@ -171,6 +171,14 @@ class Summary:
     std: float | None
     runs: tuple[float, ...]
 
+    def __format__(self, spec: str) -> str:
+        """The mean and, of several runs, the standard deviation, each as `spec` says but for the second's sign.
+
+        >>> f"{summarise_runs([1.0, 2.0]):+.2f} and {summarise_runs([1.0]):+.2f}"
+        '+1.50 ± 0.71 and +1.00'
+        """
+        return format(self.mean, spec) + ("" if self.std is None else f" ± {format(self.std, spec.lstrip('+'))}")
+
 
 def summarise_runs(values: Sequence[float]) -> Summary:
     """Mean and spread of one figure over runs that differ in their seed.

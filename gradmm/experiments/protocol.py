@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from gradmm import files
-from gradmm.classification import check_fit, evaluate
+from gradmm.classification import Evaluation, check_fit, evaluate, evaluate_calibrated
 from gradmm.data import Example, Splits, without_overlap
 from gradmm.errors import UserError, is_whole, require, require_flag, require_type, short_repr
 from gradmm.experiments.baselines import CORESETS, METHODS, WRITING, select_coresets
@@ -29,7 +29,7 @@ from gradmm.experiments.records import memory_bytes
 from gradmm.experiments.results import Comparison
 from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun, candidates
 from gradmm.files import lock
-from gradmm.finetuning import finetune
+from gradmm.finetuning import finetune, looked_at
 from gradmm.models import Model, require_model
 from gradmm.plan import ModelShape
 from gradmm.progress import ticking
@@ -231,11 +231,18 @@ def _trained(seed_run: SeedRun, model: Model, examples: Sequence[Example]) -> di
     """The figures of a model's fine-tuning, or of the model as it came where there are no examples."""
     experiment, splits = seed_run.experiment, seed_run.experiment.splits
     chosen: dict[str, Any] = {"learning_rate": None, "step": 0, "validation_accuracy": None, "curve": []}
+    config = replace(experiment.config.finetuning, seed=seed_run.seed)
     if examples:
-        config = replace(experiment.config.finetuning, seed=seed_run.seed)
         found = finetune(model, experiment.task, examples, splits.validation, splits.test, config, progress=False)
-        test, chosen["curve"] = found.test, [finite_row(row) for row in found.curve]
+        test, calibrated = found.test, found.calibrated
+        chosen["curve"] = [finite_row(row) for row in found.curve]
         chosen |= {name: getattr(found, name) for name in ("learning_rate", "step", "validation_accuracy")}
     else:
+        texts = [example.text for example in looked_at(splits.validation, experiment.task, config)]
         test = evaluate(model, experiment.task, splits.test)
-    return {"accuracy": test.accuracy, "macro_f1": test.macro_f1, "predictions": list(test.predictions), **chosen}
+        calibrated = evaluate_calibrated(model, experiment.task, splits.test, texts)
+    return {**_figures(test), **chosen, "calibrated": _figures(calibrated)}
+
+
+def _figures(found: Evaluation) -> dict:
+    return {"accuracy": found.accuracy, "macro_f1": found.macro_f1, "predictions": list(found.predictions)}

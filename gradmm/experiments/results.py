@@ -22,8 +22,9 @@ class Comparison:
         labels: M label numbers of the test examples.
         records: one for each method and seed: method, seed, n, in_test (texts left out because a model wrote a test
             text word for word), accuracy, macro_f1, predictions (M), learning_rate, step, validation_accuracy, curve
-            (see `finetuning.Training`), similarity ({step: cosine}), MEASURES, and `elsewhere`: for each learner's
-            name, what is its own of these.
+            (see `finetuning.Training`), similarity ({step: cosine}), MEASURES, `calibrated`: accuracy, macro_f1 and
+            predictions of `FinetuneResult.calibrated`, and `elsewhere`: for each learner's name, what is its own of
+            these.
     """
 
     task: Task
@@ -42,15 +43,28 @@ class Comparison:
         records = [{**record, **record["elsewhere"][learner], "similarity": {}} for record in self.records]
         return Comparison(self.task, self.labels, records)
 
+    @property
+    def calibrated(self) -> "Comparison | None":
+        """The same with each trained model calibrated; None where a record, an older one, does not know it."""
+        if not all("calibrated" in record for record in self.records):
+            return None
+        rows = [{name: value for name, value in record.items() if name != "calibrated"} for record in self.records]
+        found = [{**row, **record["calibrated"]} for row, record in zip(rows, self.records, strict=True)]
+        return Comparison(self.task, self.labels, found)
+
     @cached_property
     def methods(self) -> dict[str, dict]:
         """Each method's figures over its seeds.
 
         accuracy {mean, std, runs}; means of macro_f1, n, the measures and the similarity of each step; and
         `minus_gradmm` {mean, low, high, confidence}: this method's accuracy minus gradmm's, with a paired bootstrap
-        interval over test examples and seeds (None for gradmm itself, or without it).
+        interval over test examples and seeds (None for gradmm itself, or without it). `calibrated`: accuracy and
+        `minus_gradmm` of `calibrated`, where the records know it.
         """
-        return {name: self._summary(name) for name in dict.fromkeys(record["method"] for record in self.records)}
+        found = {name: self._summary(name) for name in dict.fromkeys(record["method"] for record in self.records)}
+        for name, figures in (self.calibrated.methods if self.calibrated else {}).items():
+            found[name]["calibrated"] = {key: figures[key] for key in ("accuracy", "minus_gradmm")}
+        return found
 
     def _summary(self, name: str) -> dict:
         records = self.of(name)
@@ -135,6 +149,7 @@ def _table_row(name: str, figures: Mapping) -> dict:
         "std": accuracy["std"],
         "minus gradmm": None if gap is None else gap["mean"],
         "95% interval": "" if gap is None else f"{gap['low']:+.3f} to {gap['high']:+.3f}",
+        **({"calibrated": figures["calibrated"]["accuracy"]["mean"]} if "calibrated" in figures else {}),
         "macro F1": figures["macro_f1"],
         **{key: figures[key] for key in _measured(figures)},
         **{f"cosine at step {step}": value for step, value in figures["similarity"].items()},

@@ -195,13 +195,14 @@ class SeedRun:
         """The texts that gradmm keeps for another target; a pool, which depends on no target, is not written again."""
         if config.search != "pool":
             return self._kept(self._synthesize(name, target, config))
-        return self._chosen(self.pool, target, config)
+        return self.among(self.pool, target, config)
 
     def choose(self, pool: Sequence[Example], config: SynthesisConfig) -> list[Example]:
         """Those of any examples that gradmm keeps for the Release."""
-        return self._chosen(pool, self.release, config)
+        return self.among(pool, self.release, config)
 
-    def _chosen(self, pool: Sequence[Example], target: Release, config: SynthesisConfig) -> list[Example]:
+    def among(self, pool: Sequence[Example], target: Release, config: SynthesisConfig) -> list[Example]:
+        """Those of any examples that gradmm keeps for another target."""
         plan = Plan.of(self.experiment.model, self.experiment.task, target, config)
         return check_examples(plan.selector.keep(pool), self.experiment.task)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import gradmm
 from gradmm import files
-from gradmm.classification import Encoded, evaluate_calibrated, score
+from gradmm.classification import Encoded, evaluate_calibrated, score_calibrated
 from gradmm.data import Example
 from gradmm.experiments import protocol
 from gradmm.experiments.metrics import subsample
@@ -95,9 +95,9 @@ class Upper:
         trained = self.fresh()
         begin = partial(trained.lm.load_state_dict, learnt_weights(trained), strict=False)
         best, curve = train_at_rates(trained, begin, tokens, data, looks, config)
-        found = score(trained, tokens, asked, None)
+        found = score_calibrated(trained, tokens, asked, looks.sequences)
         chosen = (best["learning_rate"], best["step"], best["validation_accuracy"])
-        return FinetuneResult(found, *chosen, curve, time.monotonic() - begun)
+        return FinetuneResult(*found, *chosen, curve, time.monotonic() - begun)
 
 
 def _part(body: torch.nn.Module, which: slice, norm: torch.nn.Module) -> torch.nn.Module:

@@ -108,7 +108,9 @@ def test_a_real_model_s_shortcuts_change_no_result(benchmark, tmp_path, capsys):
     common = "--model demo --data demo --task demo --seeds 2 --steps 10 --written 2 --n-synthetic 8 --n-real 6".split()
     methods = ["none", "real", "herding", "prompt_only", "gradmm"]
     where = ["--folder", work, "--output", path]
-    some = "--layers 2 --rate 2e-4 --eval-every 10 --max-test 40 --max-validation 20 --threads 1".split()
+    some = (
+        "--layers 2 --rate 2e-4 --batch-size 16 --eval-every 10 --max-test 40 --max-validation 20 --threads 1".split()
+    )
     script.main([*where, *common, *some, "--methods", *methods])
     record = records.read_record(path)
     found, settings = record["results"], record["settings"]
@@ -126,3 +128,14 @@ def test_a_real_model_s_shortcuts_change_no_result(benchmark, tmp_path, capsys):
             model, task, kept[seed], splits.validation, tested, replace(tuning, seed=seed), progress=False
         )
         assert accuracy == plain.accuracy
+
+
+def test_a_real_model_is_compared_in_bfloat16(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True})
+    path, work = str(tmp_path / "03-finetuning-demo.json"), str(tmp_path / "work")
+    common = "--model demo --data demo --task demo --seeds 1 --steps 4 --written 2 --n-synthetic 4 --n-real 6".split()
+    some = "--dtype bfloat16 --eval-every 4 --max-test 20 --max-validation 10 --methods none real surest gradmm".split()
+    benchmark("real_models").main([*common, *some, "--folder", work, "--output", path])
+    record = records.read_record(path)
+    assert record["settings"]["dtype"] == "bfloat16"
+    assert all(0 <= one["calibrated"]["accuracy"]["mean"] <= 1 for one in record["results"]["methods"].values())

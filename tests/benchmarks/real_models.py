@@ -5,8 +5,9 @@
 
 Embeddings do not learn, nor what is below the last `--layers` layers, so what enters these is read once for each text;
 the gradient of a text is read once for all methods; and a pool is written once for all methods and data. None of this
-changes a result but by rounding (a test compares with `FinetuneConfig.layers`). Interrupted runs go on. For models with
-`embed_tokens`, `layers` and `norm`, such as Llama, Qwen and Gemma.
+changes a result but by rounding (a test compares with `FinetuneConfig.layers`). With `--dtype bfloat16`, for processors
+that have it, texts are written and gradients read in bfloat16, and float32 weights learn under autocast. Interrupted
+runs go on. For models with `embed_tokens`, `layers` and `norm`, such as Llama, Qwen and Gemma.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from gradmm.spaces import BodySketch
 from gradmm.tasks import Task, tokenize_task
 from gradmm.training import learnt_weights
 
-METHODS = ("none", "real", "random", "herding", "few_shot", "prompt_only", "random_target", "gradmm")
+METHODS = ("none", "real", "random", "few_shot", "prompt_only", "surest", "random_target", "gradmm")
 SHOWN = 20  # texts of each class and method that a record keeps
 
 
@@ -89,8 +90,12 @@ class Upper:
 
     def finetune(self, model: Model, task: Task, train, validation, test, config, progress=True) -> FinetuneResult:
         """As `gradmm.finetune` with `config.layers`."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(config.autocast)):
+            return self._finetune(task, (train, looked_at(validation, task, config), test), config)
+
+    def _finetune(self, task: Task, sets: Sequence[Sequence[Example]], config) -> FinetuneResult:
+        model = self.model
         begun, tokens = time.monotonic(), tokenize_task(task, model.tokenizer)
-        sets = (train, looked_at(validation, task, config), test)
         data, looks, asked = (self.encoded(Encoded.of(model, task, tokens, some, "a")) for some in sets)
         trained = self.fresh()
         begin = partial(trained.lm.load_state_dict, learnt_weights(trained), strict=False)
@@ -169,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     task, splits = gradmm.load_data(options.data, options.task)
-    model = gradmm.load_model(options.model, device="cpu", dtype="float32")
+    wide = gradmm.load_model(options.model, device="cpu", dtype="float32")
+    narrow = options.dtype != "float32"
+    model = gradmm.load_model(options.model, device="cpu", dtype=options.dtype) if narrow else wide
     layers = options.layers or len(model.lm.base_model.layers)
     folder, each = Path(options.folder), options.written * options.n_synthetic // len(task.labels)
     sampling = Sampling(temperature=options.temperature, max_tokens=options.length, min_tokens=MIN_TOKENS)
@@ -185,13 +192,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             warmup=5,
             max_validation=options.max_validation,
             layers=layers,
+            batch_size=options.batch_size,
+            autocast=narrow,
         ),
         sampling=sampling,
         max_test=options.max_test,
         similarity_steps=(),
         pools={seed: written(model, task, seed, each, sampling, folder) for seed in seeds},
     )
-    upper = Upper(model, layers)
+    upper = Upper(wide, layers)
     with gradients_read_once(), mock.patch.object(protocol, "finetune", upper.finetune):
         found = protocol.compare(model, task, splits, config, options.methods, seeds, folder / task.name)
         run = SeedRun(Experiment(model, task, splits, config, {}, "", folder / task.name), options.seed)
@@ -214,11 +223,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     for name, default in (
         ("--n-real", 50), ("--n-synthetic", 100), ("--written", 5), ("--length", 40), ("--layers", None),
-        ("--steps", 30), ("--eval-every", 15), ("--max-validation", 150), ("--max-test", None), ("--seed", 0),
-        ("--seeds", 5), ("--threads", 2),
+        ("--batch-size", 4), ("--steps", 120), ("--eval-every", 60), ("--max-validation", 150), ("--max-test", None),
+        ("--seed", 0), ("--seeds", 5), ("--threads", 2),
     ):  # fmt: skip
         parser.add_argument(name, type=int, default=default)
-    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--temperature", type=float, default=0.8)
     return parser
 

@@ -23,6 +23,8 @@ from gradmm.experiments import batch
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = ROOT / "notebooks" / "params" / "smoke"
+RECORDS = ROOT / "book" / "records"
+RECORDED = ("03-finetuning", "05-ablations")  # their smoke runs show what is recorded, as the book does
 BUILT = ROOT / "book" / "_build" / "html"
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -108,6 +110,7 @@ def smoke_run(name: str, shared: Path) -> Path:
 
     def run(folder: Path) -> None:
         preset = yaml.safe_load((SMOKE / f"{name}.yaml").read_text(encoding="utf-8"))
+        preset |= {"records": str(RECORDS)} if name in RECORDED else {}
         with quiet(folder), forked_kernels(shared):
             execute(ROOT / "notebooks" / f"{name}.ipynb", preset, folder)
 

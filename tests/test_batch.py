@@ -64,6 +64,18 @@ def test_a_preset_sets_the_parameters_and_other_notebooks_are_left_out(here):
     assert [job.parameters for job in batch.plan([first, second], "executed")] == [{}, {}]
 
 
+def test_a_notebook_that_is_executed_alone_again_has_the_threads_that_it_had_beside_others(here, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    said = "import os\nprint(os.environ.get('OMP_NUM_THREADS'))"
+    books = [store(here / name, PARAMETERS, said) for name in ("one.ipynb", "two.ipynb")]
+    seen = []
+    for _ in range(2):
+        batch.run(batch.plan(books, here / "executed"), 2, progress=False)
+        seen.append(outputs(here / "executed" / "one.ipynb")[-1]["text"])
+        store(books[0], PARAMETERS, f"{said}\nprint()")
+    assert seen[0].strip().isdigit() and seen[1].strip() == seen[0].strip()
+
+
 def test_an_unknown_parameter_names_the_notebook_and_the_near_ones(here):
     notebook = store(here / "one.ipynb", PARAMETERS)
     with pytest.raises(UserError, match=r"one\.ipynb has no parameter 'sed': did you mean seed\?"):

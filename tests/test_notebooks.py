@@ -416,6 +416,10 @@ def test_recorded_comparisons_are_shown_as_they_stand(tmp_path, shared_folder):
     assert f"difference {real['minus_gradmm']['mean']:+.3f}" in text
 
 
+def outputs_of(notebook) -> list:
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
 @pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_writes_its_numbers(path, shared_folder):
@@ -429,6 +433,10 @@ def test_a_notebook_runs_and_writes_its_numbers(path, shared_folder):
     if path.stem == "04-privacy":
         experiments(apart, preset)
     assert bool(apart) == bool(results.get("private"))
+    if path.stem in executing.RECORDED:
+        said = "".join(output.get("data", {}).get("text/markdown", "") for output in outputs_of(executed))
+        names = [place.stem.removeprefix(f"{path.stem}-") for place in executing.RECORDS.glob(f"{path.stem}-*.json")]
+        assert names and all(f"**{name}**" in said for name in names)
     (box,) = (cell for cell in executed.cells if "plots.InShort(" in cell.source)
     assert "It took" in box.outputs[-1]["data"]["text/html"]  # filled where it stands, by a cell at the end
     promised = [cell for cell in executed.cells if cell.cell_type == "code" and "figure = " in cell.source]

@@ -210,6 +210,16 @@ def test_a_notebook_is_stored_clean(path):
     assert not [node.name for node in functions if node.end_lineno - node.lineno >= 10]
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_cell_takes_the_name_of_a_function_or_a_module_for_a_value(path):
+    """A later cell that calls it would fail, and only where that cell is reached."""
+    nodes = [node for cell in code_cells(path) for node in ast.walk(parse_cell(cell))]
+    called = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    called |= {(name.asname or name.name).split(".")[0] for node in nodes
+               if isinstance(node, ast.Import | ast.ImportFrom) for name in node.names}  # fmt: skip
+    assert not called & {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
 def code_cells(path: Path) -> list:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 

@@ -330,7 +330,8 @@ def _run_changed(jobs: Sequence[Job], processes: int | None, joblib: Any, progre
     found = {job.target: Outcome(job.target.stem, "unchanged", 0.0) for job in jobs if changed[job.target] == []}
     pending = [job for job in jobs if job.target not in found]
     pending.sort(key=lambda job: -_read_stamp(job).get("seconds", math.inf))
-    count = min(processes or (1 if torch.cuda.is_available() else cores() or 1), max(len(pending), 1))
+    # Not fewer where few are pending: the last digits of a result depend on the threads, and these on the processes.
+    count = min(processes or (1 if torch.cuda.is_available() else cores() or 1), max(len(jobs), 1))
     parallel = joblib.Parallel(count, return_as="generator_unordered", batch_size=1)
     with tqdm(total=len(jobs), initial=len(found), unit="notebook", disable=not progress) as bar, ticking(bar):
         for target, outcome in parallel(joblib.delayed(_executed)(job) for job in pending):

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 import gradmm
+from gradmm import files
 from gradmm.experiments import performance, records
 from gradmm.experiments.metrics import subsample
 
@@ -139,3 +141,38 @@ def test_a_real_model_is_compared_in_bfloat16(benchmark, tmp_path, monkeypatch):
     record = records.read_record(path)
     assert record["settings"]["dtype"] == "bfloat16"
     assert all(0 <= one["calibrated"]["accuracy"]["mean"] <= 1 for one in record["results"]["methods"].values())
+
+
+def test_small_sets_are_measured_trained_on_and_gone_on_with(benchmark, tmp_path):
+    script = benchmark("measures")
+    pool = [{"text": f"it is a {word} and {word} film {i} .", "label": label}
+            for label, word in enumerate(("bad", "good")) for i in range(12)]  # fmt: skip
+    files.write_json_lines(tmp_path / "pool-0.jsonl", pool)
+    path, common = str(tmp_path / "measures-demo.json"), "--model demo --data demo --task demo --steps 2 --size 4"
+    more = f"{common} --n-real 6 --max-test 20 --max-validation 10 --threads 1 --folder {tmp_path} --output {path}"
+    script.main([*more.split(), "--written", "2", "--real", "0"])
+    begun = records.read_record(path)["results"]["sets"]
+    script.main([*more.split(), "--written", "2", "--real", "1"])
+    found = records.read_record(path)["results"]["sets"]
+    assert found[:2] == begun and [row["set"] for row in found] == ["written-0", "written-1", "real-0"]
+    assert all(set(row) >= set(script.MEASURES) and 0 <= row["calibrated_accuracy"] <= 1 for row in found)
+
+
+def seen(script, *vectors: tuple[float, float]):
+    """Two texts a class, whose gradients and states are these vectors."""
+    values = torch.tensor(vectors, dtype=torch.float64)
+    return script.Seen(torch.tensor([0, 0, 1, 1]), values, values, values.log_softmax(-1))
+
+
+def test_a_measure_is_what_its_name_says(benchmark):
+    script = benchmark("measures")
+    real = seen(script, (1.0, 0.0), (3.0, 0.0), (0.0, 1.0), (0.0, 1.0))
+    public = seen(script, (4.0, 0.0), (-4.0, 0.0), (0.0, 1.0), (0.0, -1.0))
+    own = seen(script, (2.0, 2.0), (2.0, 0.0), (0.0, 2.0), (0.0, 2.0))
+    found = {name: measure(own, real, public) for name, measure in script.MEASURES.items()}
+    assert found["by_class"] == pytest.approx((2 / 5**0.5 + 1) / 2)  # the means are (2, 1) and (0, 2) to (2, 0), (0, 1)
+    assert found["all_classes"] == pytest.approx((2 * 2 + 3 * 1) / (13 * 5) ** 0.5)
+    assert found["round_robin"] == found["states"] == pytest.approx(1)
+    assert found["interaction"] == pytest.approx((4 + 2) / 2 - (5 + 4) / 4)
+    assert found["contrast"] == pytest.approx(1)  # both sets of means lie apart in the direction (1, -1/2)
+    assert found["small_gradients"] == pytest.approx(-(5**0.5 + 2) / 2)

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import numpy
 import pytest
+import scipy.stats
 
 from gradmm.experiments import baselines, records
 
@@ -109,6 +111,28 @@ def test_a_record_that_knows_the_accuracy_calibrated_shows_it(page):
     (row,) = (row for row in rows if "`herding`" in row)
     assert head.endswith("| calibrated |") and "0.800" in row.split("|")[-2] and "▲" in row.split("|")[-2]
     assert "| calibrated |" not in page.full_table(record())
+
+
+def small_sets(count: int, **columns) -> dict:
+    """A record of measures: `columns` says of each what its value is in set number `i`."""
+    rows = [{"set": f"written-{i}", **{name: float(value(i)) for name, value in columns.items()}} for i in range(count)]
+    settings = record()["settings"] | {"size": 16, "steps": 8, "n_real": 50}
+    return {**record(), "settings": settings, "results": {"sets": rows, "n_test": 300}}
+
+
+def test_a_table_of_measures_says_which_foretell_the_outcome(page):
+    shown = page.foretold(small_sets(
+        40, by_class=lambda i: -i, odd=lambda i: i % 2, accuracy=lambda i: i, on_the_real=lambda i: i**3,
+        calibrated_accuracy=lambda i: (7 * i) % 40, calibrated_on_the_real=lambda i: 1,
+    ))  # fmt: skip
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in shown.splitlines() if row.startswith("|")}
+    assert list(rows)[2:] == [page.MEASURES["on_the_real"], "`odd`", page.MEASURES["by_class"]]  # the best first
+    assert rows[page.MEASURES["on_the_real"]][0] == "+1.00 (+1.00 to +1.00)"
+    assert rows[page.MEASURES["on_the_real"]][1].startswith("+0.00 (+0.00 to +0.00)")  # it does not vary
+    assert rows[page.MEASURES["by_class"]][0].startswith("-1.00") and "1 of 3 measures" in shown
+    assert page.of_measures({}) == "Nothing of this kind is recorded." and "40 sets of 16 texts" in shown
+    first, second = numpy.random.default_rng(0).normal(size=(2, 25))
+    assert page.rank_correlation(first, second)[0] == pytest.approx(scipy.stats.spearmanr(first, second)[0])
 
 
 def test_texts_stand_side_by_side_and_are_not_obeyed(page):

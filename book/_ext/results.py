@@ -1,4 +1,4 @@
-"""The directives `results-table`, `results-figure`, `results` and `results-limits`: what recorded comparisons found.
+"""The directives `results-table`, `-figure`, `-limits`, `-measures` and `results`: what recorded comparisons found.
 
 Every figure, and every sentence that depends on one, is computed at the build from the records beside this folder, so
 that none can go stale. Run as a program this file writes the short table into README.md.
@@ -10,7 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy
 from docutils import nodes
+from scipy.stats import rankdata
 from sphinx.util.docutils import SphinxDirective
 
 from gradmm.experiments.records import origin, read_records
@@ -55,10 +57,10 @@ GRADMM = "#e07b39"
 # ---------------------------------------------------------------- records
 
 
-def recorded(folder: Path = BOOK / "records") -> dict[str, Record]:
-    """The comparisons of a folder; those named after their data alone, which are of a small model, come last."""
-    found = read_records(folder, PREFIX)
-    alone = {name: name == PREFIX + str(record["settings"]["data"]) for name, record in found.items()}
+def recorded(folder: Path = BOOK / "records", prefix: str = PREFIX) -> dict[str, Record]:
+    """The records of a kind; those named after their data alone, which are of a small model, come last."""
+    found = read_records(folder, prefix)
+    alone = {name: name == prefix + str(record["settings"]["data"]) for name, record in found.items()}
     return {name: found[name] for name in sorted(found, key=lambda name: (alone[name], name))}
 
 
@@ -465,16 +467,84 @@ def limits(records: Records) -> str:
     return "\n".join(f"- {point(records)}" for point in points)
 
 
+# ---------------------------------------------------------------- what foretells the outcome of training
+
+MEASURES = {
+    "by_class": "cosine of the mean gradients, class by class: what gradmm matches",
+    "all_classes": "cosine of the mean gradients of all classes together",
+    "as_adam_steps": "the same class by class, as Adam scales it (LESS)",
+    "whitened": "the same in whitened directions (TAROT)",
+    "round_robin": "every real example has a text with a gradient like its own",
+    "interaction": "the step's gain less what its texts take from each other (GREATS)",
+    "states": "every real example has a text with a hidden state like its own (RDS+)",
+    "contrast": "cosine of what sets the classes' mean hidden states apart",
+    "sureness": "how sure the model is of the texts' labels, calibrated",
+    "small_gradients": "small gradients",
+    "on_the_real": "the outcome itself, on the real examples",
+}
+RESAMPLES = 2000
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Spearman's, and its 95% bootstrap interval over the pairs; zeros where one of the two does not vary."""
+    pairs = numpy.array([first, second], dtype=float)
+    if (pairs == pairs[:, :1]).all(1).any():
+        return 0.0, 0.0, 0.0
+    rows = numpy.random.default_rng(0).integers(pairs.shape[1], size=(RESAMPLES, pairs.shape[1]))
+    with numpy.errstate(invalid="ignore"):  # a resample of one value alone has no correlation
+        drawn = [numpy.corrcoef(*rankdata(pairs[:, row], axis=1))[0, 1] for row in rows]
+        found = numpy.corrcoef(*rankdata(pairs, axis=1))[0, 1]
+    return float(found), *map(float, numpy.nanquantile(drawn, [0.025, 0.975]))
+
+
+OUTCOMES = {"accuracy": "on_the_real", "calibrated_accuracy": "calibrated_on_the_real"}  # on unseen texts, on the real
+
+
+def foretold(record: Record) -> str:
+    """How far each measure of small sets puts them into the order in which training on them does."""
+    sets = record["results"]["sets"]
+    held = {name: [row[name] for row in sets] for name in sets[0]}
+    rows = {name: [(held[name], held[outcome]) for outcome in OUTCOMES]
+            for name in held if name not in ("set", *OUTCOMES, *OUTCOMES.values())}  # fmt: skip
+    rows["on_the_real"] = [(held[seen], held[outcome]) for outcome, seen in OUTCOMES.items()]
+    found = {name: [rank_correlation(*pair) for pair in pairs] for name, pairs in rows.items()}
+    ordered = sorted(found, key=lambda name: -sum(middle for middle, _, _ in found[name]))
+    table = [
+        [
+            MEASURES.get(name, f"`{name}`"),
+            *(f"{mid:+.2f} ({low:+.2f} to {high:+.2f})" for mid, low, high in found[name]),
+        ]
+        for name in ordered
+    ]
+    proven = sum(any(low > 0 for _, low, _ in one) for one in found.values())
+    reach = [f"{statistics.fmean(held[name]):.3f} ± {statistics.stdev(held[name]):.3f}" for name in OUTCOMES]
+    settings, tested = record["settings"], record["results"]["n_test"]
+    return (
+        f"**{title(record)}**: {counted(len(sets), 'set')} of {settings['size']} texts, written or real, each trained "
+        f"on for {settings['steps']} steps; {settings['n_real']} real examples, {tested} validation texts. The sets "
+        f"reach {reach[0]}, and {reach[1]} once the trained models are calibrated. Rank correlations with 95% "
+        f"intervals; {proven} of {len(found)} measures have one above zero.\n\n"
+        + markdown(["measure", "with accuracy", "with calibrated accuracy"], table)
+        + "\n\n"
+        + behind_a_click("Where these figures come from", f"{origin(record)}.")
+    )
+
+
+def of_measures(records: Records) -> str:
+    """Each record's table."""
+    return "\n\n".join(map(foretold, records.values())) or "Nothing of this kind is recorded."
+
+
 # ---------------------------------------------------------------- directives
 
 
-def directive(made: Callable[[Records], str]) -> type[SphinxDirective]:
+def directive(made: Callable[[Records], str], prefix: str = PREFIX) -> type[SphinxDirective]:
     """One whose Markdown is made of the records, and read as if it stood on the page."""
 
     class Results(SphinxDirective):
         def run(self) -> list[nodes.Node]:
             self.env.note_reread()  # at every build: records come and go
-            return self.parse_text_to_nodes(made(recorded()), allow_section_headings=True)
+            return self.parse_text_to_nodes(made(recorded(prefix=prefix)), allow_section_headings=True)
 
     return Results
 
@@ -483,6 +553,7 @@ def setup(app):
     """Make the directives known."""
     for name, made in {"-table": brief, "-figure": figure, "": report, "-limits": limits}.items():
         app.add_directive(f"results{name}", directive(made))
+    app.add_directive("results-measures", directive(of_measures, "measures-"))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 

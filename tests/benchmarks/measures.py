@@ -151,11 +151,12 @@ def trained_on(
     tokens = tokenize_task(task, upper.model.tokenizer)
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(config.autocast)):
         data = upper.encoded(Encoded.of(upper.model, task, tokens, examples, "a"))
-        learner = upper.fresh()
-        optimizer = adamw(learner, config.learning_rates[0], config)
-        few = Encoded(looks.sequences[:1], looks.labels[:1])
-        for _ in train_at_rate(learner, tokens, data, few, optimizer, config):
-            pass
+    learner = upper.fresh()
+    optimizer = adamw(learner, config.learning_rates[0], config)
+    few = Encoded(looks.sequences[:1], looks.labels[:1])
+    for _ in train_at_rate(learner, tokens, data, few, optimizer, config):
+        pass
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(config.autocast)):
         return score_calibrated(learner, tokens, asked, looks.sequences)
 
 

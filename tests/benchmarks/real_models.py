@@ -90,17 +90,16 @@ class Upper:
 
     def finetune(self, model: Model, task: Task, train, validation, test, config, progress=True) -> FinetuneResult:
         """As `gradmm.finetune` with `config.layers`."""
+        begun, tokens = time.monotonic(), tokenize_task(task, self.model.tokenizer)
+        sets = (train, looked_at(validation, task, config), test)
+        # Around one pass after the other, never around a training: autocast keeps what it has cast until it ends.
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(config.autocast)):
-            return self._finetune(task, (train, looked_at(validation, task, config), test), config)
-
-    def _finetune(self, task: Task, sets: Sequence[Sequence[Example]], config) -> FinetuneResult:
-        model = self.model
-        begun, tokens = time.monotonic(), tokenize_task(task, model.tokenizer)
-        data, looks, asked = (self.encoded(Encoded.of(model, task, tokens, some, "a")) for some in sets)
+            data, looks, asked = (self.encoded(Encoded.of(self.model, task, tokens, some, "a")) for some in sets)
         trained = self.fresh()
         begin = partial(trained.lm.load_state_dict, learnt_weights(trained), strict=False)
         best, curve = train_at_rates(trained, begin, tokens, data, looks, config)
-        found = score_calibrated(trained, tokens, asked, looks.sequences)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(config.autocast)):
+            found = score_calibrated(trained, tokens, asked, looks.sequences)
         chosen = (best["learning_rate"], best["step"], best["validation_accuracy"])
         return FinetuneResult(*found, *chosen, curve, time.monotonic() - begun)
 

@@ -97,7 +97,7 @@ class BodySketch:
         labels = torch.tensor(list(classes), device=model.device)
 
         def read(rows: list[int]) -> None:
-            found[rows] = self._batch(model, tokens, [sequences[row] for row in rows], labels[rows])
+            found[rows] = self._batch(model, tokens, [sequences[row] for row in rows], labels[rows]).to(wide)
             advance(len(rows))
 
         in_batches(read, batches_by_length(sequences, model.tokens_at_once(backward=True)))

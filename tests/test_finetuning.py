@@ -67,6 +67,15 @@ def test_calibration_takes_out_the_preference_for_a_verbalizer_and_nothing_else(
         evaluate_calibrated(model, task, examples, [])
 
 
+def test_a_caller_s_autocast_does_not_keep_the_weights_of_the_first_step(tiny_model):
+    model, config = tiny_model("llama", dtype=torch.float32), replace(QUICK, autocast=True, learning_rates=(3e-3,))
+    plain = run(model, TWO, config)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = run(model, TWO, config)
+    losses = [[row["train_loss"] for row in found.curve if row["step"]] for found in (plain, within)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05) and losses[0][-1] < 0.9 * losses[0][0]
+
+
 def test_a_result_knows_what_the_trained_model_is_worth_calibrated(tiny_model, task):
     model, config = tiny_model("llama", dtype=torch.float32), replace(QUICK, max_validation=4)
     sets, tested = (toy(task, 0, 8), toy(task, 20, 6)), toy(task, 30, 6)

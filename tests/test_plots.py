@@ -133,6 +133,7 @@ def test_what_was_not_measured_is_a_dash_and_short_columns_stay_on_a_line():
     ).to_html()
     assert ">–<" in html and ">nan<" not in html and ">0.500<" in html
     assert html.count("white-space: nowrap") >= 1 and "white-space: normal" in html
+    assert html.count("min-width: 7em") == 1 and "min-width: 18em" in plots.table([{"a": 90 * "x"}]).to_html()
 
 
 def test_steps_are_whole_numbers():

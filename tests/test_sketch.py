@@ -75,3 +75,13 @@ def test_a_text_beyond_the_context_is_refused(tiny_model):
     model = tiny_model("llama")
     with pytest.raises(UserError, match="text 1 has 1000 tokens"):
         BodySketch(torch.zeros(3)).factors(model, tokenize_task(TASK, model.tokenizer), [[1] * 1000], [0])
+
+
+def test_a_caller_s_autocast_reads_the_same_in_fewer_digits(tiny_model):
+    model = tiny_model("llama", dtype=torch.float32)
+    tokens, labels = tokenize_task(TASK, model.tokenizer), [0, 1, 2, 1, 0]
+    space, sequences = BodySketch.of(model, tokens, ["one long story"]), [tokens.sequence(text) for text in TEXTS]
+    plain = space.factors(model, tokens, sequences, labels).hidden
+    with torch.autocast("cpu", torch.bfloat16):
+        found = space.factors(model, tokens, sequences, labels).hidden
+    assert found.dtype == plain.dtype and torch.cosine_similarity(found, plain, dim=-1).min() > 0.98

@@ -21,6 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 ABREAST = 3  # panels that fit side by side
 SHORT = 20  # letters of a table's entry that stays on one line
+LINES, WIDEST = 4, 18  # longer ones get the width, in ems, that breaks them into about two lines, up to so many
 CHANGED = "style='background:rgba(230,159,0,0.3);color:inherit;border-bottom:2px solid #D55E00'"
 TEXT = "style='text-align:left;white-space:pre-wrap'"
 STYLE: Any = {  # matplotlib's own settings
@@ -225,13 +226,16 @@ def bounds(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str, yl
 def table(rows: Sequence[Mapping] | pandas.DataFrame, digits: int = 3):
     """Rows as an HTML table with whole texts; anything in a text that looks like HTML is shown, not obeyed.
 
-    A column of short entries is not broken into lines, and what was not measured is a dash.
+    A column of short entries is not broken into lines, one of long ones into a few; what was not measured is a dash.
     """
     frame = pandas.DataFrame(rows)
-    short = [name for name in frame if frame[name].map(_length).max() <= SHORT]
+    longest = {name: frame[name].map(_length).max() for name in frame}
+    short = [name for name in frame if longest[name] <= SHORT]
     styled = frame.style.format(precision=digits, escape="html", na_rep="–").hide(axis="index")
     styled = styled.format_index(precision=digits, escape="html", axis="columns")
     styled = styled.set_properties(**{"text-align": "left", "white-space": "normal"})
+    for name in (name for name in frame if name not in short):
+        styled = styled.set_properties(subset=[name], **{"min-width": f"{min(WIDEST, longest[name] // LINES)}em"})
     return styled.set_properties(subset=short, **{"white-space": "nowrap"})
 
 

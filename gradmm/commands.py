@@ -243,8 +243,8 @@ def finetune(arguments: Sequence[str]) -> None:
         model, task, train, splits.validation, splits.test, config, given.output, progress=not inputs.quiet
     )
     _say(
-        f"test accuracy {found.accuracy:.4f} on {len(splits.test)} texts after {found.step} steps at rate "
-        f"{found.learning_rate:g}, learnt from {len(train)} examples"
+        f"test accuracy {found.accuracy:.4f}, calibrated {found.calibrated.accuracy:.4f}, on {len(splits.test)} texts "
+        f"after {found.step} steps at rate {found.learning_rate:g}, learnt from {len(train)} examples"
     )
 
 

@@ -315,6 +315,11 @@ def numbers(row: Mapping, *names: str) -> dict:
     return {name: math.inf if value is None and name in names else value for name, value in row.items()}
 
 
+WHY = {  # what else than a setting makes a difference
+    "release.fingerprint": ", made of other real examples, or with another number of threads, which moves last digits",
+}
+
+
 def refuse_other(ours: dict, theirs: Any, place: str, mend: str) -> None:
     """Raise where a folder's settings (`theirs`) are other than those asked for; what else it holds may be any."""
     found = list(_differences(ours, theirs))
@@ -327,4 +332,5 @@ def _differences(ours: dict, theirs: Any, prefix: str = "") -> Iterator[str]:
         if isinstance(value, dict):
             yield from _differences(value, other, f"{prefix}{key}.")
         elif value != other:
-            yield f"{prefix}{key} ({short_json(other)} there, {short_json(value)} now)"
+            why = WHY.get(f"{prefix}{key}", "")
+            yield f"{prefix}{key} ({short_json(other)} there, {short_json(value)} now{why})"

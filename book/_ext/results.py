@@ -472,8 +472,8 @@ def limits(records: Records) -> str:
 MEASURES = {
     "by_class": "cosine of the mean gradients, class by class: what gradmm matches",
     "all_classes": "cosine of the mean gradients of all classes together",
-    "as_adam_steps": "the same class by class, as Adam scales it (LESS)",
-    "whitened": "the same in whitened directions (TAROT)",
+    "as_adam_steps": "cosine class by class, the texts' gradients as Adam scales them (LESS)",
+    "whitened": "cosine class by class, in whitened directions (TAROT)",
     "round_robin": "every real example has a text with a gradient like its own",
     "interaction": "the step's gain less what its texts take from each other (GREATS)",
     "states": "every real example has a text with a hidden state like its own (RDS+)",

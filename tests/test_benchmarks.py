@@ -156,6 +156,8 @@ def test_small_sets_are_measured_trained_on_and_gone_on_with(benchmark, tmp_path
     found = records.read_record(path)["results"]["sets"]
     assert found[:2] == begun and [row["set"] for row in found] == ["written-0", "written-1", "real-0"]
     assert all(set(row) >= set(script.MEASURES) and 0 <= row["calibrated_accuracy"] <= 1 for row in found)
+    script.main([*more.split(), "--written", "2", "--real", "0", "--rate", "1e-3"])  # other settings begin anew
+    assert records.read_record(path)["results"]["sets"] != begun
 
 
 def seen(script, *vectors: tuple[float, float]):

@@ -12,6 +12,7 @@ measure sees. Interrupted runs go on. Letters: N texts, D coordinates, C classes
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from gradmm.training import adamw, train_at_rate
 DIRECTIONS = 64  # of public gradients, in which "whitened" compares
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seen:
     """What measures know of N texts: labels (N,), gradients (N, D) in the body's sketch, last hidden states (N, W), and
     the log-probabilities of the labels (N, C).
@@ -58,11 +59,15 @@ class Seen:
 
     def mean(self, name: str = "gradients") -> Tensor:
         """The mean of each class: (C, D)."""
-        return _means(getattr(self, name), self.labels)
+        values = getattr(self, name)
+        return torch.stack([values[self.labels == number].mean(0) for number in self.labels.unique()])
 
-
-def _means(values: Tensor, labels: Tensor) -> Tensor:
-    return torch.stack([values[labels == number].mean(0) for number in labels.unique()])
+    @cached_property
+    def spread(self) -> Tensor:
+        """What takes gradients to directions in which these ones vary alike: (D, at most `DIRECTIONS`)."""
+        _, sizes, basis = torch.linalg.svd(self.gradients - self.gradients.mean(0), full_matrices=False)
+        count = min(DIRECTIONS, int((sizes > 1e-6 * sizes[0]).sum()))
+        return basis[:count].mT / sizes[:count]
 
 
 def nearest(own: Tensor, theirs: Tensor, labels: Tensor, their_labels: Tensor) -> float:
@@ -89,11 +94,7 @@ def as_adam_steps(own: Seen, real: Seen, public: Seen) -> float:
 
 def whitened(own: Seen, real: Seen, public: Seen) -> float:
     """As `by_class`, in directions in which public gradients vary alike (TAROT, arXiv 2412.00420)."""
-    middle = public.gradients.mean(0)
-    _, sizes, basis = torch.linalg.svd(public.gradients - middle, full_matrices=False)
-    count = min(DIRECTIONS, int((sizes > 1e-6 * sizes[0]).sum()))
-    spread = basis[:count].mT / sizes[:count]
-    return float(cosine_similarity(own.mean() @ spread, real.mean() @ spread, dim=-1).mean())
+    return float(cosine_similarity(own.mean() @ public.spread, real.mean() @ public.spread, dim=-1).mean())
 
 
 def round_robin(own: Seen, real: Seen, public: Seen) -> float:
@@ -194,8 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     written = [example for name, some in sets.items() if name.startswith("written") for example in some]
     space = BodySketch.of(model, tokens, [example.text for example in written])
     public, target = (Seen.of(model, tokens, space, some) for some in (written, real))
-    rows, place = [], Path(options.folder) / f"measured-{task.name}.jsonl"
-    rows = files.read_json_lines(place) if place.exists() else []
+    named = ("folder", "output", "model", "data")
+    settings = {"model": wide.name, "data": splits.source} | {
+        name: value for name, value in vars(options).items() if name not in named
+    }
+    depends = {name: value for name, value in settings.items() if name not in ("real", "threads")}  # real sets are last
+    place = Path(options.folder) / f"measured-{files.digest([wide.fingerprint, depends])[:8]}.jsonl"
+    rows = files.read_json_lines(place)[: len(sets)] if place.exists() else []
     for name, examples in list(sets.items())[len(rows) :]:
         own = Seen.of(model, tokens, space, examples)
         found = {measure: value(own, target, public) for measure, value in MEASURES.items()}
@@ -207,10 +213,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found |= {f"{kind}on_the_real": sum(right[len(tested) :]) / len(real)}
         rows.append({"set": name, **found})
         files.write_json_lines(place, rows)
-    named = ("folder", "output", "model", "data")
-    settings = {"model": wide.name, "data": splits.source} | {
-        name: value for name, value in vars(options).items() if name not in named
-    }
     write_record(options.output, {"sets": rows, "n_test": len(tested)}, settings)
 
 

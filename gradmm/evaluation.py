@@ -82,7 +82,7 @@ def _negative_log_likelihoods(
     def read(rows: list[int]) -> None:
         ids, mask = pad_left([sequences[row] for row in rows], model.device)
         known = None if bool(mask.all()) else mask
-        hidden = model.body(input_ids=ids, attention_mask=known, use_cache=False).last_hidden_state
+        hidden = model.body(inputs_embeds=model.embed(ids), attention_mask=known, use_cache=False).last_hidden_state
         predicted = (mask[:, 1:] * mask[:, :-1]).bool()  # (N, T - 1): a token with a token of its text before it
         losses = torch.zeros(predicted.shape, dtype=torch.float64, device=model.device)
         losses[predicted] = _token_losses(model, hidden[:, :-1][predicted], ids[:, 1:][predicted])

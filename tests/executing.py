@@ -120,7 +120,8 @@ def smoke_run(name: str, shared: Path) -> Path:
 def pages() -> list[str]:
     """The pages of the book, in the order of its table of contents: paths from the root, without endings."""
     toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
-    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+    chapters = [chapter for part in toc["parts"] for chapter in part["chapters"]]
+    return [toc["root"], *(page["file"] for one in chapters for page in (one, *one.get("sections", [])))]
 
 
 def is_current(built: Path = BUILT) -> bool:

@@ -18,7 +18,12 @@ from gradmm import cli, files
 from gradmm.experiments import batch, demo
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md")), ROOT / "notebooks" / "params" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "book").glob("*.md")),
+    *sorted((ROOT / "book" / "api").glob("*.md")),
+    ROOT / "notebooks" / "params" / "README.md",
+]
 # What a command of the documentation names and this machine lacks or has no hours for -> what stands for it here.
 SUBSTITUTES = {
     "HuggingFaceTB/SmolLM2-135M": "demo",  # a model of the hub

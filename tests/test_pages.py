@@ -308,7 +308,7 @@ def picture(extension):
 
 
 def test_the_picture_has_every_room_once_and_links_each(picture):
-    boxes = re.findall(r'href="api.html#module-gradmm\.(\w+)"', picture.svg())
+    boxes = re.findall(r'href="api/\w+.html#module-gradmm\.(\w+)"', picture.svg())
     assert sorted(boxes) == sorted(path.stem for path in (ROOT / "gradmm").glob("*.py") if path.stem[:2] != "__")
 
 

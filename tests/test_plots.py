@@ -72,6 +72,20 @@ def test_selection_draws_every_text():
     (axes,) = plots.selection(datasets.Dataset.from_dict(table)).axes
     assert sum(len(points.get_offsets()) for points in axes.collections) == 3
     assert {text.get_text() for text in axes.get_legend().get_texts()} == {"a, kept", "a, dropped", "b, kept"}
+    assert [axes.xaxis.get_major_formatter()(tick) for tick in (2, 10)] == ["2", "10"]
+
+
+def test_names_that_no_corner_holds_stand_once_above_all_panels():
+    curve = pandas.Series([1.0, 2.0])
+    frame = pandas.DataFrame({"measured": curve, "bound": curve})
+    figure = plots.lines({f"a curve with a long name {n}": curve for n in range(4)}, "step", "norm")
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 4 and figure.axes[0].get_legend() is None
+    several = plots.bounds({title: {str(n): frame for n in range(4)} for title in "abc"}, "step", "gap")
+    assert len(several.legends) == 1 and len(several.axes) == 3
+    assert len({axes.get_position().y0 for axes in several.axes}) == 2  # two side by side, the third below
+    apart = plots.bounds({"a": {str(n): frame for n in range(4)}, "b": {"x": frame}}, "step", "gap")
+    assert not apart.legends and all(axes.get_legend() for axes in apart.axes)
 
 
 def test_accuracies_draw_every_run_and_name_the_mean():

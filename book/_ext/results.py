@@ -46,6 +46,7 @@ DATA = {"sst2": "SST-2", "rotten_tomatoes": "Rotten Tomatoes", "demo": "the embe
 BRIEF = ("none", "prompt_only", "surest", "zero_shot", "few_shot", "gradmm", "real", "random", "herding", "all_real")
 OF_REAL_TEXT = ("random", "herding", "k_center", "matched_real")
 WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")
+AT_ONCE = 4  # texts of each label that are seen without a click
 NO_BREAK = "\N{NO-BREAK SPACE}"
 MARKS = {"beats": "▲", "is beaten by": "▼", "cannot be told from": ""}
 
@@ -315,21 +316,28 @@ def of_budgets(results: Mapping[str, Any]) -> str:
 
 
 def texts(results: Mapping[str, Any]) -> str:
-    """Kept texts side by side, a column a method; a text is shown, never obeyed."""
+    """Kept texts side by side, the first few of each label at once, all behind a click."""
     held = results.get("texts")
     if not held:
         return ""
+    most = max(len(some) for by_label in held.values() for some in by_label.values())
+    shown = f"Texts, drawn at random:\n\n{side_by_side(held, AT_ONCE)}"
+    return shown if most <= AT_ONCE else f"{shown}\n\n{behind_a_click('All texts', side_by_side(held, most))}"
+
+
+def side_by_side(held: Mapping[str, Mapping[str, Sequence[str]]], most: int) -> str:
+    """A table with a column a method and so many texts of each label; a text is shown, never obeyed."""
     labels = list(dict.fromkeys(label for by_label in held.values() for label in by_label))
     head = "".join(f"<th>{escape(words(name).strip('`'))}</th>" for name in held)
     body = ""
     for label in labels:
-        columns = [by_label.get(label, []) for by_label in held.values()]
+        columns = [by_label.get(label, [])[:most] for by_label in held.values()]
         for number in range(max(map(len, columns))):
             said = [column[number] if number < len(column) else "" for column in columns]
             cells = "".join(f"<td>{escape(' '.join(text.split()))}</td>" for text in said)
             body += f"<tr><th>{escape(label)}</th>{cells}</tr>"
     table = f"<table class='table texts'><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"Texts, drawn at random:\n\n<div class='pst-scrollable-table-container'>{table}</div>"
+    return f"<div class='pst-scrollable-table-container'>{table}</div>"
 
 
 def seconds(results: Mapping[str, Any]) -> str:
@@ -352,23 +360,22 @@ def duration(value: float) -> str:
 # ---------------------------------------------------------------- when not to use this
 
 
-def standing(records: Records, name: str) -> str:
-    """`herding` beats it on A, cannot be told from it on B; it is gradmm."""
+def tally(records: Records, names: Sequence[str], listed_ones: Sequence[str]) -> str:
+    """How many comparisons with these methods gradmm wins, loses and leaves open, and where it does what is listed."""
     by: dict[str, list[str]] = {word: [] for word in MARKS}
+    places: dict[str, list[str]] = {}
     for record in records.values():
-        gap = record["results"]["methods"].get(name, {}).get("minus_gradmm")
-        if gap:
-            by[outcome(gap)].append(title(record))
-    said = [
-        f"{word} it {'everywhere' if len(places) == len(records) > 1 else f'on {listed(places)}'}"
-        for word, places in by.items() if places
-    ]  # fmt: skip
-    return f"`{name}` {', '.join(said)}" if said else ""
-
-
-def standings(records: Records, names: Sequence[str]) -> str:
-    """How several methods stand to gradmm, one after the other."""
-    return "; ".join(filter(None, (standing(records, name) for name in names)))
+        for name in names:
+            if gap := record["results"]["methods"].get(name, {}).get("minus_gradmm"):
+                by[outcome(gap)].append(name)
+                if outcome(gap) in listed_ones:
+                    places.setdefault(title(record), []).append(f"`{name}`")
+    won, lost, undecided = (len(by[word]) for word in ("is beaten by", "beats", "cannot be told from"))
+    where = "; ".join(f"{listed(held)} on {place}" for place, held in places.items())
+    said = (
+        f"Of {counted(won + lost + undecided, 'comparison')} gradmm wins {won}, loses {lost}, and {undecided} are open"
+    )
+    return said + (f" (not won: {where})" if where and len(listed_ones) > 1 else f" (lost: {where})" if where else "")
 
 
 def outcomes(records: Records, names: Sequence[str]) -> list[str]:
@@ -380,24 +387,18 @@ def outcomes(records: Records, names: Sequence[str]) -> list[str]:
 
 def against_real(records: Records) -> str:
     """Whether a choice of real texts does better."""
-    found = outcomes(records, OF_REAL_TEXT)
-    won = found.count("beats")
-    end = (
-        f"In {won} of {len(found)} comparisons a choice of real texts teaches more than gradmm's texts: train on those"
-        if won
-        else f"In none of {len(found)} comparisons does a choice of real texts teach more than gradmm's texts"
+    return (
+        "**Where the real texts may be published.** Real texts, drawn at random or chosen, need no synthesis. "
+        f"{tally(records, OF_REAL_TEXT, ['beats'])}."
     )
-    said = f"Against gradmm: {standings(records, OF_REAL_TEXT)}. {end}."
-    return f"**Where the real texts may be published.** A choice among them needs no synthesis. {said}"
 
 
 def against_calibration(records: Records) -> str:
     """How much of the gain a calibration gives, and whether the labels matter."""
-    said = " ".join(filter(None, map(of_the_gain, records.values())))
     return (
         "**Where the model is only out of balance.** A model may know the task and prefer one verbalizer whatever the "
-        "text says. `gradmm.classification.evaluate_calibrated` takes that out with unlabelled texts and no training. "
-        f"{said} gradmm's texts with their labels dealt at random: {standings(records, ['shuffled'])}."
+        "text says. {py:func}`gradmm.classification.evaluate_calibrated` takes that out with unlabelled texts and no "
+        f"training: {'; '.join(filter(None, map(of_the_gain, records.values())))}."
     )
 
 
@@ -409,25 +410,18 @@ def of_the_gain(record: Record) -> str:
     start, end = (methods[name]["accuracy"]["mean"] for name in ("none", "gradmm"))
     share = max(0.0, (calibrated - start) / (end - start)) if end > start else None
     said = (
-        "gradmm's texts gain nothing there" if share is None
-        else "calibration alone gives all of the gain" if share >= 1
-        else f"calibration alone gives {share:.0%} of the gain"
+        "gradmm's texts gain nothing" if share is None
+        else "it gives all of the gain" if share >= 1
+        else f"it gives {share:.0%} of the gain"
     )  # fmt: skip
-    figures = f"{start:.3f} untrained, {calibrated:.3f} calibrated, {end:.3f} with gradmm's texts"
-    return f"{title(record)}: {figures}; {said}."
+    return f"on {title(record)} {said} ({start:.3f} untrained, {calibrated:.3f} so, {end:.3f} with gradmm's texts)"
 
 
 def against_writing(records: Records) -> str:
     """Whether texts that match nothing do as well."""
-    found = outcomes(records, [*WRITTEN, "random_target"])
-    lost = found.count("is beaten by")
-    end = (
-        "So in these records matching adds to what the model writes anyway" if lost == len(found)
-        else f"gradmm is shown to be better in {lost} of these {len(found)} comparisons, and in no other"
-    )  # fmt: skip
-    said = standings(records, [*WRITTEN, "random_target"])
     return (
-        f"**Where texts that the model writes freely are enough.** A search costs time. Against gradmm: {said}. {end}."
+        "**Where texts that the model writes freely are enough.** A search costs time. "
+        f"{tally(records, [*WRITTEN, 'random_target'], ['beats', 'cannot be told from'])}."
     )
 
 
@@ -444,9 +438,8 @@ def against_noise(records: Records) -> str:
 
 def undecided(records: Records) -> str:
     """How many comparisons are open, and how small a difference the records can see."""
-    found = outcomes(
-        records, list(dict.fromkeys(name for one in records.values() for name in one["results"]["methods"]))
-    )
+    everything = dict.fromkeys(name for one in records.values() for name in one["results"]["methods"])
+    found = outcomes(records, list(everything))
     widths = []
     for record in records.values():
         gaps = [one["minus_gradmm"] for one in record["results"]["methods"].values() if one["minus_gradmm"]]

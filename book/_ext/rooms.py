@@ -5,6 +5,7 @@ Rooms that many others use stand in a line of their own, without arrows. An arro
 
 import ast
 import importlib.util
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,8 @@ from pathlib import Path
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-PACKAGE = Path(importlib.util.find_spec("gradmm").origin).parent
+PACKAGE, BOOK = Path(importlib.util.find_spec("gradmm").origin).parent, Path(__file__).resolve().parents[1]
+AUTOMODULE = re.compile(r"^\.\. automodule:: gradmm\.(\w+)$", re.MULTILINE)
 EVERYWHERE = 7  # a room that so many others import has no arrows: they would hide the rest
 WIDTH, ROW, BOX, TALL, GAP, THIN = 800, 76, 106, 30, 14, 8
 SWEEPS = 24  # in which each row is put in the order of its neighbours' places
@@ -123,9 +125,15 @@ def _placed(order: list[list[tuple[int, Point]]]) -> dict[tuple[int, Point], tup
     return places
 
 
-def _box(name: str, x: float, y: float, says: str) -> str:
+def pages() -> dict[str, str]:
+    """The page of the API reference that each room is on."""
+    held = {path: path.read_text(encoding="utf-8") for path in sorted((BOOK / "api").glob("*.md"))}
+    return {name: path.stem for path, text in held.items() for name in AUTOMODULE.findall(text)}
+
+
+def _box(name: str, page: str, x: float, y: float, says: str) -> str:
     return (
-        f'<a href="api.html#module-gradmm.{name}"><title>{escape(says)}</title>'
+        f'<a href="api/{page}.html#module-gradmm.{name}"><title>{escape(says)}</title>'
         f'<rect x="{x - BOX / 2:.0f}" y="{y - TALL / 2:.0f}" width="{BOX}" height="{TALL}" rx="6"/>'
         f'<text x="{x:.0f}" y="{y + 5:.0f}">{name}</text></a>'
     )
@@ -148,11 +156,13 @@ def svg() -> str:
     says = {path.stem: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in rooms()}
     drawn, ground = drawing(arrows(found)), everywhere(found)
     foot = max(y for _, y in drawn.places.values()) + 1.6 * ROW
-    step = WIDTH / len(ground)
+    step, page = WIDTH / len(ground), pages()
     boxes = {point: place for (_, point), place in drawn.places.items() if isinstance(point, str)}
     boxes |= {name: (step * (number + 0.5), foot) for number, name in enumerate(ground)}
     lines = "".join(_way([drawn.places[point] for point in way]) for way in drawn.ways)
-    drawn_boxes = "".join(_box(name, x, y, says[name].split("\n\n")[0]) for name, (x, y) in sorted(boxes.items()))
+    drawn_boxes = "".join(
+        _box(name, page[name], x, y, says[name].split("\n\n")[0]) for name, (x, y) in sorted(boxes.items())
+    )
     return (
         f'<svg viewBox="0 0 {WIDTH} {foot + TALL:.0f}" role="img" aria-label="Which room builds on which" '
         'xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" font-size="15" fill="currentColor">'

@@ -15,11 +15,12 @@ import matplotlib.pyplot as plt
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-ABREAST = 3  # panels that fit side by side
+ABREAST = 2  # panels that fit side by side with letters that can be read on a page
+LETTERS = 90  # of a legend's names and keys in one row
 SHORT = 20  # letters of a table's entry that stays on one line
 LINES, WIDEST = 4, 18  # longer ones get the width, in ems, that breaks them into about two lines, up to so many
 CHANGED = "style='background:rgba(230,159,0,0.3);color:inherit;border-bottom:2px solid #D55E00'"
@@ -47,10 +48,28 @@ def use_style() -> None:
     plt.rcParams.update(STYLE)
 
 
-def _axes(count: int = 1, width: float = 5.0, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+def _grid(panels: int, height: float, width: float = 4.0) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, `ABREAST` in a row, each of this size in inches; one alone is wider."""
+    rows, columns = -(-panels // ABREAST), min(panels, ABREAST)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False)
-    return figure, list(axes[0])
+        size = (6.4 if panels == 1 else width * columns, height * rows)
+        figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axes in grid.flat[panels:]:
+        axes.remove()
+    return figure, list(grid.flat[:panels])
+
+
+def _legend(figure: Figure, panels: Sequence[Axes], **options: Any) -> None:
+    """Names in each panel; where all have the same ones, and more than a corner holds, once above the panels."""
+    handles, names = panels[0].get_legend_handles_labels()
+    if len(names) > 3 and all(axes.get_legend_handles_labels()[1] == names for axes in panels):
+        columns = max(1, LETTERS // (max(map(len, names)) + 6))
+        figure.legend(
+            handles, names, loc="outside upper center", ncols=min(columns, len(names)), frameon=False, **options
+        )
+    else:
+        for axes in panels:
+            axes.legend(**options)
 
 
 def _look(number: int) -> dict[str, Any]:
@@ -73,7 +92,7 @@ def convergence(history: pandas.DataFrame) -> Figure:
     """
     names = {"match_x": "at x (continuous)", "match_z": "at z (text)"}
     residuals = [name for name in ("primal", "dual", "stationarity") if name in history]
-    figure, panels = _axes(2 if residuals else 1)
+    figure, panels = _grid(2 if residuals else 1, 3.2)
     for axes, shown in zip(panels, (names, dict(zip(residuals, residuals, strict=True))), strict=False):
         for number, (column, name) in enumerate(shown.items()):
             if column in history:
@@ -82,8 +101,7 @@ def convergence(history: pandas.DataFrame) -> Figure:
     panels[0].set(xlabel="outer step", ylabel="matching loss (1 - cosine)", title="Loss", ylim=(0, None))
     for axes in panels[1:]:
         axes.set(xlabel="outer step", ylabel="norm", title="Residuals", yscale="log")
-    for axes in panels:
-        axes.legend()
+    _legend(figure, panels)
     return figure
 
 
@@ -103,7 +121,7 @@ def _whole_steps(axes: Axes, steps: Sequence) -> None:
 
 def selection(dataset: datasets.Dataset) -> Figure:
     """Every text that was written: matching loss against perplexity, kept or dropped, by class."""
-    figure, (axes,) = _axes(1, width=6.0)
+    figure, (axes,) = _grid(1, 3.4)
     frame = dataset.to_pandas()
     for place, (name, rows) in enumerate(frame.groupby("label_name")):
         for kept, part in rows.groupby("kept"):
@@ -115,7 +133,9 @@ def selection(dataset: datasets.Dataset) -> Figure:
             label = f"{name}, {'kept' if kept else 'dropped'}"
             axes.scatter(part["perplexity"], part["match_loss"], s=28, label=label, **look)
     axes.set(xscale="log", xlabel="perplexity under the model", ylabel="matching loss of the text alone")
-    axes.legend()
+    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
+    _legend(figure, [axes])
     return figure
 
 
@@ -137,15 +157,9 @@ def by_panel(
         line: where a dashed line stands, such as chance.
         xlim: ends of every panel's axis; None: from 0 to the largest value of all.
     """
-    columns, items = min(len(panels), ABREAST), max(map(len, panels.values()))
-    rows, width = -(-len(panels) // columns), 6.4 if len(panels) == 1 else 5.0
     most = max(value for runs in panels.values() for values in runs.values() for value in values)
-    with plt.rc_context(STYLE):
-        size = (width * columns, (0.5 * items + 1.4) * rows)
-        figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.remove()
-    for axes, (name, runs) in zip(grid.flat, panels.items(), strict=False):
+    figure, places = _grid(len(panels), 0.4 * max(map(len, panels.values())) + 1.0, width=4.4)
+    for axes, (name, runs) in zip(places, panels.items(), strict=True):
         _runs(axes, runs, line)
         axes.set(title=name, xlabel=xlabel, xlim=xlim or (0, 1.05 * most))
     return figure
@@ -167,12 +181,12 @@ def _runs(axes: Axes, runs: Mapping[str, Sequence[float]], line: float | None) -
 
 def lines(series: Mapping[str, pandas.Series], xlabel: str, ylabel: str) -> Figure:
     """Several curves over one axis, told apart by colour and marker."""
-    figure, (axes,) = _axes(1, width=6.4)
+    figure, (axes,) = _grid(1, 3.4)
     for place, (name, values) in enumerate(series.items()):
         axes.plot(values.index, values, label=name, **_look(place))
         _whole_steps(axes, values.index)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.legend()
+    _legend(figure, [axes])
     return figure
 
 
@@ -183,13 +197,13 @@ def bands(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str) -> 
         panels: for each panel's y label, each curve's frame: x as the index, columns `mean` and `std` (not a number of
             one run: no band).
     """
-    figure, axes = _axes(len(panels))
+    figure, axes = _grid(len(panels), 3.2)
     for place, (ylabel, curves) in zip(axes, panels.items(), strict=True):
         for number, (name, frame) in enumerate(curves.items()):
             middle, spread = frame["mean"], frame["std"].astype(float).fillna(0)
             _curve(place, number, name, middle, middle - spread, middle + spread)
         place.set(xlabel=xlabel, ylabel=ylabel)
-        place.legend()
+    _legend(figure, axes)
     return figure
 
 
@@ -212,14 +226,14 @@ def bounds(panels: Mapping[str, Mapping[str, pandas.DataFrame]], xlabel: str, yl
     Args:
         panels: for each title, each curve's frame: x as the index, columns `measured` and `bound`.
     """
-    figure, axes = _axes(len(panels))
+    figure, axes = _grid(len(panels), 3.2)
     for place, (title, curves) in zip(axes, panels.items(), strict=True):
         for number, (name, frame) in enumerate(curves.items()):
             look, every = _look(number), max(1, len(frame) // 12)
             place.plot(frame.index, frame["measured"], label=name, markevery=every, **look)
             place.plot(frame.index, frame["bound"], color=look["color"], linestyle="--", linewidth=1.2)
         place.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log")
-        place.legend(title="dashed: the bound")
+    _legend(figure, axes, title="dashed: the bound")
     return figure
 
 

@@ -143,6 +143,21 @@ def test_a_real_model_is_compared_in_bfloat16(benchmark, tmp_path, monkeypatch):
     assert all(0 <= one["calibrated"]["accuracy"]["mean"] <= 1 for one in record["results"]["methods"].values())
 
 
+def test_texts_of_one_real_model_train_another(benchmark, tmp_path):
+    path, work = str(tmp_path / "06-transfer-demo.json"), str(tmp_path / "work")
+    common = "--model demo --data demo --task demo --seeds 1 --steps 4 --written 2 --n-synthetic 4 --n-real 6".split()
+    more = f"--eval-every 4 --max-test 20 --max-validation 10 --layers 1 --methods none real gradmm --folder {work}"
+    model, other = gradmm.load_model("demo", device="cpu"), str(tmp_path / "twin")
+    for part in (model.lm, model.tokenizer):
+        part.save_pretrained(other)
+    benchmark("real_models").main([*common, *more.split(), "--learners", other, "--output", path])
+    found = records.read_record(path)["results"]
+    writer, learner = (found["methods"][name] for name in ("demo", "twin"))
+    assert found["writer"] == "demo" and list(writer) == list(learner) == ["none", "real", "gradmm"]
+    for name, figures in learner.items():  # the same weights learn the same
+        assert figures["accuracy"] == writer[name]["accuracy"] and figures["n"] == writer[name]["n"]
+
+
 def test_small_sets_are_measured_trained_on_and_gone_on_with(benchmark, tmp_path):
     script = benchmark("measures")
     pool = [{"text": f"it is a {word} and {word} film {i} .", "label": label}

@@ -7,7 +7,8 @@ Embeddings do not learn, nor what is below the last `--layers` layers, so what e
 the gradient of a text is read once for all methods; and a pool is written once for all methods and data. None of this
 changes a result but by rounding (a test compares with `FinetuneConfig.layers`). With `--dtype bfloat16`, for processors
 that have it, texts are written and gradients read in bfloat16, and float32 weights learn under autocast. Interrupted
-runs go on. For models with `embed_tokens`, `layers` and `norm`, such as Llama, Qwen and Gemma.
+runs go on. With `--learners` the texts of the first model train others, too, as in 06-transfer. For models with
+`embed_tokens`, `layers` and `norm`, such as Llama, Qwen and Gemma.
 """
 
 import argparse
@@ -121,10 +122,10 @@ def gradients_read_once() -> Iterator[None]:
     read = BodySketch.factors
 
     def factors(self, model, tokens, sequences: Sequence[Sequence[int]], classes: Sequence[int]) -> Factors:
-        keys = [(tuple(ids), label) for ids, label in zip(sequences, classes, strict=True)]
+        keys = [(model.name, tuple(ids), label) for ids, label in zip(sequences, classes, strict=True)]
         new = list(dict.fromkeys(key for key in keys if key not in held))
         if new:
-            found = read(self, model, tokens, [ids for ids, _ in new], [label for _, label in new])
+            found = read(self, model, tokens, [ids for _, ids, _ in new], [label for *_, label in new])
             held.update(zip(new, found.hidden, strict=True))
         rows = torch.stack([held[key] for key in keys])
         return Factors(rows.new_ones(len(rows), 1), rows)
@@ -168,15 +169,28 @@ def results_of(found: Comparison, texts: dict, calibrated: float) -> dict:
     }
 
 
+def transferred(found: Comparison, writer: str, learners: Sequence[Model]) -> dict:
+    """What 06-transfer writes of a comparison: the methods' figures by model."""
+    views = {writer: found, **{one.name: found.on(one.name) for one in learners}}
+    return {"methods": {name: view.methods for name, view in views.items()}, "writer": writer}
+
+
+def loaded(name: str, options: argparse.Namespace) -> tuple[Model, Upper]:
+    """A model in the type that reads and writes, and what learns of it in float32."""
+    wide = gradmm.load_model(name, device="cpu", dtype="float32")
+    narrow = options.dtype != "float32"
+    model = gradmm.load_model(name, device="cpu", dtype=options.dtype) if narrow else wide
+    return model, Upper(wide, options.layers or len(model.lm.base_model.layers))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing and write the record."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     task, splits = gradmm.load_data(options.data, options.task)
-    wide = gradmm.load_model(options.model, device="cpu", dtype="float32")
-    narrow = options.dtype != "float32"
-    model = gradmm.load_model(options.model, device="cpu", dtype=options.dtype) if narrow else wide
-    layers = options.layers or len(model.lm.base_model.layers)
+    (model, upper), *others = (loaded(name, options) for name in (options.model, *options.learners))
+    uppers = {one.name: part for one, part in ((model, upper), *others)}
+    learners, layers = [one for one, _ in others], upper.layers
     folder, each = Path(options.folder), options.written * options.n_synthetic // len(task.labels)
     sampling = Sampling(temperature=options.temperature, max_tokens=options.length, min_tokens=MIN_TOKENS)
     seeds = range(options.seed, options.seed + options.seeds)
@@ -192,27 +206,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
             max_validation=options.max_validation,
             layers=layers,
             batch_size=options.batch_size,
-            autocast=narrow,
+            autocast=options.dtype != "float32",
         ),
         sampling=sampling,
         max_test=options.max_test,
         similarity_steps=(),
+        learners=learners,
         pools={seed: written(model, task, seed, each, sampling, folder) for seed in seeds},
     )
-    upper = Upper(wide, layers)
-    with gradients_read_once(), mock.patch.object(protocol, "finetune", upper.finetune):
+
+    def finetune(model: Model, *rest, **named) -> FinetuneResult:
+        return uppers[model.name].finetune(model, *rest, **named)
+
+    with gradients_read_once(), mock.patch.object(protocol, "finetune", finetune):
         found = protocol.compare(model, task, splits, config, options.methods, seeds, folder / task.name)
         run = SeedRun(Experiment(model, task, splits, config, {}, "", folder / task.name), options.seed)
         texts = shown(run, [name for name in ("prompt_only", "gradmm") if name in options.methods])  # no real text
     unlabelled = [example.text for example in splits.validation[: options.max_validation]]
     tested = subsample(splits.test, 0, options.max_test)
     calibrated = evaluate_calibrated(model, task, tested, unlabelled).accuracy
-    named = ("folder", "output", "methods", "seed", "seeds", "data", "model")
+    named = ("folder", "output", "methods", "seed", "seeds", "data", "model", "learners")
     settings = {"model": model.name, "data": splits.source} | {
         name: value for name, value in vars(options).items() if name not in named
     }
     settings |= {"layers": layers}
-    write_record(options.output, results_of(found, texts, calibrated), settings)
+    results = results_of(found, texts, calibrated)
+    write_record(options.output, results | (transferred(found, model.name, learners) if learners else {}), settings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -220,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("--model", "--data", "--task", "--folder", "--output"):
         parser.add_argument(name, required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--learners", nargs="+", default=[])
     for name, default in (
         ("--n-real", 50), ("--n-synthetic", 100), ("--written", 5), ("--length", 40), ("--layers", None),
         ("--batch-size", 4), ("--steps", 120), ("--eval-every", 60), ("--max-validation", 150), ("--max-test", None),

@@ -158,6 +158,23 @@ def test_texts_of_one_real_model_train_another(benchmark, tmp_path):
         assert figures["accuracy"] == writer[name]["accuracy"] and figures["n"] == writer[name]["n"]
 
 
+def test_a_private_choice_is_measured_beside_noise_alone(benchmark, tmp_path):
+    path = str(tmp_path / "04-privacy-demo.json")
+    common = (
+        "--model demo --data demo --task demo --seeds 1 --steps 4 --written 2 --n-synthetic 8 --eval-every 4".split()
+    )
+    more = f"--max-test 20 --max-validation 10 --sizes 20 100 --epsilons 1 --directions 1 2 --folder {tmp_path}"
+    script = benchmark("private_release")
+    script.main([*common, *more.split(), "--points", "20:1", "--output", path])
+    found = records.read_record(path)["results"]
+    assert [row["name"] for row in found["trained"]] == ["20 examples, epsilon 1", "noise only"]
+    assert all(0 <= row[name] <= 1 for row in found["trained"] for name in ("accuracy", "calibrated"))
+    assert {row["space"]: row["coordinates"] for row in found["fidelity"]}["label_rows_centred, 1 directions"] == 2
+    assert len(found["fidelity"]) == 2 * 5 and all(-1 <= row["useful"] <= 1 for row in found["fidelity"])
+    script.main([*common, *more.split(), "--points", "20:1", "--output", path])  # trains nothing anew
+    assert records.read_record(path)["results"] == found
+
+
 def test_small_sets_are_measured_trained_on_and_gone_on_with(benchmark, tmp_path):
     script = benchmark("measures")
     pool = [{"text": f"it is a {word} and {word} film {i} .", "label": label}

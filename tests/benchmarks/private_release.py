@@ -1,0 +1,120 @@
+"""What noise leaves of a release on a pretrained model, and what texts that it chooses are worth.
+
+    python tests/benchmarks/private_release.py --model FOLDER --data sst2 --task notebooks/tasks/film-chat.yaml \
+        --folder results/real --output book/records/04-privacy-smollm2-sst2.json --points 500:8 5000:1
+
+First, by arithmetic, the cosine of the noised contrast to the exact one for every size, epsilon and space. Then, for
+each point `n:epsilon`, n private examples are released with that epsilon, the release chooses from the pool that
+`real_models.py` leaves in the folder, and the model learns the choice; beside them the choice of noise alone. Noise
+seeds are fixed, so nothing here is private. Interrupted runs go on.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from real_models import loaded, written
+
+import gradmm
+from gradmm import files
+from gradmm.data import Example, Splits
+from gradmm.experiments import audit
+from gradmm.experiments.baselines import noise_only
+from gradmm.experiments.metrics import subsample
+from gradmm.experiments.records import write_record
+from gradmm.generation import Sampling
+from gradmm.models import Model
+from gradmm.plan import MIN_TOKENS, Plan
+from gradmm.spaces import release_space
+from gradmm.tasks import Task, tokenize_task
+
+DELTA, CLIP, SPACE = 1e-5, 1.0, "label_rows_centred"
+
+
+def fidelity(model: Model, task: Task, splits: Splits, public: Sequence[str], options) -> list[dict]:
+    """`audit.signal_to_noise` in spaces of ever fewer coordinates, named with their directions."""
+    tokens = tokenize_task(task, model.tokenizer)
+    spaces = {"label_rows": release_space(model, tokens, "label_rows")} | {
+        f"{name}, {count} directions": release_space(model, tokens, name, public, count)
+        for name in ("label_rows_subspace", SPACE) for count in options.directions
+    }  # fmt: skip
+    many = gradmm.sample_examples(splits.train, max(options.sizes), task, options.seed)
+    return audit.signal_to_noise(model, task, many, options.sizes, spaces, options.epsilons, DELTA, CLIP)
+
+
+def choices(
+    model: Model, task: Task, splits: Splits, pool: Sequence[Example], seed: int, options
+) -> Iterator[tuple[str, list[Example]]]:
+    """For each point and each of its sizes what the release and what noise alone choose from the pool."""
+    config = gradmm.SynthesisConfig(n_synthetic=options.n_synthetic, temperature=options.temperature, seed=seed)
+    public = [example.text for example in pool]
+    for point in options.points:
+        n, epsilon = int(point.split(":")[0]), float(point.split(":")[1])
+        private = gradmm.sample_examples(splits.train, n, task, seed)
+        target = gradmm.release(
+            model, task, private, epsilon=epsilon, delta=DELTA, clip=CLIP, length=options.length, space=SPACE,
+            public_texts=public, directions=max(options.directions), noise_seed=seed, progress=False,
+        )  # fmt: skip
+        for name, one in ((f"{n} examples, epsilon {epsilon:g}", target), ("noise only", noise_only(target, seed))):
+            yield name, Plan.of(model, task, one, config).selector.keep(pool)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and train what is missing, and write the record."""
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    task, splits = gradmm.load_data(options.data, options.task)
+    model, upper = loaded(options.model, options)
+    sampling = Sampling(temperature=options.temperature, max_tokens=options.length, min_tokens=MIN_TOKENS)
+    each = options.written * options.n_synthetic // len(task.labels)
+    tested, folder = subsample(splits.test, 0, options.max_test), Path(options.folder)
+    place = (
+        folder / f"private-{files.digest([model.fingerprint, splits.source, vars(options) | {'seeds': 0}])[:8]}.jsonl"
+    )
+    rows = files.read_json_lines(place) if place.exists() else []
+    for seed in range(options.seed, options.seed + options.seeds):
+        tuning = gradmm.FinetuneConfig(
+            steps=options.steps, learning_rates=(options.rate,), eval_every=options.eval_every, patience=None, warmup=5,
+            max_validation=options.max_validation, layers=upper.layers, batch_size=options.batch_size,
+            autocast=options.dtype != "float32", seed=seed,
+        )  # fmt: skip
+        for name, examples in choices(
+            model, task, splits, written(model, task, seed, each, sampling, folder), seed, options
+        ):
+            if not any((row["name"], row["seed"]) == (name, seed) for row in rows):
+                found = upper.finetune(upper.model, task, examples, splits.validation, tested, tuning)
+                one = {"name": name, "seed": seed, "accuracy": found.accuracy, "calibrated": found.calibrated.accuracy}
+                rows.append(one | {"validation_accuracy": found.validation_accuracy})
+                files.write_json_lines(place, rows)
+    public = [example.text for example in written(model, task, options.seed, each, sampling, folder)]
+    found = {"fidelity": fidelity(model, task, splits, public, options), "trained": rows, "n_test": len(tested)}
+    named = ("folder", "output", "model", "data")
+    settings = {"model": model.name, "data": splits.source, "delta": DELTA, "clip": CLIP, "space": SPACE} | {
+        name: value for name, value in vars(options).items() if name not in named
+    }
+    write_record(options.output, found, settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("--model", "--data", "--task", "--folder", "--output"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--points", nargs="*", default=[], help="n:epsilon, trained on")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[50, 500, 5000])
+    parser.add_argument("--epsilons", nargs="+", type=float, default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
+    parser.add_argument("--directions", nargs="+", type=int, default=[1, 4, 16])
+    for name, default in (
+        ("--n-synthetic", 100), ("--written", 5), ("--length", 40), ("--layers", None), ("--batch-size", 4),
+        ("--steps", 120), ("--eval-every", 60), ("--max-validation", 150), ("--max-test", None), ("--seed", 0),
+        ("--seeds", 5), ("--threads", 2),
+    ):  # fmt: skip
+        parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE = ROOT / "notebooks" / "params" / "smoke"
 RECORDS = ROOT / "book" / "records"
-RECORDED = ("03-finetuning", "05-ablations")  # their smoke runs show what is recorded, as the book does
+RECORDED = ("03-finetuning", "04-privacy", "05-ablations")  # their smoke runs show what is recorded, as the book does
 BUILT = ROOT / "book" / "_build" / "html"
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -215,7 +215,7 @@ class ReleaseConfig:
         public_texts: texts that are not private: needed for the two subspaces; for the spaces under the loss over the
             label tokens what preference and whitening are measured on (None: texts that the model writes from the
             public prompts, as many as the estimate needs, see `spaces.own_texts`).
-        directions: r; None takes 4, or as many as there are texts or hidden units if fewer.
+        directions: r; None takes 16, or as many as the texts span if fewer.
         noise_seed: fixes the noise for a repeatable experiment; the Release is then marked as not private.
     """
 

@@ -31,7 +31,7 @@ METHODS = {
     "shuffled": "gradmm's texts, labels dealt at random",
     "random_target": "gradmm's search for a random target",
     "prompt_only": "gradmm's prompts without matching",
-    "surest": "the candidates whose label the model is surest of",
+    "surest": "candidates that the model is surest of",
     "zero_shot": "zero-shot texts of the same model",
     "few_shot": "few-shot texts, real ones in the prompt",
     "gradmm": "gradmm's texts",
@@ -430,9 +430,9 @@ def against_noise(records: Records) -> str:
     private = [title(record) for record in records.values() if record["settings"].get("epsilon") is not None]
     held = f"Only {listed(private)} was measured with privacy" if private else "No record here is of a private release"
     return (
-        f"**Where the real texts are private and few.** {held}. What the noise costs at which number of examples, and "
-        "what an attacker still sees, is in [04-privacy](executed/04-privacy.ipynb). Without `epsilon` nothing is "
-        "promised about the real texts."
+        f"**Where the real texts are private and few.** {held}. What noise leaves of a release at which number of "
+        "examples, on a small model and on a pretrained one, and what an attacker still sees, is in "
+        "[04-privacy](executed/04-privacy.ipynb). Without `epsilon` nothing is promised about the real texts."
     )
 
 

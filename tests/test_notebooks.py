@@ -17,6 +17,7 @@ import gradmm
 from gradmm import files
 from gradmm.experiments import batch, demo, plots, records
 from gradmm.experiments import performance as performance_room
+from gradmm.experiments.results import outcome
 from gradmm.runs import NOT_FOR_RELEASE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,6 +233,30 @@ def test_a_record_of_a_card_is_shown_beside_those_of_processors(tmp_path):
     assert own["on_gpu"] == ["gpu-h100"] and "1 of 1 ran on a GPU" in shown[-1] and "NVIDIA H100" in shown[-1]
     (found,) = own["of_cards"]
     assert (found["on"], found["type"], found["milliseconds"]) == ("NVIDIA H100", "bfloat16", 50.0)
+
+
+def test_recorded_comparisons_answer_the_claims_by_their_intervals(tmp_path):
+    """The cells of 08-paper that read them, on a comparison and on a transfer."""
+
+    def against(**gaps: tuple[float, float]) -> dict:
+        return {name: {"minus_gradmm": {"low": low, "high": high}} for name, (low, high) in gaps.items()}
+
+    alone = against(real=(0.01, 0.02), zero_shot=(-0.02, -0.01), few_shot=(-0.01, 0.01), none=(-0.2, -0.1))
+    both = {"writer": "a", "methods": {"a": alone, "b": against(none=(-0.2, -0.1), prompt_only=(-0.02, -0.01))}}
+    records.write_record(
+        tmp_path / "03-finetuning-one.json", {"methods": alone | {"gradmm": {"minus_gradmm": None}}}, {}
+    )
+    records.write_record(tmp_path / "06-transfer-two.json", both, {})
+    shown: list = []
+    own = {"records": tmp_path, "display": shown.append, "Markdown": str, "plots": plots, "outcome": outcome}
+    own |= {"read_records": records.read_records}
+    cells = {cell.id: cell for cell in nbformat.read(ROOT / "notebooks" / "08-paper.ipynb", as_version=4).cells}
+    for name in ("paper-10-d", "paper-10-e"):
+        exec(cells[name].source, own)
+    answers = {row["gradmm's texts are"]: row for row in own["sayings"]}
+    assert [row["one"] for row in answers.values()] == ["no, worse", "yes", "not shown", "–", "–"]
+    assert [row["two, learnt by b"] for row in answers.values()] == ["–", "–", "–", "yes", "yes"]
+    assert "not shown" in shown[0].to_html()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -94,6 +94,13 @@ def test_the_glossary_is_in_order():
     assert len(terms) > 30 and terms == sorted(terms, key=str.casefold)
 
 
+def test_markup_in_a_docstring_is_shown_and_examples_are_left_alone(extension):
+    lines = ["p * q of `a * b`.", "", "    n | m", "", "Raises:", "    UserError: **x", ">>> f(**some)", "... * 2"]
+    found = extension("plain_docstrings").plain(lines)
+    assert found[:2] == ["p \\* q of `a * b`.", ""] and found[2:5] == ["::", "", "    n | m"]
+    assert found[-3:] == ["    UserError: \\*\\*x", ">>> f(**some)", "... * 2"]
+
+
 def test_every_room_is_in_the_api_reference():
     texts = [path.read_text(encoding="utf-8") for path in (BOOK / "api").glob("*.md")]
     listed = [

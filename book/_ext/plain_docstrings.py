@@ -1,7 +1,7 @@
 """Lets sphinx read docstrings that are written to be read as they stand: indented formulas and bare `*`, `|` and `_`.
 
 Backticks hold code and are left alone (`default_role` is code). A block that is indented under no section of its own is
-a formula or a listing and becomes a literal block.
+a formula or a listing and becomes a literal block. Examples with `>>>` are left alone, too.
 """
 
 import re
@@ -25,7 +25,7 @@ def plain(lines: list[str]) -> list[str]:
         elif indented and after_blank and not (section or literal):
             literal = True
             written += ["::", ""]
-        written.append(line if literal else escape(line))
+        written.append(line if literal or line.lstrip().startswith((">>>", "...")) else escape(line))
     return written
 
 

@@ -30,6 +30,7 @@ from gradmm.spaces import release_space
 from gradmm.tasks import Task, tokenize_task
 
 DELTA, CLIP, SPACE = 1e-5, 1.0, "label_rows_centred"
+NOISE = "noise only"
 
 
 def fidelity(model: Model, task: Task, splits: Splits, public: Sequence[str], options) -> list[dict]:
@@ -44,20 +45,20 @@ def fidelity(model: Model, task: Task, splits: Splits, public: Sequence[str], op
 
 
 def choices(
-    model: Model, task: Task, splits: Splits, pool: Sequence[Example], seed: int, options
+    model: Model, task: Task, splits: Splits, pool: Sequence[Example], seed: int, options, names: Sequence[str]
 ) -> Iterator[tuple[str, list[Example]]]:
-    """For each point and each of its sizes what the release and what noise alone choose from the pool."""
+    """What the releases of these names choose from the pool: `n:epsilon`, or noise alone as at the last point."""
     config = gradmm.SynthesisConfig(n_synthetic=options.n_synthetic, temperature=options.temperature, seed=seed)
     public = [example.text for example in pool]
-    for point in options.points:
-        n, epsilon = int(point.split(":")[0]), float(point.split(":")[1])
-        private = gradmm.sample_examples(splits.train, n, task, seed)
+    for name in names:
+        n, epsilon = (name if name != NOISE else options.points[-1]).split(":")
         target = gradmm.release(
-            model, task, private, epsilon=epsilon, delta=DELTA, clip=CLIP, length=options.length, space=SPACE,
-            public_texts=public, directions=max(options.directions), noise_seed=seed, progress=False,
+            model, task, gradmm.sample_examples(splits.train, int(n), task, seed), epsilon=float(epsilon), delta=DELTA,
+            clip=CLIP, length=options.length, space=SPACE, public_texts=public, directions=max(options.directions),
+            noise_seed=seed, progress=False,
         )  # fmt: skip
-        for name, one in ((f"{n} examples, epsilon {epsilon:g}", target), ("noise only", noise_only(target, seed))):
-            yield name, Plan.of(model, task, one, config).selector.keep(pool)
+        target = noise_only(target, seed + 1000) if name == NOISE else target
+        yield name, Plan.of(model, task, target, config).selector.keep(pool)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -69,30 +70,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sampling = Sampling(temperature=options.temperature, max_tokens=options.length, min_tokens=MIN_TOKENS)
     each = options.written * options.n_synthetic // len(task.labels)
     tested, folder = subsample(splits.test, 0, options.max_test), Path(options.folder)
-    place = (
-        folder / f"private-{files.digest([model.fingerprint, splits.source, vars(options) | {'seeds': 0}])[:8]}.jsonl"
-    )
+    named = ("folder", "output", "model", "data")
+    settings = {"model": model.name, "data": splits.source, "delta": DELTA, "clip": CLIP, "space": SPACE} | {
+        name: value for name, value in vars(options).items() if name not in named
+    }
+    free = ("points", "sizes", "epsilons", "seed", "seeds", "threads")  # a row of the file depends on none of them
+    depends = {name: value for name, value in settings.items() if name not in free}
+    place = folder / f"private-{files.digest([model.fingerprint, depends])[:8]}.jsonl"
     rows = files.read_json_lines(place) if place.exists() else []
     for seed in range(options.seed, options.seed + options.seeds):
+        pool = written(model, task, seed, each, sampling, folder)
         tuning = gradmm.FinetuneConfig(
             steps=options.steps, learning_rates=(options.rate,), eval_every=options.eval_every, patience=None, warmup=5,
             max_validation=options.max_validation, layers=upper.layers, batch_size=options.batch_size,
             autocast=options.dtype != "float32", seed=seed,
         )  # fmt: skip
-        for name, examples in choices(
-            model, task, splits, written(model, task, seed, each, sampling, folder), seed, options
-        ):
-            if not any((row["name"], row["seed"]) == (name, seed) for row in rows):
-                found = upper.finetune(upper.model, task, examples, splits.validation, tested, tuning)
-                one = {"name": name, "seed": seed, "accuracy": found.accuracy, "calibrated": found.calibrated.accuracy}
-                rows.append(one | {"validation_accuracy": found.validation_accuracy})
-                files.write_json_lines(place, rows)
+        done = {row["name"] for row in rows if row["seed"] == seed}
+        missing = [name for name in ([*options.points, NOISE] if options.points else []) if name not in done]
+        for name, examples in choices(model, task, splits, pool, seed, options, missing):
+            found = upper.finetune(upper.model, task, examples, splits.validation, tested, tuning)
+            one = {"name": name, "seed": seed, "accuracy": found.accuracy, "calibrated": found.calibrated.accuracy}
+            rows.append(one | {"validation_accuracy": found.validation_accuracy})
+            files.write_json_lines(place, rows)
     public = [example.text for example in written(model, task, options.seed, each, sampling, folder)]
     found = {"fidelity": fidelity(model, task, splits, public, options), "trained": rows, "n_test": len(tested)}
-    named = ("folder", "output", "model", "data")
-    settings = {"model": model.name, "data": splits.source, "delta": DELTA, "clip": CLIP, "space": SPACE} | {
-        name: value for name, value in vars(options).items() if name not in named
-    }
     write_record(options.output, found, settings)
 
 

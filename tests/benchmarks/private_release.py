@@ -9,12 +9,12 @@ each point `n:epsilon`, n private examples are released with that epsilon, the r
 seeds are fixed, so nothing here is private. Interrupted runs go on.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from real_models import loaded, written
+from real_models import loaded, options_of, settings_of, tuning_of, written
 
 import gradmm
 from gradmm import files
@@ -23,9 +23,8 @@ from gradmm.experiments import audit
 from gradmm.experiments.baselines import noise_only
 from gradmm.experiments.metrics import subsample
 from gradmm.experiments.records import write_record
-from gradmm.generation import Sampling
 from gradmm.models import Model
-from gradmm.plan import MIN_TOKENS, Plan
+from gradmm.plan import Plan
 from gradmm.spaces import release_space
 from gradmm.tasks import Task, tokenize_task
 
@@ -63,58 +62,34 @@ def choices(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and train what is missing, and write the record."""
-    options = _parser().parse_args(arguments)
+    parser = options_of(__doc__)
+    parser.add_argument("--points", nargs="*", default=[], help="n:epsilon, trained on")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[50, 500, 5000])
+    parser.add_argument("--epsilons", nargs="+", type=float, default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
+    parser.add_argument("--directions", nargs="+", type=int, default=[1, 4, 16])
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     task, splits = gradmm.load_data(options.data, options.task)
     model, upper = loaded(options.model, options)
-    sampling = Sampling(temperature=options.temperature, max_tokens=options.length, min_tokens=MIN_TOKENS)
-    each = options.written * options.n_synthetic // len(task.labels)
+    tuning = tuning_of(options, upper)
     tested, folder = subsample(splits.test, 0, options.max_test), Path(options.folder)
-    named = ("folder", "output", "model", "data")
-    settings = {"model": model.name, "data": splits.source, "delta": DELTA, "clip": CLIP, "space": SPACE} | {
-        name: value for name, value in vars(options).items() if name not in named
-    }
+    settings = settings_of(options, model, splits.source) | {"delta": DELTA, "clip": CLIP, "space": SPACE}
     free = ("points", "sizes", "epsilons", "seed", "seeds", "threads")  # a row of the file depends on none of them
     depends = {name: value for name, value in settings.items() if name not in free}
     place = folder / f"private-{files.digest([model.fingerprint, depends])[:8]}.jsonl"
     rows = files.read_json_lines(place) if place.exists() else []
     for seed in range(options.seed, options.seed + options.seeds):
-        pool = written(model, task, seed, each, sampling, folder)
-        tuning = gradmm.FinetuneConfig(
-            steps=options.steps, learning_rates=(options.rate,), eval_every=options.eval_every, patience=None, warmup=5,
-            max_validation=options.max_validation, layers=upper.layers, batch_size=options.batch_size,
-            autocast=options.dtype != "float32", seed=seed,
-        )  # fmt: skip
+        pool = written(model, task, seed, options)
         done = {row["name"] for row in rows if row["seed"] == seed}
         missing = [name for name in ([*options.points, NOISE] if options.points else []) if name not in done]
         for name, examples in choices(model, task, splits, pool, seed, options, missing):
-            found = upper.finetune(upper.model, task, examples, splits.validation, tested, tuning)
+            found = upper.finetune(upper.model, task, examples, splits.validation, tested, replace(tuning, seed=seed))
             one = {"name": name, "seed": seed, "accuracy": found.accuracy, "calibrated": found.calibrated.accuracy}
             rows.append(one | {"validation_accuracy": found.validation_accuracy})
             files.write_json_lines(place, rows)
-    public = [example.text for example in written(model, task, options.seed, each, sampling, folder)]
+    public = [example.text for example in written(model, task, options.seed, options)]
     found = {"fidelity": fidelity(model, task, splits, public, options), "trained": rows, "n_test": len(tested)}
     write_record(options.output, found, settings)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("--model", "--data", "--task", "--folder", "--output"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("--points", nargs="*", default=[], help="n:epsilon, trained on")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[50, 500, 5000])
-    parser.add_argument("--epsilons", nargs="+", type=float, default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
-    parser.add_argument("--directions", nargs="+", type=int, default=[1, 4, 16])
-    for name, default in (
-        ("--n-synthetic", 100), ("--written", 5), ("--length", 40), ("--layers", None), ("--batch-size", 4),
-        ("--steps", 120), ("--eval-every", 60), ("--max-validation", 150), ("--max-test", None), ("--seed", 0),
-        ("--seeds", 5), ("--threads", 2),
-    ):  # fmt: skip
-        parser.add_argument(name, type=int, default=default)
-    parser.add_argument("--rate", type=float, default=5e-5)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--temperature", type=float, default=0.8)
-    return parser
 
 
 if __name__ == "__main__":

@@ -134,11 +134,17 @@ def gradients_read_once() -> Iterator[None]:
         yield
 
 
-def written(model: Model, task: Task, seed: int, each: int, sampling: Sampling, folder: Path) -> list[Example]:
+def sampling_of(options: argparse.Namespace) -> Sampling:
+    """How texts are written."""
+    return Sampling(temperature=options.temperature, max_tokens=options.length, min_tokens=MIN_TOKENS)
+
+
+def written(model: Model, task: Task, seed: int, options: argparse.Namespace) -> list[Example]:
     """A seed's pool: read back, or written now."""
-    place = folder / f"pool-{seed}.jsonl"
+    place, each = Path(options.folder) / f"pool-{seed}.jsonl", options.written * options.n_synthetic // len(task.labels)
     if not place.exists():
-        pool = generate_counts(model, task, [each] * len(task.labels), stream(seed, "pool"), sampling)
+        counts = [each] * len(task.labels)
+        pool = generate_counts(model, task, counts, stream(seed, "pool"), sampling_of(options))
         files.write_json_lines(place, [{"text": example.text, "label": example.label} for example in pool])
     return [Example(row["text"], row["label"]) for row in files.read_json_lines(place)]
 
@@ -183,36 +189,43 @@ def loaded(name: str, options: argparse.Namespace) -> tuple[Model, Upper]:
     return model, Upper(wide, options.layers or len(model.lm.base_model.layers))
 
 
+def tuning_of(options: argparse.Namespace, upper: Upper) -> gradmm.FinetuneConfig:
+    """How a model learns: of one rate, so many steps, the best of the looks on validation."""
+    return gradmm.FinetuneConfig(
+        steps=options.steps, learning_rates=(options.rate,), eval_every=options.eval_every, patience=None, warmup=5,
+        max_validation=options.max_validation, layers=upper.layers, batch_size=options.batch_size,
+        autocast=options.dtype != "float32",
+    )  # fmt: skip
+
+
+def settings_of(options: argparse.Namespace, model: Model, source: str, without: Sequence[str] = ()) -> dict:
+    """What a record says of its settings: no path of the machine that made it, but the data's name."""
+    apart = ("folder", "output", "data", "model", *without)
+    asked = {name: value for name, value in vars(options).items() if name not in apart}
+    return {"model": model.name, "data": source} | asked
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing and write the record."""
-    options = _parser().parse_args(arguments)
+    parser = options_of(__doc__)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--learners", nargs="+", default=[])
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     task, splits = gradmm.load_data(options.data, options.task)
     (model, upper), *others = (loaded(name, options) for name in (options.model, *options.learners))
     uppers = {one.name: part for one, part in ((model, upper), *others)}
-    learners, layers = [one for one, _ in others], upper.layers
-    folder, each = Path(options.folder), options.written * options.n_synthetic // len(task.labels)
-    sampling = Sampling(temperature=options.temperature, max_tokens=options.length, min_tokens=MIN_TOKENS)
-    seeds = range(options.seed, options.seed + options.seeds)
+    learners = [one for one, _ in others]
+    folder, seeds = Path(options.folder), range(options.seed, options.seed + options.seeds)
     config = ComparisonConfig(
         n_real=options.n_real,
         synthesis=gradmm.SynthesisConfig(n_synthetic=options.n_synthetic, temperature=options.temperature),
-        finetuning=gradmm.FinetuneConfig(
-            steps=options.steps,
-            learning_rates=(options.rate,),
-            eval_every=options.eval_every,
-            patience=None,
-            warmup=5,
-            max_validation=options.max_validation,
-            layers=layers,
-            batch_size=options.batch_size,
-            autocast=options.dtype != "float32",
-        ),
-        sampling=sampling,
+        finetuning=tuning_of(options, upper),
+        sampling=sampling_of(options),
         max_test=options.max_test,
         similarity_steps=(),
         learners=learners,
-        pools={seed: written(model, task, seed, each, sampling, folder) for seed in seeds},
+        pools={seed: written(model, task, seed, options) for seed in seeds},
     )
 
     def finetune(model: Model, *rest, **named) -> FinetuneResult:
@@ -225,21 +238,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unlabelled = [example.text for example in splits.validation[: options.max_validation]]
     tested = subsample(splits.test, 0, options.max_test)
     calibrated = evaluate_calibrated(model, task, tested, unlabelled).accuracy
-    named = ("folder", "output", "methods", "seed", "seeds", "data", "model", "learners")
-    settings = {"model": model.name, "data": splits.source} | {
-        name: value for name, value in vars(options).items() if name not in named
-    }
-    settings |= {"layers": layers}
+    settings = settings_of(options, model, splits.source, ("methods", "seed", "seeds", "learners"))
+    settings |= {"layers": upper.layers}
     results = results_of(found, texts, calibrated)
     write_record(options.output, results | (transferred(found, model.name, learners) if learners else {}), settings)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options_of(description: str) -> argparse.ArgumentParser:
+    """What the benchmarks that train on a pool's texts are asked with."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     for name in ("--model", "--data", "--task", "--folder", "--output"):
         parser.add_argument(name, required=True)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--learners", nargs="+", default=[])
     for name, default in (
         ("--n-real", 50), ("--n-synthetic", 100), ("--written", 5), ("--length", 40), ("--layers", None),
         ("--batch-size", 4), ("--steps", 120), ("--eval-every", 60), ("--max-validation", 150), ("--max-test", None),

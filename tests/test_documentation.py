@@ -62,6 +62,16 @@ def commands() -> list[str]:
     return [line for line in (" ".join(line.split(" #")[0].split()) for line in lines) if line]
 
 
+def test_every_file_that_a_page_names_is_there():
+    named = {
+        (path, page.name)
+        for page in (*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "notebooks").glob("*.ipynb"))
+        for path in re.findall(r"`((?:tests|gradmm|book|notebooks)/[\w./-]+\.\w+)`", page.read_text(encoding="utf-8"))
+    }
+    here = {(path, page) for path, page in named if "NAME" in path or (ROOT / path).is_file()}
+    assert len(named) > 20 and not named - here
+
+
 def of_kind(start: str) -> list[str]:
     return [command for command in commands() if command.startswith(start)]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import executing
 import nbformat
+import pandas
 import papermill
 import pytest
 from test_batch import store
@@ -249,7 +250,7 @@ def test_recorded_comparisons_answer_the_claims_by_their_intervals(tmp_path):
     records.write_record(tmp_path / "06-transfer-two.json", both, {})
     shown: list = []
     own = {"records": tmp_path, "display": shown.append, "Markdown": str, "plots": plots, "outcome": outcome}
-    own |= {"read_records": records.read_records}
+    own |= {"read_records": records.read_records, "pandas": pandas}
     cells = {cell.id: cell for cell in nbformat.read(ROOT / "notebooks" / "08-paper.ipynb", as_version=4).cells}
     for name in ("paper-10-d", "paper-10-e"):
         exec(cells[name].source, own)

@@ -46,6 +46,7 @@ DATA = {"sst2": "SST-2", "rotten_tomatoes": "Rotten Tomatoes", "demo": "the embe
 BRIEF = ("none", "prompt_only", "surest", "zero_shot", "few_shot", "gradmm", "real", "random", "herding", "all_real")
 OF_REAL_TEXT = ("random", "herding", "k_center", "matched_real")
 WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")
+SIDE_BY_SIDE = 4  # records whose columns fit a page
 AT_ONCE = 4  # texts of each label that are seen without a click
 NO_BREAK = "\N{NO-BREAK SPACE}"
 MARKS = {"beats": "▲", "is beaten by": "▼", "cannot be told from": ""}
@@ -128,6 +129,12 @@ def brief(records: Records) -> str:
     if not records:
         return "No comparison is recorded."
     held = list(records.values())
+    parts = [held[first : first + SIDE_BY_SIDE] for first in range(0, len(held), SIDE_BY_SIDE)]
+    return "\n\n".join([*map(brief_table, parts), legend(held)])
+
+
+def brief_table(held: Sequence[Record]) -> str:
+    """One of its tables, of as many records as a page holds."""
     rows = []
     for name in (name for name in ranked(held) if name in BRIEF):
         of = [record["results"]["methods"].get(name) for record in held]
@@ -137,8 +144,7 @@ def brief(records: Records) -> str:
         rows.append([f"**{cell}**" if name == "gradmm" and cell else cell for cell in row])
     calibrated = ["{:.3f}".format(record["results"]["calibrated"]) for record in held]
     rows.append(["nothing, but calibrated", "0", *calibrated])
-    head = ["trained on", "texts", *map(title, held)]
-    return f"{markdown(head, rows)}\n\n{legend(held)}"
+    return markdown(["trained on", "texts", *map(title, held)], rows)
 
 
 def legend(records: Sequence[Record]) -> str:

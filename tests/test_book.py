@@ -3,11 +3,14 @@
 import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import executing
 import nbformat
+import pandas
 
+from gradmm.experiments import plots
 from gradmm.experiments.metrics import MEASURES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +95,17 @@ def test_the_measures_of_a_set_are_explained():
 def test_the_glossary_is_in_order():
     terms = re.findall(r"^([^\s`#].*)\n  ", (BOOK / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(terms) > 30 and terms == sorted(terms, key=str.casefold)
+
+
+def test_a_figure_of_several_panels_is_marked_for_narrow_screens(extension, tmp_path):
+    curve = pandas.DataFrame({"mean": [1.0, 2.0], "std": [0.0, 0.0]})
+    for name, panels in (("one.png", 1), ("two.png", 2)):
+        plots.bands({str(number): {"a": curve} for number in range(panels)}, "step").savefig(tmp_path / name)
+    images = {name: name for name in ("one.png", "two.png")}
+    app = SimpleNamespace(srcdir=tmp_path, builder=SimpleNamespace(images=images))
+    body = '<img alt="" src="../_images/one.png" /><img alt="" src="../_images/two.png" />'
+    marked = extension("pages").mark_wide(app, body)
+    assert marked == '<img alt="" src="../_images/one.png" /><img data-wide alt="" src="../_images/two.png" />'
 
 
 def test_markup_in_a_docstring_is_shown_and_examples_are_left_alone(extension):

@@ -13,6 +13,7 @@ from pathlib import Path
 from sphinx.errors import ExtensionError
 
 EXECUTED, STORED = "book/executed/", "notebooks/"
+ONE_PANEL = 850  # pixels; `plots` draws one panel narrower than this, and two wider
 LAUNCHERS = ("binderhub_url", "jupyterhub_url", "colab_url", "deepnote_url")
 DEFAULT_URL = "https://github.com/executablebooks/jupyter-book"  # what jupyter-book fills in where no url is given
 BLOCK = """
@@ -61,8 +62,8 @@ def mark_wide(app, body: str) -> str:
     places = {name: Path(app.srcdir, source) for source, name in app.builder.images.items()}
 
     def mark(found: re.Match) -> str:
-        width, height = struct.unpack(">II", places[found[2]].read_bytes()[16:24]) if found[2] in places else (1, 1)
-        return f"<img data-wide {found[1]}" if width > 2 * height else found[0]
+        width = struct.unpack(">I", places[found[2]].read_bytes()[16:20])[0] if found[2] in places else 0
+        return f"<img data-wide {found[1]}" if width > ONE_PANEL else found[0]
 
     return re.sub(r'<img ([^>]*src="[^"]*/([^"/]+\.png)")', mark, body)
 

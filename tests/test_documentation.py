@@ -200,7 +200,8 @@ def test_what_is_installed_is_this_package_with_extras_that_it_has(command):
 @pytest.mark.parametrize("command", of_kind("python tests/benchmarks/"))
 def test_a_benchmark_has_the_options_that_are_named(command):
     script, *given = shlex.split(command)[1:]
-    text = (ROOT / script).read_text(encoding="utf-8") + (
-        ROOT / "tests" / "benchmarks" / "whole_synthesis.py"
-    ).read_text(encoding="utf-8")
+    shared = ("whole_synthesis.py", "real_models.py")  # others take their options from these
+    text = "".join(
+        (ROOT / path).read_text(encoding="utf-8") for path in (script, *(f"tests/benchmarks/{name}" for name in shared))
+    )
     assert not [option for option in given if option.startswith("--") and f'"{option}"' not in text]

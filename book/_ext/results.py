@@ -368,19 +368,14 @@ def duration(value: float) -> str:
 
 def tally(records: Records, names: Sequence[str], listed_ones: Sequence[str]) -> str:
     """How many comparisons with these methods gradmm wins, loses and leaves open, and where it does what is listed."""
-    by: dict[str, list[str]] = {word: [] for word in MARKS}
-    places: dict[str, list[str]] = {}
-    for record in records.values():
-        for name in names:
-            if gap := record["results"]["methods"].get(name, {}).get("minus_gradmm"):
-                by[outcome(gap)].append(name)
-                if outcome(gap) in listed_ones:
-                    places.setdefault(title(record), []).append(f"`{name}`")
-    won, lost, undecided = (len(by[word]) for word in ("is beaten by", "beats", "cannot be told from"))
-    where = "; ".join(f"{listed(held)} on {place}" for place, held in places.items())
-    said = (
-        f"Of {counted(won + lost + undecided, 'comparison')} gradmm wins {won}, loses {lost}, and {undecided} are open"
-    )
+    found = outcomes(records, names)
+    won, lost, undecided = map(found.count, ("is beaten by", "beats", "cannot be told from"))
+    parts = []
+    for key, record in records.items():
+        held = [f"`{name}`" for name in names if set(outcomes({key: record}, [name])) & set(listed_ones)]
+        parts += [f"{listed(held)} on {title(record)}"] if held else []
+    where = "; ".join(parts)
+    said = f"Of {counted(len(found), 'comparison')} gradmm wins {won}, loses {lost}, and {undecided} are open"
     return said + (f" (not won: {where})" if where and len(listed_ones) > 1 else f" (lost: {where})" if where else "")
 
 
@@ -400,7 +395,7 @@ def against_real(records: Records) -> str:
 
 
 def against_calibration(records: Records) -> str:
-    """How much of the gain a calibration gives, and whether the labels matter."""
+    """How much of the gain a calibration gives."""
     return (
         "**Where the model is only out of balance.** A model may know the task and prefer one verbalizer whatever the "
         "text says. {py:func}`gradmm.classification.evaluate_calibrated` takes that out with unlabelled texts and no "

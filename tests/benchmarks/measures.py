@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from real_models import Upper
+from real_models import Upper, settings_of
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -195,10 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     written = [example for name, some in sets.items() if name.startswith("written") for example in some]
     space = BodySketch.of(model, tokens, [example.text for example in written])
     public, target = (Seen.of(model, tokens, space, some) for some in (written, real))
-    named = ("folder", "output", "model", "data")
-    settings = {"model": wide.name, "data": splits.source} | {
-        name: value for name, value in vars(options).items() if name not in named
-    }
+    settings = settings_of(options, wide, splits.source)
     depends = {name: value for name, value in settings.items() if name not in ("real", "threads")}  # real sets are last
     place = Path(options.folder) / f"measured-{files.digest([wide.fingerprint, depends])[:8]}.jsonl"
     rows = files.read_json_lines(place)[: len(sets)] if place.exists() else []

@@ -51,8 +51,9 @@ def choices(
     public = [example.text for example in pool]
     for name in names:
         n, epsilon = (name if name != NOISE else options.points[-1]).split(":")
+        n = len(task.labels) if name == NOISE else int(n)  # noise does not depend on how many examples it is added to
         target = gradmm.release(
-            model, task, gradmm.sample_examples(splits.train, int(n), task, seed), epsilon=float(epsilon), delta=DELTA,
+            model, task, gradmm.sample_examples(splits.train, n, task, seed), epsilon=float(epsilon), delta=DELTA,
             clip=CLIP, length=options.length, space=SPACE, public_texts=public, directions=max(options.directions),
             noise_seed=seed, progress=False,
         )  # fmt: skip

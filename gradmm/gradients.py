@@ -275,7 +275,9 @@ def match_groups(factors: Factors, which: Tensor, targets: Sequence[Target], dis
     )
 
 
-def greedy_order(factors: Factors, target: Target, count: int, distance: str = "cosine") -> list[int]:
+def greedy_order(
+    factors: Factors, target: Target, count: int, distance: str = "cosine", penalties: Sequence[float] | None = None
+) -> list[int]:
     """Examples in the order in which each, added to those before it, gives the group with the lowest matching loss.
 
     Args:
@@ -283,6 +285,7 @@ def greedy_order(factors: Factors, target: Target, count: int, distance: str = "
         target: what the group's mean gradient shall be.
         count: how many to choose; all N if there are fewer.
         distance: "cosine" or "l2".
+        penalties: N numbers, of which the group's mean is added to its loss.
 
     Returns:
         Row numbers, the first chosen first; among equals the one that stands earlier.
@@ -292,12 +295,13 @@ def greedy_order(factors: Factors, target: Target, count: int, distance: str = "
     >>> greedy_order(factors, FactorTarget(Factors(torch.eye(2)[1:], torch.eye(2)[1:])), count=1)
     [1]
     """
-    return joint_order(factors, [0] * len(factors.delta), [target], [count], distance)
+    return joint_order(factors, [0] * len(factors.delta), [target], [count], distance, penalties)
 
 
 def joint_order(
-    factors: Factors, classes: Sequence[int], targets: Sequence[Target], counts: Sequence[int], distance: str = "cosine"
-) -> list[int]:
+    factors: Factors, classes: Sequence[int], targets: Sequence[Target], counts: Sequence[int],
+    distance: str = "cosine", penalties: Sequence[float] | None = None,
+) -> list[int]:  # fmt: skip
     """Examples of all classes in the order in which each serves its class and all classes together best.
 
     The classes take turns. In its turn class c gets the example after which the sum of two distances is lowest: of the
@@ -311,12 +315,14 @@ def joint_order(
         targets: one per class.
         counts: how many to choose of each class; all that it has if these are fewer.
         distance: "cosine" or "l2".
+        penalties: N numbers, of which the mean of a class's chosen is added to the sum in its turn.
 
     Returns:
         Row numbers, the first chosen first; among equals of a class the one that stands earlier.
     """
     labels = torch.tensor(list(classes), device=factors.delta.device)
     pools = [(labels == number).nonzero().squeeze(1) for number in range(len(targets))]
+    extra = torch.tensor(penalties or [0.0] * len(labels), dtype=torch.float64, device=labels.device)
     wanted = [min(count, len(pool)) for count, pool in zip(counts, pools, strict=True)]
     several, whole = len(targets) > 1, sum_of(targets)  # the sum of one class is that class
     norms, whole_norms = [target.norms for target in targets], whole.norms
@@ -337,6 +343,7 @@ def joint_order(
                 count == 0 or place == number or chosen.member[place].any() for place, count in enumerate(wanted)
             ):
                 loss = loss + chosen.loss_with(number, pool, 1 / sizes, to_whole, whole_norms, distance)
+            loss = loss + extra[pool] / (turn + 1)
             order.append(int(pool[loss.masked_fill(chosen.member[number, pool] > 0, torch.inf).argmin()]))
             chosen.add(number, order[-1])
     return order

@@ -89,16 +89,17 @@ class Matching:
 
     def greedy(self, texts: Sequence[str], number: int, count: int) -> list[int]:
         """Which texts of class `number` to take, so that together they match its target (`greedy_order`)."""
-        return self.alone_and_together(texts, number, count, range(len(texts)))[1]
+        return self.alone_and_together(texts, number, count, range(len(texts)), [0.0] * len(texts))[1]
 
     @torch.no_grad()
     def alone_and_together(
-        self, texts: Sequence[str], number: int, count: int, usable: Sequence[int]
+        self, texts: Sequence[str], number: int, count: int, usable: Sequence[int], penalties: Sequence[float]
     ) -> tuple[list[float], list[int]]:
         """`of_texts` and `greedy` for N texts of class `number`, which are read once.
 
         Args:
             usable: numbers of the texts that may be taken.
+            penalties: of each text; the mean of a group's is added to its loss.
 
         Returns:
             f of each text as a group of one, and the numbers of the texts taken, the first first.
@@ -107,12 +108,18 @@ class Matching:
             return [], []
         classes = [number] * len(texts)
         factors = self.factors(texts, classes)
-        order = greedy_order(factors[list(usable)], self.targets[number], count, self.distance) if len(usable) else []
+        some, extra = factors[list(usable)], [penalties[place] for place in usable]
+        order = greedy_order(some, self.targets[number], count, self.distance, extra) if len(usable) else []
         return self._own(factors, classes).tolist(), [usable[place] for place in order]
 
     @torch.no_grad()
     def alone_and_jointly(
-        self, texts: Sequence[str], classes: Sequence[int], counts: Sequence[int], usable: Sequence[int]
+        self,
+        texts: Sequence[str],
+        classes: Sequence[int],
+        counts: Sequence[int],
+        usable: Sequence[int],
+        penalties: Sequence[float],
     ) -> tuple[list[float], list[int]]:
         """As `alone_and_together` for texts of all classes, which take turns (`joint_order`).
 
@@ -122,7 +129,8 @@ class Matching:
         if not texts:
             return [], []
         factors, which = self.factors(texts, classes), [classes[place] for place in usable]
-        order = joint_order(factors[list(usable)], which, self.targets, counts, self.distance) if len(usable) else []
+        some, extra = factors[list(usable)], [penalties[place] for place in usable]
+        order = joint_order(some, which, self.targets, counts, self.distance, extra) if len(usable) else []
         return self._own(factors, classes).tolist(), [usable[place] for place in order]
 
     @torch.no_grad()

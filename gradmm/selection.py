@@ -72,7 +72,7 @@ class Selector:
         per_class: C counts: how many texts of each class to keep.
         filter: a name in FILTERS.
         ranking: a name in RANKINGS.
-        perplexity_weight: what a nat of log-perplexity adds to the matching loss in the ranking "text".
+        perplexity_weight: what a nat of log-perplexity, of a group the mean, adds to the matching loss.
     """
 
     model: Model
@@ -281,7 +281,8 @@ def rank_groups(
     for number, wanted in enumerate(per_class):
         members = [i for i, label in enumerate(classes) if label == number]
         free = [place for place, i in enumerate(members) if usable[i]]
-        own, order = matching.alone_and_together([texts[i] for i in members], number, wanted, free)
+        some, extra = [texts[i] for i in members], [penalties[i] for i in members]
+        own, order = matching.alone_and_together(some, number, wanted, free, extra)
         for place, i in enumerate(members):
             losses[i], scores[i] = own[place], len(texts) + own[place] + penalties[i]
         for rank, place in enumerate(order):
@@ -295,7 +296,7 @@ def rank_jointly(
 ) -> tuple[list[float], list[float]]:  # fmt: skip
     """The usable texts of all classes in `joint_order`, behind them the others as `rank_texts` has them."""
     free = [i for i, may in enumerate(usable) if may]
-    losses, order = matching.alone_and_jointly(texts, classes, per_class, free)
+    losses, order = matching.alone_and_jointly(texts, classes, per_class, free, penalties)
     scores = [len(texts) + loss + penalty for loss, penalty in zip(losses, penalties, strict=True)]
     for rank, i in enumerate(order):
         scores[i] = float(rank)

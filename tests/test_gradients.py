@@ -213,9 +213,13 @@ def test_an_unknown_distance_is_refused():
         match_groups(factors, torch.tensor([0]), [FactorTarget(factors[0])], "l1")
 
 
+PENALTIES = [0.3, 0.1, 0.0, 0.6, 0.2, 0.5, 0.0, 0.4, 0.1, 0.7, 0.2, 0.3]
+
+
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_greedy_order_equals_a_search_with_explicit_gradients(distance, bias):
+@pytest.mark.parametrize("penalties", [None, PENALTIES[:9]], ids=["alone", "penalties"])
+def test_greedy_order_equals_a_search_with_explicit_gradients(distance, bias, penalties):
     source = torch.Generator().manual_seed(3)
     delta, hidden = (torch.randn(9, size, generator=source, dtype=torch.float64) for size in (7, 4))
     target = FactorTarget(draw_factors(source, 3, bias=bias))
@@ -223,13 +227,15 @@ def test_greedy_order_equals_a_search_with_explicit_gradients(distance, bias):
 
     def loss(rows):
         mean = [(delta[rows].mT @ hidden[rows]) / len(rows), delta[rows].mean(0)][: 1 + bias]
-        return float(reference.distance(mean, goal, distance))
+        extra = sum((penalties or [0.0] * 9)[row] for row in rows) / len(rows)
+        return float(reference.distance(mean, goal, distance)) + extra
 
     slow = []
     for _ in range(5):
         slow.append(min((row for row in range(9) if row not in slow), key=lambda row: loss([*slow, row])))
-    assert greedy_order(Factors(delta, hidden, bias), target, 5, distance) == slow
-    assert sorted(greedy_order(Factors(delta, hidden, bias), target, 50, distance)) == list(range(9))
+    factors = Factors(delta, hidden, bias)
+    assert greedy_order(factors, target, 5, distance, penalties) == slow
+    assert sorted(greedy_order(factors, target, 50, distance, penalties)) == list(range(9))
 
 
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
@@ -260,8 +266,8 @@ def gradient_of(factors: Factors, rows: list[int]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dense", [False, True])
-def test_joint_order_equals_a_search_with_explicit_gradients(distance, bias, dense):
+@pytest.mark.parametrize(("dense", "penalties"), [(False, None), (True, None), (True, PENALTIES)])
+def test_joint_order_equals_a_search_with_explicit_gradients(distance, bias, dense, penalties):
     source = torch.Generator().manual_seed(5)
 
     def draw(*shape):
@@ -278,11 +284,10 @@ def test_joint_order_equals_a_search_with_explicit_gradients(distance, bias, den
         groups = [[*rows, row] if label == number else rows for label, rows in enumerate(chosen)]
         means = [gradient_of(factors, rows) for rows in groups if rows]
         own = float(reference.distance(gradient_of(factors, groups[number]), goals[number], distance))
+        own += sum((penalties or [0.0] * 12)[place] for place in groups[number]) / len(groups[number])
         if len(means) < 3:
             return own
-        return (
-            own + float(reference.distance([sum(parts) for parts in zip(*means, strict=True)], total, distance))
-        ) / 2
+        return own + float(reference.distance([sum(parts) for parts in zip(*means, strict=True)], total, distance))
 
     slow = []
     for turn in range(5):
@@ -292,7 +297,7 @@ def test_joint_order_equals_a_search_with_explicit_gradients(distance, bias, den
                 slow.append(min(open_rows, key=lambda row: loss(number, row)))
                 chosen[number].append(slow[-1])
     held = [DenseTarget(*goal) for goal in goals] if dense else targets
-    assert joint_order(factors, classes, held, counts, distance) == slow and len(slow) == 3 + 2 + 3
+    assert joint_order(factors, classes, held, counts, distance, penalties) == slow and len(slow) == 3 + 2 + 3
     whole = sum_of(held)
     for value, wanted in zip(whole.norms, total, strict=True):
         torch.testing.assert_close(value, wanted.square().sum(), rtol=1e-10, atol=0)

@@ -103,9 +103,21 @@ def test_joint_ranking_keeps_what_matches_best_in_each_class_and_in_their_sum(se
     for row in result.candidates:
         first.setdefault(row["text"], row)
     texts = [text for text in first if flaw(text) is None]
-    chosen = matching.alone_and_jointly(texts, [first[text]["label"] for text in texts], (2, 2), range(len(texts)))[1]
+    labels, free = [first[text]["label"] for text in texts], range(len(texts))
+    chosen = matching.alone_and_jointly(texts, labels, (2, 2), free, [0.0] * len(texts))[1]
     assert {row["text"] for row in result.kept} == {texts[place] for place in chosen}
     assert all("by the classes' joint matching loss" in row["reason"] for row in result.kept)
+
+
+@pytest.mark.parametrize("ranking", ["text", "group", "joint"])
+def test_every_ranking_honours_the_weight_of_perplexity(setting, ranking):
+    model, task, release = setting
+    config = replace(SMALL, ranking=ranking, oversample=3.0, perplexity_weight=1e3)
+    result = synthesize(model, task, release, config, progress=False)
+    for label in (0, 1):
+        rows = [row for row in result.candidates if row["label"] == label and flaw(row["text"]) is None]
+        least = sorted({row["perplexity"] for row in rows})[:2]
+        assert sorted(row["perplexity"] for row in rows if row["kept"]) == least
 
 
 @pytest.mark.parametrize("options", [{}, {"epsilon": 1.0, "delta": 1e-5, "length": 5}], ids=["exact", "private"])

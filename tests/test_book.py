@@ -115,6 +115,12 @@ def test_markup_in_a_docstring_is_shown_and_examples_are_left_alone(extension):
     assert found[-3:] == ["    UserError: \\*\\*x", ">>> f(**some)", "... * 2"]
 
 
+def test_settings_as_a_default_are_a_call_without_their_values(extension):
+    given = "(n=50, config=FinetuneConfig(steps=60, learning_rates=(5e-05, 0.0002)), path=Path('a'))"
+    found, _ = extension("plain_docstrings").shorten(None, "class", "", None, None, given, None)
+    assert found == "(n=50, config=FinetuneConfig(), path=Path('a'))"
+
+
 def test_every_room_is_in_the_api_reference():
     texts = [path.read_text(encoding="utf-8") for path in (BOOK / "api").glob("*.md")]
     listed = [

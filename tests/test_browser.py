@@ -48,6 +48,10 @@ LOOK = """
     const wide = [...document.querySelectorAll("article *")]
         .filter(element => shown(element) && element.getBoundingClientRect().right > arguments[0] + 1 &&
         !boxed(element));
+    const cramped = [...document.querySelectorAll("article :is(p, li, dd)")]
+        .filter(element => shown(element) && element.textContent.length > 40 &&
+        element.getBoundingClientRect().width < 110 &&
+        !element.closest(".pst-scrollable-table-container, .cell_output, figure"));
     return {
         theme: document.documentElement.dataset.theme,
         heading: [...document.querySelectorAll("main h1")].find(shown)?.innerText ?? "",
@@ -63,6 +67,7 @@ LOOK = """
         drawings: [...document.querySelectorAll("article figure svg")].filter(shown).map(svg =>
             svg.getBoundingClientRect().width),
         width: document.documentElement.scrollWidth,
+        cramped: cramped.slice(0, 5).map(element => element.textContent.slice(0, 60)),
         wide: wide.slice(0, 5).map(element => `${element.tagName}.${element.className}: ${element.textContent.slice(0,
             60)}`),
     };
@@ -150,7 +155,7 @@ def test_a_page_is_whole(book, browser, page, size):
     assert seen["heading"]
     assert not seen["unset"] and not seen["broken"] and not seen["loose"]
     assert not seen["empty"]
-    assert not seen["wide"] and seen["width"] <= size[0]
+    assert not seen["cramped"] and not seen["wide"] and seen["width"] <= size[0]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -182,12 +187,13 @@ def test_the_checks_see_what_they_forbid(browser, tmp_path):
     page.write_text(
         "<!doctype html><meta name='viewport' content='width=device-width'><title>x</title><main><article><h1>x</h1>"
         "<p class='math'>\\(x\\)</p><img src='absent.png'><img src='http://example.org/a.png'>"
-        "<div style='width:2000px'>wide</div></article></main>",
+        "<div style='width:2000px'>wide</div><p style='width:90px'>A column in which hardly a word fits on a line."
+        "</p></article></main>",
         encoding="utf-8",
     )
     seen, wrong = visit(browser, page, PHONE)
     assert seen["unset"] == ["\\(x\\)"] and len(seen["loose"]) == 1 and len(seen["empty"]) == 2
-    assert seen["wide"] and seen["width"] >= 2000
+    assert seen["wide"] and seen["width"] >= 2000 and len(seen["cramped"]) == 1
     assert any("left the machine: http://example.org/a.png" in line for line in wrong)
     assert any(line.startswith("failed: file://") for line in wrong)
     assert any(line.startswith("console: ") for line in wrong)

@@ -1,12 +1,14 @@
 """Lets sphinx read docstrings that are written to be read as they stand: indented formulas and bare `*`, `|` and `_`.
 
 Backticks hold code and are left alone (`default_role` is code). A block that is indented under no section of its own is
-a formula or a listing and becomes a literal block. Examples with `>>>` are left alone, too.
+a formula or a listing and becomes a literal block. Examples with `>>>` are left alone, too. Settings that are the
+default of an argument stand as a call without their own values, which are on the page of their class.
 """
 
 import re
 
 SECTION = re.compile(r"^(Args|Attributes|Example|Examples|Note|Raises|Returns|Yields):$")
+SETTINGS = re.compile(r"\b([A-Z]\w+)\(\w+=(?:[^()]|\([^()]*\))+\)")
 SPECIAL = re.compile(r"(`[^`]*`)|(\*+|\|+|(?<=\w)_(?!\w))")
 
 
@@ -36,7 +38,13 @@ def rewrite(app, what, name, obj, options, lines) -> None:
         lines[0] = lines[0].replace(": ", " – ")
 
 
+def shorten(app, what, name, obj, options, signature, annotation) -> tuple[str | None, str | None]:
+    """Sphinx's hook for the arguments of a function or a class."""
+    return signature and SETTINGS.sub(r"\1()", signature), annotation
+
+
 def setup(app):
     """Work on the lines before napoleon does."""
     app.connect("autodoc-process-docstring", rewrite, priority=100)
+    app.connect("autodoc-process-signature", shorten)
     return {"parallel_read_safe": True}

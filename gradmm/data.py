@@ -443,8 +443,8 @@ def _of_tables(tables: Any, called: str, source: HubSource) -> _Given:
     require("train" in theirs, f"{called} has no split that is called train: it has {', '.join(map(repr, tables))}")
     rows, notes = {}, []
     for split, name in theirs.items():
-        labelled = source.label not in tables[name].column_names or set(tables[name].unique(source.label)) - {None, -1}
-        if split != "train" and not labelled:  # as in the test splits of public benchmarks
+        labels = tables[name][source.label] if source.label in tables[name].column_names else ["?"]
+        if split != "train" and all(label in (None, -1) for label in labels):  # as in public benchmarks' test splits
             notes.append(f"the split {name!r} has no labels and is left out")
             continue
         rows[split] = read_table(tables[name], f"{called}, {name}", (source.text, source.label))

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from gradmm.errors import first_line, require
+from gradmm.errors import UserError, first_line
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -88,9 +88,14 @@ def free_to_ask(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def layers_of(lm: torch.nn.Module) -> list[torch.nn.Module]:
+def text_body(lm) -> torch.nn.Module:
+    """The part of a model of transformers that reads text: its body, or of one that reads images too its decoder."""
+    return lm.base_model if lm.config.get_text_config() is lm.config else lm.get_decoder()
+
+
+def layers_of(lm) -> list[torch.nn.Module]:
     """A model's layers, first to last; none where its family keeps them in no list."""
-    stacks = [part for part in lm.modules() if isinstance(part, torch.nn.ModuleList) and len(part)]
+    stacks = [part for part in text_body(lm).modules() if isinstance(part, torch.nn.ModuleList) and len(part)]
     return list(stacks[0]) if stacks else []
 
 
@@ -198,11 +203,23 @@ def in_batches(work: Callable[[list[int]], object], batches: Iterable[list[int]]
 
 
 def _require_smaller(size: int, what: str, error: torch.OutOfMemoryError) -> None:
-    require(
-        size > 1,
-        f"the device's memory does not hold 1 of the {what} ({first_line(error)}): take a smaller model, shorter texts "
-        "or dtype = 'bfloat16'",
-    )
+    if size == 1:
+        mend = "take a smaller model, shorter texts or dtype = 'bfloat16'"
+        with enough_memory(f"1 of the {what}", f"{mend}; in fine-tuning layers = 4 or adapter = 'lora'"):
+            raise error
+
+
+@contextmanager
+def enough_memory(what: str, mend: str) -> Iterator[None]:
+    """Within this what the device's memory does not hold is an error that says what to do.
+
+    Raises:
+        UserError: it does not hold it.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the device's memory does not hold {what} ({first_line(error)}): {mend}") from error
 
 
 def forget() -> None:

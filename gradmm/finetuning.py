@@ -21,6 +21,7 @@ from gradmm import files
 from gradmm.classification import Encoded, Evaluation, score_calibrated
 from gradmm.config import FinetuneConfig
 from gradmm.data import Example, check_examples, refuse_overlap
+from gradmm.device import enough_memory
 from gradmm.errors import UserError, first_line, require, require_flag, require_type
 from gradmm.files import lock
 from gradmm.models import Model, require_model
@@ -219,10 +220,12 @@ def fit(
     train, validation = check_examples(train, task, "train example"), looked_at(validation, task, config)
     data = Encoded.of(model, task, tokens, train, "train")
     looks = Encoded.of(model, task, tokens, validation, "validation")
-    trained = trainable_copy(model, config)
-    begin = partial(restart, trained, model, config)
-    best, curve = train_at_rates(trained, begin, tokens, data, looks, config, on_look, saved)
-    finish(trained, config)
+    mend = "let fewer weights learn with layers = 4 or adapter = 'lora', or take a smaller model or batch_size"
+    with enough_memory("the weights that learn with their gradients and moments", mend):
+        trained = trainable_copy(model, config)
+        begin = partial(restart, trained, model, config)
+        best, curve = train_at_rates(trained, begin, tokens, data, looks, config, on_look, saved)
+        finish(trained, config)
     fingerprint = _fingerprint(model, config, train, validation)
     named = replace(trained, name=f"{model.name}, fine-tuned", revision=None, fingerprint=fingerprint)
     return Training(named, best["learning_rate"], best["step"], best["validation_accuracy"], curve)

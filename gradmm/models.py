@@ -33,7 +33,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from gradmm import files
-from gradmm.device import fast_products, free_to_ask, in_batches, layers_of, memory_of
+from gradmm.device import enough_memory, fast_products, free_to_ask, in_batches, layers_of, memory_of
 from gradmm.errors import UserError, first_line, require, require_flag, require_type, short_repr
 from gradmm.markup import plain_name
 from gradmm.progress import advance, announced, shown
@@ -43,8 +43,9 @@ from gradmm.vocabulary import Vocabulary
 LOG = logging.getLogger(__name__)
 DATA = Path(__file__).parent / "data" / "demo"
 BUILT_IN = {"demo": DATA / "model", "demo-b": DATA / "model-b"}
-SAFE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+SAFE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+CHAT_FILES = ("chat_template*",)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 DTYPES = {
     "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -91,7 +92,7 @@ class ModelShape:
     @staticmethod
     def of(model: "Model") -> "ModelShape":
         """A loaded model's."""
-        config, width = model.lm.config, model.head_weight.shape[1]
+        config, width = model.lm.config.get_text_config(), model.head_weight.shape[1]
         inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * width
         weights = sum(weight.numel() for weight in model.lm.parameters())
         return ModelShape(
@@ -174,7 +175,7 @@ class Model:
     @property
     def context(self) -> int:
         """The longest sequence in tokens."""
-        return getattr(self.lm.config, "max_position_embeddings", None) or 1 << 30
+        return getattr(self.lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
     @cached_property
     def _scales_embeddings(self) -> bool:
@@ -188,7 +189,7 @@ class Model:
     @cached_property
     def _last_mlp(self) -> torch.nn.Module | None:
         """The last layer's feed-forward block, where the family keeps layers in a list and it is a module."""
-        layers = layers_of(self.lm.base_model)
+        layers = layers_of(self.lm)
         return getattr(layers[-1], "mlp", None) if layers else None
 
     def read(self, ids: Tensor, mask: Tensor | None = None, cache=None):
@@ -433,7 +434,7 @@ def _load_folder(name: str, revision: str | None, device: torch.device, dtype: t
     lm, tokenizer = _load(folder, name, dtype)
     LOG.info("%s loaded on %s in %s", name, device, str(dtype).removeprefix("torch."))
     called = name if found or name in BUILT_IN else plain_name(Path(folder).resolve().name)
-    return wrap_model(lm.to(device), tokenizer, called, found, _hash_files(folder))
+    return wrap_model(_on(lm, device), tokenizer, called, found, _hash_files(folder))
 
 
 def _load(folder: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -481,7 +482,14 @@ def _load_gguf(path: Path, device: torch.device, dtype: torch.dtype) -> Model:
     lm, tokenizer = _read(path.parent, str(path), mend, dtype, gguf_file=path.name)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return wrap_model(lm.to(device), tokenizer, plain_name(path.stem), None, digest)
+    return wrap_model(_on(lm, device), tokenizer, plain_name(path.stem), None, digest)
+
+
+def _on(lm: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    with enough_memory(
+        "the model", "take a smaller one, dtype = 'bfloat16' if that is not its type, or device = 'cpu'"
+    ):
+        return lm.to(device)
 
 
 def wrap_model(
@@ -507,8 +515,9 @@ def wrap_model(
     model = Model(lm, tokenizer, name, revision, fingerprint or _hash_state(lm))
     _check_head(model)
     held = model.embedding.shape[0]
-    require(
-        len(tokenizer) <= held,
+    beyond = [token for number, token in tokenizer.added_tokens_decoder.items() if number >= held and not token.special]
+    require(  # one that no text holds, such as Gemma 3's for images, may have no row
+        tokenizer.vocab_size <= held and not beyond,
         f"the tokenizer of {name} has {len(tokenizer)} tokens, its model {held}: give the tokenizer that belongs to it",
     )
     return model
@@ -658,7 +667,7 @@ def _refuse_pickles(folder: Path, name: str) -> None:
 
 def _hash_files(folder: Path) -> str:
     digest = hashlib.sha256()
-    patterns = ("config.json", "*.safetensors", "merges.txt", *TOKENIZER_FILES)
+    patterns = ("config.json", "*.safetensors", "merges.txt", *TOKENIZER_FILES, *CHAT_FILES)
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
         digest.update(path.name.encode())
         with open(path, "rb") as file:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradmm import files
 from gradmm.classification import label_logs, label_preference
-from gradmm.device import in_batches
+from gradmm.device import in_batches, text_body
 from gradmm.errors import require, require_texts, require_whole
 from gradmm.generation import prompted_texts
 from gradmm.gradients import Factors, HeadSpace, LabelSpace, Space
@@ -138,7 +138,7 @@ class BodySketch:
 
 def linear_maps(model: Model) -> dict[str, torch.nn.Module]:
     """The body's linear maps by name, in the order in which the model lists them."""
-    inside = set(model.lm.base_model.modules())
+    inside = set(text_body(model.lm).modules())
     return {
         name: layer
         for name, layer in model.lm.named_modules()

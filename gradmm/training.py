@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradmm.classification import Encoded, score
 from gradmm.config import FinetuneConfig
-from gradmm.device import fast_products, halving, layers_of
+from gradmm.device import fast_products, halving, layers_of, text_body
 from gradmm.errors import UserError, require
 from gradmm.models import Model, batches_by_length, fast_dtype, pad_left
 from gradmm.seeds import generator
@@ -43,15 +43,15 @@ def trainable_copy(model: Model, config: FinetuneConfig | None = None) -> Model:
     config = config or FinetuneConfig()
     lm.requires_grad_(config.adapter is None and config.layers is None)
     if config.layers is not None:
-        _free_last(lm.base_model, config.layers)
+        _free_last(lm, config.layers)
     if config.adapter == "lora":
         add_lora(lm, config.adapter_rank, config.seed)
     return replace(model, lm=lm)
 
 
-def _free_last(body: torch.nn.Module, count: int) -> None:
+def _free_last(lm, count: int) -> None:
     """Let the last layers learn, and what stands beside the layers and is no embedding: the norms."""
-    layers = layers_of(body)
+    body, layers = text_body(lm), layers_of(lm)
     require(count <= len(layers), f"layers = {count}, but the model has {len(layers)}: give fewer, or None for all")
     within = {part for layer in layers for part in layer.modules()}
     beside = [part for part in body.modules() if part not in within and not isinstance(part, torch.nn.Embedding)]
@@ -223,10 +223,13 @@ def _precision(model: Model, config: FinetuneConfig):
 # ---------------------------------------------------------------- LoRA through peft
 
 SCALE = 2  # peft's lora_alpha over r
+MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # whose kernels read these weights past a layer
 
 
-def add_lora(lm: torch.nn.Module, rank: int, seed: int) -> None:
+def add_lora(lm, rank: int, seed: int) -> None:
     """Put a pair of matrices A (r, inputs) and B (outputs, r) beside every linear layer but the head; only these learn.
+
+    In `MAMBAS` the maps out of a state have none: their kernels read the weights themselves, which peft refuses.
 
     Source: Hu et al. 2022, arXiv 2106.09685. The model's outputs stay as they were until B has learnt something.
 
@@ -240,7 +243,10 @@ def add_lora(lm: torch.nn.Module, rank: int, seed: int) -> None:
             "adapter = 'lora' needs the package peft: install it with pip install 'gradmm[lora]'"
         ) from error
     transposed = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's layers hold W the other way round
-    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules="all-linear", fan_in_fan_out=transposed)
+    config = LoraConfig(
+        r=rank, lora_alpha=SCALE * rank, target_modules="all-linear", fan_in_fan_out=transposed,
+        exclude_modules=["out_proj", "conv1d"] if lm.config.model_type in MAMBAS else None,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; what counts is drawn below
         inject_adapter_in_model(config, lm)
     start_lora(lm, seed)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from fnmatch import fnmatch
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -15,16 +16,17 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import in_tiers
+from conftest import in_tiers, make_toy_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 import gradmm
 from gradmm import models
+from gradmm.device import layers_of
 from gradmm.errors import UserError
 from gradmm.models import (
     COMPILED,
@@ -36,6 +38,7 @@ from gradmm.models import (
     pad_left,
     wrap_model,
 )
+from gradmm.spaces import linear_maps
 from gradmm.tasks import Task
 from gradmm.training import trainable_copy
 
@@ -563,6 +566,59 @@ def test_a_model_without_a_head_is_refused(tiny_lm, toy_tokenizer):
 def test_a_tokenizer_of_another_model_is_refused(toy_tokenizer):
     with pytest.raises(UserError, match=f"of small has {len(toy_tokenizer)} tokens, its model 20: give the tokenizer"):
         wrap_model(random_lm("llama", vocab_size=20), toy_tokenizer, "small")
+
+
+def test_a_special_token_that_no_text_holds_may_have_no_row():
+    """As Gemma 3's for images."""
+    tokenizer = make_toy_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    model = wrap_model(random_lm("llama", vocab_size=rows), tokenizer, "small")
+    assert len(model.tokenizer) == rows + 1 and len(model.pieces) == rows
+    tokenizer.add_tokens(["glorious"])
+    with pytest.raises(UserError, match=f"of small has {rows + 2} tokens, its model {rows}: give the tokenizer"):
+        wrap_model(random_lm("llama", vocab_size=rows), tokenizer, "small")
+
+
+def test_of_a_model_that_reads_images_too_the_text_part_is_used(toy_tokenizer):
+    config = AutoConfig.for_model("gemma3")
+    text, vision = (
+        {key: value for key, value in SMALL.items() if hasattr(part, key)}
+        for part in (config.text_config, config.vision_config)
+    )
+    vision |= {"image_size": 28, "patch_size": 14}
+    lm = AutoModelForCausalLM.from_config(type(config)(text_config=text, vision_config=vision)).double().eval()
+    model = wrap_model(lm, toy_tokenizer, "both")
+    layers = lm.get_decoder().layers
+    assert model.context == SMALL["max_position_embeddings"] and layers_of(lm) == list(layers)
+    assert all("vision" not in name for name in linear_maps(model))
+    task = gradmm.Task("toy", ("bad", "good"), (" bad", " great"), "{text} it was", ("the film:", "a film:"))
+    rows = [{"text": "a dull plot", "label": 0}, {"text": "a fine film", "label": 1}]
+    assert gradmm.release(model, task, rows, space="body").space_name == "body"
+    tuned = trainable_copy(model, gradmm.FinetuneConfig(layers=1))
+    learning = {name for name, weights in tuned.lm.named_parameters() if weights.requires_grad}
+    assert learning and not [name for name in learning if "vision" in name or "layers.0." in name]
+
+
+def test_what_a_tokenizer_needs_is_fetched_and_counts(saved):
+    folder = saved()
+    before = load_model(folder).fingerprint
+    tokenizer = make_toy_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    written = [path.name for path in folder.iterdir()]
+    assert "chat_template.jinja" in written
+    assert all(any(fnmatch(name, pattern) for pattern in models.SAFE_PATTERNS) for name in written)
+    assert load_model(folder).fingerprint != before
+
+
+def test_a_model_that_the_memory_does_not_hold_is_refused_in_a_sentence(saved, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    monkeypatch.setattr(PreTrainedModel, "to", full)
+    with pytest.raises(UserError, match=r"memory does not hold the model \(.*2.00 GiB\): take a smaller one, dtype"):
+        load_model(saved())
 
 
 @pytest.mark.parametrize("device", ["graphics", "cuda:99", "meta", "cpu:x"])

@@ -453,6 +453,12 @@ def test_a_dataset_whose_names_are_not_the_task_s_has_its_numbers():
         load_data(as_dataset(["a", "b", "c"], rows), TWO)
 
 
+def test_a_label_that_is_a_list_is_refused_in_a_sentence():
+    table = datasets.Dataset.from_list([{"text": "a first one", "label": [3]}, {"text": "a last one", "label": [0, 1]}])
+    with pytest.raises(UserError, match=r"row 1 has the label \[3\]"):
+        load_data(table)
+
+
 def test_rows_in_memory_of_another_kind_are_refused_with_the_way_in():
     with pytest.raises(UserError, match=r"of type list: give a path .*, or datasets.Dataset.from_list\(...\)"):
         load_data(MANY)

@@ -5,14 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LONG_KINDS
+import transformers
+from conftest import LONG_KINDS, VOCABULARY
 
+from gradmm import finetuning
 from gradmm.classification import evaluate
 from gradmm.config import FinetuneConfig
 from gradmm.data import Example
 from gradmm.device import layers_of
 from gradmm.errors import UserError
 from gradmm.finetuning import fit
+from gradmm.models import wrap_model
 from gradmm.tasks import Task
 from gradmm.training import trainable_copy
 
@@ -84,6 +87,27 @@ def test_training_leaves_the_model_and_gives_one_like_it(tiny_model, kind):
         for name in changed
     )
     assert evaluate(found.model, TASK, train).accuracy == pytest.approx(found.validation_accuracy)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_maps_that_a_kernel_reads_itself_have_no_adapter(kind, toy_tokenizer):
+    pytest.importorskip("peft", reason="the extra lora is not installed", exc_type=ImportError)
+    small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    small |= {"num_heads": 8, "head_dim": 8, "n_groups": 1} if kind == "mamba2" else {}
+    lm = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **small)).eval()
+    copy = trainable_copy(wrap_model(lm, toy_tokenizer, kind), CONFIG)
+    learning = {name for name, weights in copy.lm.named_parameters() if weights.requires_grad}
+    assert learning and all(".in_proj.lora_" in name or "x_proj" in name or "dt_proj" in name for name in learning)
+
+
+@pytest.mark.parametrize("step", ["trainable_copy", "train_at_rates"])
+def test_what_the_memory_does_not_hold_is_refused_with_what_helps(tiny_model, monkeypatch, step):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    monkeypatch.setattr(finetuning, step, full)
+    with pytest.raises(UserError, match=r"does not hold the weights that learn .*2.00 GiB\): let fewer .* layers = 4"):
+        fit(tiny_model(), TASK, TRAIN, TRAIN, replace(CONFIG, adapter=None))
 
 
 def test_another_seed_starts_another_adapter(tiny_model):

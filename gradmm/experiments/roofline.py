@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
+from gradmm.device import layers_of
 from gradmm.errors import require
 from gradmm.gradients import FactorTarget
 from gradmm.models import Model
@@ -77,9 +78,9 @@ class Body:
         Raises:
             UserError: a model whose layers stand in no list.
         """
-        stacks = [part for part in model.lm.base_model.modules() if isinstance(part, torch.nn.ModuleList) and len(part)]
-        require(bool(stacks), f"{model.name} has no list of layers to count: give a transformer")
-        maps = [sum(_numbers(part) for part in layer.modules()) for layer in stacks[0]]
+        layers = layers_of(model.lm)
+        require(bool(layers), f"{model.name} has no list of layers to count: give a transformer")
+        maps = [sum(_numbers(part) for part in layer.modules()) for layer in layers]
         config = model.lm.config.get_text_config()
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads

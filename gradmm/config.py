@@ -63,10 +63,12 @@ class SynthesisConfig:
         projection, top_k: the order (a name in `projection.PROJECTIONS`) and its number of candidates.
         search: a name in SEARCHES: "pool" has the model write `oversample` times as many finished texts from the public
             prompts and leaves the rest to filter and ranking. "admm" moves texts towards the target, as published (all
-            settings of the solver, the projection and the start are its own); it needs a Release of the head, and
-            `PRESETS` has the ranking and the oversample that suit it.
-        length: L, tokens of a text behind the words that its prompt begins it with; None takes the Release's.
-        temperature: of the texts that a pool writes, see `generation.Sampling`; 1 samples from the model.
+            settings of groups, the solver, the projection and the start are its own); it needs a Release of the head,
+            and `PRESETS` has the ranking and the oversample that suit it.
+        length: L, tokens of a text behind the words that its prompt begins it with, of a pool at most twice as
+            many; None takes the Release's.
+        temperature: of the texts that a pool writes or that ADMM starts from, see `generation.Sampling`; 1 samples from
+            the model.
         distance: "cosine" or "l2".
         init: "generated" starts x at texts that the model writes from the public prompts, which may end before L
             tokens as they do (`plan.MIN_TOKENS` at least); "normal", as published, at random vectors, and every text

@@ -356,9 +356,9 @@ def _ending(vocabulary: Vocabulary) -> Vocabulary:
 
 
 def _next_batches(label: int, tried: int, missing: int, most: int) -> list[Batch]:
-    """A round of a class: some more tries than texts are missing, in batches that follow from these numbers alone."""
-    sizes = [min(most, max(missing, SPARE))] * -(-missing // most)
-    return [Batch(label, tried + sum(sizes[:place]), size) for place, size in enumerate(sizes)]
+    """A round of a class: a try for each text that is missing, but `SPARE` at least, `most` of them in a batch."""
+    tries = range(tried, tried + max(missing, SPARE) if missing > 0 else tried)
+    return [Batch(label, tries[place], len(tries[place : place + most])) for place in range(0, len(tries), most)]
 
 
 def _first_usable(
@@ -441,8 +441,9 @@ class Writer:
             for step in range(shape[1]):
                 left = (room[rows] - 1 - step).clamp_min(0)
                 token = self._draw(reader.state, uniform[rows, step], self._open_to(state, left, step, before))
-                done = done | self.vocabulary.stops[token]
-                ids[rows, step] = torch.where(done, -1, token)
+                stops = self.vocabulary.stops[token]
+                ids[rows, step] = torch.where(done, -1, torch.where(stops, self.vocabulary.left[token], token))
+                done = done | stops
                 asked[rows, step] = closed & ~self.vocabulary.closers[token] & (step >= self.sampling.min_tokens)
                 last = step + 1 == shape[1]
                 if last or reader.due:

@@ -20,10 +20,11 @@ NORM = 1.4  # of a random vector, as published
 
 @dataclass(frozen=True)
 class Shape:
-    """What a start looks like: B examples of L tokens a group."""
+    """What a start looks like: B examples of L tokens a group, written at a temperature."""
 
     count: int
     length: int
+    temperature: float = 1.0
 
 
 def normal(
@@ -59,7 +60,7 @@ def generated(
     model, tokens = matching.model, matching.tokens
     uniform = torch.cat([torch.rand(shape.count, shape.length, generator=source) for source in sources])
     rows = [label for label in classes for _ in range(shape.count)]
-    sampling = Sampling(max_tokens=shape.length, min_tokens=decoding.min_tokens)
+    sampling = Sampling(shape.temperature, max_tokens=shape.length, min_tokens=decoding.min_tokens)
     ids = continue_prompts(model, tokens, rows, uniform, sampling, decoding.vocabulary)
     end = cast(int, decoding.end)  # generated starts need an early end, see `SynthesisConfig`
     ids = ids.masked_fill(ids < 0, end).view(len(classes), shape.count, shape.length)

@@ -486,9 +486,7 @@ def _load_gguf(path: Path, device: torch.device, dtype: torch.dtype) -> Model:
 
 
 def _on(lm: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    with enough_memory(
-        "the model", "take a smaller one, dtype = 'bfloat16' if that is not its type, or device = 'cpu'"
-    ):
+    with enough_memory("the model", "take a smaller one, dtype = 'bfloat16' or device = 'cpu'"):
         return lm.to(device)
 
 

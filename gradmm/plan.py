@@ -81,11 +81,22 @@ class Plan:
             f"targets in the space {release.space_name!r} are matched by choosing texts: set search = 'pool', or "
             "release in another space",
         )
+        require(
+            config.distance == "cosine" or not release.ledger,
+            f"distance = {config.distance!r} compares lengths, and those of a private release, noised sums of clipped "
+            "gradients, say nothing: set distance = 'cosine'",
+        )
+        require(
+            config.ranking != "joint" or not release.ledger,
+            "ranking = 'joint' adds the classes' targets up, and a private release holds sums over classes of unknown "
+            "sizes, in which the larger would count for more: set ranking = 'group'",
+        )
         # Texts that are moved have in them what their prompts begin them with.
         opened = max(map(len, tokens.openings)) if config.search == "admm" else 0
         length = opened + (config.length or release.length)
         _check_context(model, tokens, length, opened)
         end = _end_token(model, config)
+        top_k = config.top_k if config.search == "admm" else 1  # a pool projects nothing
         batch, together = work_units(model, config, len(classes))
         return Plan(
             model=model,
@@ -94,7 +105,7 @@ class Plan:
             release=release,
             config=config,
             matching=Matching(model, tokens, release.targets, release.space, config.distance, end),
-            decoding=DecodingConfig(config.projection, config.top_k, model.vocabulary, end, min(MIN_TOKENS, length)),
+            decoding=DecodingConfig(config.projection, top_k, model.vocabulary, end, min(MIN_TOKENS, length)),
             tables=TokenTables.of(model),
             length=length,
             classes=classes,
@@ -184,7 +195,7 @@ class Plan:
 
 
 def _end_token(model: Model, config: SynthesisConfig) -> int | None:
-    if config.init != "generated":
+    if config.search == "pool" or config.init != "generated":
         return None
     require(len(model.ends) > 0, f"{model.name} has no end-of-text token: set init = 'normal'")
     return model.ends[0]

@@ -26,17 +26,20 @@ LETTERS = rf"(?:(?![{UNSPACED}])[\w{MARKS}])+"
 WORD = re.compile(rf"[{UNSPACED}]|\d+(?:[.,:/-]\d+)+|{LETTERS}(?:['’]{LETTERS})*")
 RUN = re.compile(r"([^\s\d]{1,12}?)\1{2,}")
 RUN_LENGTH = 12  # characters; "hahaha" and "sooooo" are shorter
-# What no word is: letters and digits joined by three signs of a calculation, three small letters before capital ones,
-# digits within letters three times, 45 letters in a row. Addresses, names and tags of users are not looked at.
+# What no word is: letters and digits joined by three signs of a calculation (but M*A*S*H), three small letters before
+# capital ones, digits within letters three times, 45 letters in a row; in scripts that set spaces between words.
+# Addresses, names and tags of users are not looked at.
+LETTER = rf"(?:(?![{UNSPACED}])[^\W\d_])"
 NO_WORD = re.compile(
-    r"(?:[^\W_]+[+*=|~^\\<>]){3}[^\W_]|(?:[a-z]+[A-Z]+){3}|(?:[^\W\d_]+\d+){3}[^\W\d_]|"
-    rf"(?:(?![{UNSPACED}])[^\W\d_]){{45}}"
+    rf"(?!(?:[A-Z]\*)+[A-Z](?![\w*]))(?:(?:{LETTER}|\d)+[+*=|~^\\<>]){{3}}(?:{LETTER}|\d)|(?:[a-z]+[A-Z]+){{3}}|"
+    rf"(?:{LETTER}+\d+){{3}}{LETTER}|{LETTER}{{45}}"
 )
 ADDRESS = frozenset("/@#_")
 # What closes something, a dash or mark before a space, the rest of a hyphened word or contraction; ". . ." and "..."
-# may begin a text.
+# may begin a text, and so may ” where it opens, as in Swedish, and the Dutch 's before a name.
 BEGINNING = re.compile(
-    r"[,)\]}%”、。，！？；：）】》」』]|(?:(?!\.\s?\.)[.;:!?/–—-]|--+)(?=\s)|-(?=[^\W\d_])|['’](?:s|re|ve|ll|d|m)\b|n['’]t\b",
+    r"[,)\]}%、。，！？；：）】》」』]|”(?![^\W\d_])|(?:(?!\.\s?\.)[.;:!?/–—-]|--+)(?=\s)|-(?=[^\W\d_])|"
+    r"['’](?:s(?![ -](?-i:[A-Z]))|re|ve|ll|d|m)\b|n['’]t\b",
     re.IGNORECASE,
 )
 
@@ -138,9 +141,13 @@ def _echo(spoken: Sequence[str], asked: Sequence[str]) -> str | None:
 
 # ---------------------------------------------------------------- where a sentence ends
 
-SENTENCE_ENDS = ".!?…。！？"
-WIDE_ENDS = "。！？"  # no space follows these
+# Those of Latin and its kin, Chinese and Japanese, Devanagari and its kin, Urdu, Arabic, Armenian, Amharic, Burmese,
+# Khmer.
+SENTENCE_ENDS = ".!?…。！？।॥۔؟։።။។"
+WIDE_ENDS = "。！？။។"  # no space follows these
+UNMARKED = re.compile(r"[\u0e00-\u0eff]")  # Thai and Lao end a sentence by a space or by nothing
 CLOSERS = "\"'”’)]»」』）】》"
+PAIRED = {"“": "„", "«": "»"}  # what closes a quotation that the other opened, as in German, and else opens one
 END = re.compile(rf"([{re.escape(SENTENCE_ENDS)}]+)[{re.escape(CLOSERS)}]*")
 WORD_BEFORE = re.compile(r"\S*$")
 OPENERS = "\"'“‘«(["
@@ -163,7 +170,8 @@ def ends_sentence(before: str, after: str | None) -> bool:
     """Whether a sentence ends where a text stands.
 
     A sentence ends with one of SENTENCE_ENDS, and CLOSERS behind it, if what follows begins a new word or is nothing. A
-    full stop behind an abbreviation, an initial, or a number that may go on ends none.
+    full stop behind an abbreviation, an initial, or a number that may go on ends none. In scripts without such marks
+    it ends where nothing follows.
 
     Args:
         before: the text up to there.
@@ -172,9 +180,11 @@ def ends_sentence(before: str, after: str | None) -> bool:
     >>> ends_sentence("I saw Dr.", " Who"), ends_sentence("It cost $10.", "5"), ends_sentence("I saw it.", " It")
     (False, False, True)
     """
+    if PAIRED.get(before[-1:], "\n") in before:
+        before = before[:-1]
     found = next((some for some in END.finditer(before) if some.end() == len(before)), None)
     if found is None:
-        return False
+        return after == "" and bool(UNMARKED.match(before[-1:]))
     marks, follows = found.group(1), after or ""
     if marks[-1] in WIDE_ENDS:
         return follows[:1] not in tuple(CLOSERS)
@@ -195,6 +205,8 @@ def cut_to_sentence(text: str, complete: bool) -> str:
     >>> cut_to_sentence("A fine film. It cost $10.", complete=False), cut_to_sentence("the TBO team vs.", complete=True)
     ('A fine film.', '')
     """
+    if complete and ends_sentence(text, ""):
+        return text
     for place in reversed([some.end() for some in END.finditer(text)]):
         after = text[place:] or ("" if complete else None)
         if ends_sentence(text[:place], after):

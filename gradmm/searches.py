@@ -158,7 +158,7 @@ def _projected(plan: Plan, v: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 def _initial(plan: Plan, groups: range, classes: Tensor, together: int) -> Tensor:
     config = plan.config
     sources = [generator(config.seed, "initial x", group) for group in groups]
-    shape = Shape(config.group_size, plan.length)
+    shape = Shape(config.group_size, plan.length, config.temperature)
     return best_of(
         config.init,
         config.init_candidates,

@@ -109,9 +109,10 @@ class Selector:
             for i, (text, label) in enumerate(zip(texts, classes, strict=True))
         ]
 
-    def keep(self, examples: Sequence[Example]) -> list[Example]:
-        """Those of N examples whose texts are to be kept."""
-        verdicts, _ = self.choose([example.text for example in examples], [example.label for example in examples])
+    def keep(self, examples: Sequence[Example], perplexity: list[float] | None = None) -> list[Example]:
+        """Those of N examples whose texts are to be kept; perplexity as in `choose`."""
+        texts, classes = [example.text for example in examples], [example.label for example in examples]
+        verdicts, _ = self.choose(texts, classes, perplexity)
         return [example for example, verdict in zip(examples, verdicts, strict=True) if verdict.kept]
 
     def choose(

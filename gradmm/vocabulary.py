@@ -53,6 +53,8 @@ class Vocabulary:
         closes: (V,) bool, tokens that may end a sentence, see `sentences.ends_sentence`.
         closers: (V,) bool, closing quotes and brackets, which belong to the sentence before them.
         stops: (V,) bool, tokens that end a text and are no part of it: end tokens and line breaks.
+        left: (V,) int64, the token that a stop leaves in the text: of a mark with a line break, a token of Llama 3 and
+            Qwen, the mark; -1 where nothing is left.
         markup: numbers of the special tokens and of what else is no text but a model's markup.
     """
 
@@ -63,6 +65,7 @@ class Vocabulary:
     closes: Tensor
     closers: Tensor
     stops: Tensor
+    left: Tensor
     markup: frozenset[int]
 
     @staticmethod
@@ -99,6 +102,7 @@ class Vocabulary:
             where(lambda token, piece: _closes(piece.rstrip(), raw.get(token))),
             where(lambda token, piece: piece and not piece.strip(CLOSERS)),
             where(lambda token, piece: token in ends or "\n" in piece),
+            _left(pieces, whole),
         )
         return Vocabulary(_needs(follows), *tables, markup).only(torch.ones(len(pieces), dtype=torch.bool)).to(device)
 
@@ -106,8 +110,9 @@ class Vocabulary:
     def free(allowed: Tensor) -> "Vocabulary":
         """A vocabulary of whole tokens, each of which may stand anywhere and ends nothing; allowed: (V,) bool."""
         none, zero = torch.zeros_like(allowed), torch.zeros_like(allowed, dtype=torch.int8)[None]
+        nothing = torch.full(allowed.shape, -1, device=allowed.device)
         return Vocabulary(
-            zero.masked_fill(~allowed, NEVER), zero, allowed.expand(2, -1), none, none, none, none, frozenset()
+            zero.masked_fill(~allowed, NEVER), zero, allowed.expand(2, -1), none, none, none, none, nothing, frozenset()
         )
 
     def only(self, allowed: Tensor) -> "Vocabulary":
@@ -116,7 +121,8 @@ class Vocabulary:
         needs = _needs(follows)
         used = 1 if bool((needs[1:] == NEVER).all()) else len(needs)
         begins = self.begins & (needs[0] < NEVER)
-        return replace(self, needs=needs[:used], follows=follows[:used], begins=begins)
+        left = self.left.masked_fill(needs[0][self.left.clamp_min(0)] != 0, -1)
+        return replace(self, needs=needs[:used], follows=follows[:used], begins=begins, left=left)
 
     def to(self, device: torch.device | str) -> "Vocabulary":
         """The same on a device."""
@@ -146,6 +152,12 @@ class Vocabulary:
     def first(self, before: Tensor) -> Tensor:
         """Tokens that may be the first of each text, by the last token (N,) before it: (N, V) bool."""
         return self.begins[self.spaces[before].long()]
+
+
+def _left(pieces: Sequence[str], whole: Tensor) -> Tensor:
+    """For each piece with a line break the whole token of what stands before it, else -1: (V,)."""
+    tokens = {pieces[token]: token for token in reversed(whole.nonzero().flatten().tolist())}
+    return torch.tensor([tokens.get(piece.partition("\n")[0], -1) if "\n" in piece else -1 for piece in pieces])
 
 
 def markup_tokens(tokenizer, pieces: Sequence[str]) -> frozenset[int]:

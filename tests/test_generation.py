@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_toy_tokenizer
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from gradmm import generation
@@ -12,7 +13,7 @@ from gradmm.data import Example, content_hash, load_data, sample_examples
 from gradmm.decoding import decoder_of
 from gradmm.errors import DataWarning, UserError
 from gradmm.generation import Sampling, Writer, generate_counts, generate_texts, nucleus, prompted_texts
-from gradmm.models import Model, load_model
+from gradmm.models import Model, load_model, wrap_model
 from gradmm.tasks import Task, load_task, tokenize_task
 
 TWO = Task(
@@ -265,6 +266,31 @@ def test_a_text_is_cut_back_to_its_last_sentence_and_ends_at_stops(tiny_model, m
     vocabulary = model.vocabulary
     assert bool(vocabulary.stops[0])
     assert vocabulary.closes.nonzero().flatten().tolist() == [model.tokenizer.convert_tokens_to_ids(".")]
+
+
+def test_a_mark_with_a_line_break_ends_a_text_and_its_sentence(tiny_lm, monkeypatch):
+    """As tokens of Llama 3 and Qwen do."""
+    tokenizer = make_toy_tokenizer()
+    tokenizer.add_tokens([".\n", "?\n"])
+    model = wrap_model(tiny_lm("llama"), tokenizer, "toy")
+    full, question = tokenizer.convert_tokens_to_ids([".\n", "?\n"])
+    vocabulary = model.vocabulary
+    assert bool(vocabulary.stops[full]) and int(vocabulary.left[full]) == tokenizer.convert_tokens_to_ids(".")
+    assert int(vocabulary.left[question]) == -1  # no token is a question mark alone
+    tell(monkeypatch, [*tokenizer(" the cat sat on it")["input_ids"], full])
+    writer = writer_of(model, TWO, SAMPLING)
+    assert writer.write(0, [], [torch.Generator()]) == ["the cat sat on it."]
+    only = vocabulary.only(torch.arange(len(model.pieces)) != int(vocabulary.left[full]))
+    assert int(only.left[full]) == -1
+
+
+@pytest.mark.parametrize("most", [1, 7, 64, 256])
+@pytest.mark.parametrize("missing", [0, 1, 16, 65, 600])
+def test_how_many_are_tried_does_not_depend_on_the_batch(missing, most):
+    found = generation._next_batches(1, 5, missing, most)
+    assert sum(batch.size for batch in found) == (max(missing, 16) if missing else 0)
+    assert [batch.first for batch in found] == [5 + most * number for number in range(len(found))]
+    assert all(0 < batch.size <= most for batch in found)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -322,6 +323,33 @@ def test_matched_real_examples_are_unseen_real_ones_that_match_together(model):
     sets = [chosen, *(METHODS["random"](SeedRun(trial.experiment, seed)) for seed in range(5))]
     best, *others = [sum(matching.of_sets([e.text for e in some], [e.label for e in some])) for some in sets]
     assert best < sum(others) / len(others)
+
+
+@pytest.mark.parametrize("ranking", ["text", "group", "joint"])
+def test_matched_real_takes_what_unequal_classes_have_and_chooses_as_gradmm_does(model, ranking):
+    synthesis = replace(CONFIG.synthesis, search="pool", ranking=ranking, oversample=8.0)
+    bench = bench_of(model, config=replace(CONFIG, space="body", synthesis=synthesis))
+    few = [example for example in bench.splits.train if example.label == 0]
+    many = [Example(f"{example.text} and {number}", 1) for example in few for number in range(3)]
+    bench = replace(bench, splits=replace(bench.splits, train=[*few, *many]))
+    trial, asked = SeedRun(bench, 0), []
+    with mock.patch.object(SeedRun, "choose", lambda self, pool, config: asked.append((pool, config))):
+        METHODS["matched_real"](trial)
+    ((pool, config),) = asked
+    assert config.ranking == ranking and not set(pool) & set(trial.real)
+    counts = [sum(example.label == label for example in pool) for label in (0, 1)]
+    assert counts == [min(16, len(few) - 2), 16]
+
+
+def test_a_pool_is_read_once_for_all_who_choose_from_it(model):
+    synthesis = replace(CONFIG.synthesis, search="pool", ranking="group", oversample=8.0)
+    trial = SeedRun(bench_of(model, config=replace(CONFIG, space="body", synthesis=synthesis)), 0)
+    rows = [{"text": one.text, "label": one.label, "perplexity": 9.0} for one in trial.experiment.splits.train]
+    vars(trial)["written"] = SimpleNamespace(candidates=SimpleNamespace(to_list=lambda: rows))
+    with mock.patch.object(trial_room, "perplexities", return_value=[]) as read:
+        for name in ("prompt_only", "surest", "random_target"):
+            assert METHODS[name](trial)
+    assert all(texts == [] for _, texts in (call.args for call in read.call_args_list))
 
 
 def test_prompt_only_is_the_first_projection_of_the_first_draw_in_order_of_writing(model):

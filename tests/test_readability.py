@@ -14,6 +14,9 @@ ENDS = [
     ("C'était bien.", " Il"), ("¿Qué tal?", " Bien"), ("Фильм хороший.", " Он"), ("映画は良かった。", ""),
     ("i said no.", " then"),
     ("The film is state-of-the-art.", None), ("it's the actors'.", " They"),
+    ("कमरा साफ है।", " सेवा"), ("कमरा साफ है।", None), ("کمرہ صاف ہے۔", ""), ("هل هو جيد؟", " نعم"), ("Լավ էր։", ""),
+    ("ጥሩ ነበር።", ""), ("ကောင်းတယ်။", "ဒါ"), ("ល្អណាស់។", "វា"), ("ห้องสะอาดมาก", ""), ("ຫ້ອງສະອາດ", ""),
+    ("Er sagte: „Das war gut.“", ""), ("Han sagde: »Det var godt.«", " Så"),
 ]  # fmt: skip
 NO_ENDS = [
     ("I saw it", " It"), ("the TBO team vs.", " the"), ("the TBO team vs.", ""), ("revenue of $10.", "5"),
@@ -26,7 +29,8 @@ NO_ENDS = [
     ("z.B.", " Berlin"), ("Das sind ca.", " zehn"), ("Mme.", " Dupont"), ("Sra.", " García"), ("ул.", " Ленина"),
     ("т.е.", " он"),
     ("on Oct.", " 3"), ("St.", " Louis"), ("visit example.com.", None), ("Apple Inc.", " said"), ("", ""),
-    ("he said, (cf.", " page"),
+    ("he said, (cf.", " page"), ("ห้องสะอาดมาก", None), ("ห้องสะอาดมาก", "และ"), ("It was so.", "“No"),
+    ("das war's.“", ""),
 ]  # fmt: skip
 
 
@@ -47,7 +51,9 @@ def test_here_none_ends(before, after):
         ("A fine film. It cost $10.", True, "A fine film. It cost $10."),
         ("It was on http://www.", True, ""), ("It was so. Then Dr.", True, "It was so."),
         ('He said "it was." and then', False, 'He said "it was."'),
-        ("很好。但是", False, "很好。"), ("no end at all", True, ""), ("", True, ""),
+        ("很好。但是", False, "很好。"), ("很好。“我们", False, "很好。"), ("ห้องสะอาดมาก", True, "ห้องสะอาดมาก"),
+        ("ห้องสะอาดมาก", False, ""), ("Er sagte: „Das war gut.“", True, "Er sagte: „Das war gut.“"),
+        ("no end at all", True, ""), ("", True, ""),
     ],
 )  # fmt: skip
 def test_a_text_goes_back_to_its_last_certain_end(text, complete, left):

@@ -106,7 +106,7 @@ FLAWS = {
     ),
     "it holds": ("<|im_start|>user", "hi <start_of_turn> you", "half a char\ufffd", "good.</s>", "[INST] go", "a<|im",
         "a \u202eb", "private \ue000", "line<br />break"),
-    "it spells": ("a librated pi+m+k+m+k!!", "the mOoRaNgE", "it is a1b2c3d", "very " + "long" * 12),
+    "it spells": ("a librated pi+m+k+m+k!!", "the mOoRaNgE", "it is a1b2c3d", "M*A*S*h*m", "very " + "long" * 12),
     "it echoes its prompt": ("A bad review.", "bad review", "a BAD review: the room was cold.", "Review"),
     "it has no word": ("...", "?!", "\"\"", "'"),
 }  # fmt: skip
@@ -120,7 +120,9 @@ READABLE = (
     "»gut«", "¿qué?", "i <3 it", "a < b > c",
     "it goes on and on and on", "sooooo good", "hahahaha", "a copy of a copy of a copy", "bad reviews are fun",
     "http://www.aaa.com/aBcDeFgH", "s1m0ne", "H2O2", "x+y=z", "McDonald's iPhone", "Donaudampfschifffahrtskapitän",
-    "it was good. it was bad.",
+    "it was good. it was bad.", "酒店于2024年3月5日开业。", "公司2023年营收增长15个百分点至200亿元。",
+    "好吃~推薦~再來~讚",
+    "M*A*S*H was better", "”Det var bra”, sa hon.", "'s Avonds was het stil.", "'s-Hertogenbosch is mooi.",
 )  # fmt: skip
 
 

@@ -109,6 +109,26 @@ def test_joint_ranking_keeps_what_matches_best_in_each_class_and_in_their_sum(se
     assert all("by the classes' joint matching loss" in row["reason"] for row in result.kept)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"distance": "l2"}, "'l2' compares lengths, and"), ({"ranking": "joint"}, "sums over classes of unknown sizes")],
+)
+def test_of_a_private_release_only_the_directions_count(setting, changes, said):
+    model, task, _ = setting
+    private = gradmm.release(model, task, REAL, epsilon=1.0, delta=1e-5, length=5)
+    with pytest.raises(UserError, match=said):
+        Plan.of(model, task, private, replace(SMALL, **changes))
+
+
+def test_a_pool_asks_for_nothing_that_admm_alone_needs(setting, monkeypatch):
+    model, task, release = setting
+    monkeypatch.setattr(type(model), "ends", ())
+    pool = replace(SMALL, search="pool", top_k=10**6)
+    assert Plan.of(model, task, release, pool).written_per_class == (3, 3)
+    with pytest.raises(UserError, match="has no end-of-text token: set init = 'normal'"):
+        Plan.of(model, task, release, SMALL)
+
+
 @pytest.mark.parametrize("ranking", ["text", "group", "joint"])
 def test_every_ranking_honours_the_weight_of_perplexity(setting, ranking):
     model, task, release = setting

@@ -175,11 +175,17 @@ def random_real(seed_run: SeedRun) -> list[Example]:
 
 def matched_real(seed_run: SeedRun) -> list[Example]:
     """Other real examples, chosen as gradmm chooses texts and from as many: what the choice alone is worth."""
-    config = replace(seed_run.synthesis, search="pool", ranking="group")
+    config, one = seed_run.synthesis, seed_run.experiment
+    if config.search == "admm":
+        config = replace(config, search="pool", ranking="group")
     seen = {example.text for example in seed_run.real}
     others = [example for example in all_real(seed_run) if example.text not in seen]
-    count = min(len(others), math.ceil(config.n_synthetic * config.oversample))
-    pool = sample_examples(others, count, seed_run.experiment.task, stream(seed_run.seed, "real pool"))
+    each = math.ceil(config.n_synthetic * config.oversample / len(one.task.labels))
+    pool: list[Example] = []
+    for label in range(len(one.task.labels)):
+        own = [example for example in others if example.label == label]
+        order = torch.randperm(len(own), generator=generator(seed_run.seed, "real pool", label))[:each]
+        pool += [own[place] for place in order.tolist()]
     return seed_run.choose(pool, config)
 
 

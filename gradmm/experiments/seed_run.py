@@ -3,6 +3,7 @@
 Reads real examples; knows no method.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from gradmm import files
 from gradmm.config import FinetuneConfig, SynthesisConfig
 from gradmm.data import Example, Splits, check_examples, sample_examples
 from gradmm.errors import is_whole, plain_fields, require, require_type, require_whole, short_repr
+from gradmm.evaluation import perplexities
 from gradmm.generation import Sampling
 from gradmm.gradients import Factors, FactorTarget
 from gradmm.models import Model, require_model
@@ -189,7 +191,16 @@ class SeedRun:
     def pool(self) -> Sequence[Example]:
         """All texts that gradmm wrote, or what the experiment was given for them."""
         given = self.experiment.config.pools.get(self.seed)
-        return _examples_of(self.written.candidates.to_list()) if given is None else list(given)
+        if given is not None:
+            return list(given)
+        rows = self.written.candidates.to_list()
+        self._perplexities.update((row["text"], row["perplexity"]) for row in rows)
+        return _examples_of(rows)
+
+    @cached_property
+    def _perplexities(self) -> dict[str, float]:
+        """Of the texts that were read so far."""
+        return {}
 
     def write(self, name: str, target: Release, config: SynthesisConfig) -> list[Example]:
         """The texts that gradmm keeps for another target; a pool, which depends on no target, is not written again."""
@@ -204,7 +215,10 @@ class SeedRun:
     def among(self, pool: Sequence[Example], target: Release, config: SynthesisConfig) -> list[Example]:
         """Those of any examples that gradmm keeps for another target."""
         plan = Plan.of(self.experiment.model, self.experiment.task, target, config)
-        return check_examples(plan.selector.keep(pool), self.experiment.task)
+        new = [text for text in dict.fromkeys(one.text for one in pool) if text and text not in self._perplexities]
+        self._perplexities.update(zip(new, perplexities(plan.model, new), strict=True))
+        kept = plan.selector.keep(pool, [self._perplexities.get(one.text, math.inf) for one in pool])
+        return check_examples(kept, self.experiment.task)
 
     def _synthesize(self, name: str, target: Release, config: SynthesisConfig) -> SynthesisResult:
         """A synthesis; continued where it was interrupted."""

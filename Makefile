@@ -75,6 +75,7 @@ test-all: test
 
 # What computes on a GPU, against the CPU; on a machine with one.
 test-gpu: $(VENV)/.installed-test
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make test-gpu: torch %s sees no CUDA device: look at nvidia-smi, or remove $(VENV) and install it where the driver is" % torch.__version__)'
 	$(BIN)/python -m pytest -m gpu
 
 # As `make test` in an environment of its own with the lowest versions that pyproject.toml admits.

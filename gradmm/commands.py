@@ -89,7 +89,8 @@ class Synthesis:
 
     Attributes:
         release: a file that Release.save wrote, instead of data.
-        n_real: how many of the train rows are released, all classes together; without it all.
+        n_real: how many of the train rows are released, all classes together; without it all. With --epsilon the
+            guarantee is about those drawn, and a file that differs in one row may give many others.
         search: the preset that the settings start from: pool, admm, paper or official.
         settings: a YAML file of SynthesisConfig's settings, over the preset.
         output: a folder for results and unfinished work, seen by all processes; without it one in results/synthesize.
@@ -208,12 +209,19 @@ def _released(
 ) -> tuple[Release, Model, Task, Path]:
     model, task, splits = inputs.load()
     seed = config.seed
-    source = {"data": splits.source, "n_real": given.n_real, "seed": seed}
+    source = {"data": splits.source, "place": splits.place, "n_real": given.n_real, "seed": seed}
     real = splits.train if given.n_real is None else sample_examples(splits.train, given.n_real, task, seed)
     folder = Path(given.output) if given.output else _default_folder(inputs, given, private, config)
     space = private.space or (config.space if private.epsilon is None else None)
     target = release_once(
-        folder / "release", model, task, real, private, source=source, space=space, progress=not inputs.quiet
+        Path(given.output) / "release" if given.output else None,
+        model,
+        task,
+        real,
+        private,
+        source=source,
+        space=space,
+        progress=not inputs.quiet,
     )
     return target, model, task, folder
 

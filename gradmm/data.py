@@ -61,6 +61,7 @@ class Splits:
         source: the folder's name, or the hub id with the commit read; never a path.
         dropped: how many rows were left out: another row holds the same text.
         notes: a sentence on each kind of row left out or moved: how many and where the first stands, never a text.
+        place: 8 digits that follow from the path and the columns' names: other data of the same name have others.
     """
 
     train: list[Example]
@@ -69,6 +70,7 @@ class Splits:
     source: str
     dropped: int = 0
     notes: tuple[str, ...] = ()
+    place: str = ""
 
 
 def content_hash(text: str) -> str:
@@ -136,7 +138,9 @@ def load_data(
     named, hub = _on_hub(data, task, (text, label))
     given = _given(data, hub, (text, label))
     task = task or named or given.task()
+    path = str(given.folder.resolve()) if given.folder is not None and data != "demo" else given.source
     splits = split_by_content(_examples(given, task), given.source)
+    splits = replace(splits, place=files.digest([path, given.source, text, label])[:8])
     _check_classes(splits, task)
     for note in (*given.notes, *splits.notes):
         warnings.warn(f"{given.source}: {note}", DataWarning, stacklevel=2)
@@ -238,7 +242,8 @@ def split_by_content(rows: Mapping[str, list[Example]], source: str) -> Splits:
     for digest, (split, example) in kept.items():
         parts[places.get(digest, split)].append(example)
     notes = _notes(rows, repeated, contradicted, elsewhere, places)
-    return Splits(**parts, source=source, dropped=sum(map(len, groups.values())) - len(kept), notes=tuple(notes))
+    dropped = sum(map(len, groups.values())) - len(kept)
+    return Splits(parts["train"], parts["validation"], parts["test"], source, dropped, tuple(notes))
 
 
 def _carve(labels: Mapping[str, int], rows: Mapping[str, list[Example]]) -> dict[str, str]:

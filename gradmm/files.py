@@ -239,7 +239,7 @@ logging.getLogger("filelock").setLevel(logging.INFO)  # below, it logs addresses
 
 
 @contextmanager
-def lock(folder: str | Path | None) -> Iterator[None]:
+def lock(folder: str | Path | None, wait: bool = False) -> Iterator[None]:
     """Hold a folder for as long as this context lasts, and take away what runs that were killed in it left unfinished.
 
     A folder that does not exist is made. One that cannot be written, such as finished results on a read-only disk, and
@@ -247,12 +247,13 @@ def lock(folder: str | Path | None) -> Iterator[None]:
 
     Args:
         folder: None, a run in memory, holds nothing.
+        wait: for the end of another run that holds the folder, instead of an error.
 
     Raises:
         UserError: another run holds the folder.
     """
     path = None if folder is None else as_path(folder, "the output folder")
-    held = None if path is None else _acquire(path)
+    held = None if path is None else _acquire(path, -1 if wait else 0)
     if path is None or held is None:
         yield
         return
@@ -265,10 +266,10 @@ def lock(folder: str | Path | None) -> Iterator[None]:
                 (path / LOCK).unlink()
 
 
-def _acquire(folder: Path) -> AbstractContextManager | None:
+def _acquire(folder: Path, seconds: float) -> AbstractContextManager | None:
     """The lock, already held, to be let go at the end of the context; None where there can be none."""
     try:
-        return FileLock(folder / LOCK).acquire(timeout=0)
+        return FileLock(folder / LOCK).acquire(timeout=seconds)
     except Timeout as error:
         raise UserError(
             f"{folder} is in use by another run: wait for its end, or choose another output folder"

@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ from gradmm.mechanism import (
     total_epsilon,
 )
 from gradmm.models import Model, require_model
-from gradmm.progress import shown, stage
-from gradmm.runs import refuse_other
+from gradmm.progress import announced, shown, stage
+from gradmm.runs import RESULTS, refuse_other
 from gradmm.sharding import launched
 from gradmm.spaces import BodySketch, coordinates, release_space, space_from, tensors_of
 from gradmm.tasks import Task, TaskTokens, require_task, tokenize_task
@@ -201,7 +202,7 @@ def release(
 
 
 def release_once(
-    folder: str | Path,
+    folder: str | Path | None,
     model: Model,
     task: Task,
     examples: Iterable,
@@ -214,17 +215,19 @@ def release_once(
 
     The folder holds the Release (`release.safetensors`) and what was spent on its examples (`ledger.json`). A charge is
     written before the noise is drawn, so that a crash in between leaves it counted, and the Release that is drawn next
-    says what both cost together. Without epsilon this is `release`, and nothing is kept.
+    says what both cost together. Who asks while another process makes the Release waits for it. Without epsilon this is
+    `release`, and nothing is kept.
 
     Of the examples nothing is stored, not even a hash: that other texts stand behind the same `source` cannot be seen
     here. Nor does a folder know of other folders. Noise that was drawn cannot be drawn back: deleting a folder deletes
     the count and gives no budget back, and the release that replaces it costs as much again.
 
     Args:
-        folder: of the run.
+        folder: of the Release; None: one in results/releases that follows from all arguments, so that no change of
+            what comes after a Release draws and pays another one.
         model, task, examples: as in `release`; the examples are not looked at where the folder holds their Release.
-        source: public facts that say which examples these are, such as the data's name, how many were drawn, and the
-            seed.
+        source: public facts that say which examples these are, such as the data's name and place (`Splits`), how many
+            were drawn, and the seed.
         config, options: as in `release`, without a ledger.
 
     Raises:
@@ -241,9 +244,13 @@ def release_once(
     require_model(model)
     require_task(task)
     require_type(source, Mapping, "source", "give public facts such as {'data': 'demo', 'seed': 0}")
+    arguments = _public_arguments(model, task, source, config)
+    folder = RESULTS / "releases" / files.digest(arguments)[:8] if folder is None else folder
     folder = files.as_path(folder, "the folder of the release")
-    with lock(folder):
-        ledger = _FolderLedger.open(folder / LEDGER_FILE, _public_arguments(model, task, source, config))
+    with ExitStack() as held:
+        with shown(place.get("progress", True)), announced(f"waiting for who makes the release in {folder}"):
+            held.enter_context(lock(folder, wait=True))
+        ledger = _FolderLedger.open(folder / LEDGER_FILE, arguments)
         kept = folder / RELEASE_FILE
         if kept.exists():
             require(
@@ -311,6 +318,11 @@ def _check(config: ReleaseConfig, ledger: Ledger | None, cache: str | Path | Non
     require(
         config.epsilon is not None or ledger is None,
         "ledger without epsilon, nothing would be private: give epsilon, or leave it out",
+    )
+    require(
+        config.noise_seed is None or ledger is None or isinstance(ledger, _FolderLedger),
+        f"noise_seed = {config.noise_seed} with a ledger: noise that can be drawn again protects nobody, and "
+        "whatever is added to it would count for nothing, so leave one of them out",
     )
     processes = launched()[1]
     require(

@@ -338,28 +338,32 @@ def test_a_quickstart_writes_what_python_writes(tmp_path, shared_folder):
 def test_a_private_quickstart_shares_nothing_of_the_private_texts_and_spends_once(tmp_path, shared_folder):
     words = ("bad", "dull", "fine", "great")  # four classes
     rows = [{"text": f"zebra {n} was {word}", "label": word} for n in range(31) for word in words]
-    for split, some in (("train", rows[:78]), ("validation", rows[78:95]), ("test", rows[95:])):
+    for split, some in (("train", [*rows[:78], *rows[:3]]), ("validation", rows[78:95]), ("test", rows[95:])):
         files.write_json_lines(tmp_path / "ward" / f"{split}.jsonl", some)
     asked = {"data": "ward", "n_real": 8, "n_synthetic": 8, "epsilon": 2.0, "delta": 1e-5, "length": 8}
-    asked |= {"fine_tuning_steps": 1, "fine_tuning_seeds": 1}
+    asked |= {"fine_tuning_steps": 30, "fine_tuning_seeds": 1}  # so many that a bar would be shown
     with executing.quiet(tmp_path), executing.forked_kernels(shared_folder):
         executed = executing.execute(NOTEBOOKS[0], asked, tmp_path)
         (folder,) = (tmp_path / "results" / "00-quickstart").iterdir()
         results, apart = results_of(folder, "00-quickstart")
         held = {place: place.read_bytes() for place in folder.rglob("*") if place.is_file()}
         executing.execute(NOTEBOOKS[0], asked, tmp_path)
+        (kept,) = (tmp_path / "results" / "releases").iterdir()
+        executing.execute(NOTEBOOKS[0], {**asked, "n_synthetic": 4, "fine_tuning_steps": 1}, tmp_path)
+        assert list((tmp_path / "results" / "releases").iterdir()) == [kept]  # the same release serves other parameters
     assert results["private"] is True
     assert set(results["methods"]) == {"none", "zero_shot", "gradmm"} == set(apart["methods"])
     assert all(set(figures) == {"n", "perplexity"} for figures in results["methods"].values())
     assert all(0 <= figures["accuracy"]["mean"] <= 1 for figures in apart["methods"].values())
-    shown = json.dumps([cell.get("outputs") for cell in executed.cells])
+    shown = json.dumps([executed.metadata, [cell.get("outputs") for cell in executed.cells]])
+    assert "validation=" not in shown and "testing" not in shown and "row(s) repeat" not in shown
     public = shown + "".join(
         content.decode("utf-8", "replace") for place, content in held.items() if NOT_FOR_RELEASE not in place.parts
     )
     assert "zebra" not in public and "accuracy" not in public
     assert not [n for n in ("78 ", "17 validation", "29 test") if n in shown]
     assert {place: place.read_bytes() for place in folder.rglob("*") if place.is_file()} == held
-    assert len(files.read_json(folder / "ledger.json")["entries"]) == 1
+    assert len(files.read_json(kept / "ledger.json")["entries"]) == 1
 
 
 def test_an_unknown_parameter_is_an_error(tmp_path):

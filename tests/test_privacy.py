@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -459,6 +462,40 @@ def test_the_same_private_release_is_drawn_once(model, tmp_path, monkeypatch, op
     monkeypatch.setattr(privacy, "noised_sums", lambda *_: pytest.fail("noise was drawn again"))
     assert once(tmp_path / "run", model, **options).fingerprint == first.fingerprint
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == held
+
+
+def test_without_a_folder_the_same_release_is_found_whatever_comes_after_it(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = once(None, model)
+    (folder,) = Path("results/releases").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"release.safetensors", "ledger.json"}
+    monkeypatch.setattr(privacy, "noised_sums", lambda *_: pytest.fail("noise was drawn again"))
+    assert once(None, model).fingerprint == first.fingerprint == once(folder, model).fingerprint
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for other in ({"epsilon": 0.5}, {"source": SOURCE | {"place": "elsewhere"}}):
+        assert once(None, model, **other).fingerprint != first.fingerprint
+    assert len(list(Path("results/releases").iterdir())) == 3
+
+
+def test_who_asks_while_the_release_is_made_waits_for_it(model, tmp_path, monkeypatch):
+    """As processes of one launch do: one draws, the others read."""
+    drawn = []
+
+    def slow(*given):
+        drawn.append(given)
+        time.sleep(0.3)
+        return mechanism.noised_sums(*given)
+
+    monkeypatch.setattr(privacy, "noised_sums", slow)
+    with ThreadPoolExecutor(3) as several:
+        found = [several.submit(once, tmp_path / "run", model) for _ in range(3)]
+    assert len({one.result().fingerprint for one in found}) == 1 == len(drawn)
+
+
+def test_a_ledger_takes_no_noise_that_can_be_drawn_again(model):
+    with pytest.raises(UserError, match="noise_seed = 1 with a ledger: noise that can be drawn again protects nobody"):
+        privacy.release(model, TASK, EXAMPLES, **PRIVATE, noise_seed=1, ledger=mechanism.Ledger(1.0, 1e-5))
 
 
 def test_nothing_of_the_examples_is_kept_beside_the_release(model, tmp_path):

@@ -150,7 +150,7 @@ def _jobs(notebook: Path, chosen: list[dict], grid: list[dict], folder: Path, fr
     for values, combination in zip(chosen, grid, strict=True):
         for name in values:
             require(name in known, f"{notebook} has no parameter {name!r}: {near(name, known, 'it has')}")
-        label, parts = _label(combination), _parts(notebook, values)
+        label, parts = _label(combination), _parts(notebook, values, known)
         own = [part for part in (label, files.digest(parts)[:8] if fresh else "") if part]
         given = values.get("output", known.get("output"))  # None: a folder that follows from the parameters
         if own and (given or (fresh and "output" in known)):
@@ -199,11 +199,12 @@ def _extra(name: str) -> Any:
         raise UserError(f"{name} is not installed: {mend}") from error
 
 
-def _parts(notebook: Path, parameters: Mapping[str, Any]) -> dict[str, str]:
+def _parts(notebook: Path, parameters: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
     """All that a result depends on; outputs and the metadata that an editor leaves in a notebook are not part of it."""
     cells = files.read_json(notebook, files.MAX_TEXT_BYTES)["cells"]
     kept = [(cell["cell_type"], "".join(cell["source"]), cell.get("metadata", {}).get("tags")) for cell in cells]
-    texts = {name: value for name, value in parameters.items() if name != "output" and isinstance(value, str)}
+    every = {**defaults, **parameters}
+    texts = {name: value for name, value in every.items() if name != "output" and isinstance(value, str)}
     return {
         "notebook": files.digest(kept),
         "parameters": files.digest(parameters),

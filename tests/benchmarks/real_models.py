@@ -26,10 +26,9 @@ from torch import Tensor
 
 import gradmm
 from gradmm import files
-from gradmm.classification import Encoded, evaluate_calibrated, score_calibrated
+from gradmm.classification import Encoded, score_calibrated
 from gradmm.data import Example
 from gradmm.experiments import protocol
-from gradmm.experiments.metrics import subsample
 from gradmm.experiments.records import write_record
 from gradmm.experiments.results import Comparison
 from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun
@@ -233,14 +232,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with gradients_read_once(), mock.patch.object(protocol, "finetune", finetune):
         found = protocol.compare(model, task, splits, config, options.methods, seeds, folder / task.name)
+        untrained = protocol.compare(model, task, splits, config, ["none"], seeds, folder / task.name).methods["none"]
         run = SeedRun(Experiment(model, task, splits, config, {}, "", folder / task.name), options.seed)
         texts = shown(run, [name for name in ("prompt_only", "gradmm") if name in options.methods])  # no real text
-    unlabelled = [example.text for example in splits.validation[: options.max_validation]]
-    tested = subsample(splits.test, 0, options.max_test)
-    calibrated = evaluate_calibrated(model, task, tested, unlabelled).accuracy
     settings = settings_of(options, model, splits.source, ("methods", "seed", "seeds", "learners"))
     settings |= {"layers": upper.layers}
-    results = results_of(found, texts, calibrated)
+    results = results_of(found, texts, untrained["calibrated"]["accuracy"]["mean"])
     write_record(options.output, results | (transferred(found, model.name, learners) if learners else {}), settings)
 
 

@@ -209,8 +209,10 @@ def _released(
 ) -> tuple[Release, Model, Task, Path]:
     model, task, splits = inputs.load()
     seed = config.seed
-    source = {"data": splits.source, "place": splits.place, "n_real": given.n_real, "seed": seed}
-    real = splits.train if given.n_real is None else sample_examples(splits.train, given.n_real, task, seed)
+    source = {"data": splits.source, "place": splits.place, "n_real": given.n_real}
+    real = splits.train
+    if given.n_real is not None:
+        real, source = sample_examples(real, given.n_real, task, seed), {**source, "seed": seed}
     folder = Path(given.output) if given.output else _default_folder(inputs, given, private, config)
     space = private.space or (config.space if private.epsilon is None else None)
     target = release_once(

@@ -5,6 +5,7 @@ text, and a text that occurs in several splits stays in the last of train < vali
 """
 
 import hashlib
+import os
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -61,7 +62,7 @@ class Splits:
         source: the folder's name, or the hub id with the commit read; never a path.
         dropped: how many rows were left out: another row holds the same text.
         notes: a sentence on each kind of row left out or moved: how many and where the first stands, never a text.
-        place: 8 digits that follow from the path and the columns' names: other data of the same name have others.
+        place: 8 digits that follow from the path from the working folder and from the columns' names.
     """
 
     train: list[Example]
@@ -87,6 +88,7 @@ class _Given:
         names: what the data call each label, see `rows.read_label_names`.
         source: see `Splits`.
         folder: where they lie, if in a folder.
+        path: of the file or folder, from the working folder where there is a way.
         notes: what was left out.
     """
 
@@ -94,6 +96,7 @@ class _Given:
     names: Mapping[str, str]
     source: str
     folder: Path | None = None
+    path: str = ""
     notes: tuple[str, ...] = ()
 
     def task(self) -> Task:
@@ -138,9 +141,8 @@ def load_data(
     named, hub = _on_hub(data, task, (text, label))
     given = _given(data, hub, (text, label))
     task = task or named or given.task()
-    path = str(given.folder.resolve()) if given.folder is not None and data != "demo" else given.source
     splits = split_by_content(_examples(given, task), given.source)
-    splits = replace(splits, place=files.digest([path, given.source, text, label])[:8])
+    splits = replace(splits, place=files.digest([given.path or given.source, text, label])[:8])
     _check_classes(splits, task)
     for note in (*given.notes, *splits.notes):
         warnings.warn(f"{given.source}: {note}", DataWarning, stacklevel=2)
@@ -180,19 +182,28 @@ def _given(data: Any, hub: HubSource | None, columns: tuple[str, str]) -> _Given
         return _of_hub(hub)
     path = DEMO if isinstance(data, str) and data == "demo" else files.as_path(data, "the data")
     if path.is_dir():
-        names = read_label_names(path, columns[1])
-        return _Given(read_rows(path, columns), names, plain_name(path.resolve().name), folder=path)
+        names, called = read_label_names(path, columns[1]), plain_name(path.resolve().name)
+        return _Given(read_rows(path, columns), names, called, path, "" if path == DEMO else _from_here(path))
     if path.is_file():
         require(
             path.suffix.lower() in ENDINGS,
             f"{path} is no file of rows: give JSON lines, CSV or Parquet ({', '.join(ENDINGS)})",
         )
         names = read_label_names(path.parent, columns[1])
-        return _Given({"train": read_file(path, columns)}, names, plain_name(path.stem), folder=path.parent)
+        rows = {"train": read_file(path, columns)}
+        return _Given(rows, names, plain_name(path.stem), path.parent, _from_here(path))
     raise UserError(
         f"there is no data {short_repr(str(data))}: give a folder with train.jsonl, demo, or one of "
         f"{', '.join(TASKS)}; or a file, or an id on the hub such as stanfordnlp/imdb"
     )
+
+
+def _from_here(path: Path) -> str:
+    """A path from the working folder; whole where there is none, as to another drive."""
+    try:
+        return Path(os.path.relpath(path)).as_posix()
+    except ValueError:
+        return str(path.resolve())
 
 
 def _examples(given: _Given, task: Task) -> dict[str, list[Example]]:

@@ -220,7 +220,7 @@ def _in_rounds(
         batches = [
             batch
             for label, texts in enumerate(tries)
-            for batch in _next_batches(label, len(texts), n_per_class - len(kept[label]), most)
+            for batch in next_batches(label, len(texts), n_per_class - len(kept[label]), most)
         ]
         if not batches:
             break
@@ -281,8 +281,20 @@ BORDERS = {"cpu": _by_levels, "other": _by_sorting}
 
 
 def warn_of_prompts(tokens: TaskTokens, vocabulary: Vocabulary) -> None:
-    """Warn where classes have the same generation prompt, and where one holds markup, which no text may hold."""
+    """Warn where classes have the same generation prompt, and where one holds markup, which no text may hold.
+
+    Raises:
+        UserError: a prompt holds a token that the model has no row for.
+    """
     warn_of_equal_prompts(tokens.task)
+    rows = vocabulary.needs.shape[1]
+    for label, ids in zip(tokens.task.labels, tokens.prompts, strict=True):
+        beyond = [tokens.tokenizer.convert_ids_to_tokens(token) for token in ids if token >= rows]
+        require(
+            not beyond,
+            f"the generation prompt of label {label!r} holds {beyond[:1]}, which the model has no row for: resize its "
+            "embeddings to the tokenizer, or set prompt_style: plain",
+        )
     for label, prompt in zip(tokens.task.labels, tokens.task.generation_prompts, strict=True):
         asked = tokens.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         found = tokens.tokenizer.decode([token for token in asked if token in vocabulary.markup][:1])
@@ -355,7 +367,7 @@ def _ending(vocabulary: Vocabulary) -> Vocabulary:
     return vocabulary
 
 
-def _next_batches(label: int, tried: int, missing: int, most: int) -> list[Batch]:
+def next_batches(label: int, tried: int, missing: int, most: int) -> list[Batch]:
     """A round of a class: a try for each text that is missing, but `SPARE` at least, `most` of them in a batch."""
     tries = range(tried, tried + max(missing, SPARE) if missing > 0 else tried)
     return [Batch(label, tries[place], len(tries[place : place + most])) for place in range(0, len(tries), most)]

@@ -502,7 +502,7 @@ def wrap_model(
 
     Raises:
         UserError: no output head, logits that are not W h + b of the last hidden state (scaled or capped), a state that
-            depends on later tokens, or a tokenizer with more tokens than the model.
+            depends on later tokens, or a tokenizer that has tokens of text without a row in the model.
     """
     require_type(lm, PreTrainedModel, "the model", "give a causal language model of transformers")
     require_type(tokenizer, PreTrainedTokenizerBase, "the tokenizer", "give the one that belongs to the model")
@@ -515,7 +515,7 @@ def wrap_model(
     held = model.embedding.shape[0]
     beyond = [token for number, token in tokenizer.added_tokens_decoder.items() if number >= held and not token.special]
     require(  # one that no text holds, such as Gemma 3's for images, may have no row
-        tokenizer.vocab_size <= held and not beyond,
+        tokenizer.vocab_size <= held and not beyond and max(tokenizer("a")["input_ids"]) < held,
         f"the tokenizer of {name} has {len(tokenizer)} tokens, its model {held}: give the tokenizer that belongs to it",
     )
     return model

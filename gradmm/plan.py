@@ -76,21 +76,7 @@ class Plan:
             for label in range(count)
             for _ in range(math.ceil(per_class[label] * config.oversample / config.group_size))
         )
-        require(
-            config.search == "pool" or not isinstance(release.space, BodySketch),
-            f"targets in the space {release.space_name!r} are matched by choosing texts: set search = 'pool', or "
-            "release in another space",
-        )
-        require(
-            config.distance == "cosine" or not release.ledger,
-            f"distance = {config.distance!r} compares lengths, and those of a private release, noised sums of clipped "
-            "gradients, say nothing: set distance = 'cosine'",
-        )
-        require(
-            config.ranking != "joint" or not release.ledger,
-            "ranking = 'joint' adds the classes' targets up, and a private release holds sums over classes of unknown "
-            "sizes, in which the larger would count for more: set ranking = 'group'",
-        )
+        _check_release(release, config)
         # Texts that are moved have in them what their prompts begin them with.
         opened = max(map(len, tokens.openings)) if config.search == "admm" else 0
         length = opened + (config.length or release.length)
@@ -192,6 +178,24 @@ class Plan:
             range(first, min(first + self.batch, len(self.classes)))
             for first in range(0, len(self.classes), self.batch)
         ]
+
+
+def _check_release(release: Release, config: SynthesisConfig) -> None:
+    require(
+        config.search == "pool" or not isinstance(release.space, BodySketch),
+        f"targets in the space {release.space_name!r} are matched by choosing texts: set search = 'pool', or "
+        "release in another space",
+    )
+    require(
+        config.distance == "cosine" or not release.ledger,
+        f"distance = {config.distance!r} compares lengths, and those of a private release, noised sums of clipped "
+        "gradients, say nothing: set distance = 'cosine'",
+    )
+    require(
+        config.ranking != "joint" or not release.ledger,
+        "ranking = 'joint' adds the classes' targets up, and a private release holds sums over classes of unknown "
+        "sizes, in which the larger would count for more: set ranking = 'group'",
+    )
 
 
 def _end_token(model: Model, config: SynthesisConfig) -> int | None:

@@ -264,7 +264,9 @@ def release_once(
 
 def _public_arguments(model: Model, task: Task, source: Mapping[str, Any], config: ReleaseConfig) -> dict:
     """All that tells one release from another and is no secret."""
-    given = asdict(config)
+    # 1 and 1.0, and a space and its name left out, ask for the same.
+    given = asdict(config) | {name: float(getattr(config, name) or 0) for name in ("epsilon", "delta", "clip")}
+    given["space"] = config.space_name
     given["public_texts"] = config.public_texts and files.digest(list(config.public_texts))
     return json.loads(
         json.dumps({"model": model.fingerprint, "task": task.fingerprint, **source, **given}, default=str)

@@ -180,7 +180,8 @@ def ends_sentence(before: str, after: str | None) -> bool:
     >>> ends_sentence("I saw Dr.", " Who"), ends_sentence("It cost $10.", "5"), ends_sentence("I saw it.", " It")
     (False, False, True)
     """
-    if PAIRED.get(before[-1:], "\n") in before:
+    opened = PAIRED.get(before[-1:])
+    if opened and opened in before:
         before = before[:-1]
     found = next((some for some in END.finditer(before) if some.end() == len(before)), None)
     if found is None:

@@ -138,6 +138,7 @@ class Selector:
         penalties = [weight * math.log(perplexity[i]) if weight else 0.0 for i in spoken]
         usable = [barred[i] is None and misread[i] is None for i in spoken]
         criterion, rank = RANKINGS[self.ranking]
+        criterion += " and perplexity" if weight else ""
         some, labels = [texts[i] for i in spoken], [classes[i] for i in spoken]
         with stage("reading the texts' gradients", len(some)):
             match, scores = rank(self.matching, some, labels, usable, penalties, self.per_class)

@@ -215,7 +215,7 @@ def _set_match(plan: Plan, kept: list[dict]) -> list[float | None]:
 
 
 def _choice(plan: Plan, kept: list[dict]) -> pandas.DataFrame:
-    """The history of a choice: the loss of each class's texts as they are added one by one in the greedy order."""
+    """The history of a choice: the loss of each class's texts added one by one, always the one that matches best."""
     texts = {label: [row["text"] for row in kept if row["label"] == label] for label in range(len(plan.task.labels))}
     losses = {label: plan.matching.greedy_losses(some, label) for label, some in texts.items() if some}
     return pandas.DataFrame(

@@ -179,7 +179,9 @@ def test_small_sets_are_measured_trained_on_and_gone_on_with(benchmark, tmp_path
     script = benchmark("measures")
     pool = [{"text": f"it is a {word} and {word} film {i} .", "label": label}
             for label, word in enumerate(("bad", "good")) for i in range(12)]  # fmt: skip
-    files.write_json_lines(tmp_path / "pool-0.jsonl", pool)
+    prefix = script.pools_of(gradmm.load_model("demo", device="cpu"), gradmm.load_task("demo"))
+    files.write_json_lines(tmp_path / f"{prefix}x-0.jsonl", pool)
+    files.write_json_lines(tmp_path / "pool-y-0.jsonl", [{"text": "by another model .", "label": 0}])
     path, common = str(tmp_path / "measures-demo.json"), "--model demo --data demo --task demo --steps 2 --size 4"
     more = f"{common} --n-real 6 --max-test 20 --max-validation 10 --threads 1 --folder {tmp_path} --output {path}"
     script.main([*more.split(), "--written", "2", "--real", "0"])

@@ -57,6 +57,17 @@ def texts(examples) -> set[str]:
 # ---------------------------------------------------------------- folders
 
 
+def test_a_place_tells_data_of_one_name_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = datasets.Dataset.from_list([{**row, "sentence": row["text"] + " too"} for row in rows_of(40)])
+    Path("data").mkdir()
+    table.to_csv("data/data.csv"), table.to_json("data/data.jsonl"), table.to_csv("data/train.csv")
+    asked = [("data", "text"), ("data/data.csv", "text"), ("data/data.jsonl", "text"), ("data/data.csv", "sentence")]
+    places = [load_data(data, text=text)[1].place for data, text in asked]
+    assert len(set(places)) == 4
+    assert load_data("./data/data.csv")[1].place == load_data(tmp_path / "data" / "data.csv")[1].place == places[1]
+
+
 def test_a_folder_comes_in_as_it_is(folder):
     task, splits = load_data(folder)
     assert task.labels == ("0", "1")

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_toy_tokenizer
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from conftest import configuration_of, make_toy_tokenizer
+from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopPLogitsWarper
 
 from gradmm import generation
 from gradmm.data import Example, content_hash, load_data, sample_examples
@@ -284,10 +284,21 @@ def test_a_mark_with_a_line_break_ends_a_text_and_its_sentence(tiny_lm, monkeypa
     assert int(only.left[full]) == -1
 
 
+def test_a_prompt_with_a_token_that_has_no_row_is_refused():
+    tokenizer = make_toy_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    config = configuration_of("llama", tied=False)
+    config.vocab_size = rows
+    model = wrap_model(AutoModelForCausalLM.from_config(config), tokenizer, "small")
+    with pytest.raises(UserError, match=r"of label 'negative' holds \['<image>'\], which the model has no row for"):
+        generate_texts(model, replace(TWO, generation_prompts=("a <image>", "the")), 1, 0)
+
+
 @pytest.mark.parametrize("most", [1, 7, 64, 256])
 @pytest.mark.parametrize("missing", [0, 1, 16, 65, 600])
 def test_how_many_are_tried_does_not_depend_on_the_batch(missing, most):
-    found = generation._next_batches(1, 5, missing, most)
+    found = generation.next_batches(1, 5, missing, most)
     assert sum(batch.size for batch in found) == (max(missing, 16) if missing else 0)
     assert [batch.first for batch in found] == [5 + most * number for number in range(len(found))]
     assert all(0 < batch.size <= most for batch in found)

@@ -276,7 +276,13 @@ def test_the_messages_of_one_s_own_data_are_what_the_page_quotes(own_data, case,
     assert fits(said(lambda _: gradmm.check_fit(case.model, task, data), case), spelt)
     same = replace(task, verbalizers=(" bad", " great"), generation_prompts=("", ""))
     assert fits(
-        said(lambda _: generation.warn_of_prompts(tasks.tokenize_task(same, case.model.tokenizer), None), case), alike
+        said(
+            lambda _: generation.warn_of_prompts(
+                tasks.tokenize_task(same, case.model.tokenizer), case.model.vocabulary
+            ),
+            case,
+        ),
+        alike,
     )
 
 

@@ -471,6 +471,8 @@ def test_without_a_folder_the_same_release_is_found_whatever_comes_after_it(mode
     assert {path.name for path in folder.iterdir()} == {"release.safetensors", "ledger.json"}
     monkeypatch.setattr(privacy, "noised_sums", lambda *_: pytest.fail("noise was drawn again"))
     assert once(None, model).fingerprint == first.fingerprint == once(folder, model).fingerprint
+    same = {"epsilon": 1, "clip": 1, "space": "label_rows"}
+    assert once(None, model, **same).fingerprint == first.fingerprint
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     for other in ({"epsilon": 0.5}, {"source": SOURCE | {"place": "elsewhere"}}):
@@ -479,7 +481,7 @@ def test_without_a_folder_the_same_release_is_found_whatever_comes_after_it(mode
 
 
 def test_who_asks_while_the_release_is_made_waits_for_it(model, tmp_path, monkeypatch):
-    """As processes of one launch do: one draws, the others read."""
+    """One draws, the others read."""
     drawn = []
 
     def slow(*given):
@@ -515,7 +517,7 @@ def test_nothing_of_the_examples_is_kept_beside_the_release(model, tmp_path):
         ),
         ({"delta": 1e-6, "clip": 0.5}, r"delta \(1e-05 there, 1e-06 now\); clip \(1.0 there, 0.5 now\)"),
         ({"source": SOURCE | {"n_real": 6}}, r"n_real \(5 there, 6 now\)"),
-        ({"space": "head"}, r"space \(null there, \"head\" now\)"),
+        ({"space": "head"}, r"space \(\"label_rows\" there, \"head\" now\)"),
         ({"length": 7, "relation": "add-remove"}, r"relation .*length \(6 there, 7 now\)"),
     ],
 )

@@ -16,6 +16,7 @@ ENDS = [
     ("The film is state-of-the-art.", None), ("it's the actors'.", " They"),
     ("कमरा साफ है।", " सेवा"), ("कमरा साफ है।", None), ("کمرہ صاف ہے۔", ""), ("هل هو جيد؟", " نعم"), ("Լավ էր։", ""),
     ("ጥሩ ነበር።", ""), ("ကောင်းတယ်။", "ဒါ"), ("ល្អណាស់។", "វា"), ("ห้องสะอาดมาก", ""), ("ຫ້ອງສະອາດ", ""),
+    ("Great.\nWould buy again.", ""),
     ("Er sagte: „Das war gut.“", ""), ("Han sagde: »Det var godt.«", " Så"),
 ]  # fmt: skip
 NO_ENDS = [

@@ -107,4 +107,6 @@ def test_nearer_records_come_first_and_what_is_nowhere_is_empty(tmp_path, monkey
 def test_the_origin_of_a_record_names_its_machine_commit_and_settings(gpu):
     machine = {"gpu": gpu, "processor": "a processor"}
     record = {"machine": machine, "versions": {"torch": "2.13"}, "commit": "0123456789abcdef", "settings": {"n": 2}}
-    assert records.origin(record) == f"{gpu or 'a processor'}, torch 2.13, commit `0123456789ab`; n = 2"
+    assert records.origin(record) == f"{gpu or 'a processor'}, torch 2.13, commit `0123456789`; n = 2"
+    here = {**record, "commit": "0123456789abcdef-dirty", "settings": {"device": "cpu"}}
+    assert records.origin(here) == "a processor, torch 2.13, commit `0123456789-dirty`; device = cpu"

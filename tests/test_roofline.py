@@ -117,7 +117,7 @@ def test_the_model_of_the_paper_by_arithmetic_alone():
 
 def test_a_model_without_layers_is_refused():
     class Bare:
-        base_model = torch.nn.Linear(2, 2)
+        base_model, config = torch.nn.Linear(2, 2), transformers.LlamaConfig()
 
     with pytest.raises(UserError, match="no list of layers"):
         roofline.Body.of(Model(Bare(), None, "bare", None, ""))

@@ -510,14 +510,15 @@ def foretold(record: Record) -> str:
         ]
         for name in ordered
     ]
-    proven = sum(any(low > 0 for _, low, _ in one) for one in found.values())
+    measures = [one for name, one in found.items() if name != "on_the_real"]
+    proven = sum(any(low > 0 for _, low, _ in one) for one in measures)
     reach = [f"{statistics.fmean(held[name]):.3f} ± {statistics.stdev(held[name]):.3f}" for name in OUTCOMES]
     settings, tested = record["settings"], record["results"]["n_test"]
     return (
         f"**{title(record)}**: {counted(len(sets), 'set')} of {settings['size']} texts, written or real, each trained "
         f"on for {settings['steps']} steps; {settings['n_real']} real examples, {tested} validation texts. The sets "
         f"reach {reach[0]}, and {reach[1]} once the trained models are calibrated. Rank correlations with 95% "
-        f"intervals; {proven} of {len(found)} measures have one above zero.\n\n"
+        f"intervals; of {proven} among {len(measures)} measures one of the two is above zero.\n\n"
         + markdown(["measure", "with accuracy", "with calibrated accuracy"], table)
         + "\n\n"
         + behind_a_click("Where these figures come from", f"{origin(record)}.")

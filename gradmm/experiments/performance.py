@@ -17,6 +17,7 @@ from gradmm import admm, searches
 from gradmm.config import SynthesisConfig
 from gradmm.data import Example
 from gradmm.errors import require
+from gradmm.experiments.records import short_commit
 from gradmm.experiments.roofline import Cost
 from gradmm.models import DTYPES, Model
 from gradmm.privacy import release
@@ -214,7 +215,7 @@ def summary(record: Mapping) -> dict:
         "peak, GB": found["memory"]["peak"] / 1e9,
         "weights, GB": found["memory"]["weights"] / 1e9,
         "torch": record["versions"]["torch"],
-        "commit": record["commit"][:10],
+        "commit": short_commit(record),
     }
 
 

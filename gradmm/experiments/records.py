@@ -79,8 +79,15 @@ def find_folder(folder: str | Path) -> Path:
 def origin(record: Mapping[str, Any]) -> str:
     """Where a record comes from, in Markdown: GPU or processor, torch, commit, then every setting."""
     machine, settings = record["machine"], record["settings"]
-    where = f"{machine['gpu'] or machine['processor']}, torch {record['versions']['torch']}"
-    return f"{where}, commit `{record['commit'][:12]}`; " + ", ".join(f"{k} = {v}" for k, v in settings.items())
+    on_cpu = settings.get("device") == "cpu" or not machine["gpu"]
+    where = f"{machine['processor'] if on_cpu else machine['gpu']}, torch {record['versions']['torch']}"
+    return f"{where}, commit `{short_commit(record)}`; " + ", ".join(f"{k} = {v}" for k, v in settings.items())
+
+
+def short_commit(record: Mapping[str, Any]) -> str:
+    """The commit's first digits, and whether there were changes beside it."""
+    commit, _, beside = record["commit"].partition("-")
+    return "-".join(filter(None, (commit[:10], beside)))
 
 
 def machine() -> dict[str, Any]:

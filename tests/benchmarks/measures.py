@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from real_models import Upper, settings_of
+from real_models import Upper, pools_of, settings_of
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -161,9 +161,9 @@ def trained_on(
         return score_calibrated(learner, tokens, asked, looks.sequences)
 
 
-def drawn(options: argparse.Namespace, task: Task, train: Sequence[Example]) -> dict[str, list[Example]]:
+def drawn(options: argparse.Namespace, model: Model, task: Task, train: Sequence[Example]) -> dict[str, list[Example]]:
     """The sets by name."""
-    paths = sorted(Path(options.folder).glob("pool-*.jsonl"))
+    paths = sorted(Path(options.folder).glob(f"{pools_of(model, task)}*.jsonl"))
     pool = [Example(row["text"], row["label"]) for path in paths for row in files.read_json_lines(path)]
     pool = [example for example in pool if len(example.text.split()) >= task.min_words]
     names = [("written", pool, options.written), ("real", train, options.real)]
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     real = gradmm.sample_examples(splits.train, options.n_real, task, options.seed)
     held = {example.text for example in real}
-    sets = drawn(options, task, [example for example in splits.train if example.text not in held])
+    sets = drawn(options, model, task, [example for example in splits.train if example.text not in held])
     looks = looked_at(splits.validation, task, config)
     others = [example for example in splits.validation if example not in looks]
     tested = subsample([one for one in others if len(one.text.split()) >= task.min_words], 0, options.max_test)

@@ -16,7 +16,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -138,12 +138,19 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
     return Sampling(temperature=options.temperature, max_tokens=options.length, min_tokens=MIN_TOKENS)
 
 
+def pools_of(model: Model, task: Task) -> str:
+    """How the names of all pools begin that a model wrote for a task."""
+    return f"pool-{files.digest([model.fingerprint, task.to_dict()])[:8]}-"
+
+
 def written(model: Model, task: Task, seed: int, options: argparse.Namespace) -> list[Example]:
-    """A seed's pool: read back, or written now."""
-    place, each = Path(options.folder) / f"pool-{seed}.jsonl", options.written * options.n_synthetic // len(task.labels)
+    """A seed's pool: read back, or written now; other data with the same task share it."""
+    each, sampling = options.written * options.n_synthetic // len(task.labels), sampling_of(options)
+    how = files.digest([each, str(model.dtype), asdict(sampling)])[:8]
+    place = Path(options.folder) / f"{pools_of(model, task)}{how}-{seed}.jsonl"
     if not place.exists():
         counts = [each] * len(task.labels)
-        pool = generate_counts(model, task, counts, stream(seed, "pool"), sampling_of(options))
+        pool = generate_counts(model, task, counts, stream(seed, "pool"), sampling)
         files.write_json_lines(place, [{"text": example.text, "label": example.label} for example in pool])
     return [Example(row["text"], row["label"]) for row in files.read_json_lines(place)]
 
@@ -236,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = SeedRun(Experiment(model, task, splits, config, {}, "", folder / task.name), options.seed)
         texts = shown(run, [name for name in ("prompt_only", "gradmm") if name in options.methods])  # no real text
     settings = settings_of(options, model, splits.source, ("methods", "seed", "seeds", "learners"))
-    settings |= {"layers": upper.layers}
+    settings |= {"layers": upper.layers, "device": "cpu"}
     results = results_of(found, texts, untrained["calibrated"]["accuracy"]["mean"])
     write_record(options.output, results | (transferred(found, model.name, learners) if learners else {}), settings)
 

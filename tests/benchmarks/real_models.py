@@ -169,7 +169,8 @@ def shown(run: SeedRun, methods: Sequence[str]) -> dict[str, dict[str, list[str]
 
 def results_of(found: Comparison, texts: dict, calibrated: float) -> dict:
     """What 03-finetuning writes of a comparison, with some texts of each method."""
-    beaten = {name: found.methods[name]["minus_gradmm"]["high"] < 0 for name in ("prompt_only",) if found.of(name)}
+    controls = [name for name in ("prompt_only", "zero_shot") if found.of(name)]
+    beaten = {name: found.methods[name]["minus_gradmm"]["high"] < 0 for name in controls}
     seeds = sorted({record["seed"] for record in found.records})
     return {
         "methods": found.methods,

@@ -8,7 +8,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -41,6 +41,8 @@ class Graphs:
         self._replays: dict[object, Callable[[], object]] = {}
         self.captures = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
+        # One of this device for all: torch's own is of the device that captured first, and records nothing of another.
+        self._stream = torch.cuda.Stream(device) if self.captures else None
 
     def of(self, key: object, step: Callable[[], None], begin: Callable[[], None]) -> Callable[[], object]:
         """A step to be called as often as it takes; `begin` has been run last.
@@ -62,18 +64,20 @@ class Graphs:
             raise
         except Exception as error:  # the compiler and the capture raise many kinds; each means: run it as it is
             LOG.warning("a step can't be captured as a CUDA graph and runs as it is (%s)", first_line(error))
+            self.captures = False  # nor would the next one
             return step
 
     def capture(self, step: Callable[[], None]) -> Callable[[], object]:
         """Run a step `WARM_UP` times and then capture it: what is given out repeats all that it launched."""
-        aside, main = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        aside, main = cast(torch.cuda.Stream, self._stream), torch.cuda.current_stream(self.device)
         aside.wait_stream(main)
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
                 step()
         main.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool):
+        # Within `main`, which is there again if the capture fails.
+        with torch.cuda.stream(main), torch.cuda.graph(graph, pool=self._pool, stream=aside):
             step()
         return graph.replay
 

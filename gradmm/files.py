@@ -67,7 +67,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
         os.close(handle)
         temporary = Path(name)
         write(temporary)
-        with open(temporary, "rb") as whole:
+        with open(temporary, "rb+") as whole:  # Windows syncs what may be written alone
             os.fsync(whole.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)

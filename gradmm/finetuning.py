@@ -270,7 +270,8 @@ def train_at_rates(
             if on_look is not None:
                 on_look(row)
             if not best or _rank(row) < _rank(best):
-                best, weights = row, learnt_weights(trained)
+                best, weights = row, {}  # the old are let go before the new are kept
+                weights = learnt_weights(trained)
             saved.snapshot(rows, best, weights, trained, optimizer)
     trained.lm.load_state_dict(weights, strict=False)
     return best, sum(rows, [])
@@ -366,7 +367,8 @@ class Checkpoint:
         begun = time.monotonic()
         if self.path is None or begun - self._saved < max(SNAPSHOT_SECONDS, 10 * self._cost):
             return
-        kinds = {"weights": learnt_weights(trained), "best": weights, "optimizer": optimizer_state(optimizer)}
+        live = {name: some.detach() for name, some in trained.lm.named_parameters() if some.requires_grad}
+        kinds = {"weights": live, "best": weights, "optimizer": optimizer_state(optimizer)}
         tensors = {f"{kind}/{name}": tensor for kind, some in kinds.items() for name, tensor in some.items()}
         state = {
             "rows": [[finite_row(row) for row in some] for some in rows],

@@ -226,4 +226,6 @@ def factors_of(
         return space.factors(model, tokens, sequences, classes)
     hidden = model.hidden_of(sequences)
     labels = torch.tensor([tokens.labels[number] for number in classes], device=hidden.device)
-    return space.factors(hidden, labels, Head(model.head_weight, model.head_bias))
+    head, blocks = Head(model.head_weight, model.head_bias), _blocks(len(sequences)) or [slice(0)]
+    parts = [space.factors(hidden[block], labels[block], head) for block in blocks]  # a few rows of (V,) at a time
+    return Factors(torch.cat([p.delta for p in parts]), torch.cat([p.hidden for p in parts]), parts[0].bias)

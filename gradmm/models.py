@@ -457,6 +457,8 @@ def _read(
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=how["gguf_file"])
             else:
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                if type(tokenizer).__name__ == "MistralCommonBackend":  # with mistral-common; it lacks much
+                    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
             lm, loading = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=False, output_loading_info=True, **how
             )

@@ -107,8 +107,8 @@ class Plan:
             "task": self.task.to_dict(),
             "model": {"name": self.model.name, "revision": self.model.revision, "fingerprint": self.model.fingerprint,
                       "dtype": str(self.model.dtype).removeprefix("torch.")},
-            "release": {"fingerprint": self.release.fingerprint, "private": self.release.private,
-                        "statement": self.release.statement,
+            "release": {**_known(self.release), "space": self.release.space_name,
+                        "private": self.release.private, "statement": self.release.statement,
                         "ledger": [asdict(entry) for entry in self.release.ledger]},
             "length": self.length,
             "groups": len(self.classes),
@@ -178,6 +178,11 @@ class Plan:
             range(first, min(first + self.batch, len(self.classes)))
             for first in range(0, len(self.classes), self.batch)
         ]
+
+
+def _known(release: Release) -> dict[str, str]:
+    """By what a Release is known again: exact gradients by their examples, noise by itself."""
+    return {"examples": release.examples} if release.examples else {"fingerprint": release.fingerprint}
 
 
 def _check_release(release: Release, config: SynthesisConfig) -> None:

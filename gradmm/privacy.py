@@ -75,6 +75,8 @@ class Release:
         ledger: what was spent on these examples, oldest first; empty without privacy.
         model, task: fingerprints of the model and the task that the gradients belong to.
         length: L, tokens of a text: public with privacy, the real texts' mean without.
+        examples: SHA-256 of the examples that exact gradients are of, whose last bits follow the number of threads and,
+            on a GPU, chance. Empty with privacy, where nothing but the noised sums may leave.
     """
 
     targets: tuple[Target, ...]
@@ -88,6 +90,7 @@ class Release:
     model: str
     task: str
     length: int
+    examples: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -198,6 +201,7 @@ def release(
         model=model.fingerprint,
         task=task.fingerprint,
         length=_mean_length(tokens, classes) if config.length is None else config.length,
+        examples="" if spent else files.digest([[one.text, one.label] for members in classes for one in members]),
     )
 
 

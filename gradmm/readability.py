@@ -17,6 +17,7 @@ ECHO = "it echoes its prompt"
 WORDLESS = "it has no word"
 ECHO_WORDS = 3  # of an instruction: many texts begin with fewer by themselves, such as with "a"
 
+BROKEN = "\ufffd"  # what a part of a character decodes to
 TAG = re.compile(r"<\||\|>|</?[A-Za-z]\w*\s*/?>|\[/?INST\]|\ufffd")
 JOINERS = "\u00ad\u200c\u200d"  # a soft hyphen, and what Persian words and composed emoji hold
 # Scripts that set no spaces between words: there a character stands for a word.

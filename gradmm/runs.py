@@ -109,7 +109,7 @@ def _content(value: Any) -> str | None:
     """A digest of what the local file or folder that a parameter names holds; None where it names none."""
     try:
         path = Path(value) if value and isinstance(value, str | Path) else None
-        held = [] if path is None else [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+        held = [] if path is None else [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
         states = [(one.name, _state(one)) for one in held if one.is_file()]
     except (OSError, ValueError):  # what cannot be looked at is refused where it is read
         return None
@@ -316,7 +316,8 @@ def numbers(row: Mapping, *names: str) -> dict:
 
 
 WHY = {  # what else than a setting makes a difference
-    "release.fingerprint": ", made of other real examples, or with another number of threads, which moves last digits",
+    "release.examples": ", made of other real examples",
+    "release.fingerprint": ", with noise drawn anew, or with other targets",
 }
 
 

@@ -6,6 +6,7 @@ Knows no real text. Letters: C classes, D hidden width, r directions, N public t
 import hashlib
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -61,8 +62,9 @@ class BodySketch:
         sum_t (P^T a_t) (Q^T g_t)^T        (r, r)
 
     whose inner products are those of the gradients, on average over P and Q. One forward and one backward pass for a
-    batch of texts; no gradient of a single text is ever built. Everything but the texts is public, so a sketch may be
-    clipped and noised like any gradient. Letters: M linear maps, T positions.
+    batch of texts; no gradient of a single text is ever built. Weights that no module of their own multiplies, as those
+    of a mixture's experts and some of Mamba's, are left out (`release_space` warns of experts). Everything but the
+    texts is public, so a sketch may be clipped and noised like any gradient. Letters: M linear maps, T positions.
 
     Source: Choe et al. 2024 (LoGra, arXiv 2405.13954) for sketching each linear map on both sides; the calibration is
     after Zhao et al. 2021.
@@ -118,9 +120,14 @@ class BodySketch:
             loss = cross_entropy(
                 model.logits_of(hidden, tokens.labels) - self.preference.to(hidden.device), labels, reduction="sum"
             )
-            slopes = torch.autograd.grad(loss, [outputs[name] for name in layers])
-        sketches = []
-        for number, (name, slope) in enumerate(zip(layers, slopes, strict=True)):
+            read = [name for name in layers if name in outputs]
+            found = torch.autograd.grad(loss, [outputs[name] for name in read], allow_unused=True)
+        slopes, sketches = dict(zip(read, found, strict=True)), []
+        for number, name in enumerate(layers):
+            slope = slopes.get(name)
+            if slope is None:  # a map whose weights are read past it (Mamba), or that changed nothing
+                sketches.append(loss.new_zeros(len(ids), self.rank**2))
+                continue
             # Some families run N and T together (OPT).
             left = self._thin(number, "in", inputs[name]).view(*mask.shape, -1) * mask.unsqueeze(-1)
             right = self._thin(number, "out", slope).view(*mask.shape, -1)
@@ -173,6 +180,13 @@ def release_space(
         f"public_texts and directions have no use in the space {name!r}: use {' or '.join(map(repr, PUBLIC_SPACES))} "
         "or leave them out",
     )
+    weights = text_body(model.lm).named_parameters() if name == "body" else ()
+    if any(".experts." in place and values.ndim == 3 for place, values in weights):
+        warnings.warn(
+            f"{model.name} mixes experts, whose weights the space 'body' leaves out: it matches the rest of the "
+            "model, so compare with space = 'label_rows'",
+            stacklevel=2,
+        )
     if name == "head":
         return Space()
     rows = torch.tensor(tokens.labels, device=model.device)

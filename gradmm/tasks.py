@@ -21,13 +21,21 @@ from typing import Any
 from gradmm import files
 from gradmm.errors import COUNT, Rule, UserError, check_settings, one_of, require, require_type, short_repr
 from gradmm.markup import check_name, plain_name
+from gradmm.readability import BROKEN, CLOSERS, SENTENCE_ENDS, WIDE_ENDS
 from gradmm.rows import SPLITS, Row, read_label_names, read_rows
 
 SLOT = "{text}"
 PROBE = "some words"
 LETTERS = tuple(string.ascii_uppercase)
 MOST_NAMED = 200  # labels that an error spells out
-INSTRUCTION = re.compile(r"(?:.*[.!?:…。！？：\n])?", re.DOTALL)
+# Up to the last sentence end, colon or line break, but not within 4.5 or 4:30.
+_ENDS = rf"[{re.escape(SENTENCE_ENDS)}][{re.escape(CLOSERS)}]*(?=\s|\Z)"
+INSTRUCTION = re.compile(rf"(?:.*(?:{_ENDS}|:(?!\d)|[{WIDE_ENDS}：][{re.escape(CLOSERS)}]*|\n))?", re.DOTALL)
+FIXED_DATE = "{%- macro strftime_now(form) -%}01 Jan 2025{%- endmacro -%}"
+ANSWERS = {  # what a template ends with that leaves more to say before the answer, and what is said
+    "<think>": "\n\n</think>\n\n",
+    "<|start|>assistant": "<|channel|>final<|message|>",
+}
 PROMPT_STYLES = ("plain", "chat")
 NAMED_PROMPT = "Here is an example of a {} text:"
 DEMO = Path(__file__).parent / "data" / "demo"
@@ -267,10 +275,13 @@ class TaskTokens:
             "prompt_style: plain in task.yaml, or take a model that was trained to follow instructions",
         )
         turns = [{"role": "user", "content": instruction}]
-        # Without thinking where a template knows the word (Qwen3): the text is wanted, not the way to it.
-        return self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        # Without thinking where a template knows the word (Qwen3): the text is wanted, not the way to it; and on every
+        # day the same.
+        template = FIXED_DATE + self.tokenizer.get_chat_template()
+        found = self.tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
+        return next((found.rstrip() + said for end, said in ANSWERS.items() if found.rstrip().endswith(end)), found)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of one text as it stands in the template; special tokens spelt out in it are plain text."""
@@ -346,7 +357,8 @@ def _encode(tokenizer, text: str, plain: bool = False) -> list[int]:
 def _split(tokenizer, prompt: Sequence[int], opening: str) -> int:
     """Where the tokens of an opening begin in a prompt's: the last place from which the tokens hold all of it."""
     behind = (tokenizer.decode(list(prompt[at:]), clean_up_tokenization_spaces=False) for at in range(len(prompt) + 1))
-    return max((at for at, text in enumerate(behind) if len(text.strip()) >= len(opening.strip())), default=0)
+    whole = ((at, text.strip()) for at, text in enumerate(behind) if BROKEN not in text)
+    return max((at for at, text in whole if len(text) >= len(opening.strip())), default=0)
 
 
 def _continuation(tokenizer, before: str, after: str, plain: bool = False) -> list[int] | None:

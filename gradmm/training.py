@@ -193,6 +193,7 @@ def take_step(
         losses = halving(partial(_add_gradients, model, tokens, data, rows, optimizer, config), size, "tokens")
         torch.nn.utils.clip_grad_norm_(model.lm.parameters(), config.gradient_clip)
         optimizer.step()
+        optimizer.zero_grad()  # their memory is free for a look
         torch.clear_autocast_cache()  # a caller's autocast would go on with the weights before the step
     return sum(torch.stack(losses).tolist())
 

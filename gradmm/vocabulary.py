@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from gradmm.readability import CLOSERS, END, SENTENCE_ENDS, UNSPACED, unseen
+from gradmm.readability import BROKEN, CLOSERS, END, SENTENCE_ENDS, UNSPACED, unseen
 
 # States of a text in UTF-8 and the bytes that lead on from each: (first, last, next state). In 0 all characters are
 # whole, in 1 and 2 as many more bytes are needed; 3 to 7 follow a byte that narrows the next one. Overlong forms,
@@ -30,7 +30,6 @@ STATES = (
     ((0xA4, 0xBF, 1),),
     ((0x90, 0xBF, 2),),
 )  # fmt: skip
-BROKEN = "\ufffd"
 NEVER = 127  # more tokens than any text has: this token leads nowhere
 WORDLIKE = re.compile(f"[{UNSPACED}]")  # a character that stands for a word or begins one without a space
 OPENING = re.compile(r"[\"'“‘«„¿¡(\[《「『（【]")

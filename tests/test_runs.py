@@ -48,11 +48,9 @@ def test_another_runs_settings_are_named_and_its_files_kept(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_release_read_by_other_threads_is_named_as_what_may_differ(tmp_path):
+def test_another_draw_of_noise_is_named_as_what_differs(tmp_path):
     runs.RunFolder.open(tmp_path, {"release": {"fingerprint": "ab"}})
-    with pytest.raises(
-        UserError, match=r'fingerprint \("ab" there, "cd" now, made of .* or with another number of thr'
-    ):
+    with pytest.raises(UserError, match=r'fingerprint \("ab" there, "cd" now, with noise drawn anew, or'):
         runs.RunFolder.open(tmp_path, {"release": {"fingerprint": "cd"}})
 
 

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from gradmm.errors import UserError
 from gradmm.matching import factors_of
+from gradmm.models import wrap_model
 from gradmm.seeds import generator
-from gradmm.spaces import BodySketch, linear_maps
+from gradmm.spaces import BodySketch, linear_maps, release_space
 from gradmm.tasks import Task, tokenize_task
 
 TASK = Task("toy", ("bad", "good", "odd"), (" bad", " great", " world"), "{text} it was")
@@ -85,3 +87,27 @@ def test_a_caller_s_autocast_reads_the_same_in_fewer_digits(tiny_model):
     with torch.autocast("cpu", torch.bfloat16):
         found = space.factors(model, tokens, sequences, labels).hidden
     assert found.dtype == plain.dtype and torch.cosine_similarity(found, plain, dim=-1).min() > 0.98
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba"])
+def test_maps_whose_weights_are_read_past_them_have_no_gradient_and_stop_nothing(kind, toy_tokenizer):
+    config = AutoConfig.for_model(kind, vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = wrap_model(AutoModelForCausalLM.from_config(config).eval(), toy_tokenizer, kind)
+    space = BodySketch(torch.zeros(3))
+    found = space.factors(model, tokenize_task(TASK, toy_tokenizer), [[5, 6, 7], [8, 9]], [0, 1]).hidden
+    by_map = found.view(2, -1, space.rank**2).norm(dim=2)
+    names = list(linear_maps(model))
+    assert bool(found.isfinite().all()) and any("dt_proj" in name for name in names)
+    assert [name for name, norm in zip(names, by_map[0].tolist(), strict=True) if norm == 0] == [
+        name for name in names if name.endswith("dt_proj")
+    ]
+
+
+def test_experts_that_are_left_out_are_warned_of(toy_tokenizer):
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=64, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = wrap_model(AutoModelForCausalLM.from_config(config).eval(), toy_tokenizer, "mixed")
+    with pytest.warns(UserWarning, match="mixed mixes experts, whose weights the space 'body' leaves out"):
+        release_space(model, tokenize_task(TASK, toy_tokenizer), "body", ["a film", "the plot"])

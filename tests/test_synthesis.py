@@ -15,6 +15,7 @@ from conftest import KINDS, in_tiers
 import gradmm
 from gradmm.config import PRESETS, SynthesisConfig
 from gradmm.errors import UserError
+from gradmm.gradients import Factors, FactorTarget
 from gradmm.matching import Matching
 from gradmm.plan import Plan, work_units
 from gradmm.readability import flaw
@@ -127,6 +128,20 @@ def test_a_pool_asks_for_nothing_that_admm_alone_needs(setting, monkeypatch):
     assert Plan.of(model, task, release, pool).written_per_class == (3, 3)
     with pytest.raises(UserError, match="has no end-of-text token: set init = 'normal'"):
         Plan.of(model, task, release, SMALL)
+
+
+def test_exact_gradients_are_known_by_their_examples_and_not_by_their_last_bits(setting, tmp_path):
+    """Threads and GPUs move these; a run goes on all the same, but not with other examples."""
+    model, task, release = setting
+    done = synthesize(model, task, release, SMALL, tmp_path, progress=False)
+    (first, second), other = release.targets, gradmm.release(model, task, REAL[::-1] + REAL[:1], space="head")
+    moved = FactorTarget(Factors(first.factors.delta * (1 + 1e-6), first.factors.hidden, first.factors.bias))
+    again = synthesize(model, task, replace(release, targets=(moved, second)), SMALL, tmp_path, progress=False)
+    assert again.kept["text"] == done.kept["text"]
+    with pytest.raises(UserError, match=r"release.examples .* made of other real examples"):
+        synthesize(model, task, other, SMALL, tmp_path, progress=False)
+    assert gradmm.load_release(release.save(tmp_path / "r.safetensors")).examples == release.examples
+    assert not gradmm.release(model, task, REAL, epsilon=1.0, delta=1e-5, length=5).examples
 
 
 @pytest.mark.parametrize("ranking", ["text", "group", "joint"])

@@ -199,6 +199,38 @@ def test_a_chat_prompt_is_the_templates_own_with_one_begin_token(pattern):
     assert plain.sequence("fun") == tokens.sequence("fun") and plain.prompts != tokens.prompts
 
 
+@pytest.mark.parametrize(
+    ("ending", "prompt"),
+    [
+        ("answer: <think>\n", "answer: <think>\n\n</think>\n\n"),
+        ("<|start|>assistant", "<|start|>assistant<|channel|>final<|message|>"),
+        ("on {{ strftime_now('%d %b') if strftime_now is defined }}:", "on 01 Jan 2025:"),
+    ],
+)
+def test_a_chat_begins_the_answer_itself_and_the_same_on_every_day(ending, prompt):
+    tokenizer = talking("$A", "{{ messages[0].content }} " + ending.replace("\n", "{{ '\\n' }}"))
+    task = Task("t", generation_prompts=("a dull plot", "a fun story"), prompt_style="chat", **TWO)
+    assert list(tokenize_task(task, tokenizer).prompts[0]) == whole(tokenizer, f"a dull plot {prompt}")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opening"),
+    [
+        ("एक खराब समीक्षा लिखो।", ""), ("Write a short review (a bad one.)", ""), ("a:", ""),
+        ("A 4.5 star review", "A 4.5 star review"), ("Written at 4:30: i feel", " i feel"),
+        ("写一条差评：这部电影", "这部电影"), ('He said "no." i', " i"), ("Review:great", "great"),
+    ],
+)  # fmt: skip
+def test_what_a_prompt_asks_ends_with_its_last_sentence_or_colon(prompt, opening):
+    task = Task("t", generation_prompts=(prompt, "x"), **TWO)
+    assert task.openings[0] == opening and task.instructions[0] + opening == prompt
+
+
+def test_an_opening_begins_with_a_whole_character(byte_level):
+    tokens = tokenize_task(Task("t", generation_prompts=("写一条差评：这部电影", "x"), **TWO), byte_level)
+    assert tokens.decode(tokens.openings[0]) == "这部电影"
+
+
 def test_shots_stand_behind_the_prompt_each_or_in_the_users_turn():
     tokenizer = talking("$A")
     task = Task("t", generation_prompts=("a dull plot", "a fun story:"), **TWO)

@@ -36,7 +36,7 @@ def random_directions(target: Release, seed: int) -> Release:
     balanced = isinstance(target.space, LabelSpace)
     sources = (generator(seed, "random target", label) for label in range(len(target.targets)))
     drawn = (_random(one, source, balanced) for one, source in zip(exact_targets(target), sources, strict=True))
-    return replace(target, targets=tuple(drawn))
+    return replace(target, targets=tuple(drawn), examples="")
 
 
 def _random(target: FactorTarget, source: torch.Generator, balanced: bool) -> FactorTarget:

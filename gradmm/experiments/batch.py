@@ -218,7 +218,7 @@ def _state_of(name: str) -> list[tuple]:
     """Path and time of change of a local file, or of each in a folder; not what it holds, which may be private."""
     path = Path(name)
     # os.path answers for a text that can be no path; pathlib raises where it is too long.
-    there = [path] if os.path.isfile(name) else sorted(path.rglob("*")) if os.path.isdir(name) else []
+    there = [path] if os.path.isfile(name) else sorted(path.iterdir()) if os.path.isdir(name) else []
     return [(str(one), one.stat().st_mtime_ns) for one in there if one.is_file()]
 
 

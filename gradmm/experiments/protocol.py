@@ -135,6 +135,11 @@ def _check_learners(model: Model, task: Task, splits: Splits, learners: Sequence
             raise UserError(f"{one.name} cannot learn this task: {error}") from error
 
 
+def _known(model: Model) -> dict[str, str]:
+    """By what a model is known again; its fingerprint, of its files, is that of any type of weights."""
+    return {"name": model.name, "fingerprint": model.fingerprint, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
 def _identity(model: Model, task: Task, splits: Splits, config: ComparisonConfig) -> dict:
     plain = asdict(replace(config, **BESIDE))
     parts = [[(example.text, example.label) for example in getattr(splits, name)] for name in SPLITS]
@@ -142,9 +147,9 @@ def _identity(model: Model, task: Task, splits: Splits, config: ComparisonConfig
     return {
         "config": {name: value for name, value in plain.items() if name not in BESIDE},
         "task": task.to_dict(),
-        "model": {"name": model.name, "revision": model.revision, "fingerprint": model.fingerprint},
-        "second": None if second is None else {"name": second.name, "fingerprint": second.fingerprint},
-        "learners": [{"name": one.name, "fingerprint": one.fingerprint} for one in config.learners],
+        "model": {**_known(model), "revision": model.revision},
+        "second": None if second is None else _known(second),
+        "learners": [_known(one) for one in config.learners],
         "data": {"source": splits.source, "fingerprint": hashlib.sha256(repr(parts).encode()).hexdigest()},
     }
 

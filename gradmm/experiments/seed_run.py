@@ -261,4 +261,4 @@ def without_gradient(target: Release) -> Release:
     for pairs in (one.factors for one in exact_targets(target)):
         zero = Factors(torch.zeros_like(pairs.delta[:1]), torch.zeros_like(pairs.hidden[:1]), pairs.bias)
         zeros.append(FactorTarget(zero))
-    return replace(target, targets=tuple(zeros))
+    return replace(target, targets=tuple(zeros), examples="")

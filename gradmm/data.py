@@ -5,7 +5,6 @@ text, and a text that occurs in several splits stays in the last of train < vali
 """
 
 import hashlib
-import os
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -28,6 +27,7 @@ from gradmm.rows import (
     check_row,
     class_name,
     class_names,
+    is_reject,
     names_by_label,
     read_file,
     read_label_names,
@@ -62,7 +62,7 @@ class Splits:
         source: the folder's name, or the hub id with the commit read; never a path.
         dropped: how many rows were left out: another row holds the same text.
         notes: a sentence on each kind of row left out or moved: how many and where the first stands, never a text.
-        place: 8 digits that follow from the path from the working folder and from the columns' names.
+        place: 8 digits that follow from the whole path and from the columns' names.
     """
 
     train: list[Example]
@@ -88,7 +88,7 @@ class _Given:
         names: what the data call each label, see `rows.read_label_names`.
         source: see `Splits`.
         folder: where they lie, if in a folder.
-        path: of the file or folder, from the working folder where there is a way.
+        path: of the file or folder, whole.
         notes: what was left out.
     """
 
@@ -183,7 +183,7 @@ def _given(data: Any, hub: HubSource | None, columns: tuple[str, str]) -> _Given
     path = DEMO if isinstance(data, str) and data == "demo" else files.as_path(data, "the data")
     if path.is_dir():
         names, called = read_label_names(path, columns[1]), plain_name(path.resolve().name)
-        return _Given(read_rows(path, columns), names, called, path, "" if path == DEMO else _from_here(path))
+        return _Given(read_rows(path, columns), names, called, path, "" if path == DEMO else path.resolve().as_posix())
     if path.is_file():
         require(
             path.suffix.lower() in ENDINGS,
@@ -191,19 +191,11 @@ def _given(data: Any, hub: HubSource | None, columns: tuple[str, str]) -> _Given
         )
         names = read_label_names(path.parent, columns[1])
         rows = {"train": read_file(path, columns)}
-        return _Given(rows, names, plain_name(path.stem), path.parent, _from_here(path))
+        return _Given(rows, names, plain_name(path.stem), path.parent, path.resolve().as_posix())
     raise UserError(
         f"there is no data {short_repr(str(data))}: give a folder with train.jsonl, demo, or one of "
         f"{', '.join(TASKS)}; or a file, or an id on the hub such as stanfordnlp/imdb"
     )
-
-
-def _from_here(path: Path) -> str:
-    """A path from the working folder; whole where there is none, as to another drive."""
-    try:
-        return Path(os.path.relpath(path)).as_posix()
-    except ValueError:
-        return str(path.resolve())
 
 
 def _examples(given: _Given, task: Task) -> dict[str, list[Example]]:
@@ -211,12 +203,14 @@ def _examples(given: _Given, task: Task) -> dict[str, list[Example]]:
     names = given.names
     if not names and all(label.isdecimal() for label in task.labels):
         names = names_by_label(task.labels)
-    if given.folder is None and len(names) == len(task.labels) and not set(names) & set(task.labels):
+    apart = not set(_as_called(names, task)) & set(task.labels)
+    if given.folder is None and len(names) == len(task.labels) and apart:
         names = dict(zip(names, task.labels, strict=True))  # a ClassLabel of other names: the same numbers
-    known = set(names.values()) <= set(task.labels)
+    names = dict(zip(names, _as_called(names.values(), task), strict=True))
+    known, shared = set(names.values()) <= set(task.labels), set(names.values()) & set(task.labels)
     where = given.source if given.folder is None else given.folder / "labels.json"
     require(
-        known or list(names) == [str(number) for number in range(len(task.labels))],
+        known or (not shared and list(names) == [str(number) for number in range(len(task.labels))]),
         f"{where} names {', '.join(map(repr, dict.fromkeys(names.values())))}, and task {task.name!r} knows "
         f"{', '.join(map(repr, task.labels))}: write the same names in both",
     )
@@ -376,14 +370,17 @@ def check_examples(rows: Iterable, task: Task, where: str = "row") -> list[Examp
         f"the rows are of type {type(rows).__name__}: give a list of objects with text and label, which a data frame's "
         'to_dict("records") is',
     )
-    names = class_names(rows)
+    rows = rows.with_format(None) if hasattr(rows, "with_format") else rows  # numbers are Python's then
+    names = _as_called(class_names(rows), task)
     if not set(names) & set(task.labels):  # numbers then count as the task's own
         names = []
-    return [
-        _example(row, names, task, f"{where} {number}")
-        for number, row in enumerate(rows, 1)
-        if not (isinstance(row, Mapping) and row.get("kept") is False)
-    ]
+    return [_example(row, names, task, f"{where} {number}") for number, row in enumerate(rows, 1) if not is_reject(row)]
+
+
+def _as_called(names: Iterable[str], task: Task) -> list[str]:
+    """Names as the task writes them, where case alone tells them apart."""
+    own = {label.casefold(): label for label in task.labels}
+    return [own.get(name.casefold(), name) if len(own) == len(task.labels) else name for name in names]
 
 
 def prompt_completion(task: Task, rows: Iterable) -> Any:
@@ -451,6 +448,7 @@ def _of_tables(tables: Any, called: str, source: HubSource) -> _Given:
         isinstance(tables, Mapping) and all(isinstance(table, datasets.Dataset) for table in tables.values()),
         f"{called} is of type {type(tables).__name__}: give a datasets.Dataset or DatasetDict that isn't streamed",
     )
+    tables = {name: table.with_format(None) for name, table in tables.items()}  # numbers are Python's then
     # The first of two names of one split wins.
     usual = {NAMED[name.lower()]: name for name in reversed([*map(str, tables)]) if name.lower() in NAMED}
     theirs = source.splits or usual

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from gradmm.errors import UserError, first_line, require, short_repr
 
 MAX_TEXT_BYTES = 1 << 30
+UMASK = os.umask(0o077)  # asked for by setting one; put back at once
+os.umask(UMASK)
 MAX_SETTINGS_BYTES = 1 << 20
 UNFINISHED = ".unfinished"
 
@@ -69,7 +71,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
         write(temporary)
         with open(temporary, "rb+") as whole:  # Windows syncs what may be written alone
             os.fsync(whole.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~UMASK)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise UserError(

@@ -517,7 +517,7 @@ def wrap_model(
     held = model.embedding.shape[0]
     beyond = [token for number, token in tokenizer.added_tokens_decoder.items() if number >= held and not token.special]
     require(  # one that no text holds, such as Gemma 3's for images, may have no row
-        tokenizer.vocab_size <= held and not beyond and max(tokenizer("a")["input_ids"]) < held,
+        tokenizer.vocab_size <= held and not beyond and max(tokenizer("a")["input_ids"], default=0) < held,
         f"the tokenizer of {name} has {len(tokenizer)} tokens, its model {held}: give the tokenizer that belongs to it",
     )
     return model

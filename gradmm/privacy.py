@@ -201,7 +201,7 @@ def release(
         model=model.fingerprint,
         task=task.fingerprint,
         length=_mean_length(tokens, classes) if config.length is None else config.length,
-        examples="" if spent else files.digest([[one.text, one.label] for members in classes for one in members]),
+        examples="" if spent else _digest_of(classes, config, model),
     )
 
 
@@ -386,6 +386,12 @@ def _factors(
     return found
 
 
+def _digest_of(classes: list[list[Example]], config: ReleaseConfig, model: Model) -> str:
+    """SHA-256 of all that decides about exact gradients but the model's fingerprint and the space's name."""
+    rows = [[one.text, one.label] for members in classes for one in members]
+    return files.digest([rows, config.public_texts, config.directions, str(model.dtype)])
+
+
 def _mean_length(tokens: TaskTokens, classes: list[list[Example]]) -> int:
     lengths = [len(tokens.encode(example.text)) for members in classes for example in members]
     return max(1, round(sum(lengths) / len(lengths)))
@@ -430,6 +436,7 @@ def _fields_json(release: Release) -> str:
     """Every field that is no tensor."""
     values = {f.name: getattr(release, f.name) for f in fields(release) if f.name not in ("targets", "space")}
     values |= {"format": FORMAT, "ledger": [asdict(entry) for entry in release.ledger]}
+    values = {name: value for name, value in values.items() if (name, value) != ("examples", "")}
     return json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradmm import files
-from gradmm.errors import UserError, first_line, require, short_json
+from gradmm.errors import UserError, first_line, is_whole, require, short_json
 from gradmm.markup import plain_name
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ NAMED = {"train": "train", "training": "train", "test": "test", "testing": "test
 NAMED |= dict.fromkeys(("validation", "validate", "valid", "val", "development", "devel", "dev", "eval"), "validation")
 FILLERS = {"of", "part", "shard", "data", "set", "split"}
 LINE = '{"text": "...", "label": 0}'
+HEADING = re.compile(r"[^\W\d]\w*(?:[ .-]\w+)?")  # what a column is called: a word or two, and no number
 LONGEST_LABEL = 100
 
 
@@ -118,7 +119,7 @@ def read_file(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
         rows = [check_row(row, f"{called}, line {line}", columns) for line, row in _csv(path, columns)]
     else:
         lines = enumerate(files.read_json_lines(path), 1)
-        rows = [check_row(row, f"{called}, line {line}", columns) for line, row in lines]
+        rows = [check_row(row, f"{called}, line {line}", columns) for line, row in lines if not is_reject(row)]
     instead = "" if path.stem not in SPLITS[1:] else ", or remove the file"
     require(len(rows) > 0, f"{path} is empty: put rows such as {LINE} there, one a line{instead}")
     return rows
@@ -132,12 +133,20 @@ def read_table(table: "Dataset", called: str, columns: Sequence[str] = COLUMNS) 
     """
     _check_columns(table.column_names, columns, called)
     names = class_names(table, columns[1])
-    rows = zip(*(table[name] for name in columns), strict=True)
+    kept = table["kept"] if "kept" in table.column_names else [None] * len(table)
+    rows = zip(kept, *(table[name] for name in columns), strict=True)
     found = []
-    for number, (text, label) in enumerate(rows, 1):
+    for number, (keep, text, label) in enumerate(rows, 1):
+        if keep is False:
+            continue
         row = dict(zip(columns, (text, class_name(label, names)), strict=True))
         found.append(check_row(row, f"{called}, row {number}", columns))
     return found
+
+
+def is_reject(row: Any) -> bool:
+    """Whether a row is one that a synthesis wrote and did not keep."""
+    return isinstance(row, Mapping) and row.get("kept") is False
 
 
 def class_names(table: Any, column: str = "label") -> list[str]:
@@ -148,7 +157,7 @@ def class_names(table: Any, column: str = "label") -> list[str]:
 
 def class_name(label: Any, names: Sequence[str]) -> Any:
     """What a ClassLabel with these names calls a label; a label that it does not number stays as it is."""
-    return names[label] if isinstance(label, int) and 0 <= label < len(names) else label
+    return names[label] if is_whole(label) and 0 <= label < len(names) else label
 
 
 def _check_columns(there: Sequence[str], columns: Sequence[str], called: str) -> None:
@@ -176,6 +185,11 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict]]:
     heads = {mark: next(csv.reader(io.StringIO(text), delimiter=mark), []) for mark in ",;\t"}
     mark = max(heads, key=lambda mark: (set(columns) <= set(heads[mark]), len(heads[mark])))
     if text.strip():
+        require(
+            set(columns) <= set(heads[mark]) or all(HEADING.fullmatch(name) for name in heads[mark]),
+            f"{path} has no column {columns[0]!r}: its first line, of {len(heads[mark])} cells, is no header (text in "
+            f"it isn't shown), so write one above it, such as {mark.join(columns)}",
+        )
         _check_columns(heads[mark], columns, str(path))
     rows, begins = csv.reader(io.StringIO(text), delimiter=mark, strict=True), 1
     try:

@@ -29,9 +29,9 @@ PROBE = "some words"
 LETTERS = tuple(string.ascii_uppercase)
 MOST_NAMED = 200  # labels that an error spells out
 # Up to the last sentence end, colon or line break, but not within 4.5 or 4:30.
-_ENDS = rf"[{re.escape(SENTENCE_ENDS)}][{re.escape(CLOSERS)}]*(?=\s|\Z)"
-INSTRUCTION = re.compile(rf"(?:.*(?:{_ENDS}|:(?!\d)|[{WIDE_ENDS}：][{re.escape(CLOSERS)}]*|\n))?", re.DOTALL)
-FIXED_DATE = "{%- macro strftime_now(form) -%}01 Jan 2025{%- endmacro -%}"
+_ENDS = rf"[{re.escape(SENTENCE_ENDS)}][{re.escape(CLOSERS)}*_]*(?=\s|\Z|[“\u2e80-\U0010ffff])"
+INSTRUCTION = re.compile(rf"(?:.*(?:{_ENDS}|(?<!\d):|:(?!\d)|[{WIDE_ENDS}：][{re.escape(CLOSERS)}]*|\n))?", re.DOTALL)
+FIXED_DATE = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro +%}"
 ANSWERS = {  # what a template ends with that leaves more to say before the answer, and what is said
     "<think>": "\n\n</think>\n\n",
     "<|start|>assistant": "<|channel|>final<|message|>",

@@ -41,7 +41,7 @@ def test_tensors_and_their_metadata_come_back(tmp_path):
 def test_equal_values_are_equal_bytes_and_readable_by_others(tmp_path):
     one, two = (files.write_json(tmp_path / name, {"b": 1, "a": [0.1]}) for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
-    assert one.stat().st_mode & 0o777 == 0o644
+    assert one.stat().st_mode & 0o777 == 0o666 & ~files.UMASK
 
 
 def test_numbers_that_json_cannot_hold_are_refused_before_the_old_file_goes(tmp_path):

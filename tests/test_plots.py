@@ -62,6 +62,19 @@ def test_convergence_of_a_search_among_texts_is_the_loss_alone():
     assert list(left.lines[0].get_ydata()) == pytest.approx([0.2] * 2)
 
 
+def test_selection_tells_more_classes_apart_than_there_are_colours():
+    names = [f"class {n:02}" for n in range(20)]
+    table = {"label_name": names, "kept": [True] * 20, "match_loss": [0.1] * 20, "perplexity": [9.0] * 20}
+    (axes,) = plots.selection(datasets.Dataset.from_dict(table)).axes
+    looks = {(str(some.get_edgecolor()), str(some.get_paths()[0].vertices)) for some in axes.collections}
+    assert len(looks) == 20
+
+
+def test_two_dollar_signs_in_a_text_are_no_formula():
+    assert "mathjax_ignore" in plots.table([{"text": "paid $45 and $20 more"}]).to_html()
+    assert "mathjax_ignore" in plots.evolution({1: ["$45", " and $20"]}).html
+
+
 def test_selection_draws_every_text():
     table = {
         "label_name": ["a", "a", "b"],

@@ -384,7 +384,7 @@ def test_the_fields_of_a_file_are_written_in_one_way(model, tmp_path):
     plain = dataclasses.replace(found, labels=("schön", "übel"), statement="s", model="m", task="t")
     charged = json.dumps(dataclasses.asdict(entry), sort_keys=True)
     fields = (
-        f'{{"examples": "", "format": "gradmm release 1", "label_tokens": {json.dumps(list(found.label_tokens))}, '
+        f'{{"format": "gradmm release 1", "label_tokens": {json.dumps(list(found.label_tokens))}, '
         '"labels": ["schön", "übel"], '
         f'"ledger": [{charged}], "length": 5, "model": "m", "private": false, "space_name": "label_rows", '
         '"statement": "s", "task": "t"}'

@@ -12,7 +12,7 @@ import pandas
 import pytest
 import torch
 
-from gradmm.data import Example, check_examples, load_data
+from gradmm.data import Example, check_examples, load_data, read_examples
 from gradmm.errors import DataWarning, UserError
 from gradmm.rows import check_row, read_label_names, read_rows
 from gradmm.tasks import Task, load_task
@@ -391,7 +391,8 @@ BROKEN_CSV = {
     "after a line break": ('text,label\n"one\ntwo",1\nfine\n', "line 4 has 1 cells"),
     "a quote within": ('text,label\n"a "good" one",1\n', "line 2 is no row of a CSV file"),
     "an empty text": ('text,label\n" ",1\n', "line 2 has an empty text"),
-    "no header": ("a good one,1\nfine,0\n", "has no column 'text' and no column 'label': it has 'a good one', '1'"),
+    "no header": ("a good one,1\nfine,0\n", "has no column 'text': its first line, of 2 cells, is no header"),
+    "other names": ("review,stars given\na good one,1\n", "no column 'label': it has 'review', 'stars given'"),
     "one column": ("text\na good one\n", "has no column 'label': it has 'text'"),
     "nothing": ("", "is empty"),
     "a header alone": ("text,label\n", "is empty"),
@@ -451,6 +452,41 @@ def test_a_dataset_whose_names_are_not_the_task_s_has_its_numbers():
         load_data(as_dataset(["negative", "bad"], rows), TWO)
     with pytest.raises(UserError, match="names 'a', 'b', 'c', and task 'two'"):
         load_data(as_dataset(["a", "b", "c"], rows), TWO)
+
+
+def test_a_first_line_that_is_no_header_is_not_shown(tmp_path):
+    (tmp_path / "a.csv").write_text("My secret is out,1\nfine,0\n", encoding="utf-8")
+    with pytest.raises(UserError, match="is no header .text in it isn't shown., so write one above it") as caught:
+        load_data(tmp_path / "a.csv")
+    assert "secret" not in str(caught.value)
+
+
+def test_what_a_synthesis_did_not_keep_is_no_row(tmp_path):
+    rows = [{"text": f"{word} {n}", "label": word, "kept": n % 2 == 0} for n in range(40) for word in ("bad", "good")]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(str(tmp_path / "b.parquet"))
+    task = Task("t", ("bad", "good"), (" bad", " great"))
+    for data in (tmp_path / "a.jsonl", tmp_path / "b.parquet", table, table.with_format("numpy")):
+        found = read_examples(data, task)
+        assert len(found) == 40 and all(int(one.text.split()[1]) % 2 == 0 for one in found)
+    assert len(check_examples(table.with_format("numpy"), task)) == 40
+
+
+@pytest.mark.parametrize("names", [["Good", "Bad"], ["good", "bad"]])
+def test_names_that_differ_in_case_alone_are_the_task_s(tmp_path, names):
+    """And not its numbers, whose order is another."""
+    task = Task("t", ("bad", "good"), (" bad", " great"))
+    rows = [{"text": f"{names[n % 2]} number {n}", "label": n % 2} for n in range(80)]
+    for table in (as_dataset(names, rows), as_dataset(names, rows).with_format("numpy")):
+        for found in (load_data(table, task)[1].train, check_examples(table, task)):
+            assert all(one.text.lower().startswith(task.labels[one.label]) for one in found)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "labels.json").write_text(json.dumps(names), encoding="utf-8")
+    assert all(one.text.lower().startswith(task.labels[one.label]) for one in load_data(tmp_path, task)[1].train)
+    (tmp_path / "labels.json").write_text(json.dumps(["Good", "low"]), encoding="utf-8")
+    with pytest.raises(UserError, match="names 'good', 'low', and task 't' knows 'bad', 'good': write the same"):
+        load_data(tmp_path, task)
 
 
 def test_a_label_that_is_a_list_is_refused_in_a_sentence():

@@ -141,6 +141,9 @@ def test_exact_gradients_are_known_by_their_examples_and_not_by_their_last_bits(
     with pytest.raises(UserError, match=r"release.examples .* made of other real examples"):
         synthesize(model, task, other, SMALL, tmp_path, progress=False)
     assert gradmm.load_release(release.save(tmp_path / "r.safetensors")).examples == release.examples
+    public = {"space": "label_rows_subspace", "public_texts": ["a film", "the plot was dull", "we like it"]}
+    few, more = (gradmm.release(model, task, REAL, **public, directions=count) for count in (1, 2))
+    assert len({few.examples, more.examples, release.examples}) == 3
     assert not gradmm.release(model, task, REAL, epsilon=1.0, delta=1e-5, length=5).examples
 
 

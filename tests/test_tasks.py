@@ -204,7 +204,7 @@ def test_a_chat_prompt_is_the_templates_own_with_one_begin_token(pattern):
     [
         ("answer: <think>\n", "answer: <think>\n\n</think>\n\n"),
         ("<|start|>assistant", "<|start|>assistant<|channel|>final<|message|>"),
-        ("on {{ strftime_now('%d %b') if strftime_now is defined }}:", "on 01 Jan 2025:"),
+        ("on {{ strftime_now(format='%d %b') if strftime_now is defined }}:", "on 01 Jan 2025:"),
     ],
 )
 def test_a_chat_begins_the_answer_itself_and_the_same_on_every_day(ending, prompt):
@@ -219,6 +219,8 @@ def test_a_chat_begins_the_answer_itself_and_the_same_on_every_day(ending, promp
         ("एक खराब समीक्षा लिखो।", ""), ("Write a short review (a bad one.)", ""), ("a:", ""),
         ("A 4.5 star review", "A 4.5 star review"), ("Written at 4:30: i feel", " i feel"),
         ("写一条差评：这部电影", "这部电影"), ('He said "no." i', " i"), ("Review:great", "great"),
+        ("请写一条差评!这部电影", "这部电影"), ("**Write a bad review.** I", " I"), ("Write a review.“I", "“I"),
+        ("Rating:5", "5"),
     ],
 )  # fmt: skip
 def test_what_a_prompt_asks_ends_with_its_last_sentence_or_colon(prompt, opening):

@@ -218,8 +218,13 @@ def _state_of(name: str) -> list[tuple]:
     """Path and time of change of a local file, or of each in a folder; not what it holds, which may be private."""
     path = Path(name)
     # os.path answers for a text that can be no path; pathlib raises where it is too long.
-    there = [path] if os.path.isfile(name) else sorted(path.iterdir()) if os.path.isdir(name) else []
-    return [(str(one), one.stat().st_mtime_ns) for one in there if one.is_file()]
+    there = [path] if os.path.isfile(name) else sorted(path.rglob("*")) if os.path.isdir(name) else []
+    return [(str(one), one.stat().st_mtime_ns) for one in there if one.is_file() and not _beside(one.relative_to(path))]
+
+
+def _beside(path: Path) -> bool:
+    """Whether a file is no part of data or records: hidden, or results."""
+    return any(part.startswith(".") or part == runs.RESULTS.name for part in path.parts)
 
 
 @cache

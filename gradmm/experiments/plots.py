@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+PLAIN = 'class="tex2jax_ignore mathjax_ignore"'  # "$45 and $20" is no formula
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 ABREAST = 2  # panels that fit side by side with letters that can be read on a page
 LETTERS = 90  # of a legend's names and keys in one row
@@ -126,9 +127,9 @@ def selection(dataset: datasets.Dataset) -> Figure:
     for place, (name, rows) in enumerate(frame.groupby("label_name")):
         for kept, part in rows.groupby("kept"):
             look: dict[str, Any] = {
-                "marker": MARKERS[place],
-                "edgecolor": COLOURS[place],
-                "facecolor": COLOURS[place] if kept else "none",
+                "marker": MARKERS[(place + place // len(COLOURS)) % len(MARKERS)],
+                "edgecolor": COLOURS[place % len(COLOURS)],
+                "facecolor": COLOURS[place % len(COLOURS)] if kept else "none",
             }
             label = f"{name}, {'kept' if kept else 'dropped'}"
             axes.scatter(part["perplexity"], part["match_loss"], s=28, label=label, **look)
@@ -247,7 +248,7 @@ def table(rows: Sequence[Mapping] | pandas.DataFrame, digits: int = 3):
     short = [name for name in frame if longest[name] <= SHORT]
     styled = frame.style.format(precision=digits, escape="html", na_rep="–").hide(axis="index")
     styled = styled.format_index(precision=digits, escape="html", axis="columns")
-    styled = styled.set_properties(**{"text-align": "left", "white-space": "normal"})
+    styled = styled.set_properties(**{"text-align": "left", "white-space": "normal"}).set_table_attributes(PLAIN)
     for name in (name for name in frame if name not in short):
         styled = styled.set_properties(subset=[name], **{"min-width": f"{min(WIDEST, longest[name] // LINES)}em"})
     return styled.set_properties(subset=short, **{"white-space": "nowrap"})
@@ -320,7 +321,7 @@ def evolution(texts: Mapping[object, Sequence[str]], heading: str = "step") -> M
         rows.append(f"<tr><td>{escape(str(step))}</td>{narrow}<td {TEXT}>{pieces}</td></tr>")
         above = tokens
     head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in (heading, "tokens changed", "text"))
-    return Markup(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>")
+    return Markup(f"<table {PLAIN}><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>")
 
 
 def _piece(token: str, changed: bool) -> str:

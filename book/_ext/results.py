@@ -42,7 +42,10 @@ METHODS = {
     "matched_real": "real texts chosen as gradmm chooses",
     "all_real": "every real training text",
 }
-DATA = {"sst2": "SST-2", "rotten_tomatoes": "Rotten Tomatoes", "demo": "the embedded reviews"}
+DATA = {
+    "sst2": "SST-2", "rotten_tomatoes": "Rotten Tomatoes", "demo": "the embedded reviews",
+    "reuters4": "four topics of Reuters",
+}  # fmt: skip
 BRIEF = ("none", "prompt_only", "surest", "zero_shot", "few_shot", "gradmm", "real", "random", "herding", "all_real")
 OF_REAL_TEXT = ("random", "herding", "k_center", "matched_real")
 WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")

@@ -440,7 +440,7 @@ def test_recorded_comparisons_are_shown_as_they_stand(tmp_path, shared_folder):
     assert "The answer stands here when" in shown[0]["text/html"]  # the box, which no cell of this section fills
     text = "\n".join(data.get("text/markdown", "") for data in shown)
     assert "**sst2**: 2 seed(s), 10 test texts" in text and "**rotten_tomatoes**" in text
-    assert f"commit `{records.commit()[:12]}`" in text
+    assert f"commit `{records.short_commit({'commit': records.commit()})}`" in text
     tables = [data["text/html"] for data in shown if "<table" in data.get("text/html", "")]
     real = results["methods"]["real"]["minus_gradmm"]
     assert len(tables) == 2 and all(f"{real['low']:+.3f} to {real['high']:+.3f}" in table for table in tables)

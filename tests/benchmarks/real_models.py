@@ -240,12 +240,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with gradients_read_once(), mock.patch.object(protocol, "finetune", finetune):
         found = protocol.compare(model, task, splits, config, options.methods, seeds, folder / task.name)
-        untrained = protocol.compare(model, task, splits, config, ["none"], seeds, folder / task.name).methods["none"]
+        as_it_came = (
+            found
+            if found.of("none")
+            else protocol.compare(model, task, splits, config, ["none"], seeds, folder / task.name)
+        )
         run = SeedRun(Experiment(model, task, splits, config, {}, "", folder / task.name), options.seed)
         texts = shown(run, [name for name in ("prompt_only", "gradmm") if name in options.methods])  # no real text
     settings = settings_of(options, model, splits.source, ("methods", "seed", "seeds", "learners"))
     settings |= {"layers": upper.layers, "device": "cpu"}
-    results = results_of(found, texts, untrained["calibrated"]["accuracy"]["mean"])
+    results = results_of(found, texts, as_it_came.methods["none"]["calibrated"]["accuracy"]["mean"])
     write_record(options.output, results | (transferred(found, model.name, learners) if learners else {}), settings)
 
 

@@ -77,8 +77,7 @@ class SynthesisConfig:
         filter: a name in `selection.FILTERS`. A model that cannot yet do the task misreads the labels, and its filter
             then teaches its own mistakes: "none" by default, "label" as published.
         ranking: a name in RANKINGS: "text" keeps the texts of each class that match the target best one by one, "group"
-            those that, added one after the other, match it best together, "joint" those that, added to the classes in
-            turn, best match each class's target and the sum of all classes' targets, which balanced training follows.
+            those that, added one after the other, match it best together.
         perplexity_weight: this times the log-perplexity, of a group the mean, is added to the matching loss. With 0.01
             texts read as easily as those that were not chosen, and match about as well (`05-ablations`).
         groups_per_batch: the unit of work: groups that are projected together, saved together and given to one process
@@ -203,21 +202,19 @@ class ReleaseConfig:
             the first r principal directions of the hidden states of `public_texts`) or "label_rows_centred" (C x r: the
             same without the first direction, which nearly all texts share: it takes most of the clip and says little of
             what sets the classes apart). Under the loss that fine-tuning uses, over the label tokens alone, with the
-            model's preference among them taken out: "label_rows_calibrated" (C x D) and "label_rows_whitened" (the
-            same, of hidden states whitened by those of public texts). Under that loss, and for `search = "pool"` alone,
-            gradients of the body: "body" (`spaces.BodySketch`, a sketch of every linear map's: what fine-tuning
-            follows). None takes "body" without epsilon and "label_rows" with it: the smaller the space, the less noise,
-            and of the two that need no public text it keeps by far the more of what sets the classes apart (notebook 04
-            measures it). Give public texts and "label_rows_centred" to keep more. The paper matches "head", which ADMM
-            needs.
+            model's preference among them taken out, and for `search = "pool"` alone: "body" (`spaces.BodySketch`, a
+            sketch of every linear map's gradient: what fine-tuning follows). None takes "body" without epsilon and
+            "label_rows" with it: the smaller the space, the less noise, and of the two that need no public text it
+            keeps by far the more of what sets the classes apart (notebook 04 measures it). Give public texts and
+            "label_rows_centred" to keep more. The paper matches "head", which ADMM needs.
         relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
             "add-remove" (one example comes or goes).
         calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.
         length: L, tokens of a synthetic text; public, hence needed with epsilon; None takes the real texts' mean
             without.
-        public_texts: texts that are not private: needed for the two subspaces; for the spaces under the loss over the
-            label tokens what preference and whitening are measured on (None: texts that the model writes from the
-            public prompts, as many as the estimate needs, see `spaces.own_texts`).
+        public_texts: texts that are not private: needed for the two subspaces; for "body" what the model's preference
+            is measured on (None: texts that the model writes from the public prompts, as many as the estimate needs,
+            see `spaces.own_texts`).
         directions: r; None takes 16, or as many as the texts span if fewer.
         noise_seed: fixes the noise for a repeatable experiment; the Release is then marked as not private.
     """

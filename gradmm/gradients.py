@@ -85,39 +85,6 @@ class Space:
         return self.restrict(head_factors(hidden, labels, head))
 
 
-@dataclass(frozen=True)
-class LabelSpace:
-    """The head's gradient under fine-tuning's loss: over the label tokens alone, the model's preference taken out.
-
-    With `mean` and `basis` hidden states are whitened, and the gradient is that of the same logits written as a linear
-    map of (h - mean) basis: what all texts share is gone, and every direction in which public texts differ weighs the
-    same.
-
-    Attributes:
-        rows: (C,) the label tokens' rows of the head.
-        preference: (C,) mean log-probability of each label token over public texts, taken from the logits.
-        mean: (D,) of hidden states, or None for zero.
-        basis: (D, r), or None for all D as they are.
-    """
-
-    rows: Tensor
-    preference: Tensor
-    mean: Tensor | None = None
-    basis: Tensor | None = None
-
-    def factors(self, hidden: Tensor, labels: Tensor, head: Head) -> Factors:
-        """Gradients in this space, delta (..., C) and hidden (..., r); arguments as `head_factors`."""
-        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        bias = -self.preference if head.bias is None else head.bias[self.rows] - self.preference
-        places = (labels.unsqueeze(-1) == self.rows).long().argmax(-1)
-        delta = head_factors(wide, places, Head(head.weight[self.rows].to(wide), bias.to(wide))).delta
-        centred = wide if self.mean is None else wide - self.mean.to(wide)
-        return Factors(delta, centred if self.basis is None else centred @ self.basis.to(wide), head.bias is not None)
-
-
-HeadSpace = Space | LabelSpace
-
-
 def head_factors(hidden: Tensor, labels: Tensor, head: Head) -> Factors:
     """The factor pairs of the cross-entropy's gradient; differentiable in `hidden`.
 
@@ -196,17 +163,6 @@ class DenseTarget:
 Target = FactorTarget | DenseTarget
 
 
-def sum_of(targets: Sequence[Target]) -> Target:
-    """The sum of targets of one kind as a target: the gradient of the loss on the real examples of all classes."""
-    if dense := [target for target in targets if isinstance(target, DenseTarget)]:
-        biases = [target.bias for target in dense if target.bias is not None]
-        return DenseTarget(_sum([target.weight for target in dense]), _sum(biases) if biases else None)
-    pairs = [target.factors for target in targets if isinstance(target, FactorTarget)]
-    count = sum(len(one.delta) for one in pairs)  # a FactorTarget is the mean over its pairs
-    delta = torch.cat([one.delta * (count / len(one.delta)) for one in pairs])
-    return FactorTarget(Factors(delta, torch.cat([one.hidden for one in pairs]), pairs[0].bias))
-
-
 def _sum(tensors: Sequence[Tensor]) -> Tensor:
     return reduce(torch.add, tensors)
 
@@ -280,6 +236,8 @@ def greedy_order(
 ) -> list[int]:
     """Examples in the order in which each, added to those before it, gives the group with the lowest matching loss.
 
+    All in inner products: O(N (V + D)) for each choice, and no N x N or V x D matrix.
+
     Args:
         factors: delta (N, V) and hidden (N, D), in the target's coordinates.
         target: what the group's mean gradient shall be.
@@ -295,110 +253,24 @@ def greedy_order(
     >>> greedy_order(factors, FactorTarget(Factors(torch.eye(2)[1:], torch.eye(2)[1:])), count=1)
     [1]
     """
-    return joint_order(factors, [0] * len(factors.delta), [target], [count], distance, penalties)
-
-
-def joint_order(
-    factors: Factors, classes: Sequence[int], targets: Sequence[Target], counts: Sequence[int],
-    distance: str = "cosine", penalties: Sequence[float] | None = None,
-) -> list[int]:  # fmt: skip
-    """Examples of all classes in the order in which each serves its class and all classes together best.
-
-    The classes take turns. In its turn class c gets the example after which the sum of two distances is lowest: of the
-    class's mean gradient to its target, and of the sum over classes of their mean gradients to the sum of the targets.
-    The sum is the contrast, which training on balanced data follows; it counts from where every class has an example.
-    All in inner products: O(N (V + D)) for each choice, and no N x N or V x D matrix.
-
-    Args:
-        factors: delta (N, V) and hidden (N, D), in the targets' coordinates.
-        classes: N class numbers.
-        targets: one per class.
-        counts: how many to choose of each class; all that it has if these are fewer.
-        distance: "cosine" or "l2".
-        penalties: N numbers, of which the mean of a class's chosen is added to the sum in its turn.
-
-    Returns:
-        Row numbers, the first chosen first; among equals of a class the one that stands earlier.
-    """
-    labels = torch.tensor(list(classes), device=factors.delta.device)
-    pools = [(labels == number).nonzero().squeeze(1) for number in range(len(targets))]
-    extra = torch.tensor(penalties or [0.0] * len(labels), dtype=torch.float64, device=labels.device)
-    wanted = [min(count, len(pool)) for count, pool in zip(counts, pools, strict=True)]
-    several, whole = len(targets) > 1, sum_of(targets)  # the sum of one class is that class
-    norms, whole_norms = [target.norms for target in targets], whole.norms
-    to_whole = torch.stack(whole.inner(factors)).double()  # (P, N)
-    to_own = torch.zeros_like(to_whole)
-    for target, pool in zip(targets, pools, strict=True):
-        to_own[:, pool] = torch.stack(target.inner(factors[pool])).double()
-    chosen, order = _Chosen.none(factors, len(targets)), []
-    for turn in range(max(wanted)):
-        for number, pool in enumerate(pools):
-            if turn >= wanted[number]:
-                continue
-            sizes = chosen.member.sum(1).clamp_min(1)
-            sizes[number] = turn + 1
-            alone = torch.zeros_like(sizes).index_fill(0, torch.tensor(number, device=sizes.device), 1.0)
-            loss = chosen.loss_with(number, pool, alone / sizes, to_own, norms[number], distance)
-            if several and all(
-                count == 0 or place == number or chosen.member[place].any() for place, count in enumerate(wanted)
-            ):
-                loss = loss + chosen.loss_with(number, pool, 1 / sizes, to_whole, whole_norms, distance)
-            loss = loss + extra[pool] / (turn + 1)
-            order.append(int(pool[loss.masked_fill(chosen.member[number, pool] > 0, torch.inf).argmin()]))
-            chosen.add(number, order[-1])
+    norms = target.norms
+    to_target = torch.stack(target.inner(factors)).double()  # (P, N) of P matched tensors
+    delta, hidden = (
+        torch.linalg.vector_norm(value, dim=1, dtype=torch.float64).square()
+        for value in (factors.delta, factors.hidden)
+    )
+    squares = torch.stack([delta * hidden, delta][: 1 + factors.bias])  # (P, N) ||g_i||^2
+    chosen, cross = torch.zeros_like(delta), torch.zeros_like(squares)  # (P, N) <sum of the chosen, g_i>
+    extra = torch.tensor(penalties or [0.0] * len(delta), dtype=torch.float64, device=delta.device)
+    order: list[int] = []
+    for size in range(1, min(count, len(delta)) + 1):
+        inners = ((to_target @ chosen)[:, None] + to_target) / size
+        sums = (cross @ chosen)[:, None] + 2 * cross + squares
+        loss = combine(inners, sums / size**2, norms, distance) + extra / size
+        order.append(int(loss.masked_fill(chosen > 0, torch.inf).argmin()))
+        chosen[order[-1]] = 1
+        cross += torch.stack(FactorTarget(factors[order[-1:]]).inner(factors))
     return order
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """The examples chosen so far, as inner products with all N; C classes, P matched tensors; float64.
-
-    Attributes:
-        factors: the gradients g_i.
-        squares: (P, N) ||g_i||^2.
-        member: (C, N) 1 where an example is chosen for a class.
-        cross: (C, P, N) <sum of the class's chosen gradients, g_i>.
-    """
-
-    factors: Factors
-    squares: Tensor
-    member: Tensor
-    cross: Tensor
-
-    @staticmethod
-    def none(factors: Factors, classes: int) -> "_Chosen":
-        """Nothing chosen."""
-        delta, hidden = (
-            torch.linalg.vector_norm(value, dim=1, dtype=torch.float64).square()
-            for value in (factors.delta, factors.hidden)
-        )
-        squares = torch.stack([delta * hidden, delta][: 1 + factors.bias])
-        return _Chosen(
-            factors, squares, delta.new_zeros(classes, len(delta)), squares.new_zeros(classes, *squares.shape)
-        )
-
-    def add(self, number: int, row: int) -> None:
-        """Choose an example for a class."""
-        self.member[number, row] = 1
-        self.cross[number] += torch.stack(FactorTarget(self.factors[[row]]).inner(self.factors))
-
-    def loss_with(
-        self, number: int, pool: Tensor, weights: Tensor, goal: Tensor, norms: Sequence[Tensor], distance: str
-    ) -> Tensor:
-        """The distance of sum_a weights_a (sum of class a's chosen), once with each of the pool added to class
-        `number`: (n,).
-
-        Args:
-            pool: (n,) rows.
-            weights: (C,).
-            goal: (P, N) <target, g_i>.
-            norms: ||target||^2, P of them.
-        """
-        share, mixed = weights[number], weights @ self.member  # (N,)
-        pull = torch.einsum("c,cpn->pn", weights, self.cross)
-        inners = (goal @ mixed)[:, None] + share * goal[:, pool]
-        squares = (pull @ mixed)[:, None] + 2 * share * pull[:, pool] + share**2 * self.squares[:, pool]
-        return combine(inners, squares, norms, distance)
 
 
 def losses_as_added(factors: Factors, target: Target, distance: str = "cosine") -> Tensor:

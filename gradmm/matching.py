@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradmm.errors import UserError
-from gradmm.gradients import Factors, Head, HeadSpace, Target, greedy_order, joint_order, losses_as_added, match_groups
+from gradmm.gradients import Factors, Head, Space, Target, greedy_order, losses_as_added, match_groups
 from gradmm.models import Model
 from gradmm.projection import text_mask
 from gradmm.spaces import BodySketch
@@ -35,7 +35,7 @@ class Matching:
     model: Model
     tokens: TaskTokens
     targets: Sequence[Target]
-    space: HeadSpace | BodySketch
+    space: Space | BodySketch
     distance: str = "cosine"
     end: int | None = None
 
@@ -113,27 +113,6 @@ class Matching:
         return self._own(factors, classes).tolist(), [usable[place] for place in order]
 
     @torch.no_grad()
-    def alone_and_jointly(
-        self,
-        texts: Sequence[str],
-        classes: Sequence[int],
-        counts: Sequence[int],
-        usable: Sequence[int],
-        penalties: Sequence[float],
-    ) -> tuple[list[float], list[int]]:
-        """As `alone_and_together` for texts of all classes, which take turns (`joint_order`).
-
-        Args:
-            counts: how many to take of each class.
-        """
-        if not texts:
-            return [], []
-        factors, which = self.factors(texts, classes), [classes[place] for place in usable]
-        some, extra = factors[list(usable)], [penalties[place] for place in usable]
-        order = joint_order(some, which, self.targets, counts, self.distance, extra) if len(usable) else []
-        return self._own(factors, classes).tolist(), [usable[place] for place in order]
-
-    @torch.no_grad()
     def greedy_losses(self, texts: Sequence[str], number: int) -> list[float]:
         """f of the first text that `greedy` takes, of the first two together, and so on to all."""
         factors, target = self.factors(texts, [number] * len(texts)), self.targets[number]
@@ -208,7 +187,7 @@ def _blocks(count: int) -> list[slice]:
 def factors_of(
     model: Model,
     tokens: TaskTokens,
-    space: HeadSpace | BodySketch,
+    space: Space | BodySketch,
     sequences: Sequence[Sequence[int]],
     classes: Sequence[int],
 ) -> Factors:

@@ -196,11 +196,6 @@ def _check_release(release: Release, config: SynthesisConfig) -> None:
         f"distance = {config.distance!r} compares lengths, and those of a private release, noised sums of clipped "
         "gradients, say nothing: set distance = 'cosine'",
     )
-    require(
-        config.ranking != "joint" or not release.ledger,
-        "ranking = 'joint' adds the classes' targets up, and a private release holds sums over classes of unknown "
-        "sizes, in which the larger would count for more: set ranking = 'group'",
-    )
 
 
 def _end_token(model: Model, config: SynthesisConfig) -> int | None:

@@ -9,7 +9,7 @@ delta_i h_i^T (and delta_i for a bias) in the release space, each class's target
 Sensitivity of (G_1 .. G_C) together, in L2. "add-remove": one term comes or goes, at most clip. "replace-one": within
 its class two terms differ, ||g - g'|| <= 2 clip; with a new label two sums move by one term each, sqrt(clip^2 +
 clip^2); so at most 2 clip. Sums rather than means: the private class counts are not needed. Nothing here asks what the
-coordinates are: a space maps each example alone, by a map made of public inputs (rows, directions, whitening, sketches,
+coordinates are: a space maps each example alone, by a map made of public inputs (rows, directions, sketches,
 models trained on public texts), and the norm that is clipped is that of what it gives, so whatever a space stretches is
 clipped after it.
 
@@ -36,7 +36,7 @@ from gradmm.config import ReleaseConfig
 from gradmm.data import Example, check_examples
 from gradmm.errors import UserError, first_line, require, require_flag, require_settings, require_type
 from gradmm.files import lock
-from gradmm.gradients import DenseTarget, Factors, FactorTarget, HeadSpace, Target
+from gradmm.gradients import DenseTarget, Factors, FactorTarget, Space, Target
 from gradmm.matching import factors_of
 from gradmm.mechanism import (
     Ledger,
@@ -80,7 +80,7 @@ class Release:
     """
 
     targets: tuple[Target, ...]
-    space: HeadSpace | BodySketch
+    space: Space | BodySketch
     space_name: str
     labels: tuple[str, ...]
     label_tokens: tuple[int, ...]
@@ -366,7 +366,7 @@ def _by_class(model: Model, tokens: TaskTokens, examples: Iterable, task: Task) 
 
 
 def _factors(
-    model: Model, tokens: TaskTokens, classes: list[list[Example]], space: HeadSpace | BodySketch, one_by_one: bool
+    model: Model, tokens: TaskTokens, classes: list[list[Example]], space: Space | BodySketch, one_by_one: bool
 ) -> list[Factors]:
     """Each class's gradients in the release space: delta (n, R), hidden (n, r).
 

@@ -292,23 +292,9 @@ def rank_groups(
     return losses, scores
 
 
-def rank_jointly(
-    matching: Matching, texts: Sequence[str], classes: Sequence[int], usable: Sequence[bool],
-    penalties: Sequence[float], per_class: Sequence[int],
-) -> tuple[list[float], list[float]]:  # fmt: skip
-    """The usable texts of all classes in `joint_order`, behind them the others as `rank_texts` has them."""
-    free = [i for i, may in enumerate(usable) if may]
-    losses, order = matching.alone_and_jointly(texts, classes, per_class, free, penalties)
-    scores = [len(texts) + loss + penalty for loss, penalty in zip(losses, penalties, strict=True)]
-    for rank, i in enumerate(order):
-        scores[i] = float(rank)
-    return losses, scores
-
-
 RANKINGS = {
     "text": ("matching loss", rank_texts),
     "group": ("the group's matching loss", rank_groups),
-    "joint": ("the classes' joint matching loss", rank_jointly),
 }
 
 

@@ -24,7 +24,7 @@ from gradmm.classification import label_logs, label_preference
 from gradmm.device import in_batches, text_body
 from gradmm.errors import require, require_texts, require_whole
 from gradmm.generation import prompted_texts
-from gradmm.gradients import Factors, HeadSpace, LabelSpace, Space
+from gradmm.gradients import Factors, Space
 from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.progress import advance, expect, shown, stage
 from gradmm.seeds import generator
@@ -34,8 +34,7 @@ LOG = logging.getLogger(__name__)
 # Of the gradient of the loss over all tokens.
 HEAD_SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred")
 PUBLIC_SPACES = ("label_rows_subspace", "label_rows_centred")  # made from public texts, which must be given
-LABEL_SPACES = ("label_rows_calibrated", "label_rows_whitened")
-SPACES = (*HEAD_SPACES, *LABEL_SPACES, "body")
+SPACES = (*HEAD_SPACES, "body")
 # Where a space that measures the model's preference is given no public texts, the model writes some: of each class so
 # many at first, and then as many as bring the preference's standard error down to the bound, at most so many in all. An
 # error of 0.15 nats moves a label's probability by at most 0.04; on SmolLM2 the target's cosine to that of 64 texts a
@@ -168,7 +167,7 @@ def release_space(
     directions: int | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
-) -> HeadSpace | BodySketch:
+) -> Space | BodySketch:
     """The coordinates of a release, see `privacy.release`; a function of public inputs alone.
 
     Raises:
@@ -196,47 +195,36 @@ def release_space(
         return Space(
             rows, principal_directions(model, tokens, texts, directions, skip=int(name == "label_rows_centred"))
         )
-    # A covariance wants all the texts that there may be.
-    bound = 0.0 if name == "label_rows_whitened" else PREFERENCE_ERROR
-    texts = own_texts(model, tokens, bound, cache, progress) if texts is None else _public(texts, name)
-    if name == "body":
-        return BodySketch.of(model, tokens, texts)
-    whitened = (
-        whitening(model.hidden_of([tokens.sequence(text) for text in texts])) if name == "label_rows_whitened" else ()
-    )
-    return LabelSpace(rows, label_preference(model, tokens, texts), *whitened)
+    texts = own_texts(model, tokens, cache, progress) if texts is None else _public(texts, name)
+    return BodySketch.of(model, tokens, texts)
 
 
 # Every release asks for the texts that the model writes by itself; they go with the model that wrote them.
-_WRITTEN: WeakKeyDictionary[Model, tuple[tuple[TaskTokens, float], list[str]]] = WeakKeyDictionary()
+_WRITTEN: WeakKeyDictionary[Model, tuple[TaskTokens, list[str]]] = WeakKeyDictionary()
 CACHED = "calibration.json"
 
 
 def own_texts(
     model: Model,
     tokens: TaskTokens,
-    bound: float = PREFERENCE_ERROR,
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> list[str]:
     """Texts that the model writes from the public prompts, as many as its preference for some label needs.
 
     Args:
-        bound: the largest standard error, in nats, of a label's mean log-probability against that of all labels; 0 has
-            `CALIBRATION_TEXTS` of each class written.
-        cache: a folder that keeps the texts: read back from there where model, task and bound are the same.
+        cache: a folder that keeps the texts: read back from there where model and task are the same.
         progress: whether to show a bar if it takes more than two seconds.
     """
-    key = (tokens, bound)
-    LOG.debug("texts of the model's own are %s", "at hand" if _WRITTEN.get(model, (None,))[0] == key else "sought")
-    if _WRITTEN.get(model, (None,))[0] != key:
-        _WRITTEN[model] = (key, _kept(model, tokens, bound, cache) or _write(model, tokens, bound, progress))
+    LOG.debug("texts of the model's own are %s", "at hand" if _WRITTEN.get(model, (None,))[0] == tokens else "sought")
+    if _WRITTEN.get(model, (None,))[0] != tokens:
+        _WRITTEN[model] = (tokens, _kept(model, tokens, cache) or _write(model, tokens, progress))
     if cache is not None:
-        _keep(model, tokens, bound, cache, _WRITTEN[model][1])
+        _keep(model, tokens, cache, _WRITTEN[model][1])
     return _WRITTEN[model][1]
 
 
-def _write(model: Model, tokens: TaskTokens, bound: float, progress: bool) -> list[str]:
+def _write(model: Model, tokens: TaskTokens, progress: bool) -> list[str]:
     """Stein's two stages: the spread within the classes of a first few texts says how many are needed in all."""
     classes, first = len(tokens.labels), min(FIRST_TEXTS, CALIBRATION_TEXTS)
     with shown(progress), stage("measuring the model's preference", 2 * first * classes):
@@ -249,27 +237,27 @@ def _write(model: Model, tokens: TaskTokens, bound: float, progress: bool) -> li
             .mean(0)
         )
         error = float(spread.max() / (first * classes)) ** 0.5
-        needed = math.ceil(min(CALIBRATION_TEXTS, first * (error / bound) ** 2)) if bound else CALIBRATION_TEXTS
+        needed = math.ceil(min(CALIBRATION_TEXTS, first * (error / PREFERENCE_ERROR) ** 2))
         if needed > first:
             expect((needed - first) * classes)
             texts += prompted_texts(model, tokens, needed - first, seed=1)
     return texts
 
 
-def _kept(model: Model, tokens: TaskTokens, bound: float, cache: str | Path | None) -> list[str] | None:
+def _kept(model: Model, tokens: TaskTokens, cache: str | Path | None) -> list[str] | None:
     place = None if cache is None else files.as_path(cache, "the cache") / CACHED
     held = files.read_json(place) if place is not None and place.is_file() else None
-    return held["texts"] if isinstance(held, dict) and held.get("of") == _name_of(model, tokens, bound) else None
+    return held["texts"] if isinstance(held, dict) and held.get("of") == _name_of(model, tokens) else None
 
 
-def _keep(model: Model, tokens: TaskTokens, bound: float, cache: str | Path, texts: list[str]) -> None:
-    if _kept(model, tokens, bound, cache) is None:
-        files.write_json(Path(cache) / CACHED, {"of": _name_of(model, tokens, bound), "texts": texts})
+def _keep(model: Model, tokens: TaskTokens, cache: str | Path, texts: list[str]) -> None:
+    if _kept(model, tokens, cache) is None:
+        files.write_json(Path(cache) / CACHED, {"of": _name_of(model, tokens), "texts": texts})
 
 
-def _name_of(model: Model, tokens: TaskTokens, bound: float) -> str:
+def _name_of(model: Model, tokens: TaskTokens) -> str:
     """SHA-256 of all that the texts depend on."""
-    values = (model.fingerprint, replace(tokens, tokenizer=None), bound, FIRST_TEXTS, CALIBRATION_TEXTS)
+    values = (model.fingerprint, replace(tokens, tokenizer=None), PREFERENCE_ERROR, FIRST_TEXTS, CALIBRATION_TEXTS)
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
@@ -307,35 +295,7 @@ def _public(texts: Sequence[str] | None, name: str) -> list[str]:
     return texts
 
 
-def whitening(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """What takes hidden states of public texts to mean zero and, but for shrinkage, to covariance one.
-
-    The covariance is (1 - a) S + a tr(S)/D I with S that of the texts and the a that is expected to bring it nearest to
-    the truth (Ledoit and Wolf 2004), so it can be inverted though there be fewer texts than directions.
-
-    Args:
-        hidden: (N, D).
-
-    Returns:
-        The mean (D,) and the covariance to the power -1/2 (D, D), symmetric; float64.
-
-    Raises:
-        UserError: states that do not differ or are not finite.
-    """
-    from sklearn.covariance import ledoit_wolf
-
-    states = hidden.double()
-    require(
-        float((states - states[0]).abs().max()) > 0,  # false for what is not a number, too
-        f"the {len(hidden)} public texts have all the same hidden state, or one that is not finite: give public_texts "
-        "that differ",
-    )
-    covariance, _ = ledoit_wolf(states.cpu().numpy())
-    sizes, directions = torch.linalg.eigh(torch.from_numpy(covariance))
-    return states.mean(0), ((directions * sizes.rsqrt()) @ directions.mT).to(hidden.device)
-
-
-def coordinates(model: Model, space: HeadSpace | BodySketch) -> int:
+def coordinates(model: Model, space: Space | BodySketch) -> int:
     """How many numbers one class's target has."""
     if isinstance(space, BodySketch):
         return space.size(model)
@@ -348,7 +308,7 @@ def coordinates(model: Model, space: HeadSpace | BodySketch) -> int:
 # ---------------------------------------------------------------- files
 
 
-def tensors_of(space: HeadSpace | BodySketch) -> dict[str, Tensor]:
+def tensors_of(space: Space | BodySketch) -> dict[str, Tensor]:
     """All that a space holds, by name."""
     held = {item.name: getattr(space, item.name) for item in fields(space)}
     return {
@@ -358,7 +318,7 @@ def tensors_of(space: HeadSpace | BodySketch) -> dict[str, Tensor]:
     }
 
 
-def space_from(name: str, tensors: dict[str, Tensor], classes: int) -> HeadSpace | BodySketch:
+def space_from(name: str, tensors: dict[str, Tensor], classes: int) -> Space | BodySketch:
     """The inverse of `tensors_of` for the space of this name.
 
     Raises:
@@ -370,7 +330,7 @@ def space_from(name: str, tensors: dict[str, Tensor], classes: int) -> HeadSpace
     if preference is not None and preference.shape != (classes,):
         raise ValueError(f"a preference of shape {tuple(preference.shape)} for {classes} classes")
     if name != "body":
-        return (LabelSpace if name in LABEL_SPACES else Space)(**tensors)
+        return Space(**tensors)
     others: dict[str, Any] = {**tensors, "rank": int(*tensors["rank"].tolist())}
     space = BodySketch(**others)
     if space.rank < 1:

@@ -51,7 +51,7 @@ def as_on_a_gpu():
         yield
 
 
-@pytest.fixture(params=["head", "label_rows", "label_rows_calibrated"])
+@pytest.fixture(params=["head", "label_rows"])
 def matching(request, tiny_model, kind):
     model = tiny_model(kind)
     tokens = tokenize_task(TASK, model.tokenizer)

@@ -164,7 +164,7 @@ def test_a_private_release_is_the_sum_and_the_noise(pair, space):
 
 
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
-@pytest.mark.parametrize("space", ["head", "label_rows", "label_rows_calibrated"])
+@pytest.mark.parametrize("space", ["head", "label_rows"])
 def test_the_matching_loss_of_vectors_and_its_gradient(pair, space, distance):
     values = []
     for model in pair:

@@ -10,16 +10,13 @@ from gradmm.gradients import (
     Factors,
     FactorTarget,
     Head,
-    LabelSpace,
     Space,
     combine,
     greedy_order,
     group_norms,
     head_factors,
-    joint_order,
     losses_as_added,
     match_groups,
-    sum_of,
 )
 from gradmm.matching import Matching
 from gradmm.spaces import BodySketch
@@ -213,12 +210,12 @@ def test_an_unknown_distance_is_refused():
         match_groups(factors, torch.tensor([0]), [FactorTarget(factors[0])], "l1")
 
 
-PENALTIES = [0.3, 0.1, 0.0, 0.6, 0.2, 0.5, 0.0, 0.4, 0.1, 0.7, 0.2, 0.3]
+PENALTIES = [0.3, 0.1, 0.0, 0.6, 0.2, 0.5, 0.0, 0.4, 0.1]
 
 
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("penalties", [None, PENALTIES[:9]], ids=["alone", "penalties"])
+@pytest.mark.parametrize("penalties", [None, PENALTIES], ids=["alone", "penalties"])
 def test_greedy_order_equals_a_search_with_explicit_gradients(distance, bias, penalties):
     source = torch.Generator().manual_seed(3)
     delta, hidden = (torch.randn(9, size, generator=source, dtype=torch.float64) for size in (7, 4))
@@ -234,7 +231,8 @@ def test_greedy_order_equals_a_search_with_explicit_gradients(distance, bias, pe
     for _ in range(5):
         slow.append(min((row for row in range(9) if row not in slow), key=lambda row: loss([*slow, row])))
     factors = Factors(delta, hidden, bias)
-    assert greedy_order(factors, target, 5, distance, penalties) == slow
+    for one in (target, DenseTarget(*goal)):
+        assert greedy_order(factors, one, 5, distance, penalties) == slow
     assert sorted(greedy_order(factors, target, 50, distance, penalties)) == list(range(9))
 
 
@@ -264,91 +262,6 @@ def gradient_of(factors: Factors, rows: list[int]) -> list[torch.Tensor]:
     return [delta.mT @ hidden / len(rows), delta.mean(0)][: 1 + factors.bias]
 
 
-@pytest.mark.parametrize("distance", ["cosine", "l2"])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("dense", "penalties"), [(False, None), (True, None), (True, PENALTIES)])
-def test_joint_order_equals_a_search_with_explicit_gradients(distance, bias, dense, penalties):
-    source = torch.Generator().manual_seed(5)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=source, dtype=torch.float64)
-
-    classes, counts = [0, 1, 2, 1, 0, 2, 0, 1, 0, 2, 0, 1], [3, 2, 5]
-    factors = Factors(draw(12, 7), draw(12, 4), bias)
-    targets = [FactorTarget(Factors(draw(n, 7), draw(n, 4), bias)) for n in (2, 3, 1)]
-    goals = [gradient_of(target.factors, list(range(len(target.factors.delta)))) for target in targets]
-    total = [sum(parts) for parts in zip(*goals, strict=True)]
-    chosen: list[list[int]] = [[], [], []]
-
-    def loss(number, row):
-        groups = [[*rows, row] if label == number else rows for label, rows in enumerate(chosen)]
-        means = [gradient_of(factors, rows) for rows in groups if rows]
-        own = float(reference.distance(gradient_of(factors, groups[number]), goals[number], distance))
-        own += sum((penalties or [0.0] * 12)[place] for place in groups[number]) / len(groups[number])
-        if len(means) < 3:
-            return own
-        return own + float(reference.distance([sum(parts) for parts in zip(*means, strict=True)], total, distance))
-
-    slow = []
-    for turn in range(5):
-        for number, count in enumerate(counts):
-            open_rows = [row for row, label in enumerate(classes) if label == number and row not in chosen[number]]
-            if turn < count and open_rows:
-                slow.append(min(open_rows, key=lambda row: loss(number, row)))
-                chosen[number].append(slow[-1])
-    held = [DenseTarget(*goal) for goal in goals] if dense else targets
-    assert joint_order(factors, classes, held, counts, distance, penalties) == slow and len(slow) == 3 + 2 + 3
-    whole = sum_of(held)
-    for value, wanted in zip(whole.norms, total, strict=True):
-        torch.testing.assert_close(value, wanted.square().sum(), rtol=1e-10, atol=0)
-    for value, wanted in zip(
-        whole.inner(factors[:1]),
-        (total[0] @ factors.hidden[0] @ factors.delta[0], *(b @ factors.delta[0] for b in total[1:])),
-        strict=True,
-    ):
-        torch.testing.assert_close(value[0], wanted, rtol=1e-10, atol=1e-12)
-
-
-def test_a_class_without_examples_does_not_keep_the_others_from_being_chosen():
-    factors = Factors(torch.eye(3), torch.eye(3))
-    targets = [FactorTarget(factors[[row]]) for row in (1, 2, 0)]
-    assert joint_order(factors, [0, 0, 1], targets, [2, 1, 1]) == [1, 2, 0]
-
-
-def test_two_classes_are_chosen_for_their_sum_too_and_a_class_of_one_example_counts():
-    """Brute force over the first two choices, where each class's own distance alone would choose otherwise."""
-    source = torch.Generator().manual_seed(15)
-    factors = draw_factors(source, 8, sizes=(5, 3))
-    targets = [FactorTarget(draw_factors(source, 2, sizes=(5, 3))) for _ in range(2)]
-    goals = [gradient_of(target.factors, [0, 1]) for target in targets]
-    classes, counts = [0] * 4 + [1] * 4, [1, 3]
-    first = greedy_order(factors[:4], targets[0], 1)[0]
-
-    def loss(rows):
-        own, other = gradient_of(factors, rows), gradient_of(factors, [first])
-        together = [a + b for a, b in zip(own, other, strict=True)]
-        total = [a + b for a, b in zip(*goals, strict=True)]
-        return float(reference.distance(own, goals[1], "cosine") + reference.distance(together, total, "cosine"))
-
-    second: list[int] = []
-    for _ in range(3):
-        second.append(min((row for row in range(4, 8) if row not in second), key=lambda row: loss([*second, row])))
-    found = joint_order(factors, classes, targets, counts)
-    assert found == [first, *second]
-    assert found[1:] != [4 + row for row in greedy_order(factors[4:], targets[1], 3)]
-    swapped = [
-        4 + row if row < 4 else row - 4 for row in range(8)
-    ]  # the class of one example comes last: it has none at first
-    turned = joint_order(factors[swapped], [0] * 4 + [1] * 4, targets[::-1], counts[::-1])
-    assert turned[0] == greedy_order(factors[4:], targets[1], 1)[0]
-
-
-def test_a_class_without_a_count_is_an_error():
-    factors = Factors(torch.eye(3), torch.eye(3))
-    with pytest.raises(ValueError, match="zip"):
-        joint_order(factors, [0, 1, 1], [FactorTarget(factors[[row]]) for row in (0, 1)], [1])
-
-
 def test_a_targets_inner_products_have_the_shape_of_the_examples():
     source = torch.Generator().manual_seed(8)
     target = FactorTarget(draw_factors(source, 4, sizes=(5, 3), bias=True))
@@ -359,65 +272,13 @@ def test_a_targets_inner_products_have_the_shape_of_the_examples():
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_the_calibrated_space_of_half_precision_states_and_double_precision_numbers_is_in_single_precision():
-    source = torch.Generator().manual_seed(9)
-    hidden, weight, bias = (torch.randn(*shape, generator=source).bfloat16() for shape in ((5, 6), (8, 6), (8,)))
-    preference, mean, basis = (
-        torch.randn(*shape, generator=source, dtype=torch.float64) for shape in ((2,), (6,), (6, 3))
-    )
-    rows, labels = torch.tensor([3, 1]), torch.tensor([1, 3, 3, 1, 1])
-    for space in (LabelSpace(rows, preference), LabelSpace(rows, preference, mean, basis)):
-        found = space.factors(hidden, labels, Head(weight, bias))
-        exact = space.factors(hidden.double(), labels, Head(weight.double(), bias.double()))
-        assert found.delta.dtype == found.hidden.dtype == torch.float32
-        torch.testing.assert_close(found.delta.double(), exact.delta, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(found.hidden.double(), exact.hidden, rtol=1e-5, atol=1e-6)
-
-
 def test_what_is_made_lies_where_the_gradients_lie():
     """The default device is another one, as it is for everything that should be on a GPU."""
     factors = Factors(torch.eye(4), torch.eye(4))
-    targets = [FactorTarget(factors[[row]]) for row in (1, 2)]
+    target = FactorTarget(factors[[1]])
     with torch.device("meta"):
-        assert joint_order(factors, [0, 0, 1, 1], targets, [1, 1]) == [1, 2]
-        assert losses_as_added(factors, targets[0]).device == factors.delta.device
-
-
-@pytest.mark.parametrize("whitened", [False, True])
-def test_the_calibrated_space_equals_autograd_through_a_head_of_the_label_tokens(tiny_model, kind, whitened):
-    """Value and gradient to x of matching in LabelSpace, against an explicit gradient that is differentiated twice."""
-    model = tiny_model(kind)
-    tokens, source = tokenize_task(TASK, model.tokenizer), torch.Generator().manual_seed(1)
-    rows, preference = torch.tensor(tokens.labels), torch.tensor([-0.3, -1.4], dtype=torch.float64)
-    mean, basis = (torch.randn(*shape, generator=source, dtype=torch.float64) for shape in ((32,), (32, 32)))
-    space = LabelSpace(rows, preference, mean, basis) if whitened else LabelSpace(rows, preference)
-    x, ids, classes = draw_x(model, 2, 3), torch.zeros(2, 3, 4, dtype=torch.long), torch.tensor([1, 0])
-    bias = model.head_bias is not None
-    target = [torch.randn(2, *shape, generator=source, dtype=torch.float64) for shape in ((2, 32), (2,))][: 1 + bias]
-    matching = Matching(model, tokens, [DenseTarget(*(part[c] for part in target)) for c in (0, 1)], space)
-
-    before, after = (
-        model.embed(torch.tensor([ids] * 3, dtype=torch.long)) for ids in (tokens.start + tokens.prefix, tokens.suffix)
-    )
-
-    def literal(x):
-        losses = []
-        for k, number in enumerate(classes.tolist()):
-            states = model.last_hidden(torch.cat([before, x[k], after], 1))
-            logits = states @ model.head_weight[rows].T + (model.head_bias[rows] if bias else 0) - preference
-            if whitened:  # the same logits from whitened states, by a matrix that learns
-                states = (states - mean) @ basis
-            weight, offset = (torch.zeros(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ((32,), ()))
-            loss = torch.nn.functional.cross_entropy(logits + states @ weight.T + offset, torch.full((3,), number))
-            found = torch.autograd.grad(loss, [weight, offset][: 1 + bias], create_graph=True)
-            losses.append(reference.distance(found, [part[number] for part in target], "cosine"))
-        return torch.stack(losses)
-
-    fast, slow = x.clone().requires_grad_(True), x.clone().requires_grad_(True)
-    value, wanted = matching.of_vectors(fast, ids, classes), literal(slow)
-    torch.testing.assert_close(value, wanted, rtol=1e-9, atol=1e-12)
-    slopes = [torch.autograd.grad(loss.sum(), start)[0] for loss, start in ((value, fast), (wanted, slow))]
-    assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 1e-9
+        assert greedy_order(factors, target, 2, penalties=[0.0] * 4)[0] == 1
+        assert losses_as_added(factors, target).device == factors.delta.device
 
 
 def test_continuous_texts_have_no_sketch_of_the_body(tiny_model):

@@ -22,10 +22,10 @@ def test_every_reason_names_a_function_and_a_line_that_is_one_change_away_from_o
 def test_a_mutant_s_name_tells_its_function():
     names = {
         "gradmm.admm.x__finish__mutmut_6": "admm._finish",
-        "gradmm.gradients.x_joint_order__mutmut_12": "gradients.joint_order",
+        "gradmm.gradients.x_greedy_order__mutmut_12": "gradients.greedy_order",
     }
     names |= {
-        "gradmm.gradients.xǁ_Chosenǁloss_with__mutmut_10": "gradients._Chosen.loss_with",
+        "gradmm.gradients.xǁDenseTargetǁinner__mutmut_10": "gradients.DenseTarget.inner",
         "gradmm.privacy.xǁReleaseǁto__mutmut_7": "privacy.Release.to",
     }
     assert {name: mutants.function_of(name) for name in names} == names

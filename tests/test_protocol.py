@@ -29,7 +29,6 @@ from gradmm.finetuning import finetune
 from gradmm.generation import Sampling
 from gradmm.matching import Matching
 from gradmm.readability import flaw, words
-from gradmm.spaces import LABEL_SPACES
 from gradmm.tasks import Task, tokenize_task
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
@@ -246,16 +245,13 @@ def test_random_targets_have_the_norms_of_the_real_ones(tiny_model, kind):
     assert drawn.fingerprint == again.fingerprint != other.fingerprint
 
 
-@pytest.mark.parametrize("space", [*LABEL_SPACES, "body"])
+@pytest.mark.parametrize("space", ["label_rows", "body"])
 def test_the_controls_know_every_space(model, space):
     trial = SeedRun(bench_of(model, config=replace(CONFIG, space=space)), 0)
     drawn, none = random_directions(trial.release, 0), without_gradient(trial.release)
     for ours, theirs, zero in zip(drawn.targets, trial.release.targets, none.targets, strict=True):
         assert [float(n) for n in ours.norms] == pytest.approx([float(n) for n in theirs.norms], rel=1e-5)
         assert [float(n) for n in zero.norms] == [0.0] * len(zero.norms)
-        if space in LABEL_SPACES:  # a sum over the label tokens is zero for every text
-            for pairs in (ours.factors, theirs.factors):
-                torch.testing.assert_close(pairs.delta.sum(-1), torch.zeros(len(pairs.delta)), rtol=0, atol=1e-6)
     texts = [example.text for example in toy(TWO, 0, 3)]
     matching = Matching(model, tokenize_task(TWO, model.tokenizer), none.targets, none.space)
     assert matching.of_texts(texts, [0, 1] * 3).tolist() == [1.0] * 6
@@ -325,7 +321,7 @@ def test_matched_real_examples_are_unseen_real_ones_that_match_together(model):
     assert best < sum(others) / len(others)
 
 
-@pytest.mark.parametrize("ranking", ["text", "group", "joint"])
+@pytest.mark.parametrize("ranking", ["text", "group"])
 def test_matched_real_takes_what_unequal_classes_have_and_chooses_as_gradmm_does(model, ranking):
     synthesis = replace(CONFIG.synthesis, search="pool", ranking=ranking, oversample=8.0)
     bench = bench_of(model, config=replace(CONFIG, space="body", synthesis=synthesis))

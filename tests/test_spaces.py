@@ -1,4 +1,4 @@
-"""Release spaces by name: whitening, what is refused, and back from a file's tensors."""
+"""Release spaces by name: what they hold, what is refused, and back from a file's tensors."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,6 @@ from gradmm.classification import label_logs, label_preference
 from gradmm.data import Example
 from gradmm.errors import UserError
 from gradmm.generation import prompted_texts
-from gradmm.gradients import LabelSpace, Space
 from gradmm.privacy import release
 from gradmm.tasks import Task, tokenize_task
 
@@ -25,42 +24,11 @@ def few_texts(monkeypatch):
     monkeypatch.setattr(spaces, "CALIBRATION_TEXTS", 3)
 
 
-def test_whitening_takes_the_mean_away_and_the_shrunk_covariance_to_one():
-    source = torch.Generator().manual_seed(0)
-    draws, mixture = (torch.randn(size, 6, generator=source, dtype=torch.float64) for size in (400, 6))
-    hidden = draws @ mixture + 5
-    mean, basis = spaces.whitening(hidden)
-    torch.testing.assert_close(basis, basis.mT)
-    white = (hidden - mean) @ basis
-    torch.testing.assert_close(white.mean(0), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-9)
-    sample, shrunk = (hidden - mean).mT @ (hidden - mean) / 400, torch.linalg.inv(basis @ basis)
-    share = 1 - (shrunk[0, 1] / sample[0, 1])  # (1 - a) S + a tr(S) / D I
-    assert 0 < float(share) < 0.1
-    expected = (1 - share) * sample + share * sample.trace() / 6 * torch.eye(6, dtype=torch.float64)
-    torch.testing.assert_close(shrunk, expected, rtol=1e-8, atol=1e-9)
-
-
-def test_few_texts_are_whitened_in_all_directions():
-    hidden = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    mean, basis = spaces.whitening(hidden)
-    assert basis.dtype == torch.float64 and bool(basis.isfinite().all()) and float(torch.linalg.eigvalsh(basis)[0]) > 0
-
-
-@pytest.mark.parametrize("hidden", [torch.ones(1, 3), torch.ones(4, 3), torch.full((4, 3), float("nan"))])
-def test_states_that_do_not_differ_are_refused(hidden):
-    with pytest.raises(UserError, match="public texts have all the same hidden state, or one that is not finite"):
-        spaces.whitening(hidden)
-
-
-def test_the_label_spaces_hold_what_public_texts_say(tiny_model):
+def test_the_body_s_space_holds_what_public_texts_say(tiny_model):
     model = tiny_model("phi")
     tokens = tokenize_task(TASK, model.tokenizer)
-    plain, white = (spaces.release_space(model, tokens, name, PUBLIC) for name in spaces.LABEL_SPACES)
-    assert plain.mean is None and plain.basis is None and plain.rows.tolist() == list(tokens.labels)
-    assert torch.equal(plain.preference, white.preference)
-    assert torch.equal(plain.preference, label_preference(model, tokens, PUBLIC))
-    assert torch.equal(white.mean, spaces.whitening(model.hidden_of([tokens.sequence(text) for text in PUBLIC]))[0])
-    assert not torch.equal(plain.preference, spaces.release_space(model, tokens, "label_rows_calibrated").preference)
+    given, own = (spaces.release_space(model, tokens, "body", texts).preference for texts in (PUBLIC, None))
+    assert torch.equal(given, label_preference(model, tokens, PUBLIC)) and not torch.equal(given, own)
     with pytest.raises(UserError, match="the space body needs public texts"):
         spaces.release_space(model, tokens, "body", [""])
 
@@ -95,15 +63,20 @@ def test_as_many_texts_are_written_as_the_preference_needs(tiny_model, monkeypat
     tokens = tokenize_task(TASK, model.tokenizer)
     first = prompted_texts(model, tokens, spaces.FIRST_TEXTS)
     error = max(spread_of(model, tokens, first))
-    for bound, count in ((2 * error, 8), (error / 1.5, 18), (error / 2.1, 36), (error / 9, 64), (0.0, 64)):
-        texts = spaces.own_texts(model, tokens, bound)
+
+    def texts_within(bound):
+        monkeypatch.setattr(spaces, "PREFERENCE_ERROR", bound)
+        return spaces.own_texts(tiny_model(kind), tokens)
+
+    for bound, count in ((2 * error, 8), (error / 1.5, 18), (error / 2.1, 36), (error / 9, 64)):
+        texts = texts_within(bound)
         assert len(texts) == 2 * count and texts[:16] == first
         assert len(set(texts)) > count  # the later texts are other draws than the first
-    enough = spaces.own_texts(model, tokens, error / 2.1)
+    enough = texts_within(error / 2.1)
     assert max(spread_of(model, tokens, [*enough[:8], *enough[16:44], *enough[8:16], *enough[44:]])) < error
 
 
-def test_a_cache_keeps_the_texts_of_one_model_task_and_bound(tiny_model, monkeypatch, tmp_path):
+def test_a_cache_keeps_the_texts_of_one_model_and_task(tiny_model, monkeypatch, tmp_path):
     written, write = [], spaces.prompted_texts
     monkeypatch.setattr(spaces, "prompted_texts", lambda *some, **more: written.append(some) or write(*some, **more))
     found = [release(tiny_model("llama"), TASK, REAL, cache=tmp_path).fingerprint for _ in range(3)]
@@ -149,8 +122,7 @@ def test_a_space_comes_back_from_its_tensors(tiny_model, name):
     [
         ("everything", {}),
         ("head", {"preference": torch.zeros(2)}),
-        ("label_rows_calibrated", {"rows": torch.tensor([1, 2])}),
-        ("label_rows_calibrated", {"rows": torch.tensor([1, 2]), "preference": torch.zeros(3)}),
+        ("body", {"preference": torch.zeros(3), "rank": torch.tensor([2])}),
         ("body", {"preference": torch.zeros(2), "rank": torch.tensor([0])}),
         ("body", {"preference": torch.zeros(2)}),
         ("body", {"preference": torch.zeros(2), "rank": torch.tensor([2, 2])}),
@@ -162,8 +134,3 @@ def test_a_space_comes_back_from_its_tensors(tiny_model, name):
 def test_tensors_that_are_no_such_space_are_refused(name, tensors):
     with pytest.raises((KeyError, TypeError, ValueError)):  # what load_release calls no saved Release
         spaces.space_from(name, tensors, 2)
-
-
-def test_both_kinds_of_space_are_named_apart():
-    assert len(set(spaces.SPACES)) == len(spaces.SPACES) and isinstance(Space(), Space)
-    assert not issubclass(LabelSpace, Space)

@@ -20,14 +20,14 @@ from gradmm.data import Example, Splits, check_examples
 from gradmm.errors import require
 from gradmm.experiments.protocol import compare
 from gradmm.experiments.seed_run import ComparisonConfig, written_texts
-from gradmm.gradients import HeadSpace
+from gradmm.gradients import Space
 from gradmm.matching import factors_of
 from gradmm.models import Model, require_model
 from gradmm.spaces import BodySketch, release_space
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 QUANTITIES = ("accuracy", "match_loss", "perplexity")
-AGREEMENT_SPACES = ("head", "label_rows_calibrated", "body")
+AGREEMENT_SPACES = ("head", "body")
 _OF_COMPARISON = {"n_real", "space"}
 # of the texts of a pool, which do not depend on these
 _OF_CHOICE = {"space", "ranking", "filter", "distance", "perplexity_weight"}
@@ -68,9 +68,7 @@ def agreement(
     return pandas.DataFrame(rows)
 
 
-def _class_means(
-    model: Model, tokens: TaskTokens, space: HeadSpace | BodySketch, examples: Sequence[Example]
-) -> Tensor:
+def _class_means(model: Model, tokens: TaskTokens, space: Space | BodySketch, examples: Sequence[Example]) -> Tensor:
     """The mean gradient of each class in the space, flat: (C, d)."""
     means = []
     for label in range(len(tokens.labels)):

@@ -15,7 +15,7 @@ from gradmm.data import Example, check_examples, sample_examples
 from gradmm.errors import require, require_whole
 from gradmm.experiments.seed_run import SeedRun, exact_targets
 from gradmm.generation import Sampling, generate_counts
-from gradmm.gradients import DenseTarget, Factors, FactorTarget, LabelSpace
+from gradmm.gradients import DenseTarget, Factors, FactorTarget
 from gradmm.mechanism import noised_sums, seeded_bits
 from gradmm.models import Model, require_model
 from gradmm.plan import Plan
@@ -28,24 +28,18 @@ from gradmm.tasks import Task, tokenize_task
 
 
 def random_directions(target: Release, seed: int) -> Release:
-    """An exact Release with every target a random one of the same rank, and of the same norm in weight and bias.
-
-    Under a loss over the label tokens alone every delta adds up to zero over these, so the random ones do too: all of a
-    random target lies where a text can reach it.
-    """
-    balanced = isinstance(target.space, LabelSpace)
+    """An exact Release with every target a random one of the same rank, and of the same norm in weight and bias."""
     sources = (generator(seed, "random target", label) for label in range(len(target.targets)))
-    drawn = (_random(one, source, balanced) for one, source in zip(exact_targets(target), sources, strict=True))
+    drawn = (_random(one, source) for one, source in zip(exact_targets(target), sources, strict=True))
     return replace(target, targets=tuple(drawn), examples="")
 
 
-def _random(target: FactorTarget, source: torch.Generator, balanced: bool) -> FactorTarget:
+def _random(target: FactorTarget, source: torch.Generator) -> FactorTarget:
     real = target.factors
     delta, hidden = (
         torch.randn(value.shape, generator=source, dtype=value.dtype).to(value.device)
         for value in (real.delta, real.hidden)
     )
-    delta = delta - delta.mean(-1, keepdim=True) if balanced else delta
     if real.bias:
         delta = delta * (target.norms[1].sqrt() / delta.mean(0).norm())
     drawn = FactorTarget(Factors(delta, hidden, real.bias))

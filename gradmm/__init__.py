@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not ask
     from gradmm.classification import check_fit, evaluate
     from gradmm.config import PRESETS, FinetuneConfig, ReleaseConfig, SynthesisConfig, preset
     from gradmm.data import Example, Splits, load_data, prompt_completion, sample_examples
-    from gradmm.errors import UserError
+    from gradmm.errors import DataWarning, UserError
     from gradmm.finetuning import finetune
     from gradmm.mechanism import Ledger
     from gradmm.models import Model, load_model, wrap_model
@@ -38,7 +38,7 @@ _ROOMS = {
     "classification": ("check_fit", "evaluate"),
     "config": ("PRESETS", "FinetuneConfig", "ReleaseConfig", "SynthesisConfig", "preset"),
     "data": ("Example", "Splits", "load_data", "prompt_completion", "sample_examples"),
-    "errors": ("UserError",),
+    "errors": ("DataWarning", "UserError"),
     "finetuning": ("finetune",),
     "mechanism": ("Ledger",),
     "models": ("Model", "load_model", "wrap_model"),

@@ -24,14 +24,21 @@ import torch
 from torch import Tensor
 
 from gradmm.device import Graphs
-from gradmm.errors import is_number, is_whole, require, short_repr
+from gradmm.errors import COUNT, above_zero, check_settings, require
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 Project = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 STEP_LIMIT = "step limit: all {} outer steps were taken"
 NON_FINITE = "non-finite: the loss or its gradient was not a number at step {}"
-STOPPED = "stopped by callback at step {}"
+RULES = {
+    "rho": above_zero(0.1),
+    "lr": above_zero(0.008),
+    "clip": above_zero(1.0),
+    "outer_steps": COUNT,
+    "inner_steps": COUNT,
+    "groups_per_pass": COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -55,31 +62,7 @@ class Config:
     groups_per_pass: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rho", "lr"):
-            value = getattr(self, name)
-            require(
-                _positive(value),
-                f"{name} = {short_repr(value)}, it must be a finite number above 0: try {type(self).__dict__[name]}",
-            )
-        for name in ("outer_steps", "inner_steps"):
-            value = getattr(self, name)
-            require(
-                is_whole(value) and value >= 1,
-                f"{name} = {short_repr(value)}, it must be a whole number of at least 1: try 10",
-            )
-        require(
-            self.groups_per_pass is None or (is_whole(self.groups_per_pass) and self.groups_per_pass >= 1),
-            f"groups_per_pass = {self.groups_per_pass!r}, it must be a whole number of at least 1, or None for "
-            "all groups at once",
-        )
-        require(
-            self.clip is None or _positive(self.clip),
-            f"clip = {short_repr(self.clip)}, it must be above 0, or None: None does not clip",
-        )
-
-
-def _positive(value) -> bool:
-    return is_number(value) and value > 0
+        check_settings(self, RULES)
 
 
 @dataclass(frozen=True)
@@ -152,7 +135,7 @@ def solve(
     project: Project,
     begin: Result,
     config: Config,
-    callback: Callable[[Result], bool | None] | None = None,
+    callback: Callable[[Result], object] = lambda result: None,
     within: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Result:
     """Run ADMM from `begin` until every group has a reason to stop.
@@ -164,7 +147,7 @@ def solve(
         project: (v (k, B, L, D), groups (k,)) -> (z like v, ids (k, B, L)), the nearest allowed point in the caller's
             sense.
         begin: `start(...)`, or an earlier Result, which is then continued as if it had never stopped.
-        callback: sees the Result after every outer step, outside the clock; a true return stops all groups.
+        callback: sees the Result after every outer step, outside the clock.
         within: what surrounds a capture, see `device.Graphs`.
 
     Returns:
@@ -185,8 +168,7 @@ def solve(
     inner = InnerLoop(objective, config, Graphs(result.state.x.device, within))
     while result.state.active.any():
         result = _finish(_advance(inner, project, result, config), config)
-        if callback is not None and callback(result):
-            return _stop_all(result, STOPPED.format(result.state.step))
+        callback(result)
     return _close(objective, project, result, config)
 
 
@@ -408,8 +390,3 @@ def _keep_better(result: Result, groups: Tensor, ids: Tensor, match: Tensor) -> 
         value=result.value.index_copy(0, chosen, ids[better]),
         match_loss=result.match_loss.index_copy(0, chosen, match[better]),
     )
-
-
-def _stop_all(result: Result, reason: str) -> Result:
-    reasons = tuple(old or reason for old in result.reason)
-    return replace(result, reason=reasons, state=replace(result.state, active=torch.zeros_like(result.state.active)))

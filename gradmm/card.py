@@ -62,8 +62,7 @@ def dataset_card(manifest: Mapping) -> str:
             ("prompt", f"{code(task['template'])} followed by one of {', '.join(map(code, task['verbalizers']))}"),
             ("generation prompts", ", ".join(map(code, task["generation_prompts"]))),
             ("tokens of a text", manifest["length"]),
-            # The solver's settings follow from the others.
-            *((name, value) for name, value in manifest["config"].items() if name != "solver"),
+            *manifest["config"].items(),
             *((f"version of {name}", version) for name, version in manifest["versions"].items()),
         ]),
         "`manifest.json` holds all settings, `history.jsonl` every step of the optimisation.",

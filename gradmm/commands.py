@@ -12,8 +12,9 @@ import argparse
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,13 +24,13 @@ from transformers.hf_argparser import string_to_bool
 from gradmm import classification, finetuning, synthesis
 from gradmm.classification import check_fit
 from gradmm.config import FinetuneConfig, ReleaseConfig, SynthesisConfig, preset
-from gradmm.data import Splits, load_data, read_examples, sample_examples
-from gradmm.errors import require
+from gradmm.data import Example, Splits, load_data, read_examples, sample_examples, without_overlap
+from gradmm.errors import DataWarning, require
 from gradmm.files import read_parameters
 from gradmm.models import Model, load_model
 from gradmm.privacy import Release, load_release, release_once
 from gradmm.progress import announced, shown, stage
-from gradmm.runs import RESULTS, output_folder
+from gradmm.runs import output_folder, refuse_foreign
 from gradmm.sharding import launched
 from gradmm.tasks import Task, load_task
 
@@ -88,7 +89,7 @@ class Synthesis:
     """Settings of `gradmm synthesize` beside those of the release and of the synthesis.
 
     Attributes:
-        release: a file that Release.save wrote, instead of data.
+        release: a file that Release.save wrote, instead of data; with --task.
         n_real: how many of the train rows are released, all classes together; without it all. With --epsilon the
             guarantee is about those drawn, and a file that differs in one row may give many others.
         search: the preset that the settings start from: pool, admm, paper or official.
@@ -173,24 +174,22 @@ def synthesize(arguments: Sequence[str]) -> None:
     """Write synthetic texts whose gradients match those of labelled real texts, or of a saved Release.
 
     Raises:
-        UserError: settings of data or privacy beside a saved Release, or what the package refuses.
+        UserError: settings of data or privacy beside a saved Release, none of its task, or what the package refuses.
     """
     kinds = (Inputs, Synthesis, ReleaseConfig, SynthesisConfig)
     first, own, private, changes = _parse(synthesize, kinds, arguments)
     inputs, given = Inputs(**first), Synthesis(**own)
     if given.release is not None:
         changes |= {name: private.pop(name) for name in ("length",) if name in private}
-    config = _config(given, changes)
-    if given.release is None:
-        release, model, task, folder = _released(inputs, given, ReleaseConfig(**private), config)
-    else:
+        idle = [*private, *(name for name in ("data", "text", "label", "n_real") if name in first | own)]
         require(
-            not private and inputs.data is None and given.n_real is None,
-            f"--release holds a finished release, in which {[*private, 'data'][0]} has no part: leave one of them out",
+            not idle,
+            f"--release holds a finished release, in which {' and '.join(idle)} "
+            f"{'has' if len(idle) == 1 else 'have'} no part: leave out either the release or the rest",
         )
-        release, task = load_release(given.release), load_task(inputs.task or "demo")
-        model = inputs.load_model()
-        folder = Path(given.output or RESULTS / "synthesize" / Path(given.release).stem)
+    config, settings = _config(given, changes), ReleaseConfig(**private)
+    made = _released if given.release is None else _loaded
+    release, model, task, folder = made(inputs, given, settings, config)
     result = synthesis.synthesize(model, task, release, config, folder, progress=not inputs.quiet)
     _say(
         f"{len(result.kept)} of {len(result.candidates)} texts are kept in {folder}/train.jsonl; the release is "
@@ -204,6 +203,17 @@ def _config(given: Synthesis, changes: dict[str, Any]) -> SynthesisConfig:
     return preset(given.search, **{**values, **changes})
 
 
+def _loaded(
+    inputs: Inputs, given: Synthesis, private: ReleaseConfig, config: SynthesisConfig
+) -> tuple[Release, Model, Task, Path]:
+    release = load_release(str(given.release))
+    require(inputs.task is not None, "--release says nothing of the prompts: add --task with the release's own task")
+    task = load_task(str(inputs.task))
+    named = replace(inputs, data=Path(str(given.release)).stem), replace(given, release=release.fingerprint)
+    folder = _folder(*named, private, config)
+    return release, inputs.load_model(), task, folder
+
+
 def _released(
     inputs: Inputs, given: Synthesis, private: ReleaseConfig, config: SynthesisConfig
 ) -> tuple[Release, Model, Task, Path]:
@@ -213,29 +223,29 @@ def _released(
     real = splits.train
     if given.n_real is not None:
         real, source = sample_examples(real, given.n_real, task, seed), {**source, "seed": seed}
-    folder = Path(given.output) if given.output else _default_folder(inputs, given, private, config)
+    folder = _folder(inputs, given, private, config)
     space = private.space or (config.space if private.epsilon is None else None)
-    target = release_once(
-        Path(given.output) / "release" if given.output else None,
-        model,
-        task,
-        real,
-        private,
-        source=source,
-        space=space,
-        progress=not inputs.quiet,
-    )
+    target = release_once(None, model, task, real, private, source=source, space=space, progress=not inputs.quiet)
     return target, model, task, folder
 
 
-def _default_folder(inputs: Inputs, given: Synthesis, private: ReleaseConfig, config: SynthesisConfig) -> Path:
+def _folder(inputs: Inputs, given: Synthesis, private: ReleaseConfig, config: SynthesisConfig) -> Path:
+    """The folder of the results; one of the user's own is claimed before a private release is paid for.
+
+    Raises:
+        UserError: it holds other results.
+    """
     every = {
         item.name: getattr(one, item.name)
         for one in (inputs, given, config, private)
         for item in fields(one)
-        if item.name not in ("output", "quiet", "solver")
+        if item.name not in ("output", "quiet")
     }
-    return output_folder("synthesize", None, **every)
+    if given.output:
+        refuse_foreign(Path(given.output))
+        if private.epsilon is None:  # the synthesis itself says what differs there
+            return Path(given.output)
+    return output_folder("synthesize", given.output, private=private.epsilon is not None, **every)
 
 
 def finetune(arguments: Sequence[str]) -> None:
@@ -248,7 +258,7 @@ def finetune(arguments: Sequence[str]) -> None:
     inputs, given = Inputs(**first), Training(**own)
     config = FinetuneConfig(**settings)
     model, task, splits = inputs.load()
-    train = splits.train if given.train is None else read_examples(given.train, task)
+    train = splits.train if given.train is None else _unseen(read_examples(given.train, task), splits.test)
     found = finetuning.finetune(
         model, task, train, splits.validation, splits.test, config, given.output, progress=not inputs.quiet
     )
@@ -256,6 +266,15 @@ def finetune(arguments: Sequence[str]) -> None:
         f"test accuracy {found.accuracy:.4f}, calibrated {found.calibrated.accuracy:.4f}, on {len(splits.test)} texts "
         f"after {found.step} steps at rate {found.learning_rate:g}, learnt from {len(train)} examples"
     )
+
+
+def _unseen(written: list[Example], test: list[Example]) -> list[Example]:
+    """The examples that are not in the test set, and a note on the others."""
+    kept = without_overlap(written, test)
+    if len(kept) < len(written):
+        count = len(written) - len(kept)
+        warnings.warn(f"{count} row(s) to learn from are left out, since their texts are in test too", DataWarning, 2)
+    return kept
 
 
 def evaluate(arguments: Sequence[str]) -> None:

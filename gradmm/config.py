@@ -4,7 +4,7 @@ Knows no model and no text: what a setting means is told where it is used. Lette
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from gradmm import admm
@@ -13,6 +13,7 @@ from gradmm.errors import (
     FLAG,
     WHOLE,
     Rule,
+    above_zero,
     at_least,
     check_settings,
     is_number,
@@ -30,15 +31,15 @@ from gradmm.mechanism import CLAIM
 from gradmm.projection import PROJECTIONS
 from gradmm.selection import FILTERS, RANKINGS
 
-POSITIVE = Rule(lambda value: is_number(value) and value > 0, "{name} = {value}, it must be above 0: give such as 1.0")
 SEARCHES = ("admm", "pool")
 ADAPTERS = ("lora",)
 RULES = {
+    **{name: admm.RULES[name] for name in ("outer_steps", "inner_steps", "rho", "lr")},
     **dict.fromkeys(("n_synthetic", "group_size", "top_k", "length", "init_candidates", "groups_per_batch"), COUNT),
     "oversample": at_least(1),
     "perplexity_weight": at_least(0),
     "seed": WHOLE,
-    "temperature": POSITIVE,
+    "temperature": above_zero(1.0),
     "search": one_of(SEARCHES),
     "init": one_of(INITIALISATIONS),
     "projection": one_of(PROJECTIONS),
@@ -50,7 +51,9 @@ RULES = {
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """Settings of a synthesis. The defaults are what won on validation data; `PRESETS` has others, published ones too.
+    """Settings of a synthesis; `PRESETS` has others than the defaults, published ones too.
+
+    No record shows another choice to teach more than the defaults: `05-ablations` changes one after the other.
 
     Attributes:
         n_synthetic: texts to keep in all, at least one a class; classes get as equal a number as possible.
@@ -84,7 +87,6 @@ class SynthesisConfig:
             together. None follows from the number and size of the groups (`work_units`), never from the memory or the
             number of processes, so that none of these can change a result.
         seed: names every random draw.
-        solver: the solver's part of these settings; follows from them.
     """
 
     n_synthetic: int = 100
@@ -107,12 +109,14 @@ class SynthesisConfig:
     perplexity_weight: float = 0.0
     groups_per_batch: int | None = None
     seed: int = 0
-    solver: admm.Config = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_settings(self, RULES)
-        solver = admm.Config(self.rho, self.outer_steps, self.inner_steps, self.lr)  # checks its own settings
-        object.__setattr__(self, "solver", solver)
+
+    @property
+    def solver(self) -> admm.Config:
+        """The solver's part of these settings."""
+        return admm.Config(self.rho, self.outer_steps, self.inner_steps, self.lr)
 
     @property
     def space(self) -> str:
@@ -181,7 +185,7 @@ def described(name: str, config: SynthesisConfig) -> str:
 
 
 def _differing(config: SynthesisConfig, other: SynthesisConfig) -> str:
-    given = [(item.name, getattr(config, item.name)) for item in fields(config) if item.init]
+    given = [(item.name, getattr(config, item.name)) for item in fields(config)]
     return ", ".join(code(f"{name} = {value!r}") for name, value in given if value != getattr(other, name))
 
 
@@ -279,7 +283,7 @@ _FINETUNING = {
     ),
     "warmup": at_least(0),
     "weight_decay": at_least(0),
-    "gradient_clip": POSITIVE,
+    "gradient_clip": above_zero(1.0),
     "autocast": FLAG,
     "adapter": one_of(ADAPTERS),
     "seed": WHOLE,

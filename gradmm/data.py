@@ -142,18 +142,18 @@ def load_data(
     given = _given(data, hub, (text, label))
     task = task or named or given.task()
     splits = split_by_content(_examples(given, task), given.source)
-    splits = replace(splits, place=files.digest([given.path or given.source, text, label])[:8])
     _check_classes(splits, task)
-    for note in (*given.notes, *splits.notes):
+    place, notes = files.digest([given.path or given.source, text, label])[:8], (*given.notes, *splits.notes)
+    splits = replace(splits, place=place, notes=notes)
+    for note in notes:
         warnings.warn(f"{given.source}: {note}", DataWarning, stacklevel=2)
     return task, splits
 
 
-def read_examples(data: Any, task: Task, *, text: str = "text", label: str = "label") -> list[Example]:
+def read_examples(data: Any, task: Task) -> list[Example]:
     """All train rows of any data that `load_data` takes: nothing is carved or left out, as what is to be learnt."""
     require_task(task)
-    columns = (text, label)
-    return _examples(_given(data, _on_hub(data, task, columns)[1], columns), task)["train"]
+    return _examples(_given(data, _on_hub(data, task, COLUMNS)[1], COLUMNS), task)["train"]
 
 
 def _on_hub(data: Any, task: Task | None, columns: tuple[str, str]) -> tuple[Task | None, HubSource | None]:
@@ -341,14 +341,15 @@ def refuse_overlap(seen: Iterable[Example], test: Iterable[Example]) -> None:
     require(
         not shared,
         f"{len(shared)} text(s) are in the test set too, such as {', '.join(shared[:1])}: split once and keep the "
-        "test set unseen",
+        "test set unseen, or leave out what a model wrote by chance, as gradmm.data.without_overlap(texts, test) does",
     )
 
 
-def without_overlap(written: Iterable[Example], test: Iterable[Example]) -> list[Example]:
-    """The examples whose text isn't in the test set: a model may by chance write one that stands there as it is."""
+def without_overlap(written: Iterable, test: Iterable[Example]) -> list:
+    """The examples or rows whose text isn't in the test set: a model may by chance write one that stands there."""
     hashes = {content_hash(example.text) for example in test}
-    return [example for example in written if content_hash(example.text) not in hashes]
+    texts = ((row, row["text"] if isinstance(row, Mapping) else row.text) for row in written)
+    return [row for row, text in texts if content_hash(text) not in hashes]
 
 
 def check_examples(rows: Iterable, task: Task, where: str = "row") -> list[Example]:

@@ -18,7 +18,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from gradmm.device import SPARE, WARM_UP, Graphs, memory_of
-from gradmm.errors import first_line
+from gradmm.errors import first_line, require
 from gradmm.models import Model, ModelShape, kind_of, pad_left
 
 LOG = logging.getLogger(__name__)
@@ -79,6 +79,28 @@ def bytes_of_text(model: Model, length: int) -> int:
     shape = ModelShape.of(model)
     numbers = (2 * shape.layers + 8) * shape.width + 4 * shape.inner
     return numbers * length * shape.bytes + LOGIT_BYTES * shape.vocabulary
+
+
+def check_room(
+    model: Model, prompts: Sequence[Sequence[int]], rooms: Sequence[int], mend: str = "shorten one of them"
+) -> None:
+    """Refuse prompts that a text can't stand behind.
+
+    Args:
+        prompts, rooms: N prompts in tokens, and how many tokens each one's text may have.
+
+    Raises:
+        UserError: an empty prompt, or prompt and text longer than the context.
+    """
+    require(
+        min(map(len, prompts)) > 0,
+        "a generation prompt has no tokens and the tokenizer no begin-of-text token: give a prompt",
+    )
+    prompt, text = max(zip(map(len, prompts), rooms, strict=True), key=sum)
+    require(
+        prompt + text <= model.context,
+        f"a prompt of {prompt} and a text of {text} tokens exceed the context of {model.context}: {mend}",
+    )
 
 
 # ---------------------------------------------------------------- a cache that grows
@@ -293,7 +315,7 @@ def stands_still(model: Model) -> bool:
 @torch.no_grad()
 def _fault(model: Model) -> str | None:
     """Why a model can't be read on a stage; None where it can."""
-    tokens = [token % model.embedding.shape[0] for token in range(7)]
+    tokens = [token % model.embedding_shape[0] for token in range(7)]
     cached = CachedDecoder.of(model, [tokens[:3], tokens[3:4]])
     if not all(type(layer) in PLAIN for layer in getattr(cached.cache, "layers", (None,))):
         return "its state is more than keys and values"

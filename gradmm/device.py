@@ -146,13 +146,16 @@ def most_at_once(trial: Callable[[int], object], most: int, device: torch.device
 
     Args:
         trial: a pass with so many of them.
+
+    Raises:
+        UserError: one is too much.
     """
     if device.type != "cuda":
         return most
-    trial(1)  # what libraries take for themselves
+    halving(trial, 1, "groups")  # what libraries take for themselves
     torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device)
-    trial(1)
+    halving(trial, 1, "groups")
     one = max(1, torch.cuda.max_memory_allocated(device) - held)
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
     passes = -(-most // max(1, min(most, int(SHARE * free) // one)))

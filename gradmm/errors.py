@@ -124,6 +124,12 @@ COUNT = Rule(
 FLAG = Rule(lambda value: isinstance(value, bool), "{name} = {value}, it must be True or False: give one of them")
 
 
+def above_zero(such: float) -> Rule:
+    """The rule of a number that must not be 0 or less."""
+    says = f"{{name}} = {{value}}, it must be a finite number above 0: give such as {such}"
+    return Rule(lambda value: is_number(value) and value > 0, says)
+
+
 def at_least(least: float) -> Rule:
     """The rule of a number with a lower bound."""
     says = f"{{name}} = {{value}}, it must be at least {least}: give such as {least}"
@@ -147,7 +153,7 @@ def check_values(values: Mapping[str, Any], rules: Mapping[str, Rule], place: st
 def check_settings(settings: Any, rules: Mapping[str, Rule], place: str = "") -> None:
     """Raise for a setting of a frozen dataclass that breaks its rule; one whose type holds None may be None."""
     plain_fields(settings)
-    given = {item.name: getattr(settings, item.name) for item in fields(settings) if item.init}
+    given = {item.name: getattr(settings, item.name) for item in fields(settings)}
     kinds = get_type_hints(type(settings))  # not the fields' own types, from which HfArgumentParser takes the None
     unset = {name for name, value in given.items() if value is None and NoneType in get_args(kinds[name])}
     check_values({name: value for name, value in given.items() if name not in unset}, rules, place)
@@ -163,6 +169,6 @@ def plain_fields(settings: Any) -> None:
 
 def require_settings(kind: type, names: Iterable) -> None:
     """Raise unless every name is a setting of a dataclass."""
-    known = {item.name for item in fields(kind) if item.init}
+    known = {item.name for item in fields(kind)}
     unknown = sorted(map(short_repr, set(names) - known))
     require(not unknown, f"unknown setting {', '.join(unknown)}: the settings are {', '.join(sorted(known))}")

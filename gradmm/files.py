@@ -176,7 +176,8 @@ def read_json_lines(path: Path) -> list[Any]:
 class YamlLoader(yaml.SafeLoader):
     """YAML of plain values, without aliases: a few lines of them stand for more values than a memory holds.
 
-    1e-5 is a number, as in JSON; YAML 1.1 takes it for text.
+    As in JSON, 1e-5 is a number, which YAML 1.1 takes for text, and no, yes, off and on are text, which it takes for
+    false and true.
     """
 
     def compose_node(self, parent, index):
@@ -188,6 +189,12 @@ class YamlLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+BOOLEAN = "tag:yaml.org,2002:bool"
+YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in known if tag != BOOLEAN]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YamlLoader.add_implicit_resolver(BOOLEAN, re.compile("(?i:true|false)$"), list("tTfF"))
 YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gradmm.data import Example, check_examples, content_hash
-from gradmm.decoding import decoder_of, side_by_side
+from gradmm.decoding import check_room, decoder_of, side_by_side
 from gradmm.device import in_batches
-from gradmm.errors import is_number, is_whole, plain_fields, require, require_type, require_whole, short_repr
+from gradmm.errors import COUNT, Rule, above_zero, check_settings, is_number, require, require_type, require_whole
 from gradmm.models import Model, kind_of, require_model
 from gradmm.progress import advance
 from gradmm.readability import SENTENCE_ENDS, cut_to_sentence, ends_sentence, flaw
@@ -25,7 +25,18 @@ from gradmm.vocabulary import NEVER, Vocabulary
 
 LEVELS = 256  # of the logits, between the least and the greatest: leaves about a hundred of ten thousand tokens to sort
 TOGETHER = {"cpu": 64, "other": 256}  # texts written side by side; a GPU takes fewer where its memory asks for it
+FEWER = "take fewer shots or lower max_tokens"
 SPARE = 16  # texts tried at least when some are missing; the first usable ones are kept, so it changes only the speed
+
+
+RULES = {
+    **dict.fromkeys(("max_tokens", "min_tokens", "shots", "batch_size", "rounds"), COUNT),
+    "temperature": above_zero(1.0),
+    "top_p": Rule(
+        lambda value: is_number(value) and 0 < value <= 1,
+        "{name} = {value}, it must be above 0 and at most 1: give such as 0.95",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -55,23 +66,7 @@ class Sampling:
     rounds: int = 8
 
     def __post_init__(self) -> None:
-        plain_fields(self)
-        warmth = self.temperature
-        require(
-            is_number(warmth) and warmth > 0,
-            f"temperature = {short_repr(warmth)}, it must be above 0: 1 samples from the model",
-        )
-        require(
-            is_number(self.top_p) and 0 < self.top_p <= 1,
-            f"top_p = {short_repr(self.top_p)}, it must be above 0 and at most 1: 0.95 is usual",
-        )
-        for name in ("max_tokens", "min_tokens", "shots", "batch_size", "rounds"):
-            value = getattr(self, name)
-            require(
-                (is_whole(value) and value >= 1) or (name, value) == ("batch_size", None),
-                f"{name} = {short_repr(value)}, it must be a whole number of at least 1: the default is "
-                f"{Sampling.__dict__[name]}",
-            )
+        check_settings(self, RULES)
         require(
             self.min_tokens <= self.max_tokens,
             f"min_tokens = {self.min_tokens} is above max_tokens = {self.max_tokens}: lower it",
@@ -106,32 +101,28 @@ def generate_texts(
     seed: int,
     sampling: Sampling | None = None,
     shots: Sequence[Example] = (),
-    allowed: Tensor | None = None,
-    share: Share = in_turn,
 ) -> list[Example]:
     """Write `n_per_class` distinct, finished texts of each class.
 
     Zero-shot: the model continues the class's generation prompt; words at its end that begin a sentence belong to the
     text. Few-shot: real examples of the class, each behind the same instruction, stand before it; such texts can repeat
     real ones and are not private. A text begins with a word. It ends at an end token, at a line break, or with a
-    sentence once it has `min_tokens` (see `sentences.ends_sentence`); one that is cut off goes back to its last certain
-    sentence end. Texts without a sentence end, shorter than `min_tokens` after the cut, with a `readability.flaw`,
-    equal to a shot or to another text are dropped, and more are written. Classes with the same prompt are warned of.
+    sentence once it has `min_tokens` (see `readability.ends_sentence`); one that is cut off goes back to its last
+    certain sentence end. Texts without a sentence end, shorter than `min_tokens` after the cut, with a
+    `readability.flaw`, equal to a shot or to another text are dropped, and more are written. Classes with the same
+    prompt are warned of.
 
     Args:
         shots: labelled real examples to draw shots from, whatever `check_examples` takes; none for zero-shot.
-        allowed: (V,) bool, the only tokens that a text may hold, of those of `Model.vocabulary`; None: all of these.
-        share: writes the batches of a round, all classes' together; they do not depend on one another, so it may share
-            them out. The batches follow from the settings and from what earlier rounds gave.
 
     Returns:
         C * n_per_class examples, class by class, in the order of their numbers.
 
     Raises:
-        UserError: a class without shots though some are given, too few usable texts after `rounds`, or a prompt that
-            leaves no room in the context.
+        UserError: a class without shots though some are given, too few usable texts after `rounds`, a prompt that no
+            text can be written behind (see `check_prompts`), or no token that ends a sentence.
     """
-    kept, tries = _usable_texts(model, task, n_per_class, seed, sampling, shots, allowed, share)
+    kept, tries = _usable_texts(model, task, n_per_class, seed, sampling, shots, in_turn)
     for name, found in zip(task.labels, kept, strict=True):
         require(
             len(found) == n_per_class,
@@ -154,10 +145,14 @@ def generate_counts(
 
     A class that comes to fewer after `rounds` has these, with a warning.
 
+    Args:
+        share: writes the batches of a round, all classes' together; they do not depend on one another, so it may share
+            them out. The batches follow from the settings and from what earlier rounds gave.
+
     Raises:
         UserError: as `generate_texts`, but too few usable texts are none at all.
     """
-    kept, tries = _usable_texts(model, task, max(counts), seed, sampling, shots, None, share)
+    kept, tries = _usable_texts(model, task, max(counts), seed, sampling, shots, share)
     for name, count, found in zip(task.labels, counts, kept, strict=True):
         said = f"{_came_out(len(found), count, name, tries[name])}: raise length or temperature, or take other "
         said += "generation prompts or another model"
@@ -178,7 +173,6 @@ def _usable_texts(
     seed: int,
     sampling: Sampling | None,
     shots: Sequence[Example],
-    allowed: Tensor | None,
     share: Share,
 ) -> tuple[list[list[Example]], dict[str, int]]:
     """Of each class at most `n_per_class` usable texts, and how many were tried; see `generate_texts`."""
@@ -190,10 +184,9 @@ def _usable_texts(
     bare = [name for name, pool in zip(task.labels, pools, strict=True) if shots and not pool]
     require(not bare, f"the labels {bare} have 0 of the {len(shots)} shots: give at least one of each class")
     tokens = tokenize_task(task, model.tokenizer)
+    check_prompts(model, tokens, model.vocabulary, [sampling.max_tokens] * len(pools), FEWER)
     warn_of_prompts(tokens, model.vocabulary)
-    writer = Writer(
-        model, tokens, sampling, _ending(model.vocabulary if allowed is None else model.vocabulary.only(allowed))
-    )
+    writer = Writer(model, tokens, sampling, _ending(model.vocabulary))
 
     def write(batch: Batch) -> list[str]:
         draws = [
@@ -280,21 +273,38 @@ def _by_sorting(logits: Tensor, probabilities: Tensor, top_p: float) -> Tensor:
 BORDERS = {"cpu": _by_levels, "other": _by_sorting}
 
 
-def warn_of_prompts(tokens: TaskTokens, vocabulary: Vocabulary) -> None:
-    """Warn where classes have the same generation prompt, and where one holds markup, which no text may hold.
+def check_prompts(
+    model: Model, tokens: TaskTokens, vocabulary: Vocabulary, rooms: Sequence[int], mend: str = "shorten one of them"
+) -> None:
+    """Refuse generation prompts that no text can be written behind.
+
+    Args:
+        rooms: C numbers of tokens that a text of each class may have behind its prompt.
 
     Raises:
-        UserError: a prompt holds a token that the model has no row for.
+        UserError: a prompt without a token, one that leaves no room in the context, one that holds a token that the
+            model has no row for, or one behind which no token may begin a text.
     """
-    warn_of_equal_prompts(tokens.task)
-    rows = vocabulary.needs.shape[1]
-    for label, ids in zip(tokens.task.labels, tokens.prompts, strict=True):
+    check_room(model, tokens.prompts, rooms, mend)
+    rows, device = vocabulary.needs.shape[1], vocabulary.needs.device
+    for label, ids, room in zip(tokens.task.labels, tokens.prompts, rooms, strict=True):
         beyond = [tokens.tokenizer.convert_ids_to_tokens(token) for token in ids if token >= rows]
         require(
             not beyond,
             f"the generation prompt of label {label!r} holds {beyond[:1]}, which the model has no row for: resize its "
             "embeddings to the tokenizer, or set prompt_style: plain",
         )
+        state, left, before = torch.tensor([[0], [room - 1], [ids[-1]]], device=device)
+        require(
+            bool((vocabulary.open_to(state, left) & ~vocabulary.stops & vocabulary.first(before)).any()),
+            f"no token of {model.name} may begin a text behind the generation prompt of label {label!r}: end the "
+            "prompt with a space, or give another model",
+        )
+
+
+def warn_of_prompts(tokens: TaskTokens, vocabulary: Vocabulary) -> None:
+    """Warn where classes have the same generation prompt, and where one holds markup, which no text may hold."""
+    warn_of_equal_prompts(tokens.task)
     for label, prompt in zip(tokens.task.labels, tokens.task.generation_prompts, strict=True):
         asked = tokens.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         found = tokens.tokenizer.decode([token for token in asked if token in vocabulary.markup][:1])
@@ -326,7 +336,11 @@ def continue_prompts(
 
     Returns:
         (N, L) tokens, the prompts' openings first; -1 after a text's end.
+
+    Raises:
+        UserError: as `check_prompts`, or none of the tokens ends a sentence.
     """
+    check_prompts(model, tokens, vocabulary, [uniform.shape[1] - len(opening) for opening in tokens.openings])
     writer = Writer(model, tokens, sampling, _ending(vocabulary))
     openings = [tokens.openings[label] for label in classes]
     room = torch.tensor([uniform.shape[1] - len(opening) for opening in openings])
@@ -401,20 +415,12 @@ class Writer:
         """One text for each generator; an empty string where it came to nothing.
 
         Raises:
-            UserError: a prompt without a token, or one that leaves no room in the context.
+            UserError: a prompt with its shots leaves no room in the context.
         """
         prompts = [self._prompt(label, pool, draw) for draw in draws]
-        longest = max(map(len, prompts))
-        require(
-            longest > 0, "a generation prompt has no tokens and the tokenizer no begin-of-text token: give a prompt"
-        )
-        require(
-            longest + self.sampling.max_tokens <= self.model.context,
-            f"a prompt of {longest} and a text of {self.sampling.max_tokens} tokens exceed the context of "
-            f"{self.model.context}: take fewer shots or lower max_tokens",
-        )
-        uniform = torch.stack([torch.rand(self.sampling.max_tokens, generator=draw) for draw in draws])
         room = torch.full((len(prompts),), self.sampling.max_tokens)
+        check_room(self.model, prompts, room.tolist(), FEWER)
+        uniform = torch.stack([torch.rand(self.sampling.max_tokens, generator=draw) for draw in draws])
         return [self._finish(label, row) for row in self.rows(prompts, uniform, room).tolist()]
 
     def rows(self, prompts: Sequence[Sequence[int]], uniform: Tensor, room: Tensor) -> Tensor:

@@ -113,11 +113,6 @@ class FactorTarget:
 
     factors: Factors
 
-    @property
-    def numbers(self) -> int:
-        """How many numbers are held."""
-        return self.factors.delta.numel() + self.factors.hidden.numel()
-
     def inner(self, factors: Factors) -> list[Tensor]:
         """<G_target, g> of each example's gradient g, for weight and bias: factors (..., V), (..., D) -> (...)."""
         deltas = factors.delta @ self.factors.delta.mT  # (..., n)
@@ -142,11 +137,6 @@ class DenseTarget:
 
     weight: Tensor
     bias: Tensor | None = None
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers are held."""
-        return self.weight.numel() + (0 if self.bias is None else self.bias.numel())
 
     def inner(self, factors: Factors) -> list[Tensor]:
         """<G_target, g> of each example's gradient g, through G h alone."""

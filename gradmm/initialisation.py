@@ -10,7 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from gradmm.device import Graphs
 from gradmm.generation import Sampling, continue_prompts
 from gradmm.matching import Matching
 from gradmm.projection import DecodingConfig
@@ -42,11 +41,11 @@ def normal(
     Returns:
         x (K, B, L, D) and tokens (K, B, L), all -1: there is no text yet.
     """
-    table = matching.model.embedding
-    wide = torch.promote_types(table.dtype, torch.float32)
-    size = (shape.count, shape.length, table.shape[1])
-    draw = torch.stack([torch.randn(size, generator=source, dtype=wide) for source in sources]).to(table.device)
-    return draw * (NORM / draw.norm(dim=-1, keepdim=True)), torch.full(draw.shape[:3], -1, device=table.device)
+    model = matching.model
+    wide = torch.promote_types(model.dtype, torch.float32)
+    size = (shape.count, shape.length, model.embedding_shape[1])
+    draw = torch.stack([torch.randn(size, generator=source, dtype=wide) for source in sources]).to(model.device)
+    return draw * (NORM / draw.norm(dim=-1, keepdim=True)), torch.full(draw.shape[:3], -1, device=model.device)
 
 
 def generated(
@@ -95,36 +94,16 @@ def best_of(
     best, ids = draw(matching, decoding, shape, classes.tolist(), sources)
     if candidates == 1:
         return best
-    losses = _Losses(matching, best, ids, classes, groups_per_pass)
-    lowest = losses.of(best, ids)
+    together = groups_per_pass or len(classes)
+
+    def losses(x: Tensor, ids: Tensor) -> Tensor:
+        passes = zip(x.split(together), ids.split(together), classes.split(together), strict=True)
+        return torch.cat([matching.of_vectors(*some) for some in passes])
+
+    lowest = losses(best, ids)
     for _ in range(candidates - 1):
         x, ids = draw(matching, decoding, shape, classes.tolist(), sources)
-        value = losses.of(x, ids)
+        value = losses(x, ids)
         best = torch.where((value < lowest).view(-1, 1, 1, 1), x, best)
         lowest = torch.minimum(value, lowest)
     return best
-
-
-class _Losses:
-    """The matching loss of draw after draw of all groups, each of which a GPU replays (see `device.Graphs`)."""
-
-    def __init__(self, matching: Matching, x: Tensor, ids: Tensor, classes: Tensor, groups_per_pass: int | None):
-        self.matching, self.classes, self.graphs = matching, classes, Graphs(x.device)
-        self.x, self.ids, self.values = torch.empty_like(x), torch.empty_like(ids), x.new_empty(len(x))
-        self.passes = torch.arange(len(classes)).split(groups_per_pass or len(classes))
-
-    def of(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Of each group: (K, B, L, D), (K, B, L) -> (K,)."""
-
-        def begin() -> None:
-            self.x.copy_(x)
-            self.ids.copy_(ids)
-
-        begin()
-        self.graphs.of("look", self._look, begin)()
-        return self.values.clone()
-
-    def _look(self) -> None:
-        for some in self.passes:
-            here = slice(int(some[0]), int(some[-1]) + 1)
-            self.values[here].copy_(self.matching.of_vectors(self.x[here], self.ids[here], self.classes[some]))

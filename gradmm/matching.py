@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gradmm.device import enough_memory
 from gradmm.errors import UserError
 from gradmm.gradients import Factors, Head, Space, Target, greedy_order, losses_as_added, match_groups
 from gradmm.models import Model
@@ -92,6 +93,7 @@ class Matching:
         return self.alone_and_together(texts, number, count, range(len(texts)), [0.0] * len(texts))[1]
 
     @torch.no_grad()
+    @enough_memory("the gradients of all texts of a class", "take space = 'label_rows' or ranking = 'text'")
     def alone_and_together(
         self, texts: Sequence[str], number: int, count: int, usable: Sequence[int], penalties: Sequence[float]
     ) -> tuple[list[float], list[int]]:
@@ -103,22 +105,28 @@ class Matching:
 
         Returns:
             f of each text as a group of one, and the numbers of the texts taken, the first first.
+
+        Raises:
+            UserError: the device's memory does not hold the gradients of all of them.
         """
         if not texts:
             return [], []
         classes = [number] * len(texts)
         factors = self.factors(texts, classes)
-        some, extra = factors[list(usable)], [penalties[place] for place in usable]
+        whole = list(usable) == list(range(len(texts)))  # a copy of (N, V) is left out then
+        some, extra = factors if whole else factors[list(usable)], [penalties[place] for place in usable]
         order = greedy_order(some, self.targets[number], count, self.distance, extra) if len(usable) else []
         return self._own(factors, classes).tolist(), [usable[place] for place in order]
 
     @torch.no_grad()
-    def greedy_losses(self, texts: Sequence[str], number: int) -> list[float]:
-        """f of the first text that `greedy` takes, of the first two together, and so on to all."""
-        factors, target = self.factors(texts, [number] * len(texts)), self.targets[number]
-        return losses_as_added(
-            factors[greedy_order(factors, target, len(texts), self.distance)], target, self.distance
-        ).tolist()
+    def losses_in_order(self, texts: Sequence[str], number: int, order: Sequence[int]) -> list[float]:
+        """f of the first text of class `number`, of the first two together, and so on to all N.
+
+        Args:
+            order: the texts' numbers, the first first.
+        """
+        factors = self.factors(texts, [number] * len(texts))
+        return losses_as_added(factors[list(order)], self.targets[number], self.distance).tolist()
 
     def _own(self, factors: Factors, classes: Sequence[int]) -> Tensor:
         """f of each text as a group of one, from its factors: (N,)."""

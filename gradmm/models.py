@@ -134,10 +134,15 @@ class Model:
         layer = self.lm.get_input_embeddings()
         return layer(torch.arange(len(layer.weight), device=self.device)) if self._scales_embeddings else layer.weight
 
+    @property
+    def embedding_shape(self) -> tuple[int, ...]:
+        """V and D of `embedding`, without a copy of it."""
+        return tuple(self.lm.get_input_embeddings().weight.shape)
+
     @cached_property
     def pieces(self) -> tuple[str, ...]:
         """The text that each token adds behind a letter, V; empty for rows of the embedding beyond the tokenizer."""
-        size, tokenizer = self.embedding.shape[0], self.tokenizer
+        size, tokenizer = self.embedding_shape[0], self.tokenizer
         letter = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # alone, some decoders drop a token's space
         whole = [[*letter, token] for token in range(min(size, len(tokenizer)))]
         known = tokenizer.batch_decode([letter, *whole], clean_up_tokenization_spaces=False)
@@ -148,7 +153,7 @@ class Model:
         """The tokens that end a text: the tokenizer's first, then those of the model's settings for generation."""
         given = getattr(getattr(self.lm, "generation_config", None), "eos_token_id", None)
         known = (self.tokenizer.eos_token_id, *(given if isinstance(given, list | tuple) else (given,)))
-        return tuple(dict.fromkeys(token for token in known if token is not None and token < self.embedding.shape[0]))
+        return tuple(dict.fromkeys(token for token in known if token is not None and token < self.embedding_shape[0]))
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -514,7 +519,7 @@ def wrap_model(
     use_fast_kernels(lm)
     model = Model(lm, tokenizer, name, revision, fingerprint or _hash_state(lm))
     _check_head(model)
-    held = model.embedding.shape[0]
+    held = model.embedding_shape[0]
     beyond = [token for number, token in tokenizer.added_tokens_decoder.items() if number >= held and not token.special]
     require(  # one that no text holds, such as Gemma 3's for images, may have no row
         tokenizer.vocab_size <= held and not beyond and max(tokenizer("a")["input_ids"], default=0) < held,
@@ -607,7 +612,8 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     """The type in which a device multiplies matrices fastest without losing what the method needs.
 
     bfloat16 on a GPU that computes in it and on a processor with AMX or AVX-512 instructions for it; float32 elsewhere.
-    The solver's state, the matching sums and every training stay in float32.
+    The solver's state, the matching sums and every training stay in float32, which a GPU multiplies in TF32 (see
+    `device.fast_products`).
     """
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
@@ -694,7 +700,7 @@ def _check_head(model: Model) -> None:
         head is not None and getattr(head, "weight", None) is not None,
         f"{model.name} has no output head over the vocabulary: give a causal language model (…ForCausalLM)",
     )
-    ids = torch.arange(3, device=model.device)[None] % model.embedding.shape[0]
+    ids = torch.arange(3, device=model.device)[None] % model.embedding_shape[0]
     tolerance = max(1e-3, 4 * torch.finfo(model.dtype).eps)  # bfloat16 rounds each logit by up to 2^-8 of itself
     try:
         states = model.hidden_of([ids[0, :1].tolist(), ids[0].tolist()])

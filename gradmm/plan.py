@@ -5,6 +5,7 @@ Letters: K groups, B examples of a group, L tokens, C classes.
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -12,12 +13,11 @@ from gradmm import admm, sharding
 from gradmm.config import SynthesisConfig
 from gradmm.device import COMPILED_FROM
 from gradmm.errors import require
-from gradmm.evaluation import LOGITS_AT_ONCE
 from gradmm.generation import TOGETHER
-from gradmm.matching import ROWS_PER_BLOCK, Matching
-from gradmm.models import ACTIVATION_NUMBERS, TOKENS_PER_BATCH, Model, ModelShape, kind_of
-from gradmm.privacy import Release
-from gradmm.projection import DecodingConfig, TokenTables, gathered_numbers
+from gradmm.matching import Matching
+from gradmm.models import Model, kind_of
+from gradmm.privacy import Release, check_context
+from gradmm.projection import DecodingConfig, TokenTables
 from gradmm.selection import Selector
 from gradmm.spaces import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
@@ -26,8 +26,9 @@ from gradmm.tasks import Task, TaskTokens, tokenize_task
 # the weights and the calls, but hold more of the solver's state and more keys and values.
 TEXTS_PER_BATCH = {"cpu": 100, "other": 256}
 MIN_TOKENS = 4  # of a text that may end early
-# By the weights' type: groups of a pass on a CPU. In bfloat16 two share its calls, and fit beside small weights.
-GROUPS_PER_PASS = {torch.float64: 1, torch.float32: 1, torch.bfloat16: 2}
+# By the weights' type: groups of a pass on a CPU, 1 in others. In bfloat16 two share its calls and fit beside small
+# weights.
+GROUPS_PER_PASS = {torch.bfloat16: 2}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,6 @@ class Plan:
     config: SynthesisConfig
     matching: Matching
     decoding: DecodingConfig
-    tables: TokenTables
     length: int
     classes: tuple[int, ...]
     per_class: tuple[int, ...]
@@ -80,7 +80,7 @@ class Plan:
         # Texts that are moved have in them what their prompts begin them with.
         opened = max(map(len, tokens.openings)) if config.search == "admm" else 0
         length = opened + (config.length or release.length)
-        _check_context(model, tokens, length, opened)
+        check_context(model, tokens, length, opened)
         end = _end_token(model, config)
         top_k = config.top_k if config.search == "admm" else 1  # a pool projects nothing
         batch, together = work_units(model, config, len(classes))
@@ -92,7 +92,6 @@ class Plan:
             config=config,
             matching=Matching(model, tokens, release.targets, release.space, config.distance, end),
             decoding=DecodingConfig(config.projection, top_k, model.vocabulary, end, min(MIN_TOKENS, length)),
-            tables=TokenTables.of(model),
             length=length,
             classes=classes,
             per_class=per_class,
@@ -117,23 +116,6 @@ class Plan:
             "texts_per_unit": TOGETHER[kind_of(self.model.device)],
         }  # fmt: skip
 
-    def expected_bytes(self) -> dict[str, int]:
-        """What the run takes by the rule of `expected_bytes`."""
-        work = Work(
-            groups=len(self.classes),
-            count=self.config.group_size,
-            length=self.length,
-            positions=len(self.tokens.start + self.tokens.prefix + self.tokens.suffix) + self.length,
-            prompt=max(map(len, self.tokens.prompts)),
-            batch=self.batch,
-            together=self.solver.groups_per_pass or self.batch,
-            written=TOGETHER[kind_of(self.model.device)],
-            top_k=self.config.top_k,
-            targets=sum(target.numbers for target in self.release.targets),
-            gathered=gathered_numbers(self.model.device),
-        )
-        return expected_bytes(ModelShape.of(self.model), work)
-
     def check_processes(self) -> None:
         """Refuse more processes than there are units of work for.
 
@@ -146,6 +128,11 @@ class Plan:
             f"{count} processes would share {units} units of work of up to {self.batch} groups: set groups_per_batch "
             f"to at most {max(1, len(self.classes) // count)}, or launch {units} at most",
         )
+
+    @cached_property
+    def tables(self) -> TokenTables:
+        """What projections look tokens up in; a pool makes none."""
+        return TokenTables.of(self.model)
 
     @property
     def selector(self) -> Selector:
@@ -205,15 +192,6 @@ def _end_token(model: Model, config: SynthesisConfig) -> int | None:
     return model.ends[0]
 
 
-def _check_context(model: Model, tokens: TaskTokens, length: int, opened: int) -> None:
-    around = max(len(tokens.start + tokens.prefix + tokens.suffix), max(map(len, tokens.prompts)))
-    require(
-        around + length <= model.context,
-        f"length = {length - opened} with a template or prompt of {around + opened} tokens, {model.name} reads "
-        f"{model.context}: take a length of at most {model.context - around - opened}",
-    )
-
-
 def work_units(model: Model, config: SynthesisConfig, groups: int) -> tuple[int, int | None]:
     """The groups of a batch, and the groups that the model sees at once in the solver's inner steps.
 
@@ -230,97 +208,6 @@ def work_units(model: Model, config: SynthesisConfig, groups: int) -> tuple[int,
     batch = min(groups, config.groups_per_batch or math.ceil(groups / math.ceil(groups / most)))
     if kind != "cpu":
         return batch, None
-    together = min(batch, GROUPS_PER_PASS[model.dtype])
+    together = min(batch, GROUPS_PER_PASS.get(model.dtype, 1))
     whole = math.ceil(batch / together) * together
     return batch if config.groups_per_batch else min(groups, whole), together
-
-
-# ---------------------------------------------------------------- how much goes side by side
-
-
-@dataclass(frozen=True)
-class Work:
-    """A synthesis in numbers.
-
-    Attributes:
-        groups, count, length: K, B, L.
-        positions: tokens of a text with its template.
-        prompt: tokens of the longest generation prompt.
-        batch: groups that are projected together.
-        together: groups that an inner step sees at once.
-        written: texts that are written side by side.
-        top_k: candidates of a projection.
-        targets: numbers in the released targets.
-        gathered: numbers of candidates' rows that a projection holds at once, see `projection.gathered_numbers`.
-    """
-
-    groups: int
-    count: int
-    length: int
-    positions: int
-    prompt: int
-    batch: int
-    together: int
-    written: int
-    top_k: int
-    targets: int
-    gathered: int
-
-
-def _activations(shape: ModelShape, positions: int, texts: int) -> int:
-    return ACTIVATION_NUMBERS * shape.layers * shape.width * positions * texts
-
-
-def expected_bytes(shape: ModelShape, work: Work) -> dict[str, int]:
-    """What a synthesis takes.
-
-    Returns:
-        Bytes that are held throughout (`weights`, `targets`, `state`: x and lam of one batch of groups, and the
-        tables), bytes that each phase adds (`start`, `inner_steps`, `projection`, `judging`), and `peak`: all that is
-        held and the largest phase.
-    """
-    texts, rows = work.groups * work.count, work.batch * work.count
-    state = work.count * work.length * shape.width * shape.wide  # x or lam of one group
-    candidates = work.top_k * shape.width  # of one text's place: one list is gathered at least
-    held = {
-        "weights": shape.weights * shape.bytes,
-        "targets": work.targets * shape.wide,
-        "state": 2 * work.batch * state + shape.vocabulary * shape.wide,
-    }
-    phases = {
-        "start": _decode(shape, work, min(rows, work.written), 5) + 3 * work.batch * state,
-        "inner_steps": max(
-            _inner_steps(shape, work) + 2 * work.batch * state + 8 * work.together * state, 8 * work.batch * state
-        ),
-        "projection": _decode(shape, work, rows, 3)
-        + min(max(work.gathered, candidates), rows * candidates)
-        * (shape.wide + shape.bytes * (shape.bytes < shape.wide))
-        + 4 * work.batch * state,
-        "judging": _judging(shape, texts, work.positions),
-    }
-    return {**held, **phases, "peak": sum(held.values()) + max(phases.values())}
-
-
-def _inner_steps(shape: ModelShape, work: Work) -> int:
-    """Activations, and five blocks of the vocabulary's width: logits, probabilities, delta and two gradients."""
-    texts = work.together * work.count
-    return _activations(shape, work.positions, texts) * shape.bytes + 5 * texts * shape.vocabulary * shape.wide
-
-
-def _decode(shape: ModelShape, work: Work, rows: int, blocks: int) -> int:
-    """Texts read token by token: keys and values, and some blocks of the vocabulary's width."""
-    cached = 2 * (shape.layers + 1) * shape.width * (work.prompt + work.length) * rows * shape.bytes
-    return cached + blocks * rows * shape.vocabulary * shape.wide
-
-
-def _judging(shape: ModelShape, texts: int, positions: int) -> int:
-    """The largest of: a pass without gradients (four blocks of a feed-forward block's width and eight of the hidden
-    width); its states with a block of logits in two types and their logarithms; a block of texts' logits, probabilities
-    and deltas."""
-    tokens, some = min(TOKENS_PER_BATCH, texts * positions), min(ROWS_PER_BLOCK, texts)
-    states = 2 * tokens * shape.width * shape.bytes
-    return max(
-        tokens * (4 * shape.inner + 8 * shape.width) * shape.bytes,
-        states + min(LOGITS_AT_ONCE, tokens * shape.vocabulary) * (2 * shape.wide + shape.bytes),
-        states + some * shape.vocabulary * (3 * shape.wide + shape.bytes),
-    )

@@ -161,9 +161,9 @@ def release(
         Release.
 
     Raises:
-        UserError: an argument out of range, an example without text or label, an empty class, a gradient that is not
-            finite, or a budget that does not suffice. Nothing is released and nothing spent then; no message holds
-            private text.
+        UserError: an argument out of range, with epsilon a length beyond the model's context, an example without text
+            or label, an empty class, a gradient that is not finite, or a budget that does not suffice. Nothing is
+            released and nothing spent then; no message holds private text.
 
     Example:
         >>> import gradmm
@@ -179,6 +179,7 @@ def release(
     tokens = tokenize_task(task, model.tokenizer)
     config = _configured(config, settings)
     _check(config, ledger, cache, progress)
+    _check_length(model, tokens, config)
     classes = _by_class(model, tokens, examples, task)  # before the space: some spaces run the model
     space = release_space(
         model, tokens, config.space_name, config.public_texts, config.directions, cache=cache, progress=progress
@@ -339,6 +340,27 @@ def _check(config: ReleaseConfig, ledger: Ledger | None, cache: str | Path | Non
     if cache is not None:
         files.as_path(cache, "the cache")
     require_flag(progress, "progress")
+
+
+def _check_length(model: Model, tokens: TaskTokens, config: ReleaseConfig) -> None:
+    """Refuse, before a private release is paid for, a length that no search could write: another one costs again."""
+    if config.epsilon is not None and config.length is not None:
+        opened = max(map(len, tokens.openings))
+        check_context(model, tokens, opened + config.length, opened)
+
+
+def check_context(model: Model, tokens: TaskTokens, length: int, opened: int) -> None:
+    """Raise unless the model reads a text with the template around it, or behind its prompt.
+
+    Args:
+        length: tokens of a text, with the `opened` ones that its prompt begins it with.
+    """
+    around = max(len(tokens.start + tokens.prefix + tokens.suffix), max(map(len, tokens.prompts)))
+    require(
+        around + length <= model.context,
+        f"length = {length - opened} with a template or prompt of {around + opened} tokens, {model.name} reads "
+        f"{model.context}: take a length of at most {model.context - around - opened}",
+    )
 
 
 def _entry(config: ReleaseConfig, coordinates: int) -> LedgerEntry | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gradmm.decoding import Decoder, decoder_of, side_by_side
+from gradmm.decoding import Decoder, check_room, decoder_of, side_by_side
 from gradmm.device import in_batches
 from gradmm.errors import require
 from gradmm.models import Model, kind_of
@@ -199,16 +199,7 @@ def project(
     Raises:
         UserError: an empty prompt, or prompt and text longer than the context.
     """
-    longest = max(map(len, prompts))
-    require(
-        min(map(len, prompts)) > 0,
-        "a generation prompt has no tokens and the tokenizer no begin-of-text token: give a prompt",
-    )
-    require(
-        longest + v.shape[1] <= model.context,
-        f"a prompt of {longest} and a text of {v.shape[1]} tokens exceed the context of {model.context}: shorten "
-        "one of them",
-    )
+    check_room(model, prompts, [v.shape[1]] * len(prompts))
     ids = torch.full(v.shape[:2], -1 if decoding.end is None else decoding.end, device=v.device)
     for number, opening in enumerate(openings):
         ids[rows == number, : len(opening)] = torch.tensor(opening, dtype=torch.long, device=v.device)
@@ -221,7 +212,7 @@ def project(
         with decoder_of(model, sequences[here], v.shape[1]) as reader:
             ids[here] = _decode(tables, v[here], reader, decoding, ids[here].clone(), opened[here], before[here])
 
-    size = side_by_side(model, len(v), longest + v.shape[1])
+    size = side_by_side(model, len(v), max(map(len, prompts)) + v.shape[1])
     in_batches(work, [some.tolist() for some in torch.arange(len(v), device="cpu").split(size)])
     return ids
 

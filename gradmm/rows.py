@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral
 from pathlib import Path
@@ -28,7 +28,8 @@ NAMED = {"train": "train", "training": "train", "test": "test", "testing": "test
 NAMED |= dict.fromkeys(("validation", "validate", "valid", "val", "development", "devel", "dev", "eval"), "validation")
 FILLERS = {"of", "part", "shard", "data", "set", "split"}
 LINE = '{"text": "...", "label": 0}'
-HEADING = re.compile(r"[^\W\d]\w*(?:[ .-]\w+)?")  # what a column is called: a word or two, and no number
+HEADING = re.compile(r"(?:[a-z]\w{0,30}|unnamed: \d+)?", re.ASCII | re.IGNORECASE)  # what no text is: a word, or none
+WHICH = "which holds the texts and which the labels, as in load_data(..., text='sentence', label='sentiment')"
 LONGEST_LABEL = 100
 
 
@@ -116,13 +117,16 @@ def read_file(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     if path.suffix.lower() == ".parquet":
         rows = read_table(_parquet(path), called, columns)
     elif path.suffix.lower() in (".csv", ".tsv"):
-        rows = [check_row(row, f"{called}, line {line}", columns) for line, row in _csv(path, columns)]
+        rows = _kept(_csv(path, columns), called, columns)
     else:
-        lines = enumerate(files.read_json_lines(path), 1)
-        rows = [check_row(row, f"{called}, line {line}", columns) for line, row in lines if not is_reject(row)]
+        rows = _kept(enumerate(files.read_json_lines(path), 1), called, columns)
     instead = "" if path.stem not in SPLITS[1:] else ", or remove the file"
     require(len(rows) > 0, f"{path} is empty: put rows such as {LINE} there, one a line{instead}")
     return rows
+
+
+def _kept(lines: Iterable[tuple[int, Any]], called: str, columns: Sequence[str]) -> list[Row]:
+    return [check_row(row, f"{called}, line {line}", columns) for line, row in lines if not is_reject(row)]
 
 
 def read_table(table: "Dataset", called: str, columns: Sequence[str] = COLUMNS) -> list[Row]:
@@ -137,7 +141,7 @@ def read_table(table: "Dataset", called: str, columns: Sequence[str] = COLUMNS) 
     rows = zip(kept, *(table[name] for name in columns), strict=True)
     found = []
     for number, (keep, text, label) in enumerate(rows, 1):
-        if keep is False:
+        if is_reject({"kept": keep}):
             continue
         row = dict(zip(columns, (text, class_name(label, names)), strict=True))
         found.append(check_row(row, f"{called}, row {number}", columns))
@@ -145,8 +149,8 @@ def read_table(table: "Dataset", called: str, columns: Sequence[str] = COLUMNS) 
 
 
 def is_reject(row: Any) -> bool:
-    """Whether a row is one that a synthesis wrote and did not keep."""
-    return isinstance(row, Mapping) and row.get("kept") is False
+    """Whether a row is one that a synthesis wrote and did not keep; a CSV file spells False out."""
+    return isinstance(row, Mapping) and str(row.get("kept")).casefold() == "false"
 
 
 def class_names(table: Any, column: str = "label") -> list[str]:
@@ -160,13 +164,28 @@ def class_name(label: Any, names: Sequence[str]) -> Any:
     return names[label] if is_whole(label) and 0 <= label < len(names) else label
 
 
-def _check_columns(there: Sequence[str], columns: Sequence[str], called: str) -> None:
+def _check_columns(there: Sequence[str], columns: Sequence[str], called: str, mends: str = "") -> None:
     absent = [name for name in columns if name not in there]
-    require(
-        not absent,
-        f"{called} has no column {' and no column '.join(map(repr, absent))}: it has {', '.join(map(repr, there))}; "
-        "say which holds the texts and which the labels, as in load_data(..., text='sentence', label='sentiment')",
-    )
+    mends = mends or f"it has {', '.join(map(repr, there))}; say {WHICH}"
+    require(not absent, f"{called} has no column {' and no column '.join(map(repr, absent))}: {mends}")
+
+
+def _check_header(names: Sequence[str], columns: Sequence[str], path: Path, mark: str) -> None:
+    """`_check_columns` for a first line that may be no header: what may be text of a row is not shown."""
+    header = f"write one above it, such as {mark.join(columns)}"
+    if all(HEADING.fullmatch(name) for name in names):
+        mends = f"it has {', '.join(map(repr, names))}; say {WHICH}; or, if that is no header, {header}"
+    else:
+        mends = (
+            f"if its first line, of {len(names)} cells, is no header (text in it isn't shown), {header}; if it is one, "
+            f"say {WHICH}"
+        )
+    _check_columns(names, columns, str(path), mends)
+
+
+def _names(text: str, mark: str) -> list[str]:
+    """The cells of a CSV file's first line, without outer spaces."""
+    return [name.strip() for name in next(csv.reader(io.StringIO(text), delimiter=mark, skipinitialspace=True), [])]
 
 
 def _parquet(path: Path) -> "Dataset":
@@ -182,16 +201,12 @@ def _parquet(path: Path) -> "Dataset":
 def _csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict]]:
     """The rows of a CSV file with the line on which each begins; whole numbers in the label's column become numbers."""
     text = files.read_text(path)
-    heads = {mark: next(csv.reader(io.StringIO(text), delimiter=mark), []) for mark in ",;\t"}
+    heads = {mark: _names(text, mark) for mark in ",;\t"}
     mark = max(heads, key=lambda mark: (set(columns) <= set(heads[mark]), len(heads[mark])))
     if text.strip():
-        require(
-            set(columns) <= set(heads[mark]) or all(HEADING.fullmatch(name) for name in heads[mark]),
-            f"{path} has no column {columns[0]!r}: its first line, of {len(heads[mark])} cells, is no header (text in "
-            f"it isn't shown), so write one above it, such as {mark.join(columns)}",
-        )
-        _check_columns(heads[mark], columns, str(path))
-    rows, begins = csv.reader(io.StringIO(text), delimiter=mark, strict=True), 1
+        _check_header(heads[mark], columns, path, mark)
+    spaced = f"{mark} " in text.split("\n", 1)[0]
+    rows, begins = csv.reader(io.StringIO(text), delimiter=mark, skipinitialspace=spaced, strict=True), 1
     try:
         for cells in rows:
             if begins > 1 and cells:

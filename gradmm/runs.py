@@ -34,6 +34,7 @@ FITTED = "groups-at-once.json"
 NOT_FOR_RELEASE = "not-for-release"
 LARGE_BYTES = 1 << 26  # of larger files, such as weights, only size and time of change tell whether they are the same
 LONGEST_NAME = 40
+TASK_FILES = ("task.yaml", "labels.json", "README.md")  # beside a file of rows they decide its task
 
 
 def versions() -> dict[str, str]:
@@ -57,30 +58,31 @@ def peak_memory() -> dict[str, int]:
 # ---------------------------------------------------------------- a notebook's folder
 
 
-def output_folder(notebook: str, output: str | Path | None, **parameters) -> Path:
+def output_folder(notebook: str, output: str | Path | None, *, private: bool = False, **parameters) -> Path:
     """The folder of a notebook's results; one of your own is claimed for these parameters before any work is done.
 
     The default follows from everything that decides the results: results/<notebook>/<model>-<data>-<8 hexadecimal
-    digits>. The digits are a digest of the parameters and, unless there is an epsilon, of the versions and of what the
-    local files that parameters name hold. With epsilon they come from the parameters alone: nothing that is written may
-    depend on private text, and the same private command must find its release again. So a default folder is nobody
-    else's, and nothing is written yet; a folder of your own gets `parameters.json`, which is written anew as long as
-    there are no results beside it.
+    digits>. The digits are a digest of the parameters and, unless the folder is private, of the versions and of what
+    the local files that parameters name hold. A private folder's come from the parameters and the task's public files
+    (YAML, `labels.json`): nothing that is written may depend on private text. So a default folder is nobody else's, and
+    nothing is written yet; a folder of your own gets `parameters.json`, which is written anew as long as there are no
+    results beside it.
 
     Args:
         notebook: its name, without ending.
         output: a folder of your own; None takes the default.
+        private: whether the folder holds a private release.
         parameters: every parameter of the notebook that a result depends on, `model` and `data` among them.
 
     Raises:
         UserError: the folder holds results of other parameters (each that differs is named), or cannot be written.
     """
     claim = {"notebook": notebook, "parameters": {name: _leaf(value) for name, value in parameters.items()}}
-    if parameters.get("epsilon") is None:
-        claim |= {
-            "files": {name: content for name in parameters if (content := _content(parameters[name]))},
-            "versions": versions(),
-        }
+    contents = {name: content for name in parameters if (content := _content(parameters[name], private))}
+    if contents or not private:
+        claim["files"] = contents
+    if not private:
+        claim["versions"] = versions()
     claim = json.loads(json.dumps(claim, default=str))
     if output is None:
         names = (
@@ -105,12 +107,21 @@ def _leaf(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _content(value: Any) -> str | None:
-    """A digest of what the local file or folder that a parameter names holds; None where it names none."""
+def beside(path: Path) -> list[Path]:
+    """A file, and those beside it that decide the task of its rows; a task's own file stands alone."""
+    return [path, *(path.with_name(name) for name in TASK_FILES if path.suffix != ".yaml")]
+
+
+def _content(value: Any, private: bool) -> str | None:
+    """A digest of what the local file or folder that a parameter names holds; None where it names none.
+
+    Of what may be private it counts the task's public files alone.
+    """
     try:
         path = Path(value) if value and isinstance(value, str | Path) else None
-        held = [] if path is None else [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
-        states = [(one.name, _state(one)) for one in held if one.is_file()]
+        held = beside(path) if path and path.is_file() else sorted(path.iterdir()) if path and path.is_dir() else []
+        public = [one for one in held if not private or one.suffix == ".yaml" or one.name == "labels.json"]
+        states = [(one.name, _state(one)) for one in public if one.is_file()]
     except (OSError, ValueError):  # what cannot be looked at is refused where it is read
         return None
     return files.digest(states) if states else None
@@ -189,11 +200,7 @@ class RunFolder:
             mend = "choose another output folder, or the same settings to continue it"
             refuse_other(self.manifest, _held(path), f"{path} holds a run with other settings", mend)
             return
-        clash = sorted({held.name for held in path.glob("*")} & set(RUN_FILES))
-        require(
-            not clash,
-            f"{path} holds {', '.join(clash)} but no manifest: choose another output folder or empty this one",
-        )
+        refuse_foreign(path)
         files.write_json(place, {**self.manifest, "status": "running"})
 
     def load_result(self, batch: int, device: torch.device) -> admm.Result | None:
@@ -231,16 +238,20 @@ class RunFolder:
 
     def fitted(self, device: torch.device, find: Callable[[], int]) -> int:
         """How many groups a card's memory holds in one pass: found once a run, so that a resumed one goes on alike."""
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        held = self.manifest.setdefault("groups_at_once", {})
-        place = None if self.path is None else self.path / FITTED
-        if card not in held and place is not None and place.exists():
+        held, place = self.manifest.setdefault("groups_at_once", {}), self.path and self.path / FITTED
+        if _card(device) not in held and place and place.exists():
             held.update(files.read_json(place))
-        if card not in held:
-            held[card] = find()
-            if place is not None:
-                files.write_json(place, held)
-        return held[card]
+        if _card(device) not in held:
+            self.keep_fitted(device, find())
+        return held[_card(device)]
+
+    def keep_fitted(self, device: torch.device, number: int) -> None:
+        """Record how many groups a card's memory held in one pass."""
+        held = self.manifest.setdefault("groups_at_once", {})
+        if held.get(_card(device)) != number:
+            held[_card(device)] = number
+            if self.path is not None:
+                files.write_json(self.path / FITTED, held)
 
     def load_texts(self, unit: int) -> list[str] | None:
         """A unit of written texts, or None."""
@@ -274,6 +285,16 @@ class RunFolder:
         return None if self.path is None else self.path / f"texts-{unit:04d}.json"
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Raise where a folder holds files of the names that a run writes, and no run."""
+    held = {path.name for path in folder.glob("*")}
+    clash = sorted(held & set(RUN_FILES))
+    require(
+        not clash or "manifest.json" in held,
+        f"{folder} holds {', '.join(clash)} but no manifest: choose another output folder or empty this one",
+    )
+
+
 def write_results(folder: Path, rows: list[dict], history: pandas.DataFrame, manifest: dict, card: str) -> None:
     """The files of a finished run; the manifest, which says that it is, comes last."""
     rows = [finite_row(row) for row in rows]
@@ -284,6 +305,10 @@ def write_results(folder: Path, rows: list[dict], history: pandas.DataFrame, man
     files.write_json_lines(folder / "timings.jsonl", plain_rows(history.filter(["step", "group", *CLOCK_COLUMNS])))
     files.write_text(folder / "README.md", card)
     files.write_json(folder / "manifest.json", manifest)
+
+
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _held(folder: Path) -> dict:

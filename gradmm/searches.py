@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from gradmm import admm
 from gradmm.device import compiled_layers, fast_products, forget, halving, most_at_once
-from gradmm.generation import Batch, Sampling, generate_counts, warn_of_prompts
+from gradmm.generation import Batch, Sampling, check_prompts, generate_counts, warn_of_prompts
 from gradmm.initialisation import Shape, best_of
 from gradmm.plan import MIN_TOKENS, Plan
 from gradmm.progress import advance, stage, ticking
@@ -72,6 +72,7 @@ def search(
 
 def _search_admm(plan: Plan, here: RunContext) -> SearchOutput:
     """Texts moved towards the target by the solver: every batch of groups from where it stands to its end."""
+    check_prompts(plan.model, plan.tokens, plan.decoding.vocabulary, [plan.length] * len(plan.task.labels))
     warn_of_prompts(plan.tokens, plan.model.vocabulary)
     folder, processes, numbers = here.folder, here.processes, range(len(plan.batches()))
     total = len(numbers[processes.rank :: processes.count]) * plan.config.outer_steps
@@ -110,11 +111,13 @@ def _solved(plan: Plan, number: int, here: RunContext, report: Callable[[admm.Re
     classes = torch.tensor([plan.classes[group] for group in groups])
     latest = [here.folder.load_result(number, model.device)]
 
-    def heard(result: admm.Result) -> None:
-        latest[0] = result  # where half of the groups at once go on, should the memory not hold them
-        report(result)
-
     def solve(together: int) -> admm.Result:
+        def heard(result: admm.Result) -> None:
+            latest[0] = result  # where half of the groups at once go on, should the memory not hold them
+            if plan.solver.groups_per_pass is None:
+                here.folder.keep_fitted(model.device, together)
+            report(result)
+
         return admm.solve(
             lambda x, ids, which: plan.matching.of_vectors(x, ids, classes[which]),
             lambda v, which: _projected(plan, v, classes[which]),
@@ -134,7 +137,7 @@ def _fitting(plan: Plan, classes: Tensor) -> int:
     shape = (len(classes), plan.config.group_size, plan.length)
 
     def trial(size: int) -> None:
-        width = plan.model.embedding.shape[1]
+        width = plan.model.embedding_shape[1]
         wide = torch.promote_types(plan.model.dtype, torch.float32)
         x = torch.ones(size, *shape[1:], width, dtype=wide, device=plan.model.device, requires_grad=True)
         ids = torch.zeros(x.shape[:3], dtype=torch.long, device=x.device)

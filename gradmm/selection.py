@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy
 import torch
@@ -56,10 +56,15 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Selection:
-    """What became of one text."""
+    """What became of one text.
+
+    Attributes:
+        rank: its place in the order in which texts of its class are taken, from 1; 0 of one that must not be kept.
+    """
 
     kept: bool
     reason: str
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Selector:
             classes: the label number that each is meant to have.
 
         Returns:
-            N rows of the columns of `SynthesisResult.candidates`, without the group.
+            N rows of the columns of `SynthesisResult.candidates` without the group, and of the `Selection`'s rank.
         """
         perplexity = self._perplexities(texts)
         verdicts, match = self.choose(texts, classes, perplexity)
@@ -103,8 +108,7 @@ class Selector:
                 "label_name": labels[label],
                 "match_loss": match[i],
                 "perplexity": perplexity[i],
-                "kept": verdicts[i].kept,
-                "reason": verdicts[i].reason,
+                **asdict(verdicts[i]),
             }
             for i, (text, label) in enumerate(zip(texts, classes, strict=True))
         ]
@@ -347,14 +351,12 @@ def select(
         failed = {i: wrong for i in members if (wrong := misread[i]) is not None}
         for rank, i in enumerate(passed, 1):
             kept = rank <= wanted
-            verdicts[i] = Selection(
-                kept, (KEPT if kept else RANK).format(rank, len(passed), criterion if kept else wanted)
-            )
-        for place, i in enumerate(sorted(failed, key=lambda i: (scores[i], i)), len(passed)):
+            reason = (KEPT if kept else RANK).format(rank, len(passed), criterion if kept else wanted)
+            verdicts[i] = Selection(kept, reason, rank)
+        for rank, i in enumerate(sorted(failed, key=lambda i: (scores[i], i)), len(passed) + 1):
             reading = LABEL.format(labels[failed[i]], float(probabilities[i, failed[i]]))
-            verdicts[i] = (
-                Selection(True, FILLED.format(len(passed), wanted)) if place < wanted else Selection(False, reading)
-            )
+            kept = rank <= wanted
+            verdicts[i] = Selection(kept, FILLED.format(len(passed), wanted) if kept else reading, rank)
     return [verdicts[i] for i in range(len(classes))]
 
 

@@ -202,7 +202,7 @@ def processes(output: str | Path | None) -> Iterator[ProcessGroup]:
     Every process must come here equally often and in the same order.
 
     Raises:
-        UserError: several processes without an output folder, or they do not find one another.
+        UserError: several processes without an output folder or a place to meet, or they do not find one another.
     """
     rank, count, _ = launched()
     if count == 1:
@@ -212,6 +212,12 @@ def processes(output: str | Path | None) -> Iterator[ProcessGroup]:
         output is not None,
         f"{count} processes were launched and share one synthesis through its folder: give output, a folder that all "
         "of them see",
+    )
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    require(
+        address != "" and port.isdecimal() and 0 < int(port) < 1 << 16,
+        f"MASTER_ADDR, MASTER_PORT = {address!r}, {port!r} do not say where the {count} processes meet: unset RANK and "
+        "WORLD_SIZE, or start with accelerate launch or torchrun",
     )
     meeting = ProcessGroup(rank, count)
     with meeting._reached():

@@ -193,12 +193,13 @@ def _checked(release, model: Model, task: Task) -> Release:
 
 def _collect(plan: Plan, written: SearchOutput, folder: RunFolder) -> SynthesisResult:
     """The texts' scores and verdicts, and the manifest."""
-    judged = zip(plan.selector.rows(written.texts, written.classes), written.groups, strict=True)
-    rows: list[dict] = [{name: group if name == "group" else row[name] for name in KINDS} for row, group in judged]
-    kept = [row for row in rows if row["kept"]]
+    judged = [
+        {**row, "group": group}
+        for row, group in zip(plan.selector.rows(written.texts, written.classes), written.groups, strict=True)
+    ]
+    rows, kept = [{name: row[name] for name in KINDS} for row in judged], [row for row in judged if row["kept"]]
     manifest = {
         **folder.manifest,
-        "expected_bytes": plan.expected_bytes(),
         "groups_ended": written.ended,
         "kept": len(kept),
         "dropped": count_dropped([row["reason"] for row in rows]),
@@ -215,17 +216,15 @@ def _set_match(plan: Plan, kept: list[dict]) -> list[float | None]:
 
 
 def _choice(plan: Plan, kept: list[dict]) -> pandas.DataFrame:
-    """The history of a choice: the loss of each class's texts added one by one, always the one that matches best."""
-    texts = {label: [row["text"] for row in kept if row["label"] == label] for label in range(len(plan.task.labels))}
-    losses = {label: plan.matching.greedy_losses(some, label) for label, some in texts.items() if some}
-    return pandas.DataFrame(
-        [
-            {"label": plan.task.labels[label], "step": step, "group": label, "match_z": loss}
-            for label, values in losses.items()
-            for step, loss in enumerate(values, 1)
-        ],
-        columns=["label", "step", "group", "match_z"],
-    )
+    """The history of a choice: the loss of each class's texts added one by one, in the order of their rank."""
+    rows = []
+    for label, name in enumerate(plan.task.labels):
+        own = [row for row in kept if row["label"] == label]
+        texts, ranks = [row["text"] for row in own], [row["rank"] for row in own]
+        order = sorted(range(len(own)), key=ranks.__getitem__)
+        losses = plan.matching.losses_in_order(texts, label, order) if own else []
+        rows += [{"label": name, "step": step, "group": label, "match_z": loss} for step, loss in enumerate(losses, 1)]
+    return pandas.DataFrame(rows, columns=["label", "step", "group", "match_z"])
 
 
 def _dataset(rows: list[dict], manifest: Mapping) -> datasets.Dataset:

@@ -530,7 +530,7 @@ TASKS: dict[str, Task] = {
             verbalizers=tuple(f" {name}" for name in _NEWS),
             template="{text} This news is about",
             generation_prompts=tuple(f"A short news report about {name}:" for name in ("world politics", *_NEWS[1:])),
-            hub=HubSource("fancyzhx/ag_news", splits={"train": "train", "test": "test"}),
+            hub=HubSource("fancyzhx/ag_news", splits={"train": "train", "test": "test"}, classes=(0, 1, 2, 3)),
             language="en",
         ),
     )

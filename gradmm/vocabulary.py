@@ -30,7 +30,7 @@ STATES = (
     ((0xA4, 0xBF, 1),),
     ((0x90, 0xBF, 2),),
 )  # fmt: skip
-NEVER = 127  # more tokens than any text has: this token leads nowhere
+NEVER = 127  # in place of how many more tokens: this one leads nowhere
 WORDLIKE = re.compile(f"[{UNSPACED}]")  # a character that stands for a word or begins one without a space
 OPENING = re.compile(r"[\"'“‘«„¿¡(\[《「『（【]")
 MARKUP = re.compile(r"<\|.*\|>|[<\[]unused_?\d+[>\]]|[<\[]\w*reserved\w*[>\]]", re.IGNORECASE)
@@ -49,7 +49,7 @@ class Vocabulary:
         follows: (S, V) int8, the state behind a token.
         begins: (2, V) bool, tokens that can be a text's first behind a word, and behind a space or nothing.
         spaces: (V,) bool, tokens behind which a word begins without a space.
-        closes: (V,) bool, tokens that may end a sentence, see `sentences.ends_sentence`.
+        closes: (V,) bool, tokens that may end a sentence, see `readability.ends_sentence`.
         closers: (V,) bool, closing quotes and brackets, which belong to the sentence before them.
         stops: (V,) bool, tokens that end a text and are no part of it: end tokens and line breaks.
         left: (V,) int64, the token that a stop leaves in the text: of a mark with a line break, a token of Llama 3 and
@@ -142,7 +142,9 @@ class Vocabulary:
             state: (N,) the texts' states.
             left: (N,) how many tokens each may still have behind this one.
         """
-        return self.needs[0] == 0 if len(self.needs) == 1 else self.needs[state] <= left.unsqueeze(1)
+        if len(self.needs) == 1:
+            return self.needs[0] == 0
+        return self.needs[state] <= left.clamp_max(NEVER - 1).unsqueeze(1)
 
     def state_after(self, state: Tensor, token: Tensor) -> Tensor:
         """The states behind one more token of each: (N,), (N,) -> (N,); behind one that is no part of a text 0."""

@@ -14,6 +14,7 @@ import functools
 import importlib
 import string
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,8 @@ def in_tiers(values: Iterable, *fast) -> list:
 
 
 LONG_KINDS = in_tiers(KINDS, "llama", "phi")  # for a test that takes long
+# For a test against a second implementation: Gemma scales its embeddings on the way in.
+ORACLE_KINDS = in_tiers((*KINDS, "gemma"), "gpt2", "llama", "phi", "gemma")
 
 
 def pytest_configure(config):
@@ -121,6 +124,7 @@ def configuration_of(kind: str, tied: bool) -> transformers.PretrainedConfig:
         "phi": {"intermediate_size": 2 * WIDTH, "num_key_value_heads": HEADS},
         "gpt_neox": {"intermediate_size": 2 * WIDTH},
         "qwen2": {"intermediate_size": 2 * WIDTH, "num_key_value_heads": HEADS // 2},
+        "gemma": {"intermediate_size": 2 * WIDTH, "num_key_value_heads": HEADS, "head_dim": WIDTH // HEADS},
     }
     return type(config)(**common, **special[kind])
 
@@ -147,7 +151,7 @@ def make_tiny_lm(kind: str, seed: int = 0, tied: bool | None = None, dtype: torc
     zero.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or "gemma".
         seed: of the weights; the same seed gives the same model.
         tied: whether the head shares the embedding's weights; None takes the family's habit.
         dtype: of the weights.
@@ -198,6 +202,13 @@ def tiny_model():
         return gradmm.models.wrap_model(make_tiny_lm(kind, **options), make_toy_tokenizer(), f"tiny-{kind}")
 
     return make
+
+
+def held_to(model: gradmm.models.Model, allowed: torch.Tensor) -> gradmm.models.Model:
+    """The model with a vocabulary of no other tokens than these: (V,) bool."""
+    held = replace(model)
+    vars(held)["vocabulary"] = model.vocabulary.only(allowed)
+    return held
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@
 
     python tests/crash.py KIND FOLDER MOMENTS SEED      prints one JSON object
 
-KIND is synthesis, comparison (with fine-tuning) or batch (of notebooks). Every second moment is a point in time, drawn
-from most of the uninterrupted run; the others are writes: the run is killed when its n-th file is half written, before
-it is renamed. Runs are forked from one process that has imported everything, so that a moment costs no more than the
-run.
+KIND is synthesis, pool, comparison (with fine-tuning) or batch (of notebooks). Every second moment is a point in time,
+drawn from most of the uninterrupted run; the others are writes: the run is killed when its n-th file is half written,
+before it is renamed. Runs are forked from one process that has imported everything, so that a moment costs no more than
+the run.
 """
 
 import json
@@ -32,7 +32,7 @@ from gradmm.experiments.protocol import compare
 from gradmm.models import Model, wrap_model
 
 CLOCKS = ("clock", "seconds", "executed")  # of manifests and stamps; an executed notebook holds its times
-WRITES = {"synthesis": 14, "comparison": 22, "batch": 4}  # of the files that an uninterrupted run writes
+WRITES = {"synthesis": 14, "pool": 21, "comparison": 22, "batch": 4}  # of the files that an uninterrupted run writes
 METHODS, SEEDS = ("real", "gradmm"), (0, 1)
 
 
@@ -46,6 +46,12 @@ def synthesis() -> None:
     gradmm.synthesize(model, TASK, gradmm.release(model, TASK, REAL, space="head"), config, "run", progress=False)
 
 
+def pool() -> None:
+    model = tiny()
+    config = replace(SMALL, search="pool", ranking="group", oversample=4.0, length=12)
+    gradmm.synthesize(model, TASK, gradmm.release(model, TASK, REAL, space="head"), config, "run", progress=False)
+
+
 def comparison() -> None:
     compare(tiny(), TWO, splits_of(TWO), CONFIG, METHODS, SEEDS, "run", progress=False)
 
@@ -56,7 +62,9 @@ def notebooks() -> None:
     assert {outcome.state for outcome in outcomes} <= {"executed", "unchanged"}, outcomes
 
 
-KINDS: dict[str, Callable[[], None]] = {"synthesis": synthesis, "comparison": comparison, "batch": notebooks}
+KINDS: dict[str, Callable[[], None]] = {
+    "synthesis": synthesis, "pool": pool, "comparison": comparison, "batch": notebooks,
+}  # fmt: skip
 
 
 def start(run: Callable[[], None], folder: Path, dies_at_write: int | None = None) -> int:

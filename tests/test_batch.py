@@ -96,6 +96,7 @@ def test_a_wrong_request_is_refused_in_a_sentence(here):
         r"none\.ipynb is no notebook": lambda: batch.plan([here / "none.ipynb"], "x"),
         r"would be written twice": lambda: batch.plan([notebook, notebook], "x"),
         r"could not be read as a notebook|is not JSON": lambda: batch.plan([here / "broken.ipynb"], "x"),
+        r"the sweep of \S+ is \['seed'\]: give": lambda: batch.plan([notebook], "x", sweep=["seed"]),
         r"the sweep over seed has the values 3": lambda: batch.plan([notebook], "x", sweep={"seed": 3}),
         r"cannot go over output": lambda: batch.plan([notebook], "x", sweep={"output": ["a"]}),
         r"it must be at least 1": lambda: batch.run([], processes=0),
@@ -162,6 +163,11 @@ def test_what_a_result_depends_on(here, monkeypatch):
     parts = [batch.plan([notebook], "x", parameters={"data": "rows"})[0].parts]
     data.write_text("{}\n{}\n")
     parts.append(batch.plan([notebook], "x", parameters={"data": "rows"})[0].parts)
+    beside = [batch.plan([notebook], "x", parameters={"data": "rows/train.jsonl"})[0].parts]
+    (data.parent / "task.yaml").write_text("labels: [low, high]\n")
+    beside.append(batch.plan([notebook], "x", parameters={"data": "rows/train.jsonl"})[0].parts)
+    assert [name for name in beside[0] if beside[0][name] != beside[1][name]] == ["the files that parameters name"]
+    (data.parent / "task.yaml").unlink()
     store(notebook, PARAMETERS, "2")
     monkeypatch.setattr(batch, "package_digest", lambda: "other code")
     parts.append(batch.plan([notebook], "x", parameters={"data": "rows", "seed": 1})[0].parts)

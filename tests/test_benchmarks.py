@@ -1,6 +1,9 @@
 """The benchmarks run at the shape tiny and write what they say; how fast, only a quiet machine can tell."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from gradmm.experiments import performance, records
 from gradmm.experiments.metrics import subsample
 
 pytestmark = pytest.mark.slow
+BENCHMARKS = Path(__file__).parent / "benchmarks"
 FEW = "--shape tiny --groups 1 --count 2 --top-k 5 --real 4 --candidates 2 --threads 1".split()
 
 
@@ -55,6 +59,16 @@ def test_another_family_is_measured_the_same_way(benchmark, tmp_path, monkeypatc
     assert shapes["phi-1.5"]["family"] == "phi"
     monkeypatch.setitem(shapes, "tiny", shapes["tiny"] | {"family": "phi"})
     assert whole(benchmark, tmp_path / "phi.json", "--repeats", "1")["results"]["same_tokens"] == 1
+
+
+def test_a_peak_of_memory_is_measured_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, BENCHMARKS / "memory.py", "--shape", "tiny", "--dtype", "float32"]
+    command += ["--output", tmp_path / "record.json"]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=300)
+    record = records.read_record(tmp_path / "record.json")
+    (row,) = record["results"]["rows"]
+    assert not {"here", "output"} & set(record["settings"])
+    assert row["texts"] == 200 and row["share_of_weights"] == row["peak_over_weights"] / row["weights"] > 0
 
 
 def test_one_group_becomes_all_of_them(benchmark, tmp_path):

@@ -14,12 +14,7 @@ import executing
 import nbformat
 import pytest
 
-from gradmm.experiments import demo
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here"),
-]
+pytestmark = pytest.mark.slow
 PAGES = [*executing.pages(), "genindex", "py-modindex", "search"]
 DESKTOP, PHONE = (1280, 900), (390, 844)
 LOCAL = ("file", "data", "blob", "chrome")  # the last: the empty tab that the browser begins with

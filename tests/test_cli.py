@@ -36,6 +36,7 @@ COLUMNS = ["--data", "reviews.csv", "--text", "review", "--label", "verdict"]
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default::gradmm.errors.DataWarning")
 def test_one_command_from_a_csv_file_to_a_folder_that_loads_into_what_was_kept(reviews, capsys):
     assert cli.main(["synthesize", *COLUMNS, *SMALL]) == 0
     said = capsys.readouterr()
@@ -51,9 +52,11 @@ def test_one_command_from_a_csv_file_to_a_folder_that_loads_into_what_was_kept(r
     result = gradmm.synthesize(model, task, gradmm.release(model, task, data.train), config, progress=False)
     assert kept["text"] == result.kept["text"]
     learn = ["finetune", *COLUMNS, "--steps", "1", "--learning-rates", "1e-4", "2e-4", "--device", "cpu", "--quiet"]
-    (folder / "train.jsonl").rename(reviews / "mine.jsonl")
+    seen = json.dumps({"text": data.test[0].text, "label": "good"})  # as a model may write it by chance
+    (reviews / "mine.jsonl").write_text((folder / "train.jsonl").read_text("utf-8") + seen, encoding="utf-8")
     assert cli.main([*learn, "--train", "mine.jsonl"]) == 0
-    said = capsys.readouterr().out
+    said, note = capsys.readouterr()
+    assert note.endswith("1 row(s) to learn from are left out, since their texts are in test too\n")
     assert re.search(r"test accuracy \d\.\d{4}, calibrated \d\.\d{4}, on \d+ texts", said) and "from 4 examples" in said
     assert cli.main(["evaluate", *COLUMNS, "--split", "train", "--device", "cpu"]) == 0
     assert f"on {len(data.train)} texts" in capsys.readouterr().out
@@ -61,16 +64,42 @@ def test_one_command_from_a_csv_file_to_a_folder_that_loads_into_what_was_kept(r
 
 @pytest.mark.slow
 def test_a_private_release_is_drawn_once_however_often_the_command_is_given(reviews, capsys):
-    private = ["--epsilon", "2", "--delta", "1e-5", "--length", "8", "--n-real", "8", "--output", "private"]
+    task = "labels: [bad, good]\nverbalizers: [' bad', ' great']\ngeneration_prompts: ['A bad room:', '{} room:']\n"
+    Path("mine.yaml").write_text(task.format("A good"), encoding="utf-8")
+    Path("taken").mkdir()
+    Path("taken/train.jsonl").write_text("mine", encoding="utf-8")
+    private = ["--epsilon", "2", "--delta", "1e-5", "--n-real", "8", "--task", "mine.yaml"]
+    asked = ["synthesize", *COLUMNS, *SMALL, *private]
+
+    def refused(*more: str) -> str:
+        assert cli.main([*asked, "--length", "8", *more]) == 2
+        return capsys.readouterr().err
+
+    assert "taken holds train.jsonl but no manifest: choose another output folder" in refused("--output", "taken")
+    assert "take a length of at most" in refused("--length", "9999") and not list(Path().rglob("ledger.json"))
     for _ in range(2):
-        assert cli.main(["synthesize", *COLUMNS, *SMALL, *private]) == 0
+        assert cli.main([*asked, "--length", "8", "--output", "private"]) == 0
     assert "(2, 1e-05)-differential privacy" in capsys.readouterr().out
-    assert len(json.loads(Path("private/release/ledger.json").read_text("utf-8"))["entries"]) == 1
-    assert cli.main(["synthesize", *COLUMNS, *SMALL, *private, "--clip", "0.5"]) == 2
-    assert "holds a release with other arguments: clip (1.0 there, 0.5 now)" in capsys.readouterr().err
-    saved = ["--release", "private/release/release.safetensors"]
-    assert cli.main(["synthesize", *saved, *SMALL, "--epsilon", "1"]) == 2
-    assert "in which epsilon has no part" in capsys.readouterr().err
+    told = "private holds results of other parameters: parameters.clip (1 there, 0.5 now): leave output out, or give"
+    assert told in refused("--output", "private", "--clip", "0.5")
+    Path("mine.yaml").write_text(task.format("A lovely"), encoding="utf-8")
+    assert "files.task" in refused("--output", "private")
+    assert cli.main([*asked, "--length", "8"]) == 0
+    (ledger,) = Path().rglob("ledger.json")  # read again, whatever the prompts and the output folder
+    assert len(json.loads(ledger.read_text("utf-8"))["entries"]) == 1
+
+
+@pytest.mark.slow
+def test_a_saved_release_needs_its_task_and_has_a_folder_of_its_own(reviews, capsys):
+    task, data = gradmm.load_data("demo")
+    model = gradmm.load_model("demo", device="cpu")
+    for n in (4, 6):  # two files of one name
+        real = gradmm.sample_examples(data.train, n, task, 0)
+        gradmm.release(model, task, real, space="head").save(f"{n}/release.safetensors")
+        assert cli.main(["synthesize", "--release", f"{n}/release.safetensors", "--task", "demo", *SMALL]) == 0
+    assert len([*Path("results/synthesize").glob("demo-release-*")]) == 2
+    assert cli.main(["synthesize", "--release", "4/release.safetensors", *SMALL]) == 2
+    assert "add --task with the release's own task" in capsys.readouterr().err
 
 
 WRONG = {
@@ -83,6 +112,9 @@ WRONG = {
     "a model": (["evaluate", *COLUMNS, "--model", "./none"], "there is no model folder ./none"),
     "a split": (["evaluate", "--data", "demo", "--split", "dev"], "split = 'dev' is not known"),
     "a release": (["synthesize", "--release", "none.safetensors"], "none.safetensors does not exist"),
+    "privacy of a release": (["synthesize", "--release", "r", "--epsilon", "1"], "in which epsilon has no part"),
+    "a draw of a release": (["synthesize", "--release", "r", "--n-real", "20"], "in which n_real has no part"),
+    "data of a release": (["synthesize", "--release", "r", *COLUMNS], "in which data and text and label have no part"),
 }
 
 
@@ -119,9 +151,8 @@ def test_every_setting_is_an_option_that_says_what_it_is(name, kinds, capsys, mo
     page = capsys.readouterr().out
     for kind in kinds:
         for item in fields(kind):
-            if item.init:
-                line = next(line for line in page.splitlines() if line.startswith(f"  --{item.name}"))
-                assert len(line.split()) > 2 or page.split(line)[1].lstrip("\n").startswith("   "), item.name
+            line = next(line for line in page.splitlines() if line.startswith(f"  --{item.name}"))
+            assert len(line.split()) > 2 or page.split(line)[1].lstrip("\n").startswith("   "), item.name
 
 
 def test_the_module_is_the_command_and_imports_nothing_slow_for_its_version():

@@ -8,7 +8,7 @@ import gradmm
 from gradmm.config import PRESETS, SynthesisConfig, described
 from gradmm.errors import UserError
 
-SETTINGS = [item.name for item in fields(SynthesisConfig) if item.init]
+SETTINGS = [item.name for item in fields(SynthesisConfig)]
 
 
 @pytest.mark.parametrize("name", PRESETS)

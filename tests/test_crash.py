@@ -31,7 +31,7 @@ MOMENTS = int(os.environ.get("GRADMM_KILLS", "4"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["synthesis", "comparison", "batch"])
+@pytest.mark.parametrize("kind", crash.KINDS)
 def test_a_run_killed_at_any_moment_continues_to_the_same_bytes(kind, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "tests" / "crash.py"), kind, str(tmp_path / "runs"), str(MOMENTS), "0"]

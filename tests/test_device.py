@@ -217,6 +217,21 @@ def test_one_that_the_memory_does_not_hold_is_refused_in_a_sentence():
         device.in_batches(full, [[0, 1]])
 
 
+def test_gradients_of_a_class_that_the_memory_does_not_hold_are_named_with_the_mend(matching, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    texts, given = ["a film", "dull", "fine"], []
+    monkeypatch.setattr("gradmm.matching.greedy_order", lambda factors, *_: given.append(factors) or [0])
+    for usable, order in ((range(3), [0]), ([1, 2], [1])):
+        assert matching.alone_and_together(texts, 0, 1, usable, [0.0] * 3)[1] == order
+    assert given[0] is matching.factors(texts, [0] * 3) and len(given[1].delta) == 2  # no copy where all are usable
+    monkeypatch.setattr("gradmm.matching.greedy_order", full)
+    said = r"does not hold the gradients of all texts of a class \(.*2.00 GiB\): take space = 'label_rows' or ranking"
+    with pytest.raises(UserError, match=said):
+        matching.greedy(texts, 0, 2)
+
+
 @pytest.mark.parametrize(("free", "held", "expected"), [(100.0, 0.0, 20), (9.0, 1.0, 7), (1.0, 0.0, 1)])
 def test_as_many_at_once_as_a_trial_pass_says_in_passes_of_equal_size(monkeypatch, free, held, expected):
     """A card on which one group takes 1 GB, and which has less for two than it said."""
@@ -230,6 +245,21 @@ def test_as_many_at_once_as_a_trial_pass_says_in_passes_of_equal_size(monkeypatc
     assert device.most_at_once(tried.append, 20, torch.device("cuda")) == expected
     assert tried == [1, 1, expected]
     assert device.most_at_once(tried.append, 20, CPU) == 20 and len(tried) == 3
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_card_that_does_not_hold_one_group_is_told_so_in_a_sentence(monkeypatch, fails):
+    tried = []
+    for name in ("reset_peak_memory_stats", "memory_allocated"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_: 0)
+
+    def full(size):
+        tried.append(size)
+        if len(tried) == fails:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    with pytest.raises(UserError, match=r"memory does not hold 1 of the groups \(.*2.00 GiB\): take a smaller model"):
+        device.most_at_once(full, 20, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])

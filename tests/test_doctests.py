@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import gradmm
-from gradmm.experiments import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {
@@ -23,7 +22,6 @@ CENTRAL = ("admm", "gradients", "projection", "privacy", "mechanism", "tasks", "
 FIRST = ("load_model", "load_data", "release", "synthesize", "finetune")
 
 
-@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 @pytest.mark.parametrize("room", ROOMS)
 def test_the_examples_of_a_room_run(room):
     found = doctest.testmod(

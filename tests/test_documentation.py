@@ -125,7 +125,6 @@ def test_the_notebooks_of_the_documentation_get_parameters_that_they_have(here, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_the_quickstart_and_the_notebook_on_one_s_own_files_run_as_they_are_typed(here):
     """The first as `make quickstart` runs it, with fewer texts and one seed; the second smaller still."""
     recipe = subprocess.run(["make", "-n", "quickstart"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -162,7 +161,6 @@ def test_the_batches_of_the_documentation_can_be_planned(here):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_the_launched_synthesis_of_the_documentation_runs(here, capsys):
     (command,) = of_kind("accelerate launch")
     task, data = gradmm.load_data("demo")
@@ -176,7 +174,6 @@ def test_the_launched_synthesis_of_the_documentation_runs(here, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_the_commands_of_the_documentation_run_one_after_the_other(here, capsys):
     words = {"negative": ("dull", "awful", "poor"), "positive": ("lovely", "great", "fine")}
     rows = [f'"A {word} room, number {n}.",{label}' for n in range(10) for label, two in words.items() for word in two]

@@ -149,6 +149,16 @@ def test_seeds_that_disagree_widen_the_interval_and_pairing_narrows_it():
     assert (same.mean, same.low, same.high) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("of_examples", [0.0, 3.0])
+def test_of_five_seeds_an_interval_covers_the_truth_as_often_as_it_says(of_examples):
+    draw, covered = numpy.random.default_rng(0), 0
+    for _ in range(200):
+        gap = draw.normal(size=(5, 1)) + of_examples * draw.normal(size=(1, 20))
+        found = paired_bootstrap(gap, numpy.zeros_like(gap), resamples=300)
+        covered += found.low <= 0 <= found.high
+    assert 0.91 <= covered / 200 <= 0.99  # without Student's part 0.83 and 0.89
+
+
 def test_the_interval_is_a_function_of_the_seed():
     a, b = outcomes(5, 3, 50, 0.8), outcomes(6, 3, 50, 0.7)
     one, two, other = (paired_bootstrap(a, b, seed=seed, resamples=300) for seed in (1, 1, 2))

@@ -96,6 +96,14 @@ def test_a_file_where_a_folder_is_needed_is_one_sentence(tmp_path):
         files.write_json(tmp_path / "taken" / "a.json", 1)
 
 
+def test_words_of_yaml_are_words_but_true_and_false(tmp_path):
+    words = "[no, yes, on, off, No, YES, y, n]"
+    (tmp_path / "a.yaml").write_text(f"labels: {words}\nlanguage: no\nflags: [true, True, FALSE, false]\nnone: null\n")
+    found = files.read_yaml(tmp_path / "a.yaml")
+    assert found["labels"] == words.strip("[]").split(", ") and found["language"] == "no"
+    assert found["flags"] == [True, True, False, False] and found["none"] is None
+
+
 @pytest.mark.parametrize("length", [0, 4, 40, -1])
 def test_a_cut_tensor_file_is_refused_by_name(tmp_path, length):
     path = files.write_tensors(tmp_path / "cut.safetensors", {"a": torch.randn(30)}, {})

@@ -267,16 +267,6 @@ def test_unusable_settings_are_refused(setting):
         FinetuneConfig(**setting)
 
 
-def test_unusable_examples_are_refused(tiny_model):
-    model = tiny_model("llama")
-    with pytest.raises(UserError, match="0 test examples"):
-        evaluate(model, TWO, [])
-    with pytest.raises(UserError, match="label"):
-        evaluate(model, TWO, [Example("the movie", 2)])
-    with pytest.raises(UserError, match="tokens"):
-        evaluate(model, TWO, [Example("the movie " * 40, 1)])
-
-
 @pytest.mark.slow
 def test_real_examples_teach_the_bench_model(bench):
     model = load_model(bench / "imdb-lm")

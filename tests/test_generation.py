@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import configuration_of, make_toy_tokenizer
+from conftest import configuration_of, held_to, make_toy_tokenizer
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopPLogitsWarper
 
+import gradmm
 from gradmm import generation
 from gradmm.data import Example, content_hash, load_data, sample_examples
 from gradmm.decoding import decoder_of
@@ -51,9 +52,9 @@ def shots_of(task: Task) -> list[Example]:
 
 @pytest.mark.usefixtures("decoder")
 def test_texts_are_finished_distinct_and_balanced(tiny_model, task, kind, allowed):
-    model = tiny_model(kind)
+    model = held_to(tiny_model(kind), allowed)
     for shots in ((), shots_of(task)):
-        texts = generate_texts(model, task, 5, 0, SAMPLING, shots, allowed)
+        texts = generate_texts(model, task, 5, 0, SAMPLING, shots)
         assert [example.label for example in texts] == [label for label in range(len(task.labels)) for _ in range(5)]
         assert len({content_hash(example.text) for example in [*texts, *shots]}) == len(texts) + len(shots)
         for example in texts:
@@ -64,19 +65,18 @@ def test_texts_are_finished_distinct_and_balanced(tiny_model, task, kind, allowe
 @pytest.mark.usefixtures("decoder")
 @pytest.mark.slow
 def test_neighbours_do_not_change_a_text(tiny_model, task, allowed):
-    model = tiny_model()
+    model = held_to(tiny_model(), allowed)
     for shots in ((), shots_of(task)):
-        whole = generate_texts(model, task, 6, 1, SAMPLING, shots, allowed)
-        assert whole == generate_texts(model, task, 6, 1, SAMPLING, shots, allowed)
-        assert whole == generate_texts(model, task, 6, 1, replace(SAMPLING, batch_size=2), shots, allowed)
-        fewer = generate_texts(model, task, 3, 1, SAMPLING, shots, allowed)
+        whole = generate_texts(model, task, 6, 1, SAMPLING, shots)
+        assert whole == generate_texts(model, task, 6, 1, SAMPLING, shots)
+        assert whole == generate_texts(model, task, 6, 1, replace(SAMPLING, batch_size=2), shots)
+        fewer = generate_texts(model, task, 3, 1, SAMPLING, shots)
         assert fewer[:3] == whole[:3]
-        assert whole != generate_texts(model, task, 6, 2, SAMPLING, shots, allowed)
+        assert whole != generate_texts(model, task, 6, 2, SAMPLING, shots)
 
 
-def writer_of(model, task, sampling, allowed=None) -> Writer:
-    vocabulary = model.vocabulary if allowed is None else model.vocabulary.only(allowed)
-    return Writer(model, tokenize_task(task, model.tokenizer), sampling, vocabulary)
+def writer_of(model, task, sampling) -> Writer:
+    return Writer(model, tokenize_task(task, model.tokenizer), sampling, model.vocabulary)
 
 
 def logits_at(model, prompt, step) -> torch.Tensor:
@@ -184,11 +184,11 @@ def test_cached_steps_equal_whole_passes(tiny_model, kind):
 
 
 def test_equal_prompts_are_read_once_and_no_pass_reads_a_text_that_has_ended(tiny_model, allowed, monkeypatch):
-    model, sizes, read = tiny_model(), [], Model.read
+    model, sizes, read = held_to(tiny_model(), allowed), [], Model.read
     monkeypatch.setattr(
         Model, "read", lambda self, ids, *some: sizes.append(tuple(ids.shape)) or read(self, ids, *some)
     )
-    writer = writer_of(model, TWO, SAMPLING, allowed)
+    writer = writer_of(model, TWO, SAMPLING)
     uniform = torch.rand(12, 16, generator=torch.Generator().manual_seed(0))
     written = (writer.rows([(0, 5, 7)] * 12, uniform, room(uniform)) >= 0).sum(1)
     passes = written.clamp_max(15)  # a text's last token is read: what follows tells whether its sentence ended there
@@ -198,7 +198,7 @@ def test_equal_prompts_are_read_once_and_no_pass_reads_a_text_that_has_ended(tin
 
 @pytest.mark.usefixtures("decoder")
 def test_masked_tokens_are_not_written(tiny_model, allowed):
-    for example in generate_texts(tiny_model(), TWO, 4, 0, SAMPLING, allowed=allowed):
+    for example in generate_texts(held_to(tiny_model(), allowed), TWO, 4, 0, SAMPLING):
         assert set(example.text.replace(".", " ").split()) <= {word.removeprefix("Ġ") for word in INSIDE}
 
 
@@ -217,12 +217,12 @@ def test_shots_are_real_examples_of_the_class_behind_the_prompt(tiny_model, monk
 
 @pytest.mark.parametrize("bad", ["cat cat cat.", ", the cat sat.", "The movie was bad. It was.", "the <|im_end|> cat."])
 def test_texts_that_cannot_be_read_are_written_anew(tiny_model, allowed, monkeypatch, bad):
-    model, cut = tiny_model(), generation.cut_to_sentence
-    wanted = generate_texts(model, TWO, 20, 0, SAMPLING, allowed=allowed)
+    model, cut = held_to(tiny_model(), allowed), generation.cut_to_sentence
+    wanted = generate_texts(model, TWO, 20, 0, SAMPLING)
     monkeypatch.setattr(
         generation, "cut_to_sentence", lambda text, complete: bad if len(text) % 2 else cut(text, complete)
     )
-    found = generate_texts(model, TWO, 5, 0, SAMPLING, allowed=allowed)
+    found = generate_texts(model, TWO, 5, 0, SAMPLING)
     assert len(found) == 10 and (bad, 0) not in [(example.text, example.label) for example in found]
     assert {example.text for example in found if example.label == 0} < {
         example.text for example in wanted if example.label == 0
@@ -232,16 +232,16 @@ def test_texts_that_cannot_be_read_are_written_anew(tiny_model, allowed, monkeyp
 def test_no_class_is_written_without_a_prompt_of_its_own_in_silence(tiny_model, allowed):
     for prompts in ((), ("a", "A "), ("the cat", "the cat")):
         with pytest.warns(UserWarning, match="same generation prompt for the labels 'negative', 'positive'"):
-            generate_texts(tiny_model(), replace(TWO, generation_prompts=prompts), 1, 0, SAMPLING, allowed=allowed)
+            generate_texts(held_to(tiny_model(), allowed), replace(TWO, generation_prompts=prompts), 1, 0, SAMPLING)
 
 
 def test_a_chat_writes_behind_the_templates_markup(tiny_model, allowed, monkeypatch):
-    model, asked = tiny_model(), prompts_read(monkeypatch)
+    model, asked = held_to(tiny_model(), allowed), prompts_read(monkeypatch)
     model.tokenizer.chat_template = (
         "{% for m in messages %}<|endoftext|>{{ m.role }} {{ m.content }}{% endfor %}<|endoftext|>"
     )
     for shots in ((), shots_of(TWO)):
-        generate_texts(model, replace(TWO, prompt_style="chat"), 2, 0, SAMPLING, shots, allowed)
+        generate_texts(model, replace(TWO, prompt_style="chat"), 2, 0, SAMPLING, shots)
         turns = {model.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in asked}
         assert all(
             turn.startswith("<|endoftext|>user ") and turn.endswith(".<|endoftext|>") and turn.count("<|end") == 2
@@ -284,15 +284,59 @@ def test_a_mark_with_a_line_break_ends_a_text_and_its_sentence(tiny_lm, monkeypa
     assert int(only.left[full]) == -1
 
 
-def test_a_prompt_with_a_token_that_has_no_row_is_refused():
+def without_row() -> Model:
+    """A model whose tokenizer has one token more than it has rows."""
     tokenizer = make_toy_tokenizer()
     rows = len(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     config = configuration_of("llama", tied=False)
     config.vocab_size = rows
-    model = wrap_model(AutoModelForCausalLM.from_config(config), tokenizer, "small")
-    with pytest.raises(UserError, match=r"of label 'negative' holds \['<image>'\], which the model has no row for"):
-        generate_texts(model, replace(TWO, generation_prompts=("a <image>", "the")), 1, 0)
+    return wrap_model(AutoModelForCausalLM.from_config(config), tokenizer, "small")
+
+
+def without_ends(model) -> Model:
+    model.tokenizer.bos_token = model.tokenizer.eos_token = None
+    return model
+
+
+def only_full_stop(model) -> Model:
+    return held_to(model, torch.arange(97) == model.tokenizer.convert_tokens_to_ids("."))
+
+
+UNUSABLE = {  # of a model: another one, the first prompt, what is said
+    "empty": (without_ends, "", "no tokens and the tokenizer no begin-of-text token: give a prompt"),
+    "no row": (
+        lambda model: without_row(), "a <image>",
+        r"of label 'negative' holds \['<image>'\], which the model has no row for: resize",
+    ),
+    "long": (
+        lambda model: model, 63 * " red" + ":",
+        r"a prompt of 64 .* exceed the context of 64|prompt of \d+ tokens, .* reads 64",
+    ),
+    "no beginning": (only_full_stop, "bad .", "no token of tiny-llama may begin a text behind .* of label 'negative'"),
+}  # fmt: skip
+
+
+def synthesized(model, task, space, **settings):
+    target = gradmm.release(model, task, SHOTS[:6], space=space, progress=False)
+    config = gradmm.SynthesisConfig(n_synthetic=2, top_k=1, outer_steps=1, inner_steps=1, **settings)
+    return gradmm.synthesize(model, task, target, config, progress=False)
+
+
+WRITERS = {
+    "generate": lambda model, task: generate_texts(model, task, 1, 0, SAMPLING),
+    "prompted": lambda model, task: prompted_texts(model, tokenize_task(task, model.tokenizer), 1),
+    "release": lambda model, task: synthesized(model, task, "body"),
+    "admm": lambda model, task: synthesized(model, task, "head", search="admm", ranking="text", init="normal"),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_prompt_that_no_text_can_be_written_behind_is_refused_in_a_sentence(tiny_model, case, write):
+    change, prompt, said = UNUSABLE[case]
+    with pytest.raises(UserError, match=said):
+        WRITERS[write](change(tiny_model()), replace(TWO, generation_prompts=(prompt, "the")))
 
 
 @pytest.mark.parametrize("most", [1, 7, 64, 256])
@@ -322,7 +366,7 @@ def test_what_a_prompt_begins_is_the_beginning_of_the_text(tiny_model, monkeypat
 )
 def test_texts_begin_with_their_prompts_opening_and_go_on_with_a_word(tiny_model, kind, allowed, prompts):
     task = replace(TWO, generation_prompts=prompts)
-    for example in generate_texts(tiny_model(kind), task, 3, 0, SAMPLING, allowed=allowed):
+    for example in generate_texts(held_to(tiny_model(kind), allowed), task, 3, 0, SAMPLING):
         opening = task.openings[example.label].strip()
         rest = example.text.removeprefix(opening)
         assert example.text.startswith(opening) and (rest[0] == " " or not opening)
@@ -352,7 +396,7 @@ def test_a_sentence_goes_on_where_what_follows_is_no_new_word(tiny_model, allowe
 def test_markup_in_a_prompt_is_warned_of(tiny_model, allowed, markup):
     task = replace(TWO, generation_prompts=(f"{markup} the movie:", "a:"))
     with pytest.warns(UserWarning, match=r"label 'negative' of task 'two' holds '<\|(endoftext|unknown)\|>'"):
-        generate_texts(tiny_model(), task, 1, 0, SAMPLING, allowed=allowed)
+        generate_texts(held_to(tiny_model(), allowed), task, 1, 0, SAMPLING)
 
 
 @pytest.mark.usefixtures("decoder")
@@ -377,10 +421,10 @@ def test_unusable_settings_are_refused(setting):
 
 def test_unusable_requests_are_refused(tiny_model):
     model = tiny_model()
-    none = torch.zeros(97, dtype=torch.bool)
+    endless = torch.arange(97) != model.tokenizer.convert_tokens_to_ids(".")
     for options, match in (
         ({"shots": SHOTS[:3]}, "0 of the 3 shots"),
-        ({"allowed": none}, "ends a sentence"),
+        ({"model": held_to(model, endless)}, "ends a sentence"),
         ({"sampling": Sampling(max_tokens=64)}, "context"),
         ({"n_per_class": 0}, "n_per_class"),
         ({"sampling": Sampling(max_tokens=8, min_tokens=2, top_p=1e-6, rounds=2)}, "of 3 texts"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import ORACLE_KINDS
 
 from gradmm.errors import UserError
 from gradmm.experiments import reference
@@ -69,6 +70,7 @@ def draw_factors(source, *shape, sizes=(7, 4), bias=False):
     return Factors(*(torch.randn(*shape, size, generator=source, dtype=torch.float64) for size in sizes), bias)
 
 
+@pytest.mark.parametrize("kind", ORACLE_KINDS)
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
 @pytest.mark.parametrize("count", [1, 2, 10])
 def test_value_and_input_gradient_equal_the_reference(tiny_model, kind, count, distance):

@@ -3,22 +3,29 @@
 import ast
 import itertools
 import json
+import math
 import subprocess
 import sys
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import executing
 import nbformat
+import numpy
 import pandas
 import papermill
 import pytest
+import torch
 from test_batch import store
 
 import gradmm
-from gradmm import files
-from gradmm.experiments import batch, demo, plots, records
+from gradmm import files, runs
+from gradmm.experiments import batch, plots, records
 from gradmm.experiments import performance as performance_room
+from gradmm.experiments.metrics import summarise_runs
 from gradmm.experiments.results import outcome
+from gradmm.experiments.seed_run import ComparisonConfig
 from gradmm.runs import NOT_FOR_RELEASE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +63,7 @@ def finetuning(results: dict, preset: dict) -> None:
     assert list(results["methods"]) == preset["methods"] and len(results["seeds"]) == preset["seeds"]
     assert all(len(method["accuracy"]["runs"]) == preset["seeds"] for method in results["methods"].values())
     assert all(0 <= method["accuracy"]["mean"] <= 1 for method in results["methods"].values())
-    assert (results["methods"]["gradmm"]["minus_gradmm"] or {"mean": 0})["mean"] == 0
+    assert results["methods"]["gradmm"]["minus_gradmm"] is None
     assert results["n_test"] == preset["max_test"] and 0 < results["calibrated"] <= 1
 
 
@@ -94,10 +101,12 @@ def ablations(results: dict, preset: dict) -> None:
     assert all(
         -1.001 <= row[name] <= 1.001 for row in results["agreement"] for name in ("per_class", "contrast", "classes")
     )
-    for name in ("choices", "choice_effects"):
-        assert {row["factor"] for row in results[name]} == set(preset["choices"])
+    assert list(results["choice_effects"]) == ["validation_accuracy", "accuracy"]
+    for rows in (results["choices"], *results["choice_effects"].values()):
+        assert {row["factor"] for row in rows} == set(preset["choices"])
     assert all("random_target" in methods for methods in results["methods"].values())
-    assert set(results["effects"]) == {"accuracy", "match_loss", "perplexity"} and len(results["stages"]) == 8
+    assert set(results["effects"]) == {"validation_accuracy", "accuracy", "match_loss", "perplexity"}
+    assert len(results["stages"]) == 8
 
 
 def theory(results: dict, preset: dict) -> None:
@@ -187,6 +196,7 @@ def results_of(folder: Path, name: str) -> tuple[dict, dict]:
 
 # What changes no result, and what only adds runs to those that a comparison's folder holds.
 NOT_OF_THE_FOLDER = {"output", "workers", "records"}
+PRIVATE = {"00-quickstart": "epsilon is not None", "04-privacy": "True"}  # where a folder holds a private release
 ADDS_RUNS = {
     name: {"seeds", "methods", "budgets", "budget_methods"}
     for name in ("03-finetuning", "05-ablations", "06-transfer", "08-paper")
@@ -260,6 +270,166 @@ def test_recorded_comparisons_answer_the_claims_by_their_intervals(tmp_path):
     assert "not shown" in shown[0].to_html()
 
 
+def run_cells(name: str, wanted: str, own: dict, until: str = "") -> tuple[dict, list]:
+    """What some cells of a notebook leave in their namespace, and what they show.
+
+    Args:
+        wanted: ids of cells, with spaces between them.
+        own: what the cells find there already; of the parameters, what is given in place of their defaults.
+        until: all code cells up to this one come first.
+    """
+    cells = {cell.id: cell for cell in nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells}
+    first = list(cells)[: list(cells).index(until) + 1] if until else []
+    shown: list = []
+    place = {"display": shown.append, "Markdown": str, "plots": plots, "pandas": pandas} | own
+    for cell in (cells[one] for one in (*first, *wanted.split()) if cells[one].cell_type == "code"):
+        exec(cell.source, place)
+        if "parameters" in cell.metadata.get("tags", []):
+            place |= own
+        place |= {"display": shown.append, "Markdown": str}
+    return place, shown
+
+
+def test_the_closed_form_is_checked_in_float32_whatever_the_model_s_type(tmp_path):
+    small = {"n_real": 4, "device": "cpu", "output": tmp_path, "dtype": "float16"}
+    own, shown = run_cells("02-synthesis", "", small, until="synthesis-08-3-2")
+    assert own["language_model"].dtype == torch.float16 and "in float32" in shown[-1]
+    assert own["closed_form"]["value_error"] < 1e-2 and own["closed_form"]["gradient_error"] < 1e-3
+
+
+def test_the_literal_method_is_timed_in_float32_whatever_the_model_s_type(tmp_path, monkeypatch):
+    small = files.read_yaml(PRESETS / "07-performance.yaml") | {"device": "cpu", "output": tmp_path}
+    small |= {"dtype": "float16", "other_dtypes": ["float16", "float32"]}
+    own, _ = run_cells("07-performance", "perf-16 perf-17 perf-17-2 perf-17-3", small, until="perf-04-2")
+    assert list(own["models"]) == ["float16", "float32"] and own["literal"].dtype == torch.float32
+    assert float(own["versus"][0]["they differ by"]) < 0.1
+    rates = {dtype: performance_room.Rates(1e30, 1.0, {}, {}, "cpu", dtype, 1) for dtype in own["models"]}
+    monkeypatch.setattr(runs, "peak_memory", dict)  # as on Windows
+    own, shown = run_cells("07-performance", "perf-08 perf-32 perf-32-a", own | {"rates": rates})
+    least = {dtype: own["least_seconds"](dtype, bodies[0], own["job"]) for dtype, bodies in own["bodies"].items()}
+    assert 0.5 < least["float16"] / least["float32"] < 0.9  # its weights are half as long, the sums as long
+    assert "is not counted on this system; the weights take" in shown[-1]
+    assert files.write_json(tmp_path / "peak.json", own["peak"])
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_model_is_named_by_the_type_that_it_has(dtype, tmp_path, monkeypatch):
+    one = gradmm.load_model("demo", device="cpu", dtype="float32")
+    monkeypatch.setattr(gradmm, "load_model", lambda *given, **named: one)  # a machine without another type
+    given = {"dtype": dtype, "n_real": 4, "output": tmp_path}
+    own, _ = run_cells("07-performance", "", given, until="perf-02-4")
+    assert list(own["models"]) == own["dtypes"] == ["float32"]
+
+
+def test_a_character_of_several_tokens_is_shown_where_it_is_complete():
+    text = "a \u20ac, b\u00e9".encode()
+    tokens = SimpleNamespace(decode=lambda row: bytes(row).decode(errors="replace").strip())
+    one = torch.tensor([[[list(text)]]])
+    own, _ = run_cells("02-synthesis", "synthesis-17-b", {"tokens": tokens, "ids": one, "group": 0, "row": 0})
+    assert own["spell"](list(text)) == ["a", "", "", "", " \u20ac", ",", "", " b", "", "\u00e9"]
+
+
+@pytest.mark.parametrize(("worst", "said"), [(1e-13, "is exact"), (1e-7, "float32 may"), (0.1, "is not confirmed")])
+def test_the_sentence_on_the_closed_form_follows_the_figure(worst, said):
+    frame = pandas.DataFrame({"f, relative error": [worst, 0.0]})
+    _, shown = run_cells("01-theory", "theory-06-a", {"frame": frame})
+    assert [words in shown[0] for words in (said, "exact")] == [True, said == "is exact"]
+
+
+class View:
+    """A comparison in which every difference is for certain."""
+
+    methods = {name: {} for name in ("real", "gradmm")}
+
+    def difference(self, method: str, other: str) -> dict:
+        return {"mean": 0.2, "low": 0.1, "high": 0.3}
+
+    def verdict(self, method: str, other: str) -> str:
+        return f"{method} beats {other}"
+
+
+@pytest.mark.parametrize(
+    ("methods", "taught", "beaten"),
+    [
+        (["none", "real", "gradmm"], "real beats none", "gradmm beats none"),
+        (["real", "gradmm"], "leave it open", "leave it open"),
+        (["zero_shot", "gradmm", "real"], "leave it open", "gradmm beats zero_shot"),
+        (["none", "real"], "real beats none", "leave it open"),
+    ],
+)
+def test_a_transfer_says_of_any_methods_what_they_tell(methods, taught, beaten, tmp_path):
+    box = SimpleNamespace(update=lambda filled: shown.extend(filled.answers))
+    own = {"methods": methods, "views": {"a": View()}, "writer": SimpleNamespace(name="a"), "numbers": range(1)}
+    own |= {"found": SimpleNamespace(labels=[0]), "lower": {}, "asdict": asdict, "files": files, "output": tmp_path}
+    own |= {"box_of_answers": box, "in_short": plots.InShort("Does it?")}
+    cells = "transfer-09 transfer-09-a transfer-11 transfer-11-2 transfer-12 transfer-13 transfer-20"
+    own, shown = run_cells("06-transfer", cells, own)
+    run_cells("06-transfer", "in-short-answered", own)
+    assert taught in shown[0] and beaten in shown[-1] and not [text for text in shown if "gradmm ." in text]
+    written = files.read_json(tmp_path / "06-transfer.json")["methods"]["a"]
+    assert all(set(figures) == {f"minus_{methods[0]}"} for figures in written.values())
+
+
+@pytest.mark.parametrize("more", ["more_synthesis", "more_finetuning"])
+def test_further_settings_that_do_not_exist_are_refused_and_known_ones_replace(more, tmp_path):
+    with pytest.raises(gradmm.UserError, match="unknown setting 'siize': the settings are "):
+        resolved("06-transfer", tmp_path, **{more: {"siize": 3}})
+    assert resolved("06-transfer", tmp_path, more_synthesis={"rho": 3.0}, rho=2.0).rho == 3.0
+
+
+def test_the_demo_is_laid_beside_the_published_search_in_every_setting():
+    rows: list = []
+    given = batch.parameters_of(ROOT / "notebooks" / "08-paper.ipynb")
+    given |= {"gradmm": gradmm, "replace": replace, "fields": fields, "plots": SimpleNamespace(table=rows.extend)}
+    own, _ = run_cells("08-paper", "paper-07", given)
+    one, other = asdict(gradmm.PRESETS["paper"]), asdict(own["synthesis"])
+    assert {name for name in one if one[name] != other[name]} <= {row["setting"] for row in rows}
+
+
+@pytest.mark.parametrize(("runs_of", "said"), [([0.9], "one seed has no"), ([0.9, 0.1], "does not exceed two")])
+def test_one_seed_has_no_standard_error(runs_of, said):
+    own = {"name": "private", "private": {"private": runs_of, "noise only": [0.5] * len(runs_of)}, "epsilon": 1.0}
+    _, shown = run_cells("08-paper", "paper-17", own | {"summarise_runs": summarise_runs})
+    assert said in shown[0]
+
+
+@pytest.mark.parametrize(("seeds", "said"), [(1, "One seed does not say"), (2, "Two standard errors")])
+def test_a_private_gain_is_judged_by_a_spread_that_is_known(seeds, said):
+    runs = pandas.DataFrame({"mean": [0.7], "std": [0.02]}, index=[1.0])
+    own = {"controls": {name: [0.6] * seeds for name in ("noise only", "prompts only")}, "untrained": 0.5}
+    own |= {"seeds": seeds, "runs": runs, "flat": dict.fromkeys(own["controls"], runs), "numpy": numpy, "math": math}
+    _, shown = run_cells("04-privacy", "privacy-17-a", own)
+    assert said in shown[0] and (seeds == 1) == ("take more seeds" in shown[0])
+
+
+def test_of_a_record_without_trained_models_no_table_is_announced():
+    recorded = {"one": {"results": {"trained": []}}}
+    assert run_cells("04-privacy", "privacy-25-4 privacy-25-5", {"recorded": recorded})[1] == []
+
+
+def test_a_set_that_lacks_a_class_is_left_out_where_its_match_would_be_shown():
+    found = {name: {"similarity": {"0": value, "2": 0.5}} for name, value in (("gradmm", None), ("random", 0.9))}
+    own = {"methods": list(found), "found": SimpleNamespace(methods=found), "similarity_steps": [0, 2]}
+    assert run_cells("03-finetuning", "c20 c21", own)[1] == ["- random: 0.900 at step 0, 0.500 at step 2"]
+    losses = {"gradmm": [0.1, 0.2], "prompt_only": [0.3, None], "zero_shot": [0.3, 0.5]}
+    view = SimpleNamespace(of=lambda name: [{"match_loss": loss} for loss in losses[name]])
+    own = {"methods": list(losses), "views": {"a": view}}
+    _, shown = run_cells("06-transfer", "transfer-17 transfer-18 transfer-18-a", own)
+    assert "minus that of zero_shot is -0.2500" in shown[0] and "prompt_only" not in shown[0]
+
+
+def test_a_budget_is_run_once_and_only_for_what_is_shown():
+    runs: list = []
+    own = {"config": ComparisonConfig(), "synthesis": gradmm.SynthesisConfig(n_synthetic=100), "replace": replace}
+    own |= {"compare": lambda *given: runs.append(given[3:5]), "methods": ["gradmm", "real"], "budgets": [50, 5]}
+    own |= {"budget_methods": ["random", "gradmm"], "classes": 2, "found": None, "numbers": range(1)}
+    own |= dict.fromkeys(("language_model", "task", "splits")) | {"output": Path("out")}
+    run_cells("03-finetuning", "c13", own)
+    assert [(config.synthesis.n_synthetic, names) for config, names in runs] == [(10, ["gradmm"])]
+    run_cells("03-finetuning", "c13", own | {"budget_methods": ["random"]})
+    assert len(runs) == 1
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_type_of_a_model_s_weights_is_a_parameter(path):
     trees = [ast.parse(cell.source) for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -278,9 +448,9 @@ def test_a_notebook_s_folder_follows_from_all_its_parameters(path):
     known = batch.parameters_of(path)
     assert [ast.literal_eval(call.args[0]), ast.unparse(call.args[1])] == [path.stem, "output"]
     assert known["output"] is None
-    assert {word.arg: ast.unparse(word.value) for word in call.keywords} == {
-        name: name for name in set(known) - NOT_OF_THE_FOLDER - ADDS_RUNS.get(path.stem, set())
-    }
+    given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+    assert given.pop("private", None) == PRIVATE.get(path.stem)
+    assert given == {name: name for name in set(known) - NOT_OF_THE_FOLDER - ADDS_RUNS.get(path.stem, set())}
     first = "".join(map(ast.unparse, trees)).split("output_folder(")[0]
     assert not [
         work for work in ("load_data(", "load_model(", "release(", "release_once(") if work in first
@@ -334,7 +504,6 @@ def test_a_quickstart_writes_what_python_writes(tmp_path, shared_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_a_private_quickstart_shares_nothing_of_the_private_texts_and_spends_once(tmp_path, shared_folder):
     words = ("bad", "dull", "fine", "great")  # four classes
     rows = [{"text": f"zebra {n} was {word}", "label": word} for n in range(31) for word in words]
@@ -385,7 +554,6 @@ def test_a_forked_kernel_has_a_folder_and_an_end_of_its_own(tmp_path, shared_fol
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_the_stored_quickstart_runs_cell_by_cell(tmp_path):
     """As an editor runs it, by nbval, with small parameters below its own."""
     notebook = papermill.parameterize.parameterize_notebook(
@@ -404,7 +572,6 @@ def test_the_stored_quickstart_runs_cell_by_cell(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_the_same_seeds_give_the_same_numbers(tmp_path, shared_folder):
     """Byte for byte, by a forked kernel and one that starts alone; what depends on the clock stays out of this file."""
     (first,) = executing.smoke_run("03-finetuning", shared_folder).rglob("03-finetuning.json")
@@ -417,7 +584,6 @@ def test_the_same_seeds_give_the_same_numbers(tmp_path, shared_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 def test_recorded_comparisons_are_shown_as_they_stand(tmp_path, shared_folder):
     """The last section of 03-finetuning by itself, on records made from the smoke run; by default there are none."""
     folder = executing.smoke_run("03-finetuning", shared_folder)
@@ -450,7 +616,6 @@ def outputs_of(notebook) -> list:
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
-@pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_writes_its_numbers(path, shared_folder):
     preset = files.read_yaml(PRESETS / f"{path.stem}.yaml")

@@ -31,7 +31,6 @@ SUBSTITUTES = {
     "path/to/reviews": str(demo.DATA),
 }
 TWO_PROCESSES = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-pytestmark = pytest.mark.skipif(not (demo.DATA / "model").is_dir(), reason="the embedded model is not here")
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -70,6 +70,11 @@ def test_selection_tells_more_classes_apart_than_there_are_colours():
     assert len(looks) == 20
 
 
+def test_curves_tell_more_series_apart_than_there_are_colours():
+    (axes,) = plots.lines({str(n): pandas.Series([1, 2]) for n in range(20)}, "step", "norm").axes
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 20
+
+
 def test_two_dollar_signs_in_a_text_are_no_formula():
     assert "mathjax_ignore" in plots.table([{"text": "paid $45 and $20 more"}]).to_html()
     assert "mathjax_ignore" in plots.evolution({1: ["$45", " and $20"]}).html

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import ORACLE_KINDS
 
 from gradmm import decoding, models, projection
 from gradmm.errors import UserError
@@ -30,6 +31,7 @@ def every(model) -> Vocabulary:
 
 
 @pytest.mark.usefixtures("decoder")
+@pytest.mark.parametrize("kind", ORACLE_KINDS)
 @pytest.mark.parametrize("order", PROJECTIONS)
 @pytest.mark.parametrize("k", [1, 5, 97])
 def test_equals_brute_force_with_prompts_of_any_lengths_side_by_side(tiny_model, kind, order, k):

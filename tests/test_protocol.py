@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -15,13 +17,13 @@ from transformers import PreTrainedTokenizerFast
 import gradmm
 from gradmm import files
 from gradmm.config import FinetuneConfig, SynthesisConfig
-from gradmm.data import Example, Splits, content_hash, refuse_overlap
+from gradmm.data import Example, Splits, content_hash
 from gradmm.errors import UserError
 from gradmm.evaluation import perplexity
 from gradmm.experiments import metrics, protocol
 from gradmm.experiments import seed_run as trial_room
 from gradmm.experiments.baselines import METHODS, random_directions
-from gradmm.experiments.metrics import MEASURES, longest_shared_spans, similarities
+from gradmm.experiments.metrics import MEASURES, similarities
 from gradmm.experiments.protocol import compare
 from gradmm.experiments.results import Comparison
 from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun, without_gradient
@@ -29,6 +31,7 @@ from gradmm.finetuning import finetune
 from gradmm.generation import Sampling
 from gradmm.matching import Matching
 from gradmm.readability import flaw, words
+from gradmm.selection import Selector
 from gradmm.tasks import Task, tokenize_task
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("the movie was:", "a:"))
@@ -87,6 +90,7 @@ def test_every_method_has_its_budget_and_its_figures(whole):
         assert figures["calibrated"]["minus_gradmm"] == found.calibrated.methods[name]["minus_gradmm"]
         runs = [record["calibrated"]["accuracy"] for record in found.of(name)]
         assert list(figures["calibrated"]["accuracy"]["runs"]) == runs
+    assert not any(record["in_test"] for record in found.records)
     assert len(found.labels) == 8 and len(found.table()) == len(METHODS)
     json.dumps(found.methods, allow_nan=False)
     assert files.read_json(folder / "manifest.json")["status"] == "complete"
@@ -229,6 +233,61 @@ def test_a_learner_without_a_verbalizer_is_refused_before_anything_is_written(
         config = replace(CONFIG, learners=(other,))
         compare(model, TWO, splits_of(TWO), config, ("none",), (0,), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def with_other_ids(model, name: str = "other"):
+    """The same tokens by other numbers."""
+    known = json.loads(model.tokenizer.backend_tokenizer.to_str())
+    numbers, last = known["model"]["vocab"], len(known["model"]["vocab"]) - 1
+    known["model"]["vocab"] = {piece: last - number for piece, number in numbers.items()}
+    known["added_tokens"] = [one | {"id": last - one["id"]} for one in known["added_tokens"]]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(known)), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    return replace(model, name=name, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("space", ["label_rows", "body"])
+def test_a_learner_matches_as_with_a_release_of_its_own(tiny_model, model, space):
+    learner, examples = with_other_ids(tiny_model("gpt2", dtype=torch.float32)), toy(TWO, 9, 3)
+    trial = SeedRun(bench_of(model, config=replace(CONFIG, space=space)), 0)
+    own = gradmm.release(learner, TWO, trial.real, space=space)
+    matching = Matching(learner, tokenize_task(TWO, learner.tokenizer), own.targets, own.space)
+    losses = matching.of_sets([example.text for example in examples], [example.label for example in examples])
+    found = metrics.measure_on(learner, trial, examples)["match_loss"]
+    assert found == pytest.approx(sum(losses) / len(losses), abs=1e-6) and found > 1e-4
+
+
+def test_a_second_model_that_cannot_read_the_real_texts_is_refused_before_anything_runs(tiny_model, model, tmp_path):
+    second = tiny_model("gpt2", dtype=torch.float32)
+    second.lm.config.max_position_embeddings = 5
+    with pytest.raises(UserError, match=r"tiny-gpt2 reads 5 tokens, and 32 training text\(s\) have more: take another"):
+        config = replace(CONFIG, second=second)
+        compare(model, TWO, splits_of(TWO), config, ("none",), (0,), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("n_synthetic", "message"),
+    [
+        (43, "n_synthetic = 43 needs 22 real texts of each class for random, herding, but 20 of 'negative', 20 of"),
+        (1, "n_synthetic = 1, but 2 classes need at least 2"),
+    ],
+)
+def test_a_budget_that_the_real_texts_do_not_cover_is_refused_by_its_own_name(model, n_synthetic, message):
+    config = replace(CONFIG, synthesis=replace(CONFIG.synthesis, n_synthetic=n_synthetic))
+    with pytest.raises(UserError, match=message):
+        compare(model, TWO, splits_of(TWO), config, ("none", "random", "herding"), progress=False)
+
+
+def test_a_sample_to_measure_leaves_no_class_out_and_is_a_plain_draw_otherwise():
+    many = [Example(f"text {number}", int(number == 77)) for number in range(800)]
+    for seed in range(5):
+        found = metrics.subsample(many, seed, 20)
+        assert len(set(found)) == 20 and many[77] in found and found == [one for one in many if one in found]
+        same = metrics.subsample([replace(one, label=0) for one in many], seed, 20)
+        assert len(set(same) & set(found)) in (19, 20)
+    assert metrics.subsample(many, 0, 800) == metrics.subsample(many, 0, None) == many
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])
@@ -377,23 +436,25 @@ def test_shuffling_moves_labels_alone(model):
     assert sorted(e.label for e in ours) == sorted(e.label for e in dealt)
 
 
-def test_generated_texts_pass_gradmm_s_own_filter_and_repeat_no_shot(model):
-    trial = SeedRun(bench_of(model), 0)
+def test_generated_texts_pass_gradmm_s_own_filter_and_repeat_no_shot(model, monkeypatch):
+    synthesis = replace(CONFIG.synthesis, filter="calibrated_label")
+    trial, asked, keep = SeedRun(bench_of(model, config=replace(CONFIG, synthesis=synthesis)), 0), [], Selector.keep
+
+    def recorded(selector, examples):
+        asked.append((selector.filter, len(examples)))
+        return keep(selector, examples)
+
+    monkeypatch.setattr(Selector, "keep", recorded)
     for name in ("zero_shot", "few_shot"):
         texts = METHODS[name](trial)
         assert [e.label for e in texts] == [0, 0, 1, 1]
+    assert asked == [("calibrated_label", 6)] * 2  # oversample of the 4 that are kept
     assert not {content_hash(e.text) for e in texts} & {content_hash(e.text) for e in trial.real}
 
 
 def test_shots_that_do_not_fit_the_context_become_fewer(model):
     config = replace(CONFIG, sampling=replace(CONFIG.sampling, shots=40))
     assert len(METHODS["few_shot"](SeedRun(bench_of(model, config=config), 0))) == 4
-
-
-def test_no_method_sees_the_test_set(model):
-    trial = SeedRun(replace(bench_of(model), coresets={"herding": toy(TWO, 0, 2), "k_center": toy(TWO, 0, 2)}), 0)
-    for method in METHODS.values():
-        refuse_overlap(method(trial), trial.experiment.splits.test)
 
 
 def test_a_text_that_stands_in_the_test_set_by_chance_is_left_out_and_counted(model, monkeypatch):
@@ -406,8 +467,7 @@ def test_a_text_that_stands_in_the_test_set_by_chance_is_left_out_and_counted(mo
 
 def test_the_longest_shared_span_of_real_examples_is_their_longest(whole, model):
     real = SeedRun(bench_of(model), 0).real
-    spans = longest_shared_spans([words(e.text) for e in real], [words(e.text) for e in real])
-    assert whole[0].of("real")[0]["longest_shared_span"] == max(spans)
+    assert whole[0].of("real")[0]["longest_shared_span"] == max(len(words(example.text)) for example in real)
 
 
 def test_curves_and_verdicts(whole):
@@ -424,6 +484,8 @@ def test_curves_and_verdicts(whole):
         "similarity": {},
         "predictions": p, "curve": [], **dict.fromkeys(MEASURES)} for m, a,
             p in (("a", 1, [0, 1] * 50), ("b", 0, [1, 0] * 50))])  # fmt: skip
+    later = Comparison(TWO, known.labels, [*known.records, known.records[0] | {"seed": 1, "similarity": {"0": 0.5}}])
+    assert later.methods["a"]["similarity"] == {"0": None}  # one seed had no examples
     assert known.verdict("a", "b") == "a (1.000) beats b (0.000): difference +1.000, 95% interval +1.000 to +1.000"
     assert "is beaten by" in known.verdict("b", "a")
     assert known.calibrated is None and "calibrated" not in known.methods["a"]  # as older records are
@@ -462,6 +524,21 @@ def test_a_worker_ends_when_its_parent_is_gone(model, monkeypatch):
     with pytest.raises(Begun):
         compare(model, TWO, splits_of(TWO), replace(CONFIG, workers=2), ("none",), progress=False)
     assert seen == ["gone", 1]
+
+
+def test_after_an_error_no_other_piece_is_begun(model, monkeypatch):
+    begun = []
+
+    def fails_first(trial):
+        begun.append(trial.seed)
+        time.sleep(len(begun) - 1)  # a piece that has begun goes on
+        raise UserError(f"seed {trial.seed}")
+
+    monkeypatch.setitem(METHODS, "none", fails_first)
+    monkeypatch.setattr(protocol, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(1))
+    with pytest.raises(UserError, match="seed 0"):
+        compare(model, TWO, splits_of(TWO), replace(CONFIG, workers=2), ("none",), range(4), progress=False)
+    assert len(begun) <= 2
 
 
 def test_without_steps_nothing_is_trained_to_compare_gradients(model, monkeypatch):

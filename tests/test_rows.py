@@ -391,8 +391,20 @@ BROKEN_CSV = {
     "after a line break": ('text,label\n"one\ntwo",1\nfine\n', "line 4 has 1 cells"),
     "a quote within": ('text,label\n"a "good" one",1\n', "line 2 is no row of a CSV file"),
     "an empty text": ('text,label\n" ",1\n', "line 2 has an empty text"),
-    "no header": ("a good one,1\nfine,0\n", "has no column 'text': its first line, of 2 cells, is no header"),
-    "other names": ("review,stars given\na good one,1\n", "no column 'label': it has 'review', 'stars given'"),
+    "no header": (
+        "My secret is out,1\nfine,0\n",
+        "no column 'label': if its first line, of 2 cells, is no header (text in",
+    ),
+    "no header, of words": ("Great secret,positive\nfine,bad\n", "is no header (text in it isn't shown), write one"),
+    "no header, without spaces": ("秘密secret,1\nfine,0\n", "is no header (text in it isn't shown), write one above"),
+    "other names": ("review,stars given\na good one,1\n", "write one above it, such as text,label; if it is one, say"),
+    "pandas' index": (
+        ",sentence,mood\n0,a good one,1\n",
+        "no column 'label': it has '', 'sentence', 'mood'; say which",
+    ),
+    "an index with a name": ("Unnamed: 0,review,stars\n0,fine,1\n", "'label': it has 'Unnamed: 0', 'review', 'stars'"),
+    "spaces in the header": ("sentence, mood\nfine, 1\n", "it has 'sentence', 'mood'; say which"),
+    "one word a cell": ("fine,good\ndull,bad\n", "or, if that is no header, write one above it, such as text,label"),
     "one column": ("text\na good one\n", "has no column 'label': it has 'text'"),
     "nothing": ("", "is empty"),
     "a header alone": ("text,label\n", "is empty"),
@@ -404,7 +416,8 @@ def test_a_broken_csv_file_is_named_by_its_line(tmp_path, kind):
     content, words = BROKEN_CSV[kind]
     (tmp_path / "mine.csv").write_text(content)
     for task in (None, TWO):
-        assert words in refused(lambda task=task: load_data(tmp_path / "mine.csv", task))
+        said = refused(lambda task=task: load_data(tmp_path / "mine.csv", task))
+        assert words in said and "secret" not in said
 
 
 def test_other_files_are_refused(tmp_path):
@@ -435,7 +448,8 @@ def test_a_dataset_or_its_splits_are_data():
     assert [e.text for e in load_data(parts)[1].validation] == ["a last one"]
     parts["test"] = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [-1, -1]})
     with pytest.warns(DataWarning, match="the split 'test' has no labels and is left out"):
-        assert load_data(parts)[1].test
+        splits = load_data(parts)[1]
+    assert splits.test and splits.notes == ("the split 'test' has no labels and is left out",)
     with pytest.raises(UserError, match="has no split that is called train: it has 'a'"):
         load_data(datasets.DatasetDict(a=as_dataset()))
     with pytest.raises(UserError, match="isn't streamed"):
@@ -454,11 +468,15 @@ def test_a_dataset_whose_names_are_not_the_task_s_has_its_numbers():
         load_data(as_dataset(["a", "b", "c"], rows), TWO)
 
 
-def test_a_first_line_that_is_no_header_is_not_shown(tmp_path):
-    (tmp_path / "a.csv").write_text("My secret is out,1\nfine,0\n", encoding="utf-8")
-    with pytest.raises(UserError, match="is no header .text in it isn't shown., so write one above it") as caught:
-        load_data(tmp_path / "a.csv")
-    assert "secret" not in str(caught.value)
+@pytest.mark.parametrize(
+    "heading",
+    ["text, label", "text ,label", ",text,label", "Unnamed: 0,text,label", "a (b)?,label,text", "text; label"],
+)
+def test_a_header_may_have_spaces_empty_names_and_marks(tmp_path, heading):
+    row = heading.replace(" ,", ",").replace("text", '"a fine, ""quiet"" room {0}"').replace("label", "{1}")
+    rows = [row.format(number, number % 2) for number in range(40)]
+    (tmp_path / "mine.csv").write_text("\n".join([heading, *rows]), encoding="utf-8")
+    assert texts_of(load_data(tmp_path / "mine.csv")[1]) == {(f'a fine, "quiet" room {n}', n % 2) for n in range(40)}
 
 
 def test_what_a_synthesis_did_not_keep_is_no_row(tmp_path):
@@ -466,8 +484,11 @@ def test_what_a_synthesis_did_not_keep_is_no_row(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     table = datasets.Dataset.from_list(rows)
     table.to_parquet(str(tmp_path / "b.parquet"))
+    (tmp_path / "c.csv").write_text(csv_text(rows, columns=("text", "label", "kept")))
+    words = table.map(lambda row: {"kept": str(row["kept"]).lower()}, remove_columns="kept")
     task = Task("t", ("bad", "good"), (" bad", " great"))
-    for data in (tmp_path / "a.jsonl", tmp_path / "b.parquet", table, table.with_format("numpy")):
+    paths = (tmp_path / name for name in ("a.jsonl", "b.parquet", "c.csv"))
+    for data in (*paths, table, table.with_format("numpy"), words):
         found = read_examples(data, task)
         assert len(found) == 40 and all(int(one.text.split()[1]) % 2 == 0 for one in found)
     assert len(check_examples(table.with_format("numpy"), task)) == 40

@@ -108,7 +108,7 @@ def test_a_run_that_was_finished_without_a_file_of_kept_texts_is_read_back(tmp_p
 # ---------------------------------------------------------------- a notebook's folder
 
 GIVEN = {"model": "demo", "data": "demo", "seed": 0, "rho": None}
-PRIVATE = {**GIVEN, "epsilon": 1.0}
+PRIVATE = {**GIVEN, "epsilon": 1.0, "private": True}
 
 
 @pytest.fixture
@@ -142,16 +142,29 @@ def test_a_default_folder_has_a_readable_name_whatever_the_parameters_are_called
 
 
 def test_a_default_folder_follows_local_files_and_versions_but_a_private_one_neither(here, monkeypatch):
-    given = [GIVEN | {"data": "my reviews"}, PRIVATE | {"data": "my reviews"}]
+    given = [one | {"data": "my reviews"} for one in (GIVEN, PRIVATE, PRIVATE | {"private": False})]
     before = [runs.output_folder("a", None, **values) for values in given]
     (here / "my reviews" / "train.jsonl").write_text('{"text": "dull", "label": 0}\n')
     changed = [runs.output_folder("a", None, **values) for values in given]
     monkeypatch.setattr(runs, "versions", lambda: {"torch": "0"})
-    assert before[0] != changed[0] != runs.output_folder("a", None, **given[0])
+    for place in (0, 2):  # an epsilon alone makes no folder private
+        assert before[place] != changed[place] != runs.output_folder("a", None, **given[place])
     assert before[1] == changed[1] == runs.output_folder("a", None, **given[1])
+    (here / "my reviews" / "task.yaml").write_text("labels: [low, high]\n")
+    assert before[1] != runs.output_folder("a", None, **given[1])  # public, and decides what is written
+    (here / "my reviews" / "task.yaml").unlink()
     own = runs.output_folder("a", "mine", **PRIVATE | {"data": "my reviews"})
     assert set(json.loads((own / "parameters.json").read_text())) == {"notebook", "parameters"}
     assert before[1] == runs.output_folder("a", None, **given[1] | {"epsilon": 1})
+
+
+@pytest.mark.parametrize("name", runs.TASK_FILES)
+@pytest.mark.parametrize("private", [False, True])
+def test_a_default_folder_follows_what_decides_the_task_of_a_single_file(here, name, private):
+    given = GIVEN | {"data": "my reviews/train.jsonl", "private": private}
+    before = runs.output_folder("a", None, **given)
+    (here / "my reviews" / name).write_text("a")
+    assert (before == runs.output_folder("a", None, **given)) == (private and name == "README.md")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The searches: each by its name, and by two processes as by one."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,9 @@ from test_sharding import together
 from test_synthesis import REAL, SMALL, TASK
 
 import gradmm
+from gradmm.matching import Matching
 from gradmm.plan import Plan
-from gradmm.runs import RunFolder
+from gradmm.runs import FITTED, RunFolder
 from gradmm.searches import search
 from gradmm.sharding import ProcessGroup
 from gradmm.synthesis import synthesize
@@ -39,6 +41,29 @@ def test_two_processes_write_what_one_writes(tiny_model, tmp_path):
             found.texts, found.classes, found.groups, found.ended,
         ) == (alone.texts, alone.classes, alone.groups, alone.ended)  # fmt: skip
         assert found.history.drop(columns="seconds").equals(alone.history.drop(columns="seconds"))
+
+
+def test_the_groups_that_the_memory_held_at_once_are_recorded(setting, tmp_path, monkeypatch):
+    model, task, release = setting
+    plan, sound = Plan.of(model, task, release, SMALL), Matching.of_vectors
+    plan = replace(plan, solver=replace(plan.solver, groups_per_pass=None))
+
+    def short(self, x, ids, classes):
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sound(self, x, ids, classes)
+
+    monkeypatch.setattr(Matching, "of_vectors", short)
+    folder = RunFolder.open(tmp_path, plan.identity())
+    seen = []
+    search(plan, folder, ProcessGroup(), False, lambda number, result: seen.append(held(tmp_path)))
+    assert seen == [{"cpu": 2}] * 2 and folder.manifest["groups_at_once"] == {"cpu": 2}
+    again = RunFolder.open(tmp_path, plan.identity())
+    assert again.fitted(model.device, lambda: pytest.fail("it is known")) == 2
+
+
+def held(folder):
+    return json.loads((folder / FITTED).read_text())
 
 
 def test_a_batch_that_has_ended_holds_no_vectors(setting, monkeypatch):

@@ -18,7 +18,7 @@ TASK = Task("toy", ("bad", "good"), (" bad", " great"), "a {text} it was", ("the
 REAL = (["a dull plot", "the actors sat all time"], ["a fine film", "we like the music", "red and blue"])
 
 
-@pytest.mark.parametrize("kind", LONG_KINDS)
+@pytest.mark.parametrize("kind", [*LONG_KINDS, "gemma"])
 @pytest.mark.parametrize("order", ["lm_then_nearest", "nearest_then_lm"])
 def test_the_fast_method_takes_the_same_steps_as_the_literal_one(tiny_model, kind, order):
     model = tiny_model(kind)

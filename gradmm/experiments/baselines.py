@@ -4,6 +4,7 @@ Each method gives the examples that it trains on; nothing here is private. Lette
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -131,6 +132,23 @@ def select_coresets(
     return chosen
 
 
+def check_budget(task: Task, train: Sequence[Example], n_synthetic: int, methods: Sequence[str]) -> None:
+    """Check that every class has enough real texts for the methods that take as many of them as are written.
+
+    Raises:
+        UserError: one of these is among the methods, and a class has too few.
+    """
+    taking, classes = [name for name in ("random", *CORESETS) if name in methods], len(task.labels)
+    least = f"n_synthetic = {n_synthetic}, but {classes} classes need at least {classes}: raise n_synthetic"
+    require(not taking or n_synthetic >= classes, least)
+    having = Counter(example.label for example in _long_enough(train, task))
+    wanted = [n_synthetic // classes + (label < n_synthetic % classes) for label in range(classes)]
+    few = [f"{having[label]} of {task.labels[label]!r}" for label in range(classes) if having[label] < wanted[label]]
+    need = f"n_synthetic = {n_synthetic} needs {max(wanted)} real texts of each class for {', '.join(taking)}"
+    there = f"{', '.join(few)} of at least {task.min_words} word(s) exist"
+    require(not (taking and few), f"{need}, but {there}: lower n_synthetic, or leave these methods out")
+
+
 def _long_enough(examples: Sequence[Example], task: Task) -> list[Example]:
     return [example for example in examples if len(example.text.split()) >= task.min_words]
 
@@ -162,7 +180,7 @@ def real_seen(seed_run: SeedRun) -> list[Example]:
 
 
 def random_real(seed_run: SeedRun) -> list[Example]:
-    """Random real examples at the synthetic budget, drawn apart from those that gradmm saw."""
+    """Random real examples at the synthetic budget, from all training texts: also those that gradmm saw."""
     one, seed = seed_run.experiment, stream(seed_run.seed, "random coreset")
     return sample_examples(one.splits.train, seed_run.synthesis.n_synthetic, one.task, seed)
 
@@ -184,12 +202,12 @@ def matched_real(seed_run: SeedRun) -> list[Example]:
 
 
 def herding(seed_run: SeedRun) -> list[Example]:
-    """Real examples by `herding_order` at the synthetic budget."""
+    """Real examples by `herding_order` at the synthetic budget, from all training texts."""
     return seed_run.experiment.coresets["herding"]
 
 
 def k_center(seed_run: SeedRun) -> list[Example]:
-    """Real examples by `k_center_order` at the synthetic budget."""
+    """Real examples by `k_center_order` at the synthetic budget, from all training texts."""
     return seed_run.experiment.coresets["k_center"]
 
 

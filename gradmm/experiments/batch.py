@@ -115,7 +115,7 @@ def plan(
         require(there, f"{notebook} is no notebook: give the path of an .ipynb file")
         values = {} if preset is None else _preset(notebook, preset)
         if values is not None:
-            grid = _grid({**(values.pop("sweep", None) or {}), **(sweep or {})}, notebook)
+            grid = _grid([values.pop("sweep", None) or {}, sweep or {}], notebook)
             jobs += _jobs(notebook, [{**values, **(parameters or {}), **one} for one in grid], grid, folder, fresh)
     lacking = ", ".join(Path(notebook).stem for notebook in notebooks)
     mend = "write one, or name another notebook"
@@ -134,9 +134,12 @@ def _preset(notebook: Path, preset: str) -> dict[str, Any] | None:
     return files.read_parameters(path) if path.is_file() else None
 
 
-def _grid(sweep: Mapping[str, Sequence], notebook: Path) -> list[dict[str, Any]]:
-    """Every combination of the values; one empty combination without a sweep."""
-    require(isinstance(sweep, Mapping), f"the sweep of {notebook} is {sweep!r}: give each parameter a list of values")
+def _grid(sweeps: Sequence[Mapping[str, Sequence]], notebook: Path) -> list[dict[str, Any]]:
+    """Every combination of the values, the last sweep's over those before; one empty combination without a sweep."""
+    for sweep in sweeps:
+        mend = "give each parameter a list of values"
+        require(isinstance(sweep, Mapping), f"the sweep of {notebook} is {sweep!r}: {mend}")
+    sweep = {name: values for one in sweeps for name, values in one.items()}
     for name, values in sweep.items():
         listed = isinstance(values, list) and bool(values)
         require(listed, f"the sweep over {name} has the values {values!r}: give a list of at least one")
@@ -215,14 +218,19 @@ def _parts(notebook: Path, parameters: Mapping[str, Any], defaults: Mapping[str,
 
 
 def _state_of(name: str) -> list[tuple]:
-    """Path and time of change of a local file, or of each in a folder; not what it holds, which may be private."""
-    path = Path(name)
+    """Path and time of change of a local file and of what decides its task, or of each file in a folder; not what it
+    holds, which may be private.
+    """
+    path, there = Path(name), []
     # os.path answers for a text that can be no path; pathlib raises where it is too long.
-    there = [path] if os.path.isfile(name) else sorted(path.rglob("*")) if os.path.isdir(name) else []
-    return [(str(one), one.stat().st_mtime_ns) for one in there if one.is_file() and not _beside(one.relative_to(path))]
+    if os.path.isfile(name):
+        there = runs.beside(path)
+    elif os.path.isdir(name):
+        there = [one for one in sorted(path.rglob("*")) if not _apart(one.relative_to(path))]
+    return [(str(one), one.stat().st_mtime_ns) for one in there if one.is_file()]
 
 
-def _beside(path: Path) -> bool:
+def _apart(path: Path) -> bool:
     """Whether a file is no part of data or records: hidden, or results."""
     return any(part.startswith(".") or part == runs.RESULTS.name for part in path.parts)
 

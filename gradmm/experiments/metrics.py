@@ -11,17 +11,20 @@ from dataclasses import dataclass, replace
 import numpy
 import torch
 from numpy.typing import ArrayLike
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from gradmm.classification import Encoded
 from gradmm.data import Example, content_hash
 from gradmm.errors import require, require_whole
 from gradmm.evaluation import perplexity
 from gradmm.experiments.seed_run import SeedRun
-from gradmm.gradients import FactorTarget, Target
+from gradmm.gradients import FactorTarget, Space, Target
 from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.readability import ends_sentence, flaw, words
 from gradmm.seeds import generator, stream
+from gradmm.spaces import BodySketch, release_space
 from gradmm.tasks import tokenize_task
 from gradmm.training import adamw, train_at_rate, trainable_copy
 
@@ -56,14 +59,21 @@ def measure(seed_run: SeedRun, examples: Sequence[Example]) -> dict:
 
 
 def subsample(examples: Sequence[Example], seed: int, limit: int | None = METRIC_TEXTS) -> list[Example]:
-    """At most `limit` of the examples, drawn with the seed, in the order in which they stand; None takes all."""
-    order = torch.randperm(len(examples), generator=generator(seed, "measured examples"))[:limit].tolist()
-    return [examples[row] for row in sorted(order)]
+    """At most `limit` of the examples, drawn with the seed, in the order in which they stand; None takes all.
+
+    No class is left out, however rare, if `limit` allows one of each.
+    """
+    order = torch.randperm(len(examples), generator=generator(seed, "measured examples")).tolist()
+    first = {examples[row].label: row for row in reversed(order)}  # of each class the one that is drawn first
+    return [examples[row] for row in sorted(list(dict.fromkeys([*first.values(), *order]))[:limit])]
 
 
-def _matching(seed_run: SeedRun, model: Model, targets: Sequence[Target]) -> Matching:
-    """At another model than the Release's, in its space."""
-    return Matching(model, tokenize_task(seed_run.experiment.task, model.tokenizer), targets, seed_run.release.space)
+def _matching(
+    seed_run: SeedRun, model: Model, targets: Sequence[Target] = (), space: Space | BodySketch | None = None
+) -> Matching:
+    """At another model than the Release's, in the Release's space or its own."""
+    tokens = tokenize_task(seed_run.experiment.task, model.tokenizer)
+    return Matching(model, tokens, targets, seed_run.release.space if space is None else space)
 
 
 def _match(matching: Matching, examples: Sequence[Example]) -> float:
@@ -72,11 +82,16 @@ def _match(matching: Matching, examples: Sequence[Example]) -> float:
 
 
 def measure_on(learner: Model, seed_run: SeedRun, examples: Sequence[Example]) -> dict:
-    """What of MEASURES depends on the model that reads: perplexity, tokens, and `match_loss` of its own gradients."""
+    """What of MEASURES depends on the model that reads: perplexity, tokens, and `match_loss` of its own gradients.
+
+    They are taken in the learner's own space of the Release's name: with its label tokens and its own preference.
+    """
     if not examples:
         return dict.fromkeys(("perplexity", "match_loss", "tokens"))
     read = perplexity(learner, [example.text for example in examples])
-    loss = _match(_matching(seed_run, learner, _targets(seed_run, learner)), examples)
+    tokens = tokenize_task(seed_run.experiment.task, learner.tokenizer)
+    space = release_space(learner, tokens, seed_run.release.space_name)
+    loss = _match(_matching(seed_run, learner, _targets(seed_run, learner, space), space), examples)
     return {"perplexity": read.corpus, "match_loss": loss, "tokens": statistics.fmean(read.tokens)}
 
 
@@ -100,9 +115,9 @@ def similarities(seed_run: SeedRun, sets: dict[str, list[Example]]) -> dict[str,
 
 
 @torch.no_grad()
-def _targets(seed_run: SeedRun, model: Model) -> list[Target]:
+def _targets(seed_run: SeedRun, model: Model, space: Space | BodySketch | None = None) -> list[Target]:
     """The real examples' gradients at another model, class by class."""
-    matching = _matching(seed_run, model, ())
+    matching = _matching(seed_run, model, space=space)
     targets: list[Target] = []
     for label in range(len(seed_run.experiment.task.labels)):
         texts = [example.text for example in seed_run.real if example.label == label]
@@ -207,8 +222,10 @@ def paired_bootstrap(
     """The accuracy of `first` minus that of `second`, with a percentile bootstrap interval over examples and seeds.
 
     Test examples are drawn with replacement, the same for both methods and all seeds; so are seeds, in pairs: run s of
-    one method goes with run s of the other (same seed, same real examples). With few seeds the interval is somewhat
-    narrow, as the spread of S values drawn from S falls short by a factor of (S - 1) / S.
+    one method goes with run s of the other (same seed, same real examples). Means of S values drawn from S spread too
+    little, and few seeds say little of their spread: the seeds' part of each draw is stretched by sqrt(S / (S - 1)) and
+    by Student's quantile over the normal one, so that for seeds alone the interval is about Student's. One seed says
+    nothing of the spread over seeds, and its interval is that of the examples.
 
     Args:
         first, second: (S, M) whether run s is right on test example m.
@@ -225,13 +242,23 @@ def paired_bootstrap(
     require(0 < confidence < 1, f"confidence = {confidence!r}, it must be between 0 and 1: 0.95 is usual")
     gap = a - b  # (S, M)
     ends = [(1 - confidence) / 2, (1 + confidence) / 2]
-    low, high = numpy.quantile(_resampled(gap, seed, resamples) / gap.size, ends)
+    low, high = numpy.quantile(_resampled(gap, seed, resamples, _stretch(len(gap), ends[1])), ends)
     return Difference(float(gap.mean()), float(low), float(high), confidence)
 
 
-def _resampled(gap: numpy.ndarray, seed: int, resamples: int) -> numpy.ndarray:
-    """Sums of (S, M) over runs and examples drawn with replacement, the same draws for each seed: (resamples,)."""
+def _stretch(seeds: int, end: float) -> float:
+    """By how much the mean of S seeds drawn from S, at a quantile of the normal, falls short of Student's interval."""
+    return student.ppf(end, seeds - 1) / norm.ppf(end) * math.sqrt(seeds / (seeds - 1)) if seeds > 1 else 1.0
+
+
+def _resampled(gap: numpy.ndarray, seed: int, resamples: int, stretch: float) -> numpy.ndarray:
+    """Means of (S, M) over runs and examples drawn with replacement, the runs' part stretched: (resamples,)."""
     draw = numpy.random.default_rng(stream(seed, "paired bootstrap"))
-    shares = [numpy.full(size, 1 / size) for size in gap.shape]
-    drawn = (draw.multinomial(len(r), r) @ gap @ draw.multinomial(len(e), e) for r, e in [shares] * resamples)
-    return numpy.fromiter(drawn, dtype=float, count=resamples)
+    (runs, examples), further = gap.shape, (stretch - 1) * (gap.mean(1) - gap.mean())
+
+    def one() -> float:
+        rows = draw.multinomial(runs, numpy.full(runs, 1 / runs))
+        columns = draw.multinomial(examples, numpy.full(examples, 1 / examples))
+        return rows @ gap @ columns / gap.size + rows @ further / runs
+
+    return numpy.fromiter((one() for _ in range(resamples)), dtype=float, count=resamples)

@@ -75,7 +75,8 @@ def _legend(figure: Figure, panels: Sequence[Axes], **options: Any) -> None:
 
 def _look(number: int) -> dict[str, Any]:
     """The colour and marker of one of several series."""
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]  # another one when the colours begin again
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "markersize": 4}
 
 
 def _curve(axes: Axes, number: int, name: str, middle: pandas.Series, low: pandas.Series, high: pandas.Series) -> None:
@@ -125,14 +126,11 @@ def selection(dataset: datasets.Dataset) -> Figure:
     figure, (axes,) = _grid(1, 3.4)
     frame = dataset.to_pandas()
     for place, (name, rows) in enumerate(frame.groupby("label_name")):
+        look = _look(place)
         for kept, part in rows.groupby("kept"):
-            look: dict[str, Any] = {
-                "marker": MARKERS[(place + place // len(COLOURS)) % len(MARKERS)],
-                "edgecolor": COLOURS[place % len(COLOURS)],
-                "facecolor": COLOURS[place % len(COLOURS)] if kept else "none",
-            }
+            colours = {"edgecolor": look["color"], "facecolor": look["color"] if kept else "none"}
             label = f"{name}, {'kept' if kept else 'dropped'}"
-            axes.scatter(part["perplexity"], part["match_loss"], s=28, label=label, **look)
+            axes.scatter(part["perplexity"], part["match_loss"], s=28, label=label, marker=look["marker"], **colours)
     axes.set(xscale="log", xlabel="perplexity under the model", ylabel="matching loss of the text alone")
     for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
         formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
@@ -301,14 +299,13 @@ class InShort:
         return f"<div class='admonition tip'>{head}{said}<p><small>{cost}</small></p></div>"
 
 
-def evolution(texts: Mapping[object, Sequence[str]], heading: str = "step") -> Markup:
+def evolution(texts: Mapping[object, Sequence[str]]) -> Markup:
     """One text from step to step, a row a step; tokens that differ from the row above are underlined and tinted.
 
     The marks can be told from the other tokens in grey, and on light and dark pages alike. Text is shown, never obeyed.
 
     Args:
         texts: for each step its tokens, as the tokenizer spells them, from left to right.
-        heading: of the steps' column.
     """
     rows: list[str] = []
     above: Sequence[str] | None = None
@@ -320,7 +317,7 @@ def evolution(texts: Mapping[object, Sequence[str]], heading: str = "step") -> M
         narrow = f"<td style='white-space:nowrap'>{count}</td>"
         rows.append(f"<tr><td>{escape(str(step))}</td>{narrow}<td {TEXT}>{pieces}</td></tr>")
         above = tokens
-    head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in (heading, "tokens changed", "text"))
+    head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in ("step", "tokens changed", "text"))
     return Markup(f"<table {PLAIN}><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>")
 
 

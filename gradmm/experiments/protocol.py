@@ -23,19 +23,18 @@ from gradmm import files
 from gradmm.classification import Evaluation, check_fit, evaluate, evaluate_calibrated
 from gradmm.data import Example, Splits, without_overlap
 from gradmm.errors import UserError, is_whole, require, require_flag, require_type, short_repr
-from gradmm.experiments.baselines import CORESETS, METHODS, WRITING, select_coresets
+from gradmm.experiments.baselines import CORESETS, METHODS, WRITING, check_budget, select_coresets
 from gradmm.experiments.metrics import measure, measure_on, similarities, subsample
 from gradmm.experiments.records import memory_bytes
 from gradmm.experiments.results import Comparison
 from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun, candidates
 from gradmm.files import lock
 from gradmm.finetuning import finetune, looked_at
-from gradmm.models import Model, require_model
-from gradmm.plan import ModelShape
+from gradmm.models import Model, ModelShape, require_model
 from gradmm.progress import ticking
 from gradmm.rows import SPLITS
 from gradmm.runs import RunFolder, finite_row
-from gradmm.tasks import Task
+from gradmm.tasks import Task, from_start
 
 TUNING_COPIES = 6  # numbers a weight in a fine-tuning: as it came, as it is, gradient, two moments, and the best so far
 BESIDE: dict[str, Any] = {
@@ -70,8 +69,8 @@ def compare(
 
     Raises:
         UserError: an argument of another type, an unknown method, repeated seeds, learners of one name, data that does
-            not fit the task or a model (see `classification.check_fit`), or a folder with a comparison of other
-            settings or another run at work.
+            not fit the task, the budget or a model (see `classification.check_fit`), or a folder with a comparison of
+            other settings or another run at work.
     """
     begun, config = time.time(), ComparisonConfig() if config is None else config
     _check(model, splits, config, methods, seeds)
@@ -82,7 +81,10 @@ def compare(
     config = replace(config, pools={seed: candidates(rows, task) for seed, rows in config.pools.items()})
     splits = replace(splits, test=subsample(splits.test, 0, config.max_test))
     check_fit(model, task, splits, SPLITS)
+    check_budget(task, splits.train, config.synthesis.n_synthetic, methods)
     _check_learners(model, task, splits, config.learners)
+    if config.second is not None:
+        _check_second(config.second, splits.train)
     with lock(output):
         folder = RunFolder.open(output, _identity(model, task, splits, config))
         settings = hashlib.sha256(json.dumps(folder.manifest, sort_keys=True).encode()).hexdigest()
@@ -133,6 +135,15 @@ def _check_learners(model: Model, task: Task, splits: Splits, learners: Sequence
             check_fit(one, task, splits, SPLITS)  # now, not after hours of writing texts that it cannot learn from
         except UserError as error:
             raise UserError(f"{one.name} cannot learn this task: {error}") from error
+
+
+def _check_second(second: Model, examples: Sequence[Example]) -> None:
+    begun = len(from_start(second.tokenizer, [[]], least=2)[0])  # no text has more tokens than bytes behind these
+    some = [example.text for example in examples if begun + len(example.text.encode()) > second.context]
+    ids = [second.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in some]
+    long = sum(len(one) > second.context for one in from_start(second.tokenizer, ids, least=2))
+    cause = f"the second model {second.name} reads {second.context} tokens, and {long} training text(s) have more"
+    require(long == 0, f"{cause}: take another second model, or shorten them")
 
 
 def _known(model: Model) -> dict[str, str]:
@@ -189,10 +200,13 @@ def _made(experiment: Experiment, missing: dict[int, list[str]], workers: int) -
     pieces += [([name for name in names if name not in WRITING], seed) for seed, names in missing.items()]
     pieces.sort(key=lambda piece: -len(piece[0]))  # the longest first, so that no process waits long for the last one
     threads = max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (threads,)) as pool:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (threads,))
+    try:
         started = [pool.submit(_run_all, experiment, names, seed) for names, seed in pieces if names]
         for future in as_completed(started):
             yield from future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error no other piece is begun
 
 
 def _begin_worker(threads: int) -> None:

@@ -33,11 +33,11 @@ def head_gradient(lm, embeds: Tensor, labels: Tensor, create_graph: bool = False
 
 def real_gradient(lm, sequences: Sequence[Sequence[int]], labels: Sequence[int]) -> list[Tensor]:
     """The mean of the head's gradients of real prompts, one after the other."""
-    table = lm.get_input_embeddings().weight
+    layer = lm.get_input_embeddings()  # by the layer, which may scale what it looks up
     total: list[Tensor] = []
     for ids, label in zip(sequences, labels, strict=True):
-        embeds = embedding(torch.tensor([ids], device=table.device), table)
-        found = head_gradient(lm, embeds, torch.tensor([label], device=table.device))
+        embeds = layer(torch.tensor([ids], device=layer.weight.device))
+        found = head_gradient(lm, embeds, torch.tensor([label], device=layer.weight.device))
         total = [a + b for a, b in zip(total, found, strict=True)] if total else found
     return [value.detach() / len(sequences) for value in total]
 
@@ -66,7 +66,8 @@ def project(lm, v: Tensor, prompt: Sequence[int], order: str, k: int, allowed: T
 
 @torch.no_grad()
 def _project_row(lm, row: Tensor, ids: list[int], order: str, k: int, allowed: Tensor) -> Tensor:
-    table = lm.get_input_embeddings().weight
+    layer = lm.get_input_embeddings()
+    table = layer(torch.arange(len(layer.weight), device=row.device))
     chosen: list[int] = []
     for target in row:
         logits = lm(input_ids=torch.tensor([ids + chosen], device=row.device), use_cache=False).logits[0, -1]
@@ -89,7 +90,11 @@ def solve(
     x: Tensor,
     config: Config,
 ) -> tuple[Tensor, float]:
-    """ADMM on one group, as written in the paper with z first: (best ids (B, L), their f)."""
+    """ADMM on one group, as written in the paper with z first: (best ids (B, L), their f).
+
+    Args:
+        table: (V, D) embeddings as the first layer gets them.
+    """
     lam, rho = torch.zeros_like(x), config.rho
     best_ids, best = torch.empty(0), float("inf")
     for outer in range(config.outer_steps + 1):

@@ -69,11 +69,11 @@ class Comparison:
     def _summary(self, name: str) -> dict:
         records = self.of(name)
         means = {key: _mean([record[key] for record in records]) for key in ("macro_f1", "n", *MEASURES)}
-        steps = {step: _mean([record["similarity"][step] for record in records]) for step in records[0]["similarity"]}
+        steps = dict.fromkeys(step for record in records for step in record["similarity"])
         return {
             "accuracy": asdict(summarise_runs([record["accuracy"] for record in records])),
             **means,
-            "similarity": steps,
+            "similarity": {step: _mean([record["similarity"].get(step) for record in records]) for step in steps},
             "minus_gradmm": None if name == "gradmm" or not self.of("gradmm") else self.difference(name, "gradmm"),
         }
 

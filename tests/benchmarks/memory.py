@@ -4,7 +4,7 @@ Each row is a fresh process: random weights, a release of random texts, every ph
 last verdict, after a warm-up at the shape `tiny` that loads what is loaded once. On a CPU the peak is that of the
 resident set, read every few milliseconds, minus what was resident before the release; so that it is that of the program
 and not of what the C library keeps for later, glibc is told to give freed blocks back at once. On a GPU it is that of
-the allocator. Prints a table beside what `gradmm.plan` expects, and with --output writes a record.
+the allocator. Prints a table, and with --output writes a record.
 """
 
 import argparse
@@ -105,8 +105,6 @@ def measure(options: argparse.Namespace) -> dict:
         "weights": weights,
         "peak_over_weights": over,
         "share_of_weights": over / weights,
-        "expected_over_weights": result.manifest["expected_bytes"]["peak"] - weights,
-        "expected": result.manifest["expected_bytes"],
         "seconds": time.perf_counter() - begun,
         "texts": len(result.candidates),
     }
@@ -143,10 +141,10 @@ def main(arguments: list[str] | None = None) -> dict:
         command = [sys.executable, __file__, *given, "--here", "--dtype", dtype]
         printed = subprocess.check_output(command, text=True, stdin=subprocess.DEVNULL, env=os.environ | GIVE_BACK)
         rows.append(json.loads(printed.splitlines()[-1]))
-    print(f"{'type':10} {'weights':>10} {'peak over':>10} {'share':>7} {'expected':>10}   ({options.shape}, MB)")
+    print(f"{'type':10} {'weights':>10} {'peak over':>10} {'share':>7}   ({options.shape}, MB)")
     for row in rows:
-        sizes = [row[name] / 1e6 for name in ("weights", "peak_over_weights", "expected_over_weights")]
-        print(f"{row['dtype']:10} {sizes[0]:10.1f} {sizes[1]:10.1f} {row['share_of_weights']:6.2f}x {sizes[2]:10.1f}")
+        sizes = [row[name] / 1e6 for name in ("weights", "peak_over_weights")]
+        print(f"{row['dtype']:10} {sizes[0]:10.1f} {sizes[1]:10.1f} {row['share_of_weights']:6.2f}x")
     save({"rows": rows}, options)
     return {"rows": rows}
 

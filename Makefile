@@ -95,7 +95,7 @@ coverage: $(VENV)/.installed-checks
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
-# Which changes of the solver, the gradients, the privacy and the projection no test would notice; a quarter of an hour.
+# Which changes of the solver, the gradients, the mechanism, the privacy and the projection no test would notice; a quarter of an hour.
 mutants: $(VENV)/.installed-checks
 	$(BIN)/python -P -m mutmut run
 	$(BIN)/python tests/mutants.py
@@ -133,6 +133,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	-$(BIN)/python -m pip install -qq --upgrade pip
 
+# All but private releases and their ledgers: what they cost is spent.
 clean:
-	rm -rf $(VENV) $(VENV)-oldest mutants .coverage .coverage.* results runs .real build dist book/_build book/executed *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find results -mindepth 1 -maxdepth 1 ! -name releases -exec rm -rf {} + 2>/dev/null || true
+	rm -rf $(VENV) $(VENV)-oldest mutants .coverage .coverage.* runs .real build dist book/_build book/executed *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find gradmm tests notebooks -name __pycache__ -prune -exec rm -rf {} +

@@ -209,8 +209,8 @@ def _loaded(
     release = load_release(str(given.release))
     require(inputs.task is not None, "--release says nothing of the prompts: add --task with the release's own task")
     task = load_task(str(inputs.task))
-    named = replace(inputs, data=Path(str(given.release)).stem), replace(given, release=release.fingerprint)
-    folder = _folder(*named, private, config)
+    named = replace(inputs, data=Path(str(given.release)).name), replace(given, release=release.fingerprint)
+    folder = _folder(*named, private, config, bool(release.ledger))
     return release, inputs.load_model(), task, folder
 
 
@@ -223,13 +223,15 @@ def _released(
     real = splits.train
     if given.n_real is not None:
         real, source = sample_examples(real, given.n_real, task, seed), {**source, "seed": seed}
-    folder = _folder(inputs, given, private, config)
+    folder = _folder(inputs, given, private, config, private.epsilon is not None)
     space = private.space or (config.space if private.epsilon is None else None)
-    target = release_once(None, model, task, real, private, source=source, space=space, progress=not inputs.quiet)
+    target = release_once(
+        None, model, task, real, private, source=source, output=folder, space=space, progress=not inputs.quiet
+    )
     return target, model, task, folder
 
 
-def _folder(inputs: Inputs, given: Synthesis, private: ReleaseConfig, config: SynthesisConfig) -> Path:
+def _folder(inputs: Inputs, given: Synthesis, asked: ReleaseConfig, config: SynthesisConfig, private: bool) -> Path:
     """The folder of the results; one of the user's own is claimed before a private release is paid for.
 
     Raises:
@@ -237,15 +239,15 @@ def _folder(inputs: Inputs, given: Synthesis, private: ReleaseConfig, config: Sy
     """
     every = {
         item.name: getattr(one, item.name)
-        for one in (inputs, given, config, private)
+        for one in (inputs, given, config, asked)
         for item in fields(one)
         if item.name not in ("output", "quiet")
     }
     if given.output:
         refuse_foreign(Path(given.output))
-        if private.epsilon is None:  # the synthesis itself says what differs there
+        if asked.epsilon is None:  # the synthesis itself says what differs there
             return Path(given.output)
-    return output_folder("synthesize", given.output, private=private.epsilon is not None, **every)
+    return output_folder("synthesize", given.output, private=private, **every)
 
 
 def finetune(arguments: Sequence[str]) -> None:
@@ -258,7 +260,7 @@ def finetune(arguments: Sequence[str]) -> None:
     inputs, given = Inputs(**first), Training(**own)
     config = FinetuneConfig(**settings)
     model, task, splits = inputs.load()
-    train = splits.train if given.train is None else _unseen(read_examples(given.train, task), splits.test)
+    train = splits.train if given.train is None else _unseen(read_examples(given.train, task), splits)
     found = finetuning.finetune(
         model, task, train, splits.validation, splits.test, config, given.output, progress=not inputs.quiet
     )
@@ -268,12 +270,12 @@ def finetune(arguments: Sequence[str]) -> None:
     )
 
 
-def _unseen(written: list[Example], test: list[Example]) -> list[Example]:
-    """The examples that are not in the test set, and a note on the others."""
-    kept = without_overlap(written, test)
+def _unseen(written: list[Example], splits: Splits) -> list[Example]:
+    """The examples that are not in the validation or test set, and a note on the others."""
+    kept = without_overlap(written, [*splits.validation, *splits.test])
     if len(kept) < len(written):
-        count = len(written) - len(kept)
-        warnings.warn(f"{count} row(s) to learn from are left out, since their texts are in test too", DataWarning, 2)
+        count = f"{len(written) - len(kept)} row(s) to learn from"
+        warnings.warn(f"{count} are left out, since their texts are in validation or test too", DataWarning, 2)
     return kept
 
 

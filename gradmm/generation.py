@@ -332,15 +332,14 @@ def continue_prompts(
         classes: N class numbers.
         uniform: (N, L) numbers in [0, 1), one for each token.
         sampling: temperature, top_p, min_tokens and batch_size are used.
-        vocabulary: which tokens a text may hold where.
+        vocabulary: which tokens a text may hold where; `check_prompts` has let them pass.
 
     Returns:
         (N, L) tokens, the prompts' openings first; -1 after a text's end.
 
     Raises:
-        UserError: as `check_prompts`, or none of the tokens ends a sentence.
+        UserError: none of the tokens ends a sentence.
     """
-    check_prompts(model, tokens, vocabulary, [uniform.shape[1] - len(opening) for opening in tokens.openings])
     writer = Writer(model, tokens, sampling, _ending(vocabulary))
     openings = [tokens.openings[label] for label in classes]
     room = torch.tensor([uniform.shape[1] - len(opening) for opening in openings])
@@ -355,12 +354,16 @@ def prompted_texts(model: Model, tokens: TaskTokens, per_class: int, length: int
     Args:
         per_class: texts of each class.
         length: tokens of a text at most; fewer where the context is shorter.
+
+    Raises:
+        UserError: as `check_prompts`, or no token ends a sentence.
     """
     around, opened = (
         max(map(len, (tokens.start + tokens.prefix + tokens.suffix, *tokens.prompts))),
         max(map(len, tokens.openings)),
     )
     length = max(1 + opened, min(length + opened, model.context - around))
+    check_prompts(model, tokens, model.vocabulary, [length - len(opening) for opening in tokens.openings])
     classes = [label for label in range(len(tokens.labels)) for _ in range(per_class)]
     uniform = torch.stack(
         [torch.rand(length, generator=generator(seed, "prompted texts", row)) for row in range(len(classes))]

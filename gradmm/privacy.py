@@ -214,6 +214,7 @@ def release_once(
     config: ReleaseConfig | None = None,
     *,
     source: Mapping[str, Any],
+    output: str | Path | None = None,
     **options: Any,
 ) -> Release:
     """A private release that is drawn once and kept: the same call again reads it from its folder and spends nothing.
@@ -233,10 +234,13 @@ def release_once(
         model, task, examples: as in `release`; the examples are not looked at where the folder holds their Release.
         source: public facts that say which examples these are, such as the data's name and place (`Splits`), how many
             were drawn, and the seed.
+        output: where a synthesis for the Release is to lie; if a run lies there already, of another Release then, none
+            is drawn that could not be used there.
         config, options: as in `release`, without a ledger.
 
     Raises:
-        UserError: the folder holds a Release with other arguments, each that differs is named; or as in `release`.
+        UserError: the folder holds a Release with other arguments, each that differs is named; `output` holds a run and
+            the Release is still to be drawn; or as in `release`.
     """
     require(
         "ledger" not in options,
@@ -262,9 +266,19 @@ def release_once(
                 bool(ledger.entries), f"{kept} has no {LEDGER_FILE} beside it that counts it: choose another folder"
             )
             return load_release(kept)
+        _check_output(output, folder)
         drawn = release(model, task, examples, config, **place, ledger=ledger)
         drawn.save(kept)
         return drawn
+
+
+def _check_output(output: str | Path | None, folder: Path) -> None:
+    """Refuse to draw a Release for an output folder where a run of another one lies."""
+    require(
+        output is None or not (Path(output) / "manifest.json").exists(),
+        f"{output} holds a run of another release than this one, which is still to be drawn in {folder}: give the "
+        "same data, task and settings from the same working folder, or another output",
+    )
 
 
 def _public_arguments(model: Model, task: Task, source: Mapping[str, Any], config: ReleaseConfig) -> dict:
@@ -274,7 +288,10 @@ def _public_arguments(model: Model, task: Task, source: Mapping[str, Any], confi
     given["space"] = config.space_name
     given["public_texts"] = config.public_texts and files.digest(list(config.public_texts))
     return json.loads(
-        json.dumps({"model": model.fingerprint, "task": task.fingerprint, **source, **given}, default=str)
+        json.dumps(
+            {"model": model.fingerprint, "task": task.fingerprint, "min_words": task.min_words, **source, **given},
+            default=str,
+        )
     )
 
 
@@ -345,8 +362,7 @@ def _check(config: ReleaseConfig, ledger: Ledger | None, cache: str | Path | Non
 def _check_length(model: Model, tokens: TaskTokens, config: ReleaseConfig) -> None:
     """Refuse, before a private release is paid for, a length that no search could write: another one costs again."""
     if config.epsilon is not None and config.length is not None:
-        opened = max(map(len, tokens.openings))
-        check_context(model, tokens, opened + config.length, opened)
+        check_context(model, tokens, config.length, opened=0)
 
 
 def check_context(model: Model, tokens: TaskTokens, length: int, opened: int) -> None:

@@ -204,6 +204,7 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict]]:
     heads = {mark: _names(text, mark) for mark in ",;\t"}
     mark = max(heads, key=lambda mark: (set(columns) <= set(heads[mark]), len(heads[mark])))
     if text.strip():
+        require(bool(text.splitlines()[0].strip()), f"{path} has an empty first line: remove it")
         _check_header(heads[mark], columns, path, mark)
     spaced = f"{mark} " in text.split("\n", 1)[0]
     rows, begins = csv.reader(io.StringIO(text), delimiter=mark, skipinitialspace=spaced, strict=True), 1

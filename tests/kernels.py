@@ -14,7 +14,7 @@ import sys
 
 HEAVY = """
     ipykernel.kernelapp matplotlib.widgets matplotlib.backends.backend_agg pandas.io.formats.style datasets
-    dp_accounting.pld scipy.optimize scipy.stats sklearn.covariance sklearn.feature_extraction.text sklearn.metrics
+    dp_accounting.pld scipy.optimize scipy.stats sklearn.feature_extraction.text sklearn.metrics
     transformers.modeling_utils transformers.optimization transformers.models.gpt2.modeling_gpt2
     transformers.models.llama.modeling_llama
 """.split()

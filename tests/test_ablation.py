@@ -14,6 +14,7 @@ from gradmm.data import Example
 from gradmm.errors import UserError
 from gradmm.experiments import seed_run
 from gradmm.experiments.ablation import against_base, agreement, changed, value_of, vary
+from gradmm.spaces import BodySketch
 from gradmm.synthesis import synthesize
 from gradmm.tasks import tokenize_task
 
@@ -120,5 +121,15 @@ def test_agreement_equals_gradients_taken_by_autograd(tiny_model, task):
     row = found[(found["set"] == "other") & (found["space"] == "head")].iloc[0]
     cosine = torch.nn.functional.cosine_similarity(gradient(other), gradient(real), dim=0)
     assert row["contrast"] == pytest.approx(float(cosine), rel=1e-6)
+    other_public = agreement(model, task, real, {"other": other}, texts[:1])
+    bodies = [frame[(frame["set"] == "other") & (frame["space"] == "body")].iloc[0] for frame in (found, other_public)]
+    space, means = BodySketch.of(model, tokens, texts), []
+    for examples in (other, real):
+        sequences = [tokens.sequence(example.text) for example in examples]
+        sketches = space.factors(model, tokens, sequences, [example.label for example in examples]).hidden
+        labels = torch.tensor([example.label for example in examples])
+        means.append(sum(sketches[labels == label].mean(0) for label in range(len(task.labels))))
+    cosine = torch.nn.functional.cosine_similarity(*means, dim=0)
+    assert bodies[0]["contrast"] == pytest.approx(float(cosine), rel=1e-6) != bodies[1]["contrast"]
     with pytest.raises(UserError, match="a set has no example of class 0"):
         agreement(model, task, real, {"half": [example for example in real if example.label]}, texts)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -52,11 +53,12 @@ def test_one_command_from_a_csv_file_to_a_folder_that_loads_into_what_was_kept(r
     result = gradmm.synthesize(model, task, gradmm.release(model, task, data.train), config, progress=False)
     assert kept["text"] == result.kept["text"]
     learn = ["finetune", *COLUMNS, "--steps", "1", "--learning-rates", "1e-4", "2e-4", "--device", "cpu", "--quiet"]
-    seen = json.dumps({"text": data.test[0].text, "label": "good"})  # as a model may write it by chance
+    chance = (data.test[0], data.validation[0])  # as a model may write them
+    seen = "\n".join(json.dumps({"text": one.text, "label": "good"}) for one in chance)
     (reviews / "mine.jsonl").write_text((folder / "train.jsonl").read_text("utf-8") + seen, encoding="utf-8")
     assert cli.main([*learn, "--train", "mine.jsonl"]) == 0
     said, note = capsys.readouterr()
-    assert note.endswith("1 row(s) to learn from are left out, since their texts are in test too\n")
+    assert note.endswith("2 row(s) to learn from are left out, since their texts are in validation or test too\n")
     assert re.search(r"test accuracy \d\.\d{4}, calibrated \d\.\d{4}, on \d+ texts", said) and "from 4 examples" in said
     assert cli.main(["evaluate", *COLUMNS, "--split", "train", "--device", "cpu"]) == 0
     assert f"on {len(data.train)} texts" in capsys.readouterr().out
@@ -82,6 +84,12 @@ def test_a_private_release_is_drawn_once_however_often_the_command_is_given(revi
     assert "(2, 1e-05)-differential privacy" in capsys.readouterr().out
     told = "private holds results of other parameters: parameters.clip (1 there, 0.5 now): leave output out, or give"
     assert told in refused("--output", "private", "--clip", "0.5")
+    Path("results/releases").rename("elsewhere")  # as from another working folder
+    assert "private holds a run of another release than this one, which is still to be drawn" in refused(
+        "--output", "private"
+    )
+    shutil.rmtree("results/releases")
+    Path("elsewhere").rename("results/releases")
     Path("mine.yaml").write_text(task.format("A lovely"), encoding="utf-8")
     assert "files.task" in refused("--output", "private")
     assert cli.main([*asked, "--length", "8"]) == 0
@@ -97,7 +105,12 @@ def test_a_saved_release_needs_its_task_and_has_a_folder_of_its_own(reviews, cap
         real = gradmm.sample_examples(data.train, n, task, 0)
         gradmm.release(model, task, real, space="head").save(f"{n}/release.safetensors")
         assert cli.main(["synthesize", "--release", f"{n}/release.safetensors", "--task", "demo", *SMALL]) == 0
-    assert len([*Path("results/synthesize").glob("demo-release-*")]) == 2
+    private = gradmm.release(model, task, real, epsilon=1.0, delta=1e-5, length=8)
+    name = private.save("private/release.safetensors").name
+    for text in ("one", "another"):  # a file of the release's name may be private: it decides nothing
+        Path(name).write_text(text, encoding="utf-8")
+        assert cli.main(["synthesize", "--release", f"private/{name}", "--task", "demo", *SMALL]) == 0
+    assert len([*Path("results/synthesize").glob("demo-release*")]) == 3
     assert cli.main(["synthesize", "--release", "4/release.safetensors", *SMALL]) == 2
     assert "add --task with the release's own task" in capsys.readouterr().err
 

@@ -121,10 +121,10 @@ def outcomes(seed: int, runs: int, examples: int, rate: float) -> numpy.ndarray:
 
 def test_one_run_gives_scipys_paired_bootstrap():
     a, b = outcomes(0, 1, 300, 0.8), outcomes(1, 1, 300, 0.7)
-    found = paired_bootstrap(a, b, resamples=5000)
+    found = paired_bootstrap(a, b, resamples=50_000)
     reference = scipy.stats.bootstrap(
         (a[0], b[0]), lambda x, y, axis: x.mean(axis) - y.mean(axis), paired=True, vectorized=True, method="percentile",
-        n_resamples=5000, random_state=numpy.random.default_rng(0),
+        n_resamples=50_000, random_state=numpy.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     assert found.mean == pytest.approx(a.mean() - b.mean())
     assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=0.006)

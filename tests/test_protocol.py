@@ -248,10 +248,14 @@ def with_other_ids(model, name: str = "other"):
 
 
 @pytest.mark.parametrize("space", ["label_rows", "body"])
-def test_a_learner_matches_as_with_a_release_of_its_own(tiny_model, model, space):
+def test_a_learner_matches_as_with_a_release_of_its_own(tiny_model, model, space, monkeypatch):
+    """Over the texts that the writer's preference is taken over: a learner need not be able to write."""
     learner, examples = with_other_ids(tiny_model("gpt2", dtype=torch.float32)), toy(TWO, 9, 3)
     trial = SeedRun(bench_of(model, config=replace(CONFIG, space=space)), 0)
-    own = gradmm.release(learner, TWO, trial.real, space=space)
+    own = gradmm.release(
+        learner, TWO, trial.real, space=space, public_texts=trial.own_texts if space == "body" else None
+    )
+    monkeypatch.setattr("gradmm.spaces.prompted_texts", lambda *_: pytest.fail("the learner was asked to write"))
     matching = Matching(learner, tokenize_task(TWO, learner.tokenizer), own.targets, own.space)
     losses = matching.of_sets([example.text for example in examples], [example.label for example in examples])
     found = metrics.measure_on(learner, trial, examples)["match_loss"]
@@ -263,8 +267,9 @@ def test_a_second_model_that_cannot_read_the_real_texts_is_refused_before_anythi
     second.lm.config.max_position_embeddings = 5
     with pytest.raises(UserError, match=r"tiny-gpt2 reads 5 tokens, and 32 training text\(s\) have more: take another"):
         config = replace(CONFIG, second=second)
-        compare(model, TWO, splits_of(TWO), config, ("none",), (0,), tmp_path / "run", progress=False)
+        compare(model, TWO, splits_of(TWO), config, ("real",), (0,), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+    assert compare(model, TWO, splits_of(TWO), config, ("none",), (0,), progress=False).of("none")  # reads none of them
 
 
 @pytest.mark.parametrize(

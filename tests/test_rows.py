@@ -405,6 +405,7 @@ BROKEN_CSV = {
     "an index with a name": ("Unnamed: 0,review,stars\n0,fine,1\n", "'label': it has 'Unnamed: 0', 'review', 'stars'"),
     "spaces in the header": ("sentence, mood\nfine, 1\n", "it has 'sentence', 'mood'; say which"),
     "one word a cell": ("fine,good\ndull,bad\n", "or, if that is no header, write one above it, such as text,label"),
+    "an empty line above": ("\ntext,label\nfine,1\n", "has an empty first line: remove it"),
     "one column": ("text\na good one\n", "has no column 'label': it has 'text'"),
     "nothing": ("", "is empty"),
     "a header alone": ("text,label\n", "is empty"),

@@ -15,6 +15,7 @@ from docutils import nodes
 from scipy.stats import rankdata
 from sphinx.util.docutils import SphinxDirective
 
+from gradmm.experiments.baselines import OF_REAL_TEXT
 from gradmm.experiments.records import origin, read_records
 from gradmm.experiments.results import outcome, verdicts_of
 
@@ -47,7 +48,6 @@ DATA = {
     "reuters4": "four topics of Reuters",
 }  # fmt: skip
 BRIEF = ("none", "prompt_only", "surest", "zero_shot", "few_shot", "gradmm", "real", "random", "herding", "all_real")
-OF_REAL_TEXT = ("real", "random", "herding", "k_center", "matched_real", "all_real")
 WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")
 SIDE_BY_SIDE = 4  # records whose columns fit a page
 AT_ONCE = 4  # texts of each label that are seen without a click

@@ -295,6 +295,8 @@ WRITING = (
     "gradmm",
 )  # they share a synthesis, which is most of the work
 
+OF_REAL_TEXT = ("real", "random", "herding", "k_center", "matched_real", "all_real")
+
 METHODS: dict[str, Callable[[SeedRun], list[Example]]] = {
     "none": no_training,
     "all_real": all_real,

@@ -100,7 +100,8 @@ def plan(
         parameters: further parameters, over those of the preset.
         sweep: parameter -> values, over the preset's own `sweep`; one job for each combination.
         fresh: whether each job's parameter `output` ends in a folder named after all that it depends on, so that
-            nothing that other code or settings have finished there is read back.
+            nothing that other code or settings have finished there is read back; but for private releases, which are
+            drawn once.
 
     Returns:
         The jobs, in the order of the notebooks.

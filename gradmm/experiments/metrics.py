@@ -30,6 +30,7 @@ from gradmm.training import adamw, train_at_rate, trainable_copy
 
 Items = Sequence[Hashable]
 METRIC_TEXTS = 500  # texts of a set that are measured at most, a seeded sample; training reads them all
+DRAWN_AT_ONCE = 1 << 20  # numbers of a bootstrap, which bounds its memory
 MEASURES: tuple[str, ...] = ("perplexity", "second_perplexity", "match_loss", "distinct_2", "duplicates")
 MEASURES += ("flawed", "unfinished", "longest_shared_span", "tokens")
 
@@ -84,14 +85,18 @@ def _match(matching: Matching, examples: Sequence[Example]) -> float:
 def measure_on(learner: Model, seed_run: SeedRun, examples: Sequence[Example]) -> dict:
     """What of MEASURES depends on the model that reads: perplexity, tokens, and `match_loss` of its own gradients.
 
-    They are taken in the learner's own space of the Release's name: with its label tokens and its own preference.
+    They are taken in the learner's own space of the Release's name: with its label tokens, and its own preference over
+    the texts that the writer's is taken over, since a learner need not be able to write.
     """
     if not examples:
         return dict.fromkeys(("perplexity", "match_loss", "tokens"))
     read = perplexity(learner, [example.text for example in examples])
-    tokens = tokenize_task(seed_run.experiment.task, learner.tokenizer)
-    space = release_space(learner, tokens, seed_run.release.space_name)
-    loss = _match(_matching(seed_run, learner, _targets(seed_run, learner, space), space), examples)
+    held = seed_run.matchings
+    if learner.name not in held:
+        tokens, name = tokenize_task(seed_run.experiment.task, learner.tokenizer), seed_run.release.space_name
+        space = release_space(learner, tokens, name, seed_run.own_texts if name == "body" else None)
+        held[learner.name] = _matching(seed_run, learner, _targets(seed_run, learner, space), space)
+    loss = _match(held[learner.name], examples)
     return {"perplexity": read.corpus, "match_loss": loss, "tokens": statistics.fmean(read.tokens)}
 
 
@@ -222,7 +227,8 @@ def paired_bootstrap(
     """The accuracy of `first` minus that of `second`, with a percentile bootstrap interval over examples and seeds.
 
     Test examples are drawn with replacement, the same for both methods and all seeds; so are seeds, in pairs: run s of
-    one method goes with run s of the other (same seed, same real examples). Means of S values drawn from S spread too
+    one method goes with run s of the other (same seed, same real examples). What varies with both at once counts in
+    each, so the interval is rather too wide than too narrow. Means of S values drawn from S spread too
     little, and few seeds say little of their spread: the seeds' part of each draw is stretched by sqrt(S / (S - 1)) and
     by Student's quantile over the normal one, so that for seeds alone the interval is about Student's. One seed says
     nothing of the spread over seeds, and its interval is that of the examples.
@@ -254,11 +260,10 @@ def _stretch(seeds: int, end: float) -> float:
 def _resampled(gap: numpy.ndarray, seed: int, resamples: int, stretch: float) -> numpy.ndarray:
     """Means of (S, M) over runs and examples drawn with replacement, the runs' part stretched: (resamples,)."""
     draw = numpy.random.default_rng(stream(seed, "paired bootstrap"))
-    (runs, examples), further = gap.shape, (stretch - 1) * (gap.mean(1) - gap.mean())
-
-    def one() -> float:
-        rows = draw.multinomial(runs, numpy.full(runs, 1 / runs))
-        columns = draw.multinomial(examples, numpy.full(examples, 1 / examples))
-        return rows @ gap @ columns / gap.size + rows @ further / runs
-
-    return numpy.fromiter((one() for _ in range(resamples)), dtype=float, count=resamples)
+    moved = gap + (stretch - 1) * (gap.mean(1, keepdims=True) - gap.mean())
+    (runs, examples), found = gap.shape, []
+    for some in range(0, resamples, block := max(1, DRAWN_AT_ONCE // examples)):
+        size = min(block, resamples - some)
+        counts = (draw.integers(runs, size=(size, runs, 1)) == numpy.arange(runs)).mean(1)  # (size, S)
+        found.append(numpy.take_along_axis(counts @ moved, draw.integers(examples, size=(size, examples)), 1).mean(1))
+    return numpy.concatenate(found)

@@ -23,7 +23,7 @@ from gradmm import files
 from gradmm.classification import Evaluation, check_fit, evaluate, evaluate_calibrated
 from gradmm.data import Example, Splits, without_overlap
 from gradmm.errors import UserError, is_whole, require, require_flag, require_type, short_repr
-from gradmm.experiments.baselines import CORESETS, METHODS, WRITING, check_budget, select_coresets
+from gradmm.experiments.baselines import CORESETS, METHODS, OF_REAL_TEXT, WRITING, check_budget, select_coresets
 from gradmm.experiments.metrics import measure, measure_on, similarities, subsample
 from gradmm.experiments.records import memory_bytes
 from gradmm.experiments.results import Comparison
@@ -83,7 +83,7 @@ def compare(
     check_fit(model, task, splits, SPLITS)
     check_budget(task, splits.train, config.synthesis.n_synthetic, methods)
     _check_learners(model, task, splits, config.learners)
-    if config.second is not None:
+    if config.second is not None and set(methods) & set(OF_REAL_TEXT):
         _check_second(config.second, splits.train)
     with lock(output):
         folder = RunFolder.open(output, _identity(model, task, splits, config))

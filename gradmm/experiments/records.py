@@ -42,7 +42,8 @@ def write_record(path: str | Path, results: dict[str, Any], settings: dict[str, 
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """Read a record: a mapping with `settings`, `machine`, `versions`, `commit` and `results`, see `write_record`.
+    """Read a record: a mapping with `settings`, `machine`, `versions`, `commit` and `results`, see `write_record`; and
+    with `edited` if figures were changed later: a clause that says which.
 
     Raises:
         UserError: no such file, not JSON, or one of these is missing.
@@ -81,7 +82,8 @@ def origin(record: Mapping[str, Any]) -> str:
     machine, settings = record["machine"], record["settings"]
     on_cpu = settings.get("device") == "cpu" or not machine["gpu"]
     where = f"{machine['processor'] if on_cpu else machine['gpu']}, torch {record['versions']['torch']}"
-    return f"{where}, commit `{short_commit(record)}`; " + ", ".join(f"{k} = {v}" for k, v in settings.items())
+    made = f"{where}, commit `{short_commit(record)}`; " + ", ".join(f"{k} = {v}" for k, v in settings.items())
+    return "; ".join(filter(None, [made, record.get("edited")]))
 
 
 def short_commit(record: Mapping[str, Any]) -> str:

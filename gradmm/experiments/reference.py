@@ -61,13 +61,13 @@ def match_loss(
 
 def project(lm, v: Tensor, prompt: Sequence[int], order: str, k: int, allowed: Tensor) -> Tensor:
     """Project each row of v (B, L, D) on readable tokens, token by token: ids (B, L). `allowed` is a (V,) bool mask."""
-    return torch.stack([_project_row(lm, row, list(prompt), order, k, allowed) for row in v])
-
-
-@torch.no_grad()
-def _project_row(lm, row: Tensor, ids: list[int], order: str, k: int, allowed: Tensor) -> Tensor:
     layer = lm.get_input_embeddings()
-    table = layer(torch.arange(len(layer.weight), device=row.device))
+    with torch.no_grad():
+        table = layer(torch.arange(len(layer.weight), device=v.device))  # as the layer gives it: some families scale
+        return torch.stack([_project_row(lm, table, row, list(prompt), order, k, allowed) for row in v])
+
+
+def _project_row(lm, table: Tensor, row: Tensor, ids: list[int], order: str, k: int, allowed: Tensor) -> Tensor:
     chosen: list[int] = []
     for target in row:
         logits = lm(input_ids=torch.tensor([ids + chosen], device=row.device), use_cache=False).logits[0, -1]

@@ -18,12 +18,13 @@ from gradmm.errors import is_whole, plain_fields, require, require_type, require
 from gradmm.evaluation import perplexities
 from gradmm.generation import Sampling
 from gradmm.gradients import Factors, FactorTarget
+from gradmm.matching import Matching
 from gradmm.models import Model, require_model
 from gradmm.plan import Plan
 from gradmm.privacy import Release, release
-from gradmm.spaces import SPACES
+from gradmm.spaces import SPACES, own_texts
 from gradmm.synthesis import SynthesisResult, synthesize
-from gradmm.tasks import Task
+from gradmm.tasks import Task, tokenize_task
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,17 @@ class SeedRun:
         rows = self.written.candidates.to_list()
         self._perplexities.update((row["text"], row["perplexity"]) for row in rows)
         return _examples_of(rows)
+
+    @cached_property
+    def own_texts(self) -> list[str]:
+        """What the model writes from the public prompts: over these its preference for some label is taken."""
+        one = self.experiment
+        return own_texts(one.model, tokenize_task(one.task, one.model.tokenizer), cache=one.folder)
+
+    @cached_property
+    def matchings(self) -> dict[str, Matching]:
+        """The real examples as targets at each learner that was asked so far, by its name."""
+        return {}
 
     @cached_property
     def _perplexities(self) -> dict[str, float]:

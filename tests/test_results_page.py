@@ -58,6 +58,14 @@ def test_every_method_of_the_package_has_plain_words(page):
     assert {*page.BRIEF, *page.OF_REAL_TEXT, *page.WRITTEN} <= set(page.METHODS)
 
 
+def test_a_further_run_is_named_in_its_title_and_has_no_column_beside_the_first(page):
+    first, second = record(), record(data="rotten_tomatoes")
+    second["settings"]["run"] = "a second run"
+    assert page.title(second) == "Small-LM on Rotten Tomatoes, a second run"
+    both = {"a": first, "b": second}
+    assert "second run" in page.report(both) and "second" not in page.brief(both)
+
+
 @pytest.mark.parametrize("left_out", [(), ("herding",), ("zero_shot", "none"), ("gradmm",)])
 def test_every_method_of_a_record_is_in_figure_table_and_sentences(page, left_out):
     methods = without(*left_out)

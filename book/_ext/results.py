@@ -70,10 +70,10 @@ def recorded(folder: Path = BOOK / "records", prefix: str = PREFIX) -> dict[str,
 
 
 def title(record: Record) -> str:
-    """`SmolLM2-135M on SST-2`: the model without its owner and its description, and the data."""
+    """`SmolLM2-135M on SST-2`: the model without its owner and its description, the data, and which run it is."""
     settings = record["settings"]
-    data = Path(str(settings["data"])).name
-    return f"{Path(str(settings['model']).split(',')[0]).name} on {DATA.get(data, data)}"
+    data, run = Path(str(settings["data"])).name, settings.get("run")
+    return f"{Path(str(settings['model']).split(',')[0]).name} on {DATA.get(data, data)}{f', {run}' if run else ''}"
 
 
 def words(method: str) -> str:
@@ -131,7 +131,7 @@ def brief(records: Records) -> str:
     """The table of the README and of the first page: what each way to get a training set gives, record by record."""
     if not records:
         return "No comparison is recorded."
-    held = list(records.values())
+    held = [record for record in records.values() if "run" not in record["settings"]]  # a further run is of other rows
     parts = [held[first : first + SIDE_BY_SIDE] for first in range(0, len(held), SIDE_BY_SIDE)]
     return "\n\n".join([*map(brief_table, parts), legend(held)])
 

@@ -27,7 +27,8 @@ def write_record(path: str | Path, results: dict[str, Any], settings: dict[str, 
     Args:
         path: of the JSON file; an older record there is replaced.
         results: numbers, texts, lists and mappings of these; units belong into the names.
-        settings: likewise; all that somebody needs in order to get the same results.
+        settings: likewise; all that somebody needs in order to get the same results. `run` says what sets it apart
+            from an earlier record of the same model and data.
 
     Raises:
         UserError: something that JSON cannot hold (a tensor, infinity, not a number), or a file that cannot be written.

@@ -304,6 +304,11 @@ def _first(one: Example, two: Example) -> str:
     return f" (first: {one.origin} and {two.origin})" if one.origin and two.origin else ""
 
 
+def equal_counts(n: int, classes: int) -> list[int]:
+    """`n` examples over the classes, as equal a number of each as `n` allows: the first ones have one more."""
+    return [n // classes + (label < n % classes) for label in range(classes)]
+
+
 def sample_examples(examples: Iterable, n: int, task: Task, seed: int) -> list[Example]:
     """Draw `n` examples in all, as equal a number of each class as `n` allows, of at least `task.min_words` words.
 
@@ -317,9 +322,8 @@ def sample_examples(examples: Iterable, n: int, task: Task, seed: int) -> list[E
     require(is_whole(n), f"n_real = {short_repr(n)} is not a whole number: give how many real examples to draw in all")
     require(n >= count, f"n_real = {n}, but {count} classes need at least {count}: ask for more examples")
     drawn = []
-    for label in range(count):
+    for label, want in enumerate(equal_counts(n, count)):
         pool = [e for e in examples if e.label == label and len(e.text.split()) >= task.min_words]
-        want = n // count + (label < n % count)
         require(
             want <= len(pool),
             f"n_real = {n} needs {want} examples of {task.labels[label]!r}, but {len(pool)} of at least "

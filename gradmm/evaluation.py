@@ -50,7 +50,7 @@ def perplexity(model: Model, texts: Sequence[str], tokens_per_batch: int | None 
         UserError: no texts, a text without a token to predict, or one longer than the model's context.
     """
     require(len(texts) > 0, "there are 0 texts, perplexity needs at least 1: give some")
-    sums, counts = _negative_log_likelihoods(model, _from_start(model, texts), tokens_per_batch)
+    sums, counts = _negative_log_likelihoods(model, text_tokens(model, texts), tokens_per_batch)
     per_text = tuple(_exp(total / count) for total, count in zip(sums, counts, strict=True))
     return Perplexity(_exp(sum(sums) / sum(counts)), per_text, tuple(counts))
 
@@ -64,7 +64,8 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 709 else math.inf
 
 
-def _from_start(model: Model, texts: Sequence[str]) -> list[list[int]]:
+def text_tokens(model: Model, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of texts as `perplexity` reads them."""
     ids = [model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     return from_start(model.tokenizer, ids, least=2)
 

@@ -11,6 +11,7 @@ import torch
 
 from gradmm import admm, sharding
 from gradmm.config import SynthesisConfig
+from gradmm.data import equal_counts
 from gradmm.device import COMPILED_FROM
 from gradmm.errors import require
 from gradmm.generation import TOGETHER
@@ -70,7 +71,7 @@ class Plan:
             config.n_synthetic >= count,
             f"n_synthetic = {config.n_synthetic}, but {count} classes need one text each: ask for {count} or more",
         )
-        per_class = tuple(config.n_synthetic // count + (label < config.n_synthetic % count) for label in range(count))
+        per_class = tuple(equal_counts(config.n_synthetic, count))
         classes = tuple(
             label
             for label in range(count)

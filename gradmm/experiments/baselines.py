@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmm.data import Example, check_examples, sample_examples
+from gradmm.data import Example, check_examples, equal_counts, sample_examples
 from gradmm.errors import require, require_whole
 from gradmm.experiments.seed_run import SeedRun, exact_targets
 from gradmm.generation import Sampling, generate_counts
@@ -120,9 +120,8 @@ def select_coresets(
     require(require_whole(n, "n") >= classes, short)
     tokens = tokenize_task(task, model.tokenizer)
     chosen: dict[str, list[Example]] = {method: [] for method in methods}
-    for label, name in enumerate(task.labels):
+    for label, (name, count) in enumerate(zip(task.labels, equal_counts(n, classes), strict=True)):
         pool = [example for example in _long_enough(examples, task) if example.label == label]
-        count = n // classes + (label < n % classes)
         few = f"{len(pool)} of at least {task.min_words} word(s) exist: lower n"
         require(count <= len(pool), f"n = {n} needs {count} examples of {name!r}, but {few}")
         points = model.hidden_of([tokens.sequence(example.text) for example in pool])
@@ -142,7 +141,7 @@ def check_budget(task: Task, train: Sequence[Example], n_synthetic: int, methods
     least = f"n_synthetic = {n_synthetic}, but {classes} classes need at least {classes}: raise n_synthetic"
     require(not taking or n_synthetic >= classes, least)
     having = Counter(example.label for example in _long_enough(train, task))
-    wanted = [n_synthetic // classes + (label < n_synthetic % classes) for label in range(classes)]
+    wanted = equal_counts(n_synthetic, classes)
     few = [f"{having[label]} of {task.labels[label]!r}" for label in range(classes) if having[label] < wanted[label]]
     need = f"n_synthetic = {n_synthetic} needs {max(wanted)} real texts of each class for {', '.join(taking)}"
     there = f"{', '.join(few)} of at least {task.min_words} word(s) exist"

@@ -23,6 +23,7 @@ from gradmm import files
 from gradmm.classification import Evaluation, check_fit, evaluate, evaluate_calibrated
 from gradmm.data import Example, Splits, without_overlap
 from gradmm.errors import UserError, is_whole, require, require_flag, require_type, short_repr
+from gradmm.evaluation import text_tokens
 from gradmm.experiments.baselines import CORESETS, METHODS, OF_REAL_TEXT, WRITING, check_budget, select_coresets
 from gradmm.experiments.metrics import measure, measure_on, similarities, subsample
 from gradmm.experiments.records import memory_bytes
@@ -140,8 +141,7 @@ def _check_learners(model: Model, task: Task, splits: Splits, learners: Sequence
 def _check_second(second: Model, examples: Sequence[Example]) -> None:
     begun = len(from_start(second.tokenizer, [[]], least=2)[0])  # no text has more tokens than bytes behind these
     some = [example.text for example in examples if begun + len(example.text.encode()) > second.context]
-    ids = [second.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in some]
-    long = sum(len(one) > second.context for one in from_start(second.tokenizer, ids, least=2))
+    long = sum(len(one) > second.context for one in text_tokens(second, some))
     cause = f"the second model {second.name} reads {second.context} tokens, and {long} training text(s) have more"
     require(long == 0, f"{cause}: take another second model, or shorten them")
 

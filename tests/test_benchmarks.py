@@ -2,16 +2,21 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import gradmm
 from gradmm import files
+from gradmm.classification import Encoded
+from gradmm.data import Example
 from gradmm.experiments import performance, records
 from gradmm.experiments.metrics import subsample
+from gradmm.tasks import tokenize_task
+from gradmm.training import trainable_copy
 
 pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parent / "benchmarks"
@@ -157,6 +162,22 @@ def test_a_real_model_is_compared_in_bfloat16(benchmark, tmp_path, monkeypatch):
     assert all(0 <= one["calibrated"]["accuracy"]["mean"] <= 1 for one in record["results"]["methods"].values())
 
 
+def test_the_published_search_stands_beside_the_others_and_in_the_settings(benchmark, tmp_path):
+    path, work = str(tmp_path / "03-finetuning-demo.json"), tmp_path / "work"
+    common = "--model demo --data demo --task demo --seeds 1 --steps 2 --written 2 --n-synthetic 4 --n-real 6".split()
+    few = "--eval-every 2 --max-test 20 --max-validation 10 --outer-steps 1 --inner-steps 2 --run again".split()
+    some = [*common, *few, "--folder", str(work), "--output", path]
+    benchmark("real_models").main([*some, "--methods", "gradmm", "admm"])
+    record = records.read_record(path)
+    assert record["settings"]["inner_steps"] == 2 and record["settings"]["run"] == "again"
+    assert 0 < record["results"]["methods"]["admm"]["n"] <= 4 and set(record["results"]["texts"]) == {"admm", "gradmm"}
+    (manifest,) = work.rglob("admm-seed0/manifest.json")
+    expected = gradmm.preset("paper", n_synthetic=4, outer_steps=1, inner_steps=2, init_candidates=4)
+    assert files.read_json(manifest)["config"] == asdict(expected)
+    benchmark("real_models").main([*some, "--methods", "gradmm"])
+    assert "inner_steps" not in records.read_record(path)["settings"]
+
+
 def test_texts_of_one_real_model_train_another(benchmark, tmp_path):
     path, work = str(tmp_path / "06-transfer-demo.json"), str(tmp_path / "work")
     common = "--model demo --data demo --task demo --seeds 1 --steps 4 --written 2 --n-synthetic 4 --n-real 6".split()
@@ -208,10 +229,49 @@ def test_small_sets_are_measured_trained_on_and_gone_on_with(benchmark, tmp_path
     assert records.read_record(path)["results"]["sets"] != begun
 
 
+def after_training(model, tokens, data, others, steps, rate, weights, eps):
+    """The loss of others behind a training, literally: torch's own Adam, one text after the other."""
+    learner = trainable_copy(model, gradmm.FinetuneConfig(layers=1))
+    optimizer = torch.optim.Adam([w for w in learner.lm.parameters() if w.requires_grad], lr=rate, eps=eps)
+
+    def loss(one, row):
+        hidden = learner.last_hidden(learner.embed(torch.tensor([one.sequences[row]])))
+        return cross_entropy(learner.logits_of(hidden, tokens.labels), one.labels[row : row + 1])
+
+    for rows in steps:
+        optimizer.zero_grad()
+        (sum(weights[row] * loss(data, row) for row in rows) / len(rows)).backward()
+        optimizer.step()
+    return sum(loss(others, row).item() for row in range(len(others.sequences))) / len(others.sequences)
+
+
+def test_a_metagradient_is_what_a_weight_does_to_a_whole_training(benchmark, monkeypatch, tiny_model):
+    script = benchmark("metagradient")
+    monkeypatch.setattr(script, "SPAN", 1e-5)  # float64 bears closer differences
+    model, task = tiny_model("gpt2"), gradmm.Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was")
+    tokens = tokenize_task(task, model.tokenizer)
+    texts = ["it is a bad film .", "a good and lovely film .", "bad .", "one of the good films", "bad , so bad"]
+    known = [Example(text, label) for text, label in zip(texts, (0, 1, 0, 1, 0), strict=True)]
+    data, others = (Encoded.of(model, task, tokens, some, "a") for some in (known, [Example("good and good .", 1)]))
+    steps, rate = [[0, 1, 2], [3, 4, 0], [1, 3, 2]], 1e-3
+    learner = trainable_copy(model, gradmm.FinetuneConfig(layers=1))
+    before = [weights.clone() for weights in learner.lm.parameters()]
+    found = script.metagradients(learner, tokens, data, others, steps, rate)
+    assert all(torch.equal(*pair) for pair in zip(before, learner.lm.parameters(), strict=True))
+    for row in range(5):
+        sides = [torch.ones(5, dtype=torch.float64) for _ in range(2)]
+        for weights, shift in zip(sides, (1e-6, -1e-6), strict=True):
+            weights[row] += shift
+        high, low = (
+            after_training(model, tokens, data, others, steps, rate, weights, script.TINY) for weights in sides
+        )
+        assert found[row] == pytest.approx((high - low) / 2e-6, rel=1e-5, abs=1e-9)
+
+
 def seen(script, *vectors: tuple[float, float]):
     """Two texts a class, whose gradients and states are these vectors."""
     values = torch.tensor(vectors, dtype=torch.float64)
-    return script.Seen(torch.tensor([0, 0, 1, 1]), values, values, values.log_softmax(-1))
+    return script.Seen(torch.tensor([0, 0, 1, 1]), values, values, values.log_softmax(-1), values[:, 0])
 
 
 def test_a_measure_is_what_its_name_says(benchmark):
@@ -226,3 +286,4 @@ def test_a_measure_is_what_its_name_says(benchmark):
     assert found["interaction"] == pytest.approx((4 + 2) / 2 - (5 + 4) / 4)
     assert found["contrast"] == pytest.approx(1)  # both sets of means lie apart in the direction (1, -1/2)
     assert found["small_gradients"] == pytest.approx(-(5**0.5 + 2) / 2)
+    assert found["metagradient"] == pytest.approx(-1)

@@ -33,6 +33,7 @@ METHODS = {
     "random_target": "gradmm's search for a random target",
     "prompt_only": "gradmm's prompts without matching",
     "surest": "candidates that the model is surest of",
+    "admm": "texts by the published ADMM, of few steps",
     "zero_shot": "zero-shot texts of the same model",
     "few_shot": "few-shot texts, real ones in the prompt",
     "gradmm": "gradmm's texts",
@@ -47,7 +48,19 @@ DATA = {
     "sst2": "SST-2", "rotten_tomatoes": "Rotten Tomatoes", "demo": "the embedded reviews",
     "reuters4": "four topics of Reuters",
 }  # fmt: skip
-BRIEF = ("none", "prompt_only", "surest", "zero_shot", "few_shot", "gradmm", "real", "random", "herding", "all_real")
+BRIEF = (
+    "none",
+    "prompt_only",
+    "surest",
+    "zero_shot",
+    "few_shot",
+    "admm",
+    "gradmm",
+    "real",
+    "random",
+    "herding",
+    "all_real",
+)
 WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")
 SIDE_BY_SIDE = 4  # records whose columns fit a page
 AT_ONCE = 4  # texts of each label that are seen without a click
@@ -476,6 +489,7 @@ MEASURES = {
     "states": "every real example has a text with a hidden state like its own (RDS+)",
     "contrast": "cosine of what sets the classes' mean hidden states apart",
     "sureness": "how sure the model is of the texts' labels, calibrated",
+    "metagradient": "derivative of the real examples' loss, behind a short training, in the texts' weight (MGD)",
     "small_gradients": "small gradients",
     "on_the_real": "the outcome itself, on the real examples",
 }

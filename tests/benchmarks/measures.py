@@ -5,17 +5,21 @@
 
 A set is drawn at random, as many texts of each class, from what the model wrote (the pools that `real_models.py` leaves
 in the folder) or from real training texts. A measure sees the set, `--n-real` other real examples and public texts, all
-at the untrained model. The outcome is the accuracy after a few steps on the whole set, on validation texts that no
-measure sees. Interrupted runs go on. Letters: N texts, D coordinates, C classes.
+at the untrained model but for the metagradient, which sees a training on the texts of all sets. The outcome is the
+accuracy after a few steps on the whole set, on validation texts that no measure sees. Interrupted runs go on. Letters:
+N texts, D coordinates, C classes.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import torch
+from metagradient import metagradients
 from real_models import Upper, pools_of, settings_of
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
@@ -31,7 +35,7 @@ from gradmm.models import Model
 from gradmm.seeds import stream
 from gradmm.spaces import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
-from gradmm.training import adamw, train_at_rate
+from gradmm.training import adamw, batches, train_at_rate
 
 DIRECTIONS = 64  # of public gradients, in which "whitened" compares
 
@@ -39,23 +43,29 @@ DIRECTIONS = 64  # of public gradients, in which "whitened" compares
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What measures know of N texts: labels (N,), gradients (N, D) in the body's sketch, last hidden states (N, W), and
-    the log-probabilities of the labels (N, C).
+    the log-probabilities of the labels (N, C); of a set also what their weight adds to the loss (N,), see `influence`.
     """
 
     labels: Tensor
     gradients: Tensor
     states: Tensor
     logs: Tensor
+    influence: Tensor | None = None
 
     @staticmethod
-    def of(model: Model, tokens: TaskTokens, space: BodySketch, examples: Sequence[Example]) -> "Seen":
+    def of(
+        model: Model,
+        tokens: TaskTokens,
+        space: BodySketch,
+        examples: Sequence[Example],
+        influence: Tensor | None = None,
+    ) -> "Seen":
         """Read once."""
         texts, labels = [example.text for example in examples], [example.label for example in examples]
         sequences = [tokens.sequence(text) for text in texts]
         gradients = space.factors(model, tokens, sequences, labels).hidden
-        return Seen(
-            torch.tensor(labels), gradients, model.hidden_of(sequences).float(), label_logs(model, tokens, texts)
-        )
+        states, logs = model.hidden_of(sequences).float(), label_logs(model, tokens, texts)
+        return Seen(torch.tensor(labels), gradients, states, logs, influence)
 
     def mean(self, name: str = "gradients") -> Tensor:
         """The mean of each class: (C, D)."""
@@ -126,6 +136,11 @@ def sureness(own: Seen, real: Seen, public: Seen) -> float:
     return float(logs[range(len(logs)), own.labels].mean())
 
 
+def metagradient(own: Seen, real: Seen, public: Seen) -> float:
+    """What a little more of the set's texts takes off the real examples' loss behind a training (MGD, 2503.13751)."""
+    return -float(own.influence.mean())
+
+
 def small_gradients(own: Seen, real: Seen, public: Seen) -> float:
     """Minus the size of the mean gradients."""
     return -float(own.mean().norm(dim=-1).mean())
@@ -141,6 +156,7 @@ MEASURES: dict[str, Callable[[Seen, Seen, Seen], float]] = {
     "states": states,
     "contrast": contrast,
     "sureness": sureness,
+    "metagradient": metagradient,
     "small_gradients": small_gradients,
 }
 
@@ -159,6 +175,20 @@ def trained_on(
         pass
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(config.autocast)):
         return score_calibrated(learner, tokens, asked, looks.sequences)
+
+
+def influences(
+    upper: Upper, task: Task, examples: Sequence[Example], real: Sequence[Example], config, place: Path
+) -> dict[Example, float]:
+    """Of each text its `metagradients` for the real examples: a training that takes every text twice."""
+    if not place.exists():
+        tokens = tokenize_task(task, upper.model.tokenizer)
+        data, others = (upper.encoded(Encoded.of(upper.model, task, tokens, some, "a")) for some in (examples, real))
+        order = batches(len(examples), replace(config, batch_size=math.ceil(2 * len(examples) / config.steps)))
+        steps = list(islice(order, config.steps))
+        found = metagradients(upper.fresh(), tokens, data, others, steps, config.learning_rates[0])
+        files.write_json(place, found.tolist())
+    return dict(zip(examples, files.read_json(place), strict=True))
 
 
 def drawn(options: argparse.Namespace, model: Model, task: Task, train: Sequence[Example]) -> dict[str, list[Example]]:
@@ -199,8 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     depends = {name: value for name, value in settings.items() if name not in ("real", "threads")}  # real sets are last
     place = Path(options.folder) / f"measured-{files.digest([wide.fingerprint, depends])[:8]}.jsonl"
     rows = files.read_json_lines(place)[: len(sets)] if place.exists() else []
+    everything = list(dict.fromkeys(example for some in sets.values() for example in some))
+    name = files.digest([wide.fingerprint, settings])[:8]
+    influence = influences(upper, task, everything, real, config, Path(options.folder) / f"influence-{name}.json")
     for name, examples in list(sets.items())[len(rows) :]:
-        own = Seen.of(model, tokens, space, examples)
+        own = Seen.of(model, tokens, space, examples, torch.tensor([influence[example] for example in examples]))
         found = {measure: value(own, target, public) for measure, value in MEASURES.items()}
         for kind, result in zip(
             ("", "calibrated_"), trained_on(examples, upper, task, asked, seen, config), strict=True

@@ -7,8 +7,9 @@ Embeddings do not learn, nor what is below the last `--layers` layers, so what e
 the gradient of a text is read once for all methods; and a pool is written once for all methods and data. None of this
 changes a result but by rounding (a test compares with `FinetuneConfig.layers`). With `--dtype bfloat16`, for processors
 that have it, texts are written and gradients read in bfloat16, and float32 weights learn under autocast. Interrupted
-runs go on. With `--learners` the texts of the first model train others, too, as in 06-transfer. For models with
-`embed_tokens`, `layers` and `norm`, such as Llama, Qwen and Gemma.
+runs go on. With `--learners` the texts of the first model train others, too, as in 06-transfer. The method `admm` is
+the published search with as many steps and starts as the options say. For models with `embed_tokens`, `layers` and
+`norm`, such as Llama, Qwen and Gemma.
 """
 
 import argparse
@@ -155,6 +156,15 @@ def written(model: Model, task: Task, seed: int, options: argparse.Namespace) ->
     return [Example(row["text"], row["label"]) for row in files.read_json_lines(place)]
 
 
+def published(run: SeedRun) -> list[Example]:
+    """The published ADMM for the same real examples, with the steps and starts of the comparison's settings."""
+    one, own = run.experiment, run.synthesis
+    named = ("n_synthetic", "outer_steps", "inner_steps", "init_candidates", "seed")
+    config = gradmm.preset("paper", **{name: getattr(own, name) for name in named})
+    target = gradmm.release(one.model, one.task, run.real, space=config.space, cache=one.folder, progress=False)
+    return run.write("admm", target, config)
+
+
 def shown(run: SeedRun, methods: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Some of the texts that methods keep, drawn at random: {method: {label: texts}}."""
     found: dict[str, dict[str, list[str]]] = {}
@@ -216,6 +226,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing and write the record."""
     parser = options_of(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--run", default=None)
+    for name, default in (("--outer-steps", 5), ("--inner-steps", 8), ("--init-candidates", 4)):
+        parser.add_argument(name, type=int, default=default)
     parser.add_argument("--learners", nargs="+", default=[])
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -226,7 +239,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder, seeds = Path(options.folder), range(options.seed, options.seed + options.seeds)
     config = ComparisonConfig(
         n_real=options.n_real,
-        synthesis=gradmm.SynthesisConfig(n_synthetic=options.n_synthetic, temperature=options.temperature),
+        synthesis=gradmm.SynthesisConfig(
+            n_synthetic=options.n_synthetic,
+            temperature=options.temperature,
+            outer_steps=options.outer_steps,
+            inner_steps=options.inner_steps,
+            init_candidates=options.init_candidates,
+        ),  # fmt: skip
         finetuning=tuning_of(options, upper),
         sampling=sampling_of(options),
         max_test=options.max_test,
@@ -238,7 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def finetune(model: Model, *rest, **named) -> FinetuneResult:
         return uppers[model.name].finetune(model, *rest, **named)
 
-    with gradients_read_once(), mock.patch.object(protocol, "finetune", finetune):
+    admm = mock.patch.dict(protocol.METHODS, {"admm": published})
+    with gradients_read_once(), mock.patch.object(protocol, "finetune", finetune), admm:
         found = protocol.compare(model, task, splits, config, options.methods, seeds, folder / task.name)
         as_it_came = (
             found
@@ -246,8 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else protocol.compare(model, task, splits, config, ["none"], seeds, folder / task.name)
         )
         run = SeedRun(Experiment(model, task, splits, config, {}, "", folder / task.name), options.seed)
-        texts = shown(run, [name for name in ("prompt_only", "gradmm") if name in options.methods])  # no real text
-    settings = settings_of(options, model, splits.source, ("methods", "seed", "seeds", "learners"))
+        texts = shown(run, [name for name in ("prompt_only", "admm", "gradmm") if name in options.methods])  # none real
+    without = ["methods", "seed", "seeds", "learners", *([] if options.run else ["run"])]
+    without += [] if "admm" in options.methods else ["outer_steps", "inner_steps", "init_candidates"]
+    settings = settings_of(options, model, splits.source, without)
     settings |= {"layers": upper.layers, "device": "cpu"}
     results = results_of(found, texts, as_it_came.methods["none"]["calibrated"]["accuracy"]["mean"])
     write_record(options.output, results | (transferred(found, model.name, learners) if learners else {}), settings)

@@ -54,16 +54,24 @@ def without(*names: str) -> dict:
 
 
 def test_every_method_of_the_package_has_plain_words(page):
-    assert set(page.METHODS) == set(baselines.METHODS)
+    assert set(page.METHODS) == {*baselines.METHODS, "admm"}  # which `real_models.py` adds
     assert {*page.BRIEF, *page.OF_REAL_TEXT, *page.WRITTEN} <= set(page.METHODS)
 
 
-def test_a_further_run_is_named_in_its_title_and_has_no_column_beside_the_first(page):
-    first, second = record(), record(data="rotten_tomatoes")
+def test_a_further_run_is_named_in_its_title_and_adds_marked_rows_to_the_column_of_the_first(page):
+    first = record(without("herding"))
+    second = record({**METHODS, "zero_shot": figures(0.99, (0.2, 0.3)), "herding": figures(0.77, (0.02, 0.08))})
     second["settings"]["run"] = "a second run"
-    assert page.title(second) == "Small-LM on Rotten Tomatoes, a second run"
-    both = {"a": first, "b": second}
-    assert "second run" in page.report(both) and "second" not in page.brief(both)
+    assert page.title(second) == "Small-LM on SST-2, a second run"
+    for both in ({"a": first, "b": second}, {"b": second, "a": first}):
+        shown = page.brief(both)
+        assert "on SST-2, a second run" in page.report(both) and page.title(first) in page.report(both)
+        assert shown.count("Small-LM on SST-2") == 1 and "0.990" not in shown
+        row = next(line for line in shown.splitlines() if "herding" in line)
+        assert "0.770" in row and "▲ †" in row and shown.count("†") == 2 and page.AGAIN in shown
+    assert page.AGAIN not in page.brief({"a": record()})
+    alone = page.brief({"b": second})  # with no first run it is one
+    assert "†" not in alone and "0.990" in alone
 
 
 @pytest.mark.parametrize("left_out", [(), ("herding",), ("zero_shot", "none"), ("gradmm",)])

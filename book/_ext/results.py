@@ -64,6 +64,7 @@ BRIEF = (
 WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")
 SIDE_BY_SIDE = 4  # records whose columns fit a page
 AT_ONCE = 4  # texts of each label that are seen without a click
+AGAIN = "† by a second run of the same settings, against its own gradmm."
 NO_BREAK = "\N{NO-BREAK SPACE}"
 MARKS = {"beats": "▲", "is beaten by": "▼", "cannot be told from": ""}
 
@@ -144,9 +145,26 @@ def brief(records: Records) -> str:
     """The table of the README and of the first page: what each way to get a training set gives, record by record."""
     if not records:
         return "No comparison is recorded."
-    held = [record for record in records.values() if "run" not in record["settings"]]  # a further run is of other rows
+    held = list(map(first_run_of, groups_by_data(records)))
     parts = [held[first : first + SIDE_BY_SIDE] for first in range(0, len(held), SIDE_BY_SIDE)]
-    return "\n\n".join([*map(brief_table, parts), legend(held)])
+    added = any("again" in figures for record in held for figures in record["results"]["methods"].values())
+    return "\n\n".join([*map(brief_table, parts), legend(held) + f" {AGAIN}" * added])
+
+
+def groups_by_data(records: Records) -> list[list[Record]]:
+    """The records of one model and its data together, the first run before further ones."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in sorted(records.values(), key=lambda record: "run" in record["settings"]):  # a stable sort
+        groups.setdefault((record["settings"]["model"], record["settings"]["data"]), []).append(record)
+    return list(groups.values())
+
+
+def first_run_of(group: Sequence[Record]) -> Record:
+    """The first record with the methods that only further ones have, each of these marked."""
+    first, *further = group
+    more = {name: {**found, "again": True} for one in further for name, found in one["results"]["methods"].items()}
+    results = first["results"]
+    return {**first, "results": {**results, "methods": {**more, **results["methods"]}}}
 
 
 def brief_table(held: Sequence[Record]) -> str:
@@ -155,7 +173,7 @@ def brief_table(held: Sequence[Record]) -> str:
     for name in (name for name in ranked(held) if name in BRIEF):
         of = [record["results"]["methods"].get(name) for record in held]
         counts = sorted({figures["n"] for figures in of if figures})
-        cells = ["" if figures is None else accuracy(figures) for figures in of]
+        cells = ["" if figures is None else accuracy(figures) + " †" * ("again" in figures) for figures in of]
         row = [words(name), " / ".join(map(whole, counts)), *cells]
         rows.append([f"**{cell}**" if name == "gradmm" and cell else cell for cell in row])
     calibrated = ["{:.3f}".format(record["results"]["calibrated"]) for record in held]

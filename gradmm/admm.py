@@ -43,7 +43,7 @@ RULES = {
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of the solver; the defaults are the published ones.
+    """Settings of the solver; the defaults are published ones, rho one of several.
 
     Attributes:
         rho: penalty, > 0. Larger keeps x nearer to z.

@@ -16,7 +16,7 @@ COLUMNS = """
 | `text`, `label`, `label_name` | the synthetic example |
 | `match_loss` | distance of the text's gradient to its class's target, smaller is closer |
 | `perplexity` | under the model that wrote the text |
-| `group` | texts of one group were optimised together |
+| `group` | of ADMM: texts of one group were moved together; of a pool: the class |
 | `kept`, `reason` | whether the text belongs to the set, and why (not) |
 """
 LIMITS = """
@@ -61,11 +61,11 @@ def dataset_card(manifest: Mapping) -> str:
             ("model", f"{literal(model['name'])}{revision}, {model['dtype']}, fingerprint {model['fingerprint'][:16]}"),
             ("prompt", f"{code(task['template'])} followed by one of {', '.join(map(code, task['verbalizers']))}"),
             ("generation prompts", ", ".join(map(code, task["generation_prompts"]))),
-            ("tokens of a text", manifest["length"]),
+            ("length, in tokens", manifest["length"]),
             *manifest["config"].items(),
             *((f"version of {name}", version) for name, version in manifest["versions"].items()),
         ]),
-        "`manifest.json` holds all settings, `history.jsonl` every step of the optimisation.",
+        "`manifest.json` holds all settings, `history.jsonl` every step of the search.",
         f"## Columns\n{COLUMNS}",
         f"## Limits\n{LIMITS}",
     ]  # fmt: skip

@@ -66,8 +66,8 @@ class SynthesisConfig:
         projection, top_k: the order (a name in `projection.PROJECTIONS`) and its number of candidates.
         search: a name in SEARCHES: "pool" has the model write `oversample` times as many finished texts from the public
             prompts and leaves the rest to filter and ranking. "admm" moves texts towards the target, as published (all
-            settings of groups, the solver, the projection and the start are its own); it needs a Release of the head,
-            and `PRESETS` has the ranking and the oversample that suit it.
+            settings of groups, the solver, the projection and the start are its own); it needs a Release of any space
+            but "body", and `PRESETS` has the ranking and the oversample that suit it.
         length: L, tokens of a text behind the words that its prompt begins it with, of a pool at most twice as
             many; None takes the Release's.
         temperature: of the texts that a pool writes or that ADMM starts from, see `generation.Sampling`; 1 samples from
@@ -210,7 +210,8 @@ class ReleaseConfig:
             sketch of every linear map's gradient: what fine-tuning follows). None takes "body" without epsilon and
             "label_rows" with it: the smaller the space, the less noise, and of the two that need no public text it
             keeps by far the more of what sets the classes apart (notebook 04 measures it). Give public texts and
-            "label_rows_centred" to keep more. The paper matches "head", which ADMM needs.
+            "label_rows_centred" to keep more. The paper matches "head"; ADMM takes any
+            but "body".
         relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
             "add-remove" (one example comes or goes).
         calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.

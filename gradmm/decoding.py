@@ -199,7 +199,7 @@ class _Stage:
         self.mask = torch.zeros(rows, places, dtype=torch.long, device=device)
         self.place = StaticLayer(1).cumulative_length.to(device)  # in the shape that transformers has it
         self.layers = [_Layer(layer, rows, places, self.place) for layer in like.cache.layers]
-        self.cache, self.graphs = Cache(layers=self.layers), Graphs(device)
+        self.cache, self.graphs = Cache(layers=self.layers), Graphs(device, lm=like.model.lm)
 
     def begin(self, reader: CachedDecoder) -> int:
         """Take over what another decoder has read: how many places that fills."""

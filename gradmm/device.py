@@ -6,6 +6,7 @@ work at once. So the code that runs on a card is the code that the tests run.
 
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar, cast
@@ -22,6 +23,7 @@ WARM_UP = 2  # runs before a capture: libraries choose their kernels and take th
 COMPILED_FROM = 500
 SHARE = 0.8  # of the free memory that a pass may take
 SPARE: list[Callable[[], object]] = []  # each gives up what a room keeps only to be faster
+UNCAPTURED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # language models whose reading can't be captured
 
 
 class Graphs:
@@ -31,15 +33,22 @@ class Graphs:
     can't be captured (its model waits for the device) runs as it is, and the log says so.
     """
 
-    def __init__(self, device: torch.device, within: Callable[[], AbstractContextManager] = nullcontext) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        within: Callable[[], AbstractContextManager] = nullcontext,
+        lm: torch.nn.Module | None = None,
+    ) -> None:
         """
         Args:
             device: on any other than CUDA nothing is captured.
-            within: what surrounds a capture, such as `compiled_layers`.
+            within: what surrounds a capture, such as `compiled_layers`; where it fails, the capture does without.
+            lm: whose step it is: what can't be captured is not tried again by other graphs of the same model.
         """
         self.device, self.within = device, within
+        self._lm = None if lm is None else weakref.ref(lm)
         self._replays: dict[object, Callable[[], object]] = {}
-        self.captures = device.type == "cuda"
+        self.captures = device.type == "cuda" and lm not in UNCAPTURED
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
         # One of this device for all: torch's own is of the device that captured first, and records nothing of another.
         self._stream = torch.cuda.Stream(device) if self.captures else None
@@ -62,9 +71,15 @@ class Graphs:
                 return self.capture(step)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # the compiler and the capture raise many kinds; each means: run it as it is
+        except Exception as error:  # the compiler and the capture raise many kinds; each means: do without
+            if self.within is not nullcontext:
+                LOG.warning("the layers can't be compiled and are captured as they are (%s)", first_line(error))
+                self.within = nullcontext
+                return self._captured(step)
             LOG.warning("a step can't be captured as a CUDA graph and runs as it is (%s)", first_line(error))
             self.captures = False  # nor would the next one
+            if lm := self._lm and self._lm():
+                UNCAPTURED.add(lm)
             return step
 
     def capture(self, step: Callable[[], None]) -> Callable[[], object]:

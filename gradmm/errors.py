@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 
 class UserError(ValueError):
-    """Raised where the caller's input cannot be used; nothing has been written or spent when it is raised."""
+    """Raised where the input, the machine or the disk stops the work; what was finished or charged before stays."""
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in place of a traceback: the sentence, since the fault is not in the code."""

@@ -110,7 +110,7 @@ def finetune(
 
     Args:
         model: left as it is.
-        train: any number of examples, any source: whatever `examples.check_examples` takes, such as the `kept` of a
+        train: any number of examples, any source: whatever `data.check_examples` takes, such as the `kept` of a
             synthesis.
         validation, test: the same.
         config: the settings.

@@ -11,7 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -283,7 +283,7 @@ class Model:
 
         def read(rows: list[int]) -> None:
             ids, mask = pad_left([sequences[row] for row in rows], self.device)
-            states[rows] = self.last_hidden(self.embed(ids), mask)
+            states[rows] = self.last_hidden(self.embed(ids), mask).to(self.dtype)  # autocast may give another
             advance(len(rows))
 
         in_batches(read, batches_by_length(sequences, tokens_per_batch or self.tokens_at_once()))
@@ -583,13 +583,13 @@ def find_device(device) -> torch.device:
         UserError: it is of another type, or not usable here.
     """
     _, processes, number = launched()
-    gpu = f"cuda:{number}" if processes > 1 else "cuda"
+    gpu = f"cuda:{number % max(1, torch.cuda.device_count())}" if processes > 1 else "cuda"  # each may see one alone
     require_type(device, str | torch.device | None, "the device", "use cpu, cuda or auto")
     if device in (None, "", "auto"):
         return torch.device(gpu if torch.cuda.is_available() else "cpu")
     device = gpu if str(device) == "cuda" else device
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # sums that decide are taken in it; MPS has none
         return torch.device(device)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(
@@ -616,7 +616,11 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     `device.fast_products`).
     """
     if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        named = torch.device(device).index is not None
+        with (
+            torch.cuda.device(device) if named else nullcontext()
+        ):  # torch asks of the current one, and cards may differ
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if torch.device(device).type == "cpu" and _has_any(FAST) else torch.float32
 
 

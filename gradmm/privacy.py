@@ -74,7 +74,8 @@ class Release:
         statement: the same as a sentence.
         ledger: what was spent on these examples, oldest first; empty without privacy.
         model, task: fingerprints of the model and the task that the gradients belong to.
-        length: L, tokens of a text: public with privacy, the real texts' mean without.
+        length: L, tokens of a text, of a pool at most twice as many: public with privacy; without, the real texts' mean
+            where none was given.
         examples: SHA-256 of the examples that exact gradients are of, whose last bits follow the number of threads and,
             on a GPU, chance. Empty with privacy, where nothing but the noised sums may leave.
     """

@@ -51,7 +51,7 @@ def peak_memory() -> dict[str, int]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found["process"] = peak if sys.platform == "darwin" else 1024 * peak
     if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.max_memory_allocated()
+        found["cuda"] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     return found
 
 

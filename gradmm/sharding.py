@@ -11,6 +11,7 @@ not used: a process that hangs looks there like one that is slow until a timeout
 work, one that is between two barriers does not learn of another's failure, and none learns its reason.
 """
 
+import functools
 import os
 import threading
 import time
@@ -19,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed
 
@@ -52,6 +53,22 @@ def launched() -> tuple[int, int, int]:
     return rank, count, local
 
 
+class _Alone:
+    """What one process leaves word in: torch's own stores are not in every build of it, nor on every system."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, bytes] = {}
+
+    def set(self, name: str, word: str) -> None:
+        self._held[name] = word.encode()
+
+    def get(self, name: str) -> bytes:
+        return self._held[name]
+
+    def check(self, names: Sequence[str]) -> bool:
+        return all(name in self._held for name in names)
+
+
 @dataclass(frozen=True)
 class ProcessGroup:
     """The processes that do one synthesis; by default one alone, which never waits.
@@ -59,12 +76,12 @@ class ProcessGroup:
     Attributes:
         rank: this process's number.
         count: how many there are.
-        store: where they leave word for one another.
+        store: where they leave word for one another: a `torch.distributed.Store`, or what stands in for it.
     """
 
     rank: int = 0
     count: int = 1
-    store: torch.distributed.Store = field(default_factory=torch.distributed.HashStore)
+    store: Any = field(default_factory=_Alone)
 
     @property
     def leads(self) -> bool:
@@ -195,6 +212,12 @@ class ProcessGroup:
                 return
 
 
+@functools.cache
+def _base(address: str, port: str, rank: int, count: int):
+    """The store of all visits: whoever comes early to the next one must not meet a server that is about to go."""
+    return next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))[0]
+
+
 @contextmanager
 def processes(output: str | Path | None) -> Iterator[ProcessGroup]:
     """The processes of this synthesis, as the launcher started them; an error within ends them all.
@@ -221,7 +244,7 @@ def processes(output: str | Path | None) -> Iterator[ProcessGroup]:
     )
     meeting = ProcessGroup(rank, count)
     with meeting._reached():
-        base, _, _ = next(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
+        base = _base(address, port, rank, count)
         visit = base.add(f"gradmm/visits/{rank}", 1)
     here = ProcessGroup(rank, count, torch.distributed.PrefixStore(f"gradmm/{visit}", base))
     with here.at_work():

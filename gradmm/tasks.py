@@ -541,8 +541,8 @@ def load_task(task: "str | Path | Task | Mapping") -> Task:
     """Find a task: a `Task`, a mapping of its fields, a registered name, a YAML file, or a folder of rows.
 
     A folder's task is its `task.yaml`; without one, a registered task of the folder's name with the same labels;
-    without that, its labels (from `labels.json` or its rows) serve as verbalizers, or letters where they are numbers;
-    labels that are names give the generation prompts too.
+    without that, its labels (from `labels.json` or its rows) serve as verbalizers, letters where they are numbers, bad
+    and great for negative and positive; labels that are names give the generation prompts too.
 
     Raises:
         UserError: nothing of that name, an unknown field, fields that do not fit together, or rows whose labels make no

@@ -8,7 +8,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 import torch
@@ -188,9 +187,18 @@ def take_step(
     model: Model, tokens: TaskTokens, data: Encoded, rows: list[int], optimizer, config: FinetuneConfig
 ) -> float:
     """One AdamW step on the mean loss of a batch; returns that loss before the step."""
-    size = config.tokens_per_batch or model.tokens_at_once(TOKENS_PER_STEP, backward=True)
+    asked = config.tokens_per_batch or model.tokens_at_once(TOKENS_PER_STEP, backward=True)
+    whole = len(rows) * max(len(data.sequences[row]) for row in rows)  # more tokens than these make no other pieces
+    group = optimizer.param_groups[0]
+
+    def added(size: int) -> list[Tensor]:
+        losses = _add_gradients(model, tokens, data, rows, optimizer, config, size)
+        if size < min(asked, whole):
+            group["held"] = size  # by the memory, at later steps too
+        return losses
+
     with fast_products(model.device):
-        losses = halving(partial(_add_gradients, model, tokens, data, rows, optimizer, config), size, "tokens")
+        losses = halving(added, min(asked, whole, group.get("held", asked)), "tokens")
         torch.nn.utils.clip_grad_norm_(model.lm.parameters(), config.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()  # their memory is free for a look

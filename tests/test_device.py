@@ -171,6 +171,35 @@ def test_a_step_that_can_not_be_captured_runs_as_it_is(caplog):
     assert "runs as it is (RuntimeError: operation not permitted when stream is capturing)" in caplog.text
 
 
+def test_where_the_compiler_fails_a_step_is_captured_without_it(caplog):
+    @contextmanager
+    def compiled():
+        raise RuntimeError("Failed to find C compiler")
+        yield
+
+    graphs = Replays()
+    graphs.within = compiled
+    graphs.of("step", lambda: None, lambda: None)()
+    assert len(graphs.captured) == 1 and graphs.captures
+    assert "can't be compiled and are captured as they are (RuntimeError: Failed to find C compiler)" in caplog.text
+
+
+def test_what_a_model_could_not_have_captured_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
+    tries = []
+
+    def capture(self, step):
+        tries.append(step)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(device.Graphs, "capture", capture)
+    one, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for lm in (one, one, other, None, None):
+        device.Graphs(torch.device("cuda"), lm=lm).of("step", lambda: None, lambda: None)()
+    assert len(tries) == 4  # one model's once
+
+
 def test_a_capture_that_the_memory_does_not_hold_is_no_reason_to_go_on_without():
     class Full(Replays):
         def capture(self, step):

@@ -32,6 +32,9 @@ ELSEWHERE = """
 import pkgutil, socket, sys
 import transformers.optimization  # it needs what the system's name promises: it stays that of a Unix
 sys.modules |= {"fcntl": None, "resource": None}
+import torch.distributed
+for name in ("HashStore", "Store"):
+    vars(torch.distributed).pop(name, None)
 def refuse(self, address, *rest):
     if self.family != getattr(socket, "AF_UNIX", None):
         raise AssertionError(f"a call to {address}")

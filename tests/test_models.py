@@ -253,6 +253,31 @@ def test_auto_on_a_gpu_asks_for_bfloat16_without_emulation(monkeypatch, native, 
     assert fast_dtype("cuda") == expected
 
 
+def test_of_several_processes_each_has_a_gpu_that_it_sees(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    for seen, expected in ((1, "cuda:0"), (2, "cuda:1"), (4, "cuda:3")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda seen=seen: seen)
+        assert models.find_device("auto") == torch.device(expected)
+
+
+def test_a_device_without_float64_is_refused_at_once(monkeypatch):
+    def zeros(*size, dtype, device):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(UserError, match=r"the device 'mps' is not usable here .*doesn't support float64.*: use cpu"):
+        models.find_device("mps")
+
+
+def test_states_come_in_the_model_s_type_whatever_autocast_makes_of_them(toy_tokenizer):
+    lm = random_lm("opt", torch.float32, word_embed_proj_dim=16)
+    model = wrap_model(lm, toy_tokenizer, "opt")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.hidden_of([[5, 6, 7]]).dtype == torch.float32
+
+
 def test_bfloat16_is_near_float32(saved, kind):
     folder = saved(kind)
     exact, half = load_model(folder), load_model(folder)

@@ -83,6 +83,7 @@ def test_the_launcher_s_variables_decide_on_number_and_gpu(monkeypatch):
     launch(monkeypatch, 3, 4, 1)
     assert sharding.launched() == (3, 4, 1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert models.find_device("auto") == torch.device("cuda:1")
     launch(monkeypatch, 4, 4)
     with pytest.raises(UserError, match=r"RANK, WORLD_SIZE, LOCAL_RANK = 4, 4, 0 do not say which of how many"):
@@ -293,6 +294,30 @@ def test_a_killed_process_ends_the_other_and_one_process_continues_to_the_same_b
     synthesize(*problem(), CONFIGS["admm"], tmp_path / "admm", False, lambda batch, result: steps.append(batch))
     assert 0 < steps.count(3) < 3 and 1 not in steps  # batch 1 was whole, batch 3 begun
     assert files_of(tmp_path / "admm") == files_of(alone / "admm")
+
+
+VISITS = """
+import sys
+from gradmm import sharding
+for visit in range(4):
+    with sharding.processes(sys.argv[1]) as group:
+        group.meet("here")
+print("through")
+"""
+
+
+def test_without_a_launcher_s_agent_one_visit_may_follow_another_at_once(tmp_path):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", VISITS, tmp_path],
+            env=environment() | meeting, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for port in [str(free_port())]
+        for meeting in (
+            {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in "01"
+        )
+    ]  # fmt: skip
+    assert [one.communicate(timeout=120)[0].strip().splitlines()[-1] for one in started] == ["through"] * 2
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 import transformers
 from conftest import LONG_KINDS, VOCABULARY
 
-from gradmm import finetuning
+from gradmm import finetuning, training
 from gradmm.classification import evaluate
 from gradmm.config import FinetuneConfig
 from gradmm.data import Example
@@ -108,6 +108,26 @@ def test_what_the_memory_does_not_hold_is_refused_with_what_helps(tiny_model, mo
     monkeypatch.setattr(finetuning, step, full)
     with pytest.raises(UserError, match=r"does not hold the weights that learn .*2.00 GiB\): let fewer .* layers = 4"):
         fit(tiny_model(), TASK, TRAIN, TRAIN, replace(CONFIG, adapter=None))
+
+
+def test_a_size_that_the_memory_held_is_kept_for_later_steps(tiny_model, monkeypatch):
+    sizes, add = [], training._add_gradients
+
+    def full(*rest):
+        sizes.append(rest[-1])
+        if rest[-1] > 20:
+            raise torch.OutOfMemoryError("full")
+        return add(*rest)
+
+    model, config = tiny_model(), replace(CONFIG, adapter=None, batch_size=4, steps=3, learning_rates=(1e-3,))
+    plain = fit(model, TASK, TRAIN, TRAIN, config)
+    monkeypatch.setattr(training, "_add_gradients", full)
+    found = fit(model, TASK, TRAIN, TRAIN, config)
+    held = min(sizes)
+    assert sizes.index(held) > 0 and set(sizes[sizes.index(held) :]) == {held}
+    assert [row["validation_loss"] for row in found.curve] == pytest.approx(
+        [row["validation_loss"] for row in plain.curve]
+    )
 
 
 def test_another_seed_starts_another_adapter(tiny_model):

@@ -36,13 +36,14 @@ METHODS = {
     "admm": "texts by the published ADMM, of few steps",
     "zero_shot": "zero-shot texts of the same model",
     "few_shot": "few-shot texts, real ones in the prompt",
+    "second_round": "gradmm's texts, a second pool among them",
     "gradmm": "gradmm's texts",
     "real": "the real texts that gradmm saw",
     "random": "real texts drawn at random",
     "herding": "real texts chosen by herding",
     "k_center": "real texts chosen by k-center",
     "matched_real": "real texts chosen as gradmm chooses",
-    "all_real": "every real training text",
+    "all_real": "every real training text long enough",
 }
 DATA = {
     "sst2": "SST-2", "rotten_tomatoes": "Rotten Tomatoes", "demo": "the embedded reviews",
@@ -148,7 +149,8 @@ def brief(records: Records) -> str:
     held = list(map(first_run_of, groups_by_data(records)))
     parts = [held[first : first + SIDE_BY_SIDE] for first in range(0, len(held), SIDE_BY_SIDE)]
     added = any("again" in figures for record in held for figures in record["results"]["methods"].values())
-    return "\n\n".join([*map(brief_table, parts), legend(held) + f" {AGAIN}" * added])
+    models = f"The models: {'; '.join(dict.fromkeys(record['settings']['model'] for record in held))}."
+    return "\n\n".join([*map(brief_table, parts), legend(held) + f" {AGAIN}" * added, models])
 
 
 def groups_by_data(records: Records) -> list[list[Record]]:
@@ -189,7 +191,8 @@ def legend(records: Sequence[Record]) -> str:
     seeds = " or ".join([*map(str, others), counted(most, "seed")])
     return (
         f"Test accuracy, mean ± standard deviation over {seeds}. ▲ beats gradmm, ▼ is beaten by it: the "
-        f"{' or '.join(shares)} interval of the difference leaves out 0. Without a mark the two cannot be told apart."
+        f"{' or '.join(shares)} interval of the difference leaves out 0. Without a mark a method cannot be told "
+        "from it; what is only calibrated is not compared."
     )
 
 

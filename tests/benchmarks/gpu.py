@@ -147,7 +147,7 @@ def pool(bench: Bench) -> Iterator[Row]:
     length = min(2 * bench.plan.length, bench.model.context - 16)
     spent = bench.seconds(lambda: prompted_texts(bench.model, bench.plan.tokens, count // 2, length), 1)
     yield {"part": f"pool, texts of {length} tokens", "a second": 2 * (count // 2) / spent,
-           "side by side": Sampling().batch_size}  # fmt: skip
+           "side by side": Sampling().together(bench.model.device)}  # fmt: skip
 
 
 def sketches(bench: Bench) -> Iterator[Row]:
@@ -227,9 +227,9 @@ def measure(options: argparse.Namespace) -> list[Row]:
         show(rows[-1])
         for name in options.parts:
             if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.reset_peak_memory_stats(bench.model.device)
             for row in guarded(name, bench, end):
-                peak = {"peak, GB": torch.cuda.max_memory_allocated() / 1e9} if on_gpu else {}
+                peak = {"peak, GB": torch.cuda.max_memory_allocated(bench.model.device) / 1e9} if on_gpu else {}
                 rows.append({"shape": shape, **row, **peak})
                 show(rows[-1])
         del bench

@@ -8,8 +8,8 @@ the gradient of a text is read once for all methods; and a pool is written once 
 changes a result but by rounding (a test compares with `FinetuneConfig.layers`). With `--dtype bfloat16`, for processors
 that have it, texts are written and gradients read in bfloat16, and float32 weights learn under autocast. Interrupted
 runs go on. With `--learners` the texts of the first model train others, too, as in 06-transfer. The method `admm` is
-the published search with as many steps and starts as the options say. For models with `embed_tokens`, `layers` and
-`norm`, such as Llama, Qwen and Gemma.
+the published search with as many steps and starts as the options say, `second_round` a pool written after the first
+choice. For models with `embed_tokens`, `layers` and `norm`, such as Llama, Qwen and Gemma.
 """
 
 import argparse
@@ -165,6 +165,15 @@ def published(run: SeedRun) -> list[Example]:
     return run.write("admm", target, config)
 
 
+def second_round(run: SeedRun) -> list[Example]:
+    """gradmm's choice among its pool and as many texts again, whose prompts show three of the texts it chose first."""
+    one, first = run.experiment, run.matched
+    counts = [sum(example.label == label for example in run.pool) for label in range(len(one.task.labels))]
+    sampling = replace(run.sampling, shots=3)
+    more = generate_counts(one.model, one.task, counts, stream(run.seed, "second round"), sampling, first)
+    return run.choose([*run.pool, *more], run.synthesis)
+
+
 def shown(run: SeedRun, methods: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Some of the texts that methods keep, drawn at random: {method: {label: texts}}."""
     found: dict[str, dict[str, list[str]]] = {}
@@ -257,8 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def finetune(model: Model, *rest, **named) -> FinetuneResult:
         return uppers[model.name].finetune(model, *rest, **named)
 
-    admm = mock.patch.dict(protocol.METHODS, {"admm": published})
-    with gradients_read_once(), mock.patch.object(protocol, "finetune", finetune), admm:
+    own = mock.patch.dict(protocol.METHODS, {"admm": published, "second_round": second_round})
+    with gradients_read_once(), mock.patch.object(protocol, "finetune", finetune), own:
         found = protocol.compare(model, task, splits, config, options.methods, seeds, folder / task.name)
         as_it_came = (
             found

@@ -62,7 +62,7 @@ class Splits:
         source: the folder's name, or the hub id with the commit read; never a path.
         dropped: how many rows were left out: another row holds the same text.
         notes: a sentence on each kind of row left out or moved: how many and where the first stands, never a text.
-        place: 8 digits that follow from the whole path and from the columns' names.
+        place: 8 digits that follow from the whole path and from the columns' names; none of data in memory.
     """
 
     train: list[Example]
@@ -143,8 +143,9 @@ def load_data(
     task = task or named or given.task()
     splits = split_by_content(_examples(given, task), given.source)
     _check_classes(splits, task)
+    lies = given.folder is not None or hub is not None
     place, notes = files.digest([given.path or given.source, text, label])[:8], (*given.notes, *splits.notes)
-    splits = replace(splits, place=place, notes=notes)
+    splits = replace(splits, place=place if lies else "", notes=notes)
     for note in notes:
         warnings.warn(f"{given.source}: {note}", DataWarning, stacklevel=2)
     return task, splits

@@ -71,7 +71,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
         write(temporary)
         with open(temporary, "rb+") as whole:  # Windows syncs what may be written alone
             os.fsync(whole.fileno())
-        os.chmod(temporary, 0o666 & ~UMASK)
+        with suppress(OSError):  # some mounted folders know no modes
+            os.chmod(temporary, 0o666 & ~UMASK)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -248,7 +249,7 @@ logging.getLogger("filelock").setLevel(logging.INFO)  # below, it logs addresses
 
 
 @contextmanager
-def lock(folder: str | Path | None, wait: bool = False) -> Iterator[None]:
+def lock(folder: str | Path | None, wait: bool = False) -> Iterator[bool]:
     """Hold a folder for as long as this context lasts, and take away what runs that were killed in it left unfinished.
 
     A folder that does not exist is made. One that cannot be written, such as finished results on a read-only disk, and
@@ -258,18 +259,21 @@ def lock(folder: str | Path | None, wait: bool = False) -> Iterator[None]:
         folder: None, a run in memory, holds nothing.
         wait: for the end of another run that holds the folder, instead of an error.
 
+    Yields:
+        Whether the folder is held, so that nobody else is at work there; of None, too.
+
     Raises:
         UserError: another run holds the folder.
     """
     path = None if folder is None else as_path(folder, "the output folder")
     held = None if path is None else _acquire(path, -1 if wait else 0)
     if path is None or held is None:
-        yield
+        yield path is None
         return
     with held:
         try:
             remove_unfinished(path)
-            yield
+            yield True
         finally:
             with suppress(OSError):  # while it is held: a later run takes no lock on a file without a name
                 (path / LOCK).unlink()

@@ -35,7 +35,7 @@ from gradmm import files
 from gradmm.config import ReleaseConfig
 from gradmm.data import Example, check_examples
 from gradmm.errors import UserError, first_line, require, require_flag, require_settings, require_type
-from gradmm.files import lock
+from gradmm.files import LOCK, lock
 from gradmm.gradients import DenseTarget, Factors, FactorTarget, Space, Target
 from gradmm.matching import factors_of
 from gradmm.mechanism import (
@@ -253,13 +253,13 @@ def release_once(
         return release(model, task, examples, config, **place)
     require_model(model)
     require_task(task)
-    require_type(source, Mapping, "source", "give public facts such as {'data': 'demo', 'seed': 0}")
+    _check_source(source)
     arguments = _public_arguments(model, task, source, config)
     folder = RESULTS / "releases" / files.digest(arguments)[:8] if folder is None else folder
     folder = files.as_path(folder, "the folder of the release")
     with ExitStack() as held:
         with shown(place.get("progress", True)), announced(f"waiting for who makes the release in {folder}"):
-            held.enter_context(lock(folder, wait=True))
+            alone = held.enter_context(lock(folder, wait=True))
         ledger = _FolderLedger.open(folder / LEDGER_FILE, arguments)
         kept = folder / RELEASE_FILE
         if kept.exists():
@@ -268,9 +268,28 @@ def release_once(
             )
             return load_release(kept)
         _check_output(output, folder)
+        _check_lock(alone, folder)
         drawn = release(model, task, examples, config, **place, ledger=ledger)
         drawn.save(kept)
         return drawn
+
+
+def _check_source(source: Mapping[str, Any]) -> None:
+    require_type(source, Mapping, "source", "give public facts such as {'data': 'demo', 'seed': 0}")
+    require(
+        source.get("place") != "",
+        "source has the place '', as of data in memory, which nothing tells apart: leave place out of it and give data "
+        "a name that is yours alone, such as {'data': 'reviews of May', 'seed': 0}",
+    )
+
+
+def _check_lock(alone: bool, folder: Path) -> None:
+    """Refuse to draw where nothing keeps another process from drawing too: only one of both would be counted."""
+    require(
+        alone,
+        f"{folder} can't be locked (its {LOCK} is another user's, or the file system has no locks), so another process "
+        "could draw the noise too, uncounted: give the release another folder",
+    )
 
 
 def _check_output(output: str | Path | None, folder: Path) -> None:

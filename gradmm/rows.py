@@ -250,7 +250,7 @@ def read_rows(folder: Path, columns: Sequence[str] = COLUMNS) -> dict[str, list[
 
 def _split_meant(path: Path) -> str | None:
     """The split that a data file is named after, or None."""
-    if path.suffix.lower() not in ENDINGS or not path.is_file():
+    if path.name.startswith(".") or path.suffix.lower() not in ENDINGS or not path.is_file():  # ._train of a Mac
         return None
     words = set(re.findall("[a-z]+", path.stem.lower())) - FILLERS
     return NAMED.get(words.pop()) if len(words) == 1 else None

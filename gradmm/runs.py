@@ -12,9 +12,10 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 from gradmm import admm, files
 from gradmm.errors import UserError, require, short_json
 
+PACKAGE = Path(__file__).parent
 PACKAGES = ("gradmm", "torch", "transformers", "datasets", "tokenizers", "numpy")
 SNAPSHOT_SECONDS = 10.0
 CLOCK_COLUMNS = ["seconds"]
@@ -32,14 +34,26 @@ RUN_FILES = ("README.md", "train.jsonl", "synthetic.jsonl", "history.jsonl", "ti
 RESULTS = Path("results")
 FITTED = "groups-at-once.json"
 NOT_FOR_RELEASE = "not-for-release"
+UNIT = re.compile(r"batch-\d{4,}\.safetensors|texts-\d{4,}\.json")  # unfinished work, see `RunFolder.place`
 LARGE_BYTES = 1 << 26  # of larger files, such as weights, only size and time of change tell whether they are the same
 LONGEST_NAME = 40
 TASK_FILES = ("task.yaml", "labels.json", "README.md")  # beside a file of rows they decide its task
 
 
+@cache
+def package_digest() -> str:
+    """A digest of the package's code and data."""
+    data = [path for path in (PACKAGE / "data").rglob("*") if path.is_file()]
+    paths = sorted([*PACKAGE.rglob("*.py"), *data])
+    return files.digest(
+        [(path.relative_to(PACKAGE).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]
+    )
+
+
 def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    """The versions that a result depends on; gradmm's with digits that follow from its code and data."""
+    found = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {**found, "gradmm": f"{found['gradmm']}+{package_digest()[:8]}"}
 
 
 def peak_memory() -> dict[str, int]:
@@ -62,9 +76,9 @@ def output_folder(notebook: str, output: str | Path | None, *, private: bool = F
     """The folder of a notebook's results; one of your own is claimed for these parameters before any work is done.
 
     The default follows from everything that decides the results: results/<notebook>/<model>-<data>-<8 hexadecimal
-    digits>. The digits are a digest of the parameters and, unless the folder is private, of the versions and of what
-    the local files that parameters name hold. A private folder's come from the parameters and the task's public files
-    (YAML, `labels.json`): nothing that is written may depend on private text. So a default folder is nobody else's, and
+    digits>. The digits are a digest of the parameters, of the versions and of what the local files that parameters name
+    hold. Of a private folder these are the task's public files alone (YAML, `labels.json`): nothing that is written may
+    depend on private text. So a default folder is nobody else's, and
     nothing is written yet; a folder of your own gets `parameters.json`, which is written anew as long as there are no
     results beside it.
 
@@ -77,12 +91,13 @@ def output_folder(notebook: str, output: str | Path | None, *, private: bool = F
     Raises:
         UserError: the folder holds results of other parameters (each that differs is named), or cannot be written.
     """
-    claim = {"notebook": notebook, "parameters": {name: _leaf(value) for name, value in parameters.items()}}
-    contents = {name: content for name in parameters if (content := _content(parameters[name], private))}
-    if contents or not private:
-        claim["files"] = contents
-    if not private:
-        claim["versions"] = versions()
+    named = {f"{name} {i}": value for name, given in parameters.items() for i, value in enumerate(_listed(given))}
+    claim = {
+        "notebook": notebook,
+        "parameters": {name: _leaf(value) for name, value in parameters.items()},
+        "files": {name: content for name, value in named.items() if (content := _content(value, private))},
+        "versions": versions(),
+    }
     claim = json.loads(json.dumps(claim, default=str))
     if output is None:
         names = (
@@ -98,6 +113,10 @@ def output_folder(notebook: str, output: str | Path | None, *, private: bool = F
         refuse_other(claim, files.read_json(place), said, "leave output out, or give another folder")
     files.write_json(place, claim)
     return folder
+
+
+def _listed(value: Any) -> Sequence:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _leaf(value: Any) -> Any:
@@ -288,7 +307,7 @@ class RunFolder:
 def refuse_foreign(folder: Path) -> None:
     """Raise where a folder holds files of the names that a run writes, and no run."""
     held = {path.name for path in folder.glob("*")}
-    clash = sorted(held & set(RUN_FILES))
+    clash = sorted(name for name in held if name in (*RUN_FILES, FITTED) or UNIT.fullmatch(name))
     require(
         not clash or "manifest.json" in held,
         f"{folder} holds {', '.join(clash)} but no manifest: choose another output folder or empty this one",
@@ -319,7 +338,7 @@ def _held(folder: Path) -> dict:
 def _remove_leftovers(folder: Path) -> None:
     """Take unfinished work away: a run killed at its very end leaves it beside its results."""
     with suppress(OSError):  # results on a read-only disk are read all the same
-        for leftover in (*folder.glob("batch-*.safetensors"), *folder.glob("texts-*.json"), folder / FITTED):
+        for leftover in [path for path in folder.glob("*") if UNIT.fullmatch(path.name) or path.name == FITTED]:
             leftover.unlink(missing_ok=True)
 
 

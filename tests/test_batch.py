@@ -263,3 +263,11 @@ def test_a_sweep_is_shared_between_two_processes(here):
     assert found == {f"seed={seed}": {"seed": seed, "rho": 0.1} for seed in (1, 2, 3)}
     parents = {path.read_text() for path in here.glob("out/*/parent")}
     assert len(parents) == 2 and str(os.getpid()) not in parents  # each kernel was started by one of two workers
+
+
+def test_a_pattern_that_no_shell_has_filled_in_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given, jobs = batch.requested(["--preset", "smoke", "--output", str(tmp_path), "notebooks/0[01]*.ipynb"])
+    assert [Path(one).stem for one in given.notebooks] == ["00-quickstart", "01-theory"] and len(jobs) == 2
+    with pytest.raises(UserError, match=r"nothing\*\.ipynb is no notebook"):
+        batch.requested(["--output", str(tmp_path), "notebooks/nothing*.ipynb"])

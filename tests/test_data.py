@@ -541,3 +541,15 @@ def test_columns_that_are_named_are_read_from_a_registered_source_too(hub, name)
 def test_another_id_than_the_tasks_own_is_read(hub):
     write_rows(hub("someone/reviews") / "train.jsonl", rows_of(40))
     assert load_data("someone/reviews", "sst2")[1].source == f"someone/reviews@{COMMIT}"
+
+
+def test_data_in_memory_have_no_place_and_a_mac_s_hidden_file_is_no_data(tmp_path):
+    rows = {"text": ["a good film", "a bad one"] * 20, "label": [1, 0] * 20}
+    made = datasets.Dataset.from_dict(
+        {"text": [f"{text} {i}" for i, text in enumerate(rows["text"])], **{"label": rows["label"]}}
+    )
+    assert load_data(made)[1].place == ""
+    made.to_json(tmp_path / "train.jsonl")
+    expected = load_data(tmp_path)[1]
+    (tmp_path / "._train.jsonl").write_bytes(b"\x00\x05\x16\xb7")
+    assert load_data(tmp_path)[1].train == expected.train and expected.place

@@ -205,3 +205,8 @@ def test_tensors_are_read_into_aligned_memory(tmp_path):
     for header in ("x", "xx", "xxx" * 7):  # of different lengths, so that tensors lie at different places of the file
         found, _ = files.read_tensors(files.write_tensors(tmp_path / "t.safetensors", held, {"header": header}))
         assert not [name for name, tensor in found.items() if tensor.data_ptr() % 64]
+
+
+def test_a_file_is_written_where_modes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "chmod", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    assert files.write_text(tmp_path / "a.txt", "whole").read_text() == "whole"

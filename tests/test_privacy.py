@@ -1,7 +1,9 @@
 """What a Release holds, what it must not hold, and every way of asking for one wrongly."""
 
 import dataclasses
+import errno
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -563,3 +565,24 @@ def test_a_folder_whose_ledger_is_gone_or_broken_is_refused(model, tmp_path):
     (tmp_path / "ledger.json").unlink()
     with pytest.raises(UserError, match=r"release\.safetensors has no ledger\.json beside it that counts it"):
         once(tmp_path, model)
+
+
+def test_noise_is_not_drawn_where_nothing_keeps_another_process_from_it(model, tmp_path, monkeypatch):
+    with monkeypatch.context() as unlocked:
+        unlocked.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+        with pytest.raises(
+            UserError, match=r"run can't be locked \(its \.lock is another user's.*give the release ano"
+        ):
+            once(tmp_path / "run", model)
+    assert not list((tmp_path / "run").glob("[!.]*"))
+    first = once(tmp_path / "run", model)
+    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    assert once(tmp_path / "run", model).fingerprint == first.fingerprint  # read, it needs no lock
+
+
+def test_data_in_memory_are_named_by_their_owner(model, tmp_path):
+    with pytest.raises(UserError, match="source has the place '', as of data in memory, which nothing tells apart"):
+        once(tmp_path / "run", model, source=SOURCE | {"place": ""})
+    with pytest.raises(UserError, match="source is of type list: give public facts such as"):
+        once(tmp_path / "run", model, source=["demo"])
+    assert not (tmp_path / "run").exists()

@@ -540,7 +540,9 @@ def test_after_an_error_no_other_piece_is_begun(model, monkeypatch):
         raise UserError(f"seed {trial.seed}")
 
     monkeypatch.setitem(METHODS, "none", fails_first)
-    monkeypatch.setattr(protocol, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(
+        protocol, "ProcessPoolExecutor", lambda workers, context, *begin: ThreadPoolExecutor(1, "", *begin)
+    )
     with pytest.raises(UserError, match="seed 0"):
         compare(model, TWO, splits_of(TWO), replace(CONFIG, workers=2), ("none",), range(4), progress=False)
     assert len(begun) <= 2

@@ -141,20 +141,21 @@ def test_a_default_folder_has_a_readable_name_whatever_the_parameters_are_called
         assert folder.name.startswith(start) and folder.parent == Path("results/a") and not folder.exists()
 
 
-def test_a_default_folder_follows_local_files_and_versions_but_a_private_one_neither(here, monkeypatch):
+def test_a_default_folder_follows_local_files_and_versions_but_a_private_one_public_files_alone(here, monkeypatch):
     given = [one | {"data": "my reviews"} for one in (GIVEN, PRIVATE, PRIVATE | {"private": False})]
     before = [runs.output_folder("a", None, **values) for values in given]
     (here / "my reviews" / "train.jsonl").write_text('{"text": "dull", "label": 0}\n')
     changed = [runs.output_folder("a", None, **values) for values in given]
-    monkeypatch.setattr(runs, "versions", lambda: {"torch": "0"})
-    for place in (0, 2):  # an epsilon alone makes no folder private
-        assert before[place] != changed[place] != runs.output_folder("a", None, **given[place])
-    assert before[1] == changed[1] == runs.output_folder("a", None, **given[1])
+    assert before[1] == changed[1] and all(before[place] != changed[place] for place in (0, 2))  # epsilon alone: public
+    with monkeypatch.context() as other:
+        other.setattr(runs, "versions", lambda: {"torch": "0"})
+        for place in range(3):
+            assert runs.output_folder("a", None, **given[place]) != changed[place]
     (here / "my reviews" / "task.yaml").write_text("labels: [low, high]\n")
     assert before[1] != runs.output_folder("a", None, **given[1])  # public, and decides what is written
     (here / "my reviews" / "task.yaml").unlink()
     own = runs.output_folder("a", "mine", **PRIVATE | {"data": "my reviews"})
-    assert set(json.loads((own / "parameters.json").read_text())) == {"notebook", "parameters"}
+    assert json.loads((own / "parameters.json").read_text())["files"] == {}
     assert before[1] == runs.output_folder("a", None, **given[1] | {"epsilon": 1})
 
 
@@ -206,3 +207,33 @@ def test_what_is_not_for_release_says_so_first_and_lies_apart(tmp_path):
     place = runs.write_not_for_release(tmp_path, "a", {"accuracy": 0.5})
     assert place == tmp_path / "not-for-release" / "a.json"
     assert list(json.loads(place.read_text())) == ["not for release", "accuracy"]
+
+
+def test_a_run_neither_takes_nor_removes_files_that_are_named_nearly_as_its_own(tmp_path):
+    own = [tmp_path / name for name in ("texts-interviews.json", "batch-2024.json", "batch-1.safetensors")]
+    for path in own:
+        path.write_text("mine")
+    folder = runs.RunFolder.open(tmp_path, {"seed": 0})
+    assert folder.texts_place(0).name == "texts-0000.json"
+    folder.finish([], pandas.DataFrame({"step": [], "group": []}), {}, "card")
+    assert all(path.read_text() == "mine" for path in own)
+
+
+@pytest.mark.parametrize("name", ["texts-0000.json", "batch-0003.safetensors", "groups-at-once.json"])
+def test_unfinished_work_without_its_manifest_is_nobody_s(tmp_path, name):
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(UserError, match=f"holds {name} but no manifest: choose another output folder or empty this"):
+        runs.RunFolder.open(tmp_path, {"seed": 1})
+
+
+def test_gradmm_s_version_follows_its_code():
+    found = runs.versions()
+    assert found["gradmm"].startswith("0.1.0+") and found["gradmm"].endswith(runs.package_digest()[:8])
+
+
+def test_a_default_folder_follows_each_file_of_a_list(here, monkeypatch):
+    (here / "other").mkdir()
+    (here / "other" / "weights.bin").write_bytes(b"one")
+    before = runs.output_folder("a", None, **GIVEN, other_models=["demo", "other"])
+    (here / "other" / "weights.bin").write_bytes(b"two")
+    assert runs.output_folder("a", None, **GIVEN, other_models=["demo", "other"]) != before

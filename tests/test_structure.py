@@ -30,10 +30,11 @@ ROOMS = sorted(
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LANGUAGE = {"transformers", "tokenizers", "datasets"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
-PARALLEL = {"experiments/batch": {"joblib"}}  # joblib to share work between processes, never to load or dump
+# To share work between a process and its own workers, never to read or write a file.
+PARALLEL = {"experiments/batch": {"joblib"}, "experiments/protocol": {"pickle"}}
 UNSAFE_CALLS = {
     "eval", "exec", "compile", "__import__", "torch.load", "joblib.load", "joblib.dump", "pandas.read_pickle",
-    "pd.read_pickle", "yaml.load", "os.system",
+    "pd.read_pickle", "pickle.load", "pickle.dump", "yaml.load", "os.system",
 }  # fmt: skip
 MACHINE_PATH = re.compile(r"(?<![\w.:/~$}<-])/(?:work|root|home|Users|tmp)/[\w.]|\b[A-Z]:\\Users\\")
 

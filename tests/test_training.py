@@ -111,17 +111,17 @@ def test_what_the_memory_does_not_hold_is_refused_with_what_helps(tiny_model, mo
 
 
 def test_a_size_that_the_memory_held_is_kept_for_later_steps(tiny_model, monkeypatch):
-    sizes, add = [], training._add_gradients
+    sizes, cut = [], training.batches_by_length
 
-    def full(*rest):
-        sizes.append(rest[-1])
-        if rest[-1] > 20:
+    def full(sequences, size):
+        sizes.append(size)
+        if size > 20:
             raise torch.OutOfMemoryError("full")
-        return add(*rest)
+        return cut(sequences, size)
 
     model, config = tiny_model(), replace(CONFIG, adapter=None, batch_size=4, steps=3, learning_rates=(1e-3,))
     plain = fit(model, TASK, TRAIN, TRAIN, config)
-    monkeypatch.setattr(training, "_add_gradients", full)
+    monkeypatch.setattr(training, "batches_by_length", full)
     found = fit(model, TASK, TRAIN, TRAIN, config)
     held = min(sizes)
     assert sizes.index(held) > 0 and set(sizes[sizes.index(held) :]) == {held}

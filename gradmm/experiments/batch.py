@@ -10,6 +10,7 @@ package, the versions), how it ended and how long it took.
 
 import argparse
 import ast
+import glob
 import hashlib
 import importlib
 import itertools
@@ -35,9 +36,10 @@ from tqdm.auto import tqdm
 
 from gradmm import files, runs
 from gradmm.errors import UserError, first_line, near, require
-from gradmm.experiments.records import PACKAGE, cores
+from gradmm.experiments.records import cores
 from gradmm.files import lock
 from gradmm.progress import ticking
+from gradmm.runs import package_digest
 
 LONGEST_NAME = 80
 LONGEST_NOTE = 300
@@ -208,11 +210,12 @@ def _parts(notebook: Path, parameters: Mapping[str, Any], defaults: Mapping[str,
     cells = files.read_json(notebook, files.MAX_TEXT_BYTES)["cells"]
     kept = [(cell["cell_type"], "".join(cell["source"]), cell.get("metadata", {}).get("tags")) for cell in cells]
     every = {**defaults, **parameters}
-    texts = {name: value for name, value in every.items() if name != "output" and isinstance(value, str)}
+    texts = [(name, text) for name, value in every.items() if name != "output"
+             for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]  # fmt: skip
     return {
         "notebook": files.digest(kept),
         "parameters": files.digest(parameters),
-        "the files that parameters name": files.digest({name: _state_of(value) for name, value in texts.items()}),
+        "the files that parameters name": files.digest([(name, _state_of(text)) for name, text in texts]),
         "package": package_digest(),
         "versions": files.digest(_versions()),
     }
@@ -234,14 +237,6 @@ def _state_of(name: str) -> list[tuple]:
 def _apart(path: Path) -> bool:
     """Whether a file is no part of data or records: hidden, or results."""
     return any(part.startswith(".") or part == runs.RESULTS.name for part in path.parts)
-
-
-@cache
-def package_digest() -> str:
-    """A digest of the package's code and data."""
-    data = [path for path in (PACKAGE / "data").rglob("*") if path.is_file()]
-    paths = sorted([*PACKAGE.rglob("*.py"), *data])
-    return files.digest([(path.relative_to(PACKAGE).as_posix(), _digest(path)) for path in paths])
 
 
 def _digest(path: Path) -> str:
@@ -380,6 +375,7 @@ def requested(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespac
         UserError: as `plan`, and a sweep that cannot be read.
     """
     given = _parser().parse_args(arguments)
+    given.notebooks = [path for one in given.notebooks for path in (sorted(glob.glob(one)) or [one])]  # as a shell does
     sweep = None if given.sweep is None else files.read_parameters(given.sweep)
     sweep = sweep if sweep is None else sweep.get("sweep", sweep)
     values = {name: _from_command_line(text) for name, text in given.parameter}

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -200,17 +201,23 @@ def _made(experiment: Experiment, missing: dict[int, list[str]], workers: int) -
     pieces += [([name for name in names if name not in WRITING], seed) for seed, names in missing.items()]
     pieces.sort(key=lambda piece: -len(piece[0]))  # the longest first, so that no process waits long for the last one
     threads = max(1, torch.get_num_threads() // workers)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (threads,))
+    # Sent once to each, as bytes: sent with each piece, every weight would be a file in shared memory of its own.
+    shared = (threads, pickle.dumps(experiment))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, shared)
     try:
-        started = [pool.submit(_run_all, experiment, names, seed) for names, seed in pieces if names]
+        started = [pool.submit(_run_all, names, seed) for names, seed in pieces if names]
         for future in as_completed(started):
             yield from future.result()
     finally:
         pool.shutdown(cancel_futures=True)  # after an error no other piece is begun
 
 
-def _begin_worker(threads: int) -> None:
+_shared: list[Experiment] = []  # of a worker, the one that it runs
+
+
+def _begin_worker(threads: int, experiment: bytes) -> None:
     torch.set_num_threads(threads)
+    _shared[:] = [pickle.loads(experiment)]  # our own parent's
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -221,8 +228,8 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run_all(experiment: Experiment, methods: Sequence[str], seed: int) -> list[dict]:
-    return list(_run_seed(experiment, methods, seed))
+def _run_all(methods: Sequence[str], seed: int) -> list[dict]:
+    return list(_run_seed(_shared[0], methods, seed))
 
 
 def _run_seed(experiment: Experiment, methods: Sequence[str], seed: int) -> Iterator[dict]:

@@ -15,9 +15,9 @@ import torch
 
 from gradmm import files, runs
 from gradmm.errors import UserError, first_line, require
+from gradmm.runs import PACKAGE
 
 KEYS = ("settings", "machine", "versions", "commit", "results")
-PACKAGE = Path(__file__).resolve().parents[1]
 COMMIT_VARIABLE = "GRADMM_COMMIT"
 
 

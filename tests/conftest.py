@@ -13,6 +13,7 @@ import copy
 import functools
 import importlib
 import string
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tqdm import tqdm
 
 import gradmm.models
 from gradmm import decoding, generation
@@ -52,6 +54,8 @@ ORACLE_KINDS = in_tiers((*KINDS, "gemma"), "gpt2", "llama", "phi", "gemma")
 def pytest_configure(config):
     # One thread each: results do not depend on how many workers share the cores, and two workers do not compete.
     torch.set_num_threads(1)
+    # tqdm's own is one for all forked processes: of `make mutants` one that is killed would hold up all the others.
+    tqdm.set_lock(threading.RLock())
     # How long an example takes to draw or to run says how busy the machine is.
     settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("busy")

@@ -281,3 +281,42 @@ def test_every_class_weight_and_bias_gets_its_own_noise():
 
 def test_entries_are_plain_values():
     assert all(isinstance(value, str | float | int) for value in dataclasses.asdict(entry()).values())
+
+
+def test_the_older_calibrations_are_those_of_their_papers():
+    assert mechanism.classic_sigma(0.5, 1e-5) == pytest.approx(9.689610525210778, rel=1e-12)
+    # c^2 = ln(2 / (sqrt(1.00016) - 1)) = ln(2 / 7.99968e-5)
+    assert mechanism.zhao2019_sigma(1.0, 1e-5) == pytest.approx((10.12669**0.5 + 11.12669**0.5) / 2**0.5, rel=1e-6)
+    assert mechanism.zhao2019_sigma(4.0, 1e-5) == pytest.approx((10.12669**0.5 + 14.12669**0.5) / 32**0.5, rel=1e-6)
+
+
+def test_nothing_spent_is_nothing_and_neighbours_of_two_kinds_do_not_add_up():
+    assert mechanism.total_epsilon([], 1e-5) == 0.0
+    mixed = [entry(relation=relation) for relation in ("replace-one", "add-remove")]
+    words = "the ledger holds the relations add-remove and replace-one, which do not add up: use one throughout"
+    with pytest.raises(UserError, match=f"^{words}$"):
+        mechanism.total_epsilon(mixed, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: mechanism.Ledger(1.0, 0.5), "^delta = 0.5, it must be above 0"),
+        (lambda: mechanism.Ledger(-1.0, 1e-5), "^epsilon = -1.0, it must be positive"),
+        (lambda: mechanism.Ledger(1.0, 1e-5, "all"), "^the ledger's entries .*: give the `ledger` of a Release$"),
+        (
+            lambda: mechanism.Ledger(1.0, 1e-5).check("all"),
+            "^the expense .*: give a LedgerEntry, as in the `ledger` of a Release$",
+        ),
+    ],
+)
+def test_what_is_no_budget_and_no_expense_is_named(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+def test_a_fixed_seed_s_bits_stay_what_they_were():
+    assert [hex(number) for number in mechanism.seeded_bits(0)(2).tolist()] == [
+        "0x7a6a4a3e4c70c946",
+        "0xd3b59489c72e9737",
+    ]

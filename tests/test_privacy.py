@@ -1,9 +1,12 @@
 """What a Release holds, what it must not hold, and every way of asking for one wrongly."""
 
+import copy
 import dataclasses
+import datetime
 import errno
 import json
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import torch
 from test_sketch import literal
 
-from gradmm import mechanism, privacy, spaces
+from gradmm import files, mechanism, privacy, spaces
 from gradmm.data import Example
 from gradmm.errors import UserError
 from gradmm.files import read_tensors, write_tensors
@@ -586,3 +589,74 @@ def test_data_in_memory_are_named_by_their_owner(model, tmp_path):
     with pytest.raises(UserError, match="source is of type list: give public facts such as"):
         once(tmp_path / "run", model, source=["demo"])
     assert not (tmp_path / "run").exists()
+
+
+def test_the_kept_arguments_say_all_that_tells_releases_apart(model, tmp_path):
+    options = {"space": "label_rows_subspace", "public_texts": PUBLIC, "directions": 2}
+    once(tmp_path / "run", model, **options)
+    held = json.loads((tmp_path / "run" / "ledger.json").read_text())["release"]
+    assert held == {
+        "model": model.fingerprint, "task": TASK.fingerprint, "min_words": TASK.min_words, **SOURCE, **PRIVATE,
+        "clip": 1.0, "space": "label_rows_subspace", "relation": "replace-one", "calibration": "exact",
+        "public_texts": files.digest(PUBLIC), "directions": 2, "noise_seed": None,
+    }  # fmt: skip
+    assert all(isinstance(held[name], float) for name in ("epsilon", "delta", "clip"))
+    with pytest.raises(UserError, match="other arguments: public_texts"):
+        once(tmp_path / "run", model, **options | {"public_texts": PUBLIC[::-1]})
+    once(tmp_path / "dated", model, source=SOURCE | {"day": datetime.date(2025, 1, 2)})  # as text
+    assert json.loads((tmp_path / "dated" / "ledger.json").read_text())["release"]["day"] == "2025-01-02"
+
+
+@pytest.mark.parametrize("asked", [{}, PRIVATE])
+def test_what_release_once_is_told_reaches_the_release(model, tmp_path, monkeypatch, asked):
+    given, made = {}, privacy.release
+
+    def instead(model, task, examples, config=None, **more):
+        given.update(more, config=config)
+        return made(model, task, examples, config, progress=False, ledger=more.get("ledger"))
+
+    monkeypatch.setattr(privacy, "release", instead)
+    config = privacy.ReleaseConfig(space="label_rows", **asked)
+    privacy.release_once(
+        tmp_path / "run",
+        model,
+        TASK,
+        EXAMPLES,
+        config,
+        source=SOURCE,
+        clip=2.0,
+        cache=tmp_path / "kept",
+        progress=False,
+    )
+    assert given["config"] == dataclasses.replace(config, clip=2.0)
+    assert given["cache"] == tmp_path / "kept" and given["progress"] is False
+
+
+def test_an_output_with_a_run_of_another_release_is_refused_before_noise_is_drawn(model, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    once(tmp_path / "first", model, output=output)  # nothing lies there yet
+    (output / "manifest.json").write_text("{}")
+    words = f"{output} holds a run of another release than this one, which is still to be drawn in {tmp_path / 'run'}: "
+    words += "give the same data, task and settings from the same working folder, or another output"
+    with pytest.raises(UserError, match=f"^{re.escape(words)}$"):
+        once(tmp_path / "run", model, output=output)
+    assert not list((tmp_path / "run").glob("[!.]*"))
+    once(tmp_path / "first", model, output=output)  # drawn already
+
+
+def test_a_place_that_is_no_path_is_named(model):
+    with pytest.raises(UserError, match="^the folder of the release "):
+        once(7, model)
+    with pytest.raises(UserError, match="^the Release "):
+        privacy.load_release(7)
+
+
+def test_exact_gradients_are_known_by_their_texts_labels_and_type(model):
+    def digest(examples, **options):
+        return privacy.release(model, TASK, examples, space="label_rows", **options).examples
+
+    other = [Example("the movie is bad", 0), *EXAMPLES[1:]]
+    assert len({digest(EXAMPLES), digest(other), digest(EXAMPLES[:4])}) == 3
+    half = dataclasses.replace(model, lm=copy.deepcopy(model.lm).float())
+    assert privacy.release(half, TASK, EXAMPLES, space="label_rows").examples != digest(EXAMPLES)

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from gradmm.data import Example, Splits, check_examples
 from gradmm.errors import require, require_texts, require_type, require_whole
 from gradmm.models import Model, require_model
+from gradmm.readability import count_words
 from gradmm.rows import SPLITS
 from gradmm.tasks import PROBE, Task, TaskTokens, tokenize_task
 
@@ -76,7 +77,7 @@ def check_fit(model: Model, task: Task, splits: Splits, needed: Sequence[str] = 
     because = f" ({'; '.join(splits.notes)})" if splits.notes else ""
     for name in needed:
         examples = getattr(splits, name)
-        usable = name == "test" or any(len(example.text.split()) >= task.min_words for example in examples)
+        usable = name == "test" or any(count_words(example.text) >= task.min_words for example in examples)
         require(len(examples) > 0, f"{splits.source} has no {name} text{because}: put others into {name}.jsonl")
         require(
             usable,

@@ -54,6 +54,7 @@ def decoder_of(model: Model, sequences: Sequence[Sequence[int]], room: int) -> I
     Args:
         room: how many more tokens will be read, at most.
     """
+    _check_reading(model)
     if not (DECODERS[kind_of(model.device)] is StaticDecoder and stands_still(model)):
         yield CachedDecoder.of(model, sequences)
         return
@@ -300,6 +301,38 @@ class StaticDecoder:
 
 DECODERS = {"cpu": CachedDecoder, "other": StaticDecoder}
 _STANDING: weakref.WeakKeyDictionary[Model, bool] = weakref.WeakKeyDictionary()
+
+
+_CHECKED: weakref.WeakSet[Model] = weakref.WeakSet()
+
+
+@torch.no_grad()
+def _check_reading(model: Model) -> None:
+    """Raise unless a model reads token by token what it reads at once: tried on a few tokens, once a model.
+
+    Some families keep no cache, and the state of others does not know of padding.
+    """
+    if model in _CHECKED:
+        return
+    tokens = [token % model.embedding_shape[0] for token in range(7)]
+    begun, more = [tokens[:3], tokens[3:4]], tokens[4:6]
+    ids, mask = pad_left([[*some, token] for some, token in zip(begun, more, strict=True)], model.device)
+    whole = model.last_hidden(model.embed(ids), mask).float()
+    try:
+        reader = CachedDecoder.of(model, begun)
+        reader.read(torch.tensor(more, device=model.device))
+        apart = (reader.state.float() - whole).norm() / whole.norm()
+        fault = "" if apart <= max(1e-3, 16 * torch.finfo(model.dtype).eps) else "its states are others then"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a family without a cache does
+        fault = first_line(error)
+    require(
+        not fault,
+        f"{model.name} can't be read token by token, which writing texts needs ({fault}): give another model to write; "
+        "this one can be released from in the head's spaces, evaluated and fine-tuned",
+    )
+    _CHECKED.add(model)
 
 
 def stands_still(model: Model) -> bool:

@@ -107,9 +107,14 @@ def free_to_ask(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def body_of(lm) -> torch.nn.Module:
+    """A language model without its head; some families name it otherwise than they say, and give the whole instead."""
+    return lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
+
+
 def text_body(lm) -> torch.nn.Module:
     """The part of a model of transformers that reads text: its body, or of one that reads images too its decoder."""
-    return lm.base_model if lm.config.get_text_config() is lm.config else lm.get_decoder()
+    return body_of(lm) if lm.config.get_text_config() is lm.config else lm.get_decoder()
 
 
 def layers_of(lm) -> list[torch.nn.Module]:

@@ -26,6 +26,7 @@ from gradmm.errors import UserError, first_line, require, require_flag, require_
 from gradmm.files import lock
 from gradmm.models import Model, require_model
 from gradmm.progress import SECONDS, if_slow, shown, stage, ticking
+from gradmm.readability import count_words
 from gradmm.runs import RunFolder, finite_row, numbers
 from gradmm.seeds import generator
 from gradmm.tasks import Task, TaskTokens, tokenize_task
@@ -289,7 +290,7 @@ def looked_at(validation: Iterable, task: Task, config: FinetuneConfig) -> list[
         UserError: An example does not fit the task, or none has ``task.min_words`` words.
     """
     validation = check_examples(validation, task, "validation example")
-    pool = [example for example in validation if len(example.text.split()) >= task.min_words]
+    pool = [example for example in validation if count_words(example.text) >= task.min_words]
     require(
         len(pool) > 0 or not validation,
         f"none of the {len(validation)} validation examples has the {task.min_words} words that task {task.name!r} "

@@ -495,7 +495,7 @@ class Writer:
         return allowed | (vocabulary.stops & (state == 0).unsqueeze(1) if allowed.ndim > 1 else vocabulary.stops)
 
     def _closed(self, token: Tensor, closed: Tensor) -> Tensor:
-        """Which texts may have ended with this token of each: it closes a sentence, or is a quote or bracket
+        """Which texts may have ended with this token of each: it closes a sentence, or is a quote, a bracket or a space
         behind one that does.
         """
         return self.vocabulary.closes[token] | (closed & self.vocabulary.closers[token])
@@ -509,11 +509,14 @@ class Writer:
         ends = [ids.shape[1]] * len(ids)
         found = (asked & (ids >= 0)).nonzero().tolist()
         tokens = ids.tolist() if found else []
+        pieces = self.model.pieces
         for row, place in found:
-            if place < ends[row] and ends_sentence(
-                self.tokens.decode(tokens[row][:place]), self.model.pieces[tokens[row][place]]
-            ):
-                ends[row] = place
+            first = place
+            while first and pieces[tokens[row][first - 1]] == " ":
+                first -= 1
+            after = " " * (place - first) + pieces[tokens[row][place]]
+            if first < ends[row] and ends_sentence(self.tokens.decode(tokens[row][:first]), after):
+                ends[row] = first
         asked.zero_()
         end = torch.tensor(ends, device=ids.device)
         ids.masked_fill_(torch.arange(ids.shape[1], device=ids.device) >= end.unsqueeze(1), -1)

@@ -33,12 +33,12 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from gradmm import files
-from gradmm.device import enough_memory, fast_products, free_to_ask, in_batches, layers_of, memory_of
+from gradmm.device import body_of, enough_memory, fast_products, free_to_ask, in_batches, layers_of, memory_of
 from gradmm.errors import UserError, first_line, require, require_flag, require_type, short_repr
 from gradmm.markup import plain_name
 from gradmm.progress import advance, announced, shown
 from gradmm.sharding import launched
-from gradmm.vocabulary import Vocabulary
+from gradmm.vocabulary import Vocabulary, tokens_of
 
 LOG = logging.getLogger(__name__)
 DATA = Path(__file__).parent / "data" / "demo"
@@ -144,7 +144,7 @@ class Model:
         """The text that each token adds behind a letter, V; empty for rows of the embedding beyond the tokenizer."""
         size, tokenizer = self.embedding_shape[0], self.tokenizer
         letter = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # alone, some decoders drop a token's space
-        whole = [[*letter, token] for token in range(min(size, len(tokenizer)))]
+        whole = [[*letter, token] for token in range(min(size, tokens_of(tokenizer)))]
         known = tokenizer.batch_decode([letter, *whole], clean_up_tokenization_spaces=False)
         return (*(text.removeprefix(known[0]) for text in known[1:]), *[""] * (size - len(whole)))
 
@@ -180,7 +180,9 @@ class Model:
     @property
     def context(self) -> int:
         """The longest sequence in tokens."""
-        return getattr(self.lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        config = self.lm.config.get_text_config()
+        known = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT's
+        return next(filter(None, known), 1 << 30)
 
     @cached_property
     def _scales_embeddings(self) -> bool:
@@ -189,7 +191,7 @@ class Model:
 
     @cached_property
     def _takes_positions(self) -> bool:
-        return "position_ids" in inspect.signature(self.lm.base_model.forward).parameters
+        return "position_ids" in inspect.signature(body_of(self.lm).forward).parameters
 
     @cached_property
     def _last_mlp(self) -> torch.nn.Module | None:
@@ -212,7 +214,7 @@ class Model:
     @cached_property
     def _cache_name(self) -> str:
         """What this family and version of transformers call the keys and values, or the state, of tokens once read."""
-        known = inspect.signature(self.lm.base_model.forward).parameters
+        known = inspect.signature(body_of(self.lm).forward).parameters
         return next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
 
     def body(self, **inputs):
@@ -222,7 +224,7 @@ class Model:
             length = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"].shape[1]
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         with fast_products(self.device):
-            return self.lm.base_model(**inputs)
+            return body_of(self.lm)(**inputs)
 
     def last_hidden(self, embeds: Tensor, mask: Tensor | None = None) -> Tensor:
         """The state that the head reads at the last position.
@@ -704,7 +706,13 @@ def _check_head(model: Model) -> None:
         head is not None and getattr(head, "weight", None) is not None,
         f"{model.name} has no output head over the vocabulary: give a causal language model (…ForCausalLM)",
     )
-    ids = torch.arange(3, device=model.device)[None] % model.embedding_shape[0]
+    rows = model.embedding_shape[0]
+    require(
+        len(head.weight) == rows,
+        f"{model.name} has {rows} input embeddings and a head of {len(head.weight)} rows: give a model where both are "
+        "as many",
+    )
+    ids = torch.arange(3, device=model.device)[None] % rows
     tolerance = max(1e-3, 4 * torch.finfo(model.dtype).eps)  # bfloat16 rounds each logit by up to 2^-8 of itself
     try:
         states = model.hidden_of([ids[0, :1].tolist(), ids[0].tolist()])

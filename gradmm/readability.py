@@ -23,6 +23,7 @@ JOINERS = "\u00ad\u200c\u200d"  # a soft hyphen, and what Persian words and comp
 # Scripts that set no spaces between words: there a character stands for a word.
 UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
 MARKS = r"\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff"  # of letters, which \w leaves out
+NO_SPACE = re.compile(f"[{UNSPACED}]")
 LETTERS = rf"(?:(?![{UNSPACED}])[\w{MARKS}])+"
 WORD = re.compile(rf"[{UNSPACED}]|\d+(?:[.,:/-]\d+)+|{LETTERS}(?:['’]{LETTERS})*")
 RUN = re.compile(r"([^\s\d]{1,12}?)\1{2,}")
@@ -52,6 +53,15 @@ def words(text: str) -> list[str]:
     ["it's", 'good', '很', '好']
     """
     return WORD.findall(text.lower())
+
+
+def count_words(text: str) -> int:
+    """How many words a text has, as spaces part them; in scripts without spaces each character is one.
+
+    >>> count_words("a well-made film"), count_words("很好!")
+    (3, 2)
+    """
+    return sum(max(1, len(NO_SPACE.findall(piece))) for piece in text.split())
 
 
 def flaw(text: str, instruction: str = "") -> str | None:
@@ -143,13 +153,14 @@ def _echo(spoken: Sequence[str], asked: Sequence[str]) -> str | None:
 # ---------------------------------------------------------------- where a sentence ends
 
 # Those of Latin and its kin, Chinese and Japanese, Devanagari and its kin, Urdu, Arabic, Armenian, Amharic, Burmese,
-# Khmer.
-SENTENCE_ENDS = ".!?…。！？।॥۔؟։።။។"
-WIDE_ENDS = "。！？။។"  # no space follows these
+# Khmer; the Amharic question; Tibetan, Santali, Meitei, Mongolian, Javanese; the stop of Japanese scientific text.
+SENTENCE_ENDS = ".!?…。！？।॥۔؟։።။។፧།༎᱾᱿꯫᠃᠉꧉．"
+WIDE_ENDS = "。！？။។．"  # no space follows these
 UNMARKED = re.compile(r"[\u0e00-\u0eff]")  # Thai and Lao end a sentence by a space or by nothing
 CLOSERS = "\"'”’)]»」』）】》"
 PAIRED = {"“": "„", "«": "»"}  # what closes a quotation that the other opened, as in German, and else opens one
-END = re.compile(rf"([{re.escape(SENTENCE_ENDS)}]+)[{re.escape(CLOSERS)}]*")
+# In French a space stands before the mark that closes a quotation.
+END = re.compile(rf"([{re.escape(SENTENCE_ENDS)}]+)(?:[{re.escape(CLOSERS)}]|[ \u00a0\u202f]»)*")
 WORD_BEFORE = re.compile(r"\S*$")
 OPENERS = "\"'“‘«(["
 # Lower-cased and without the last stop. Words that also stand at a sentence's end ("no", "in", "art", "sat") are left

@@ -191,9 +191,17 @@ def _report(number: int, here: RunContext, bar: tqdm) -> Callable[[admm.Result],
 
 
 def _text(plan: Plan, ids: Tensor) -> str:
-    """The text of (L,) tokens; empty of a group that never had a projection (it went non-finite at once)."""
+    """The text of (L,) tokens; empty of a group that never had a projection (it went non-finite at once).
+
+    Read again it may have more tokens: of the first ones alone where the model's context holds no more.
+    """
     count = int(text_mask(ids, plan.decoding.end).sum())
-    return plan.tokens.decode(token for token in ids[:count].tolist() if token >= 0)
+    kept = [token for token in ids[:count].tolist() if token >= 0]
+    while True:
+        text = " ".join(plan.tokens.decode(kept).split())
+        if not kept or len(plan.tokens.sequence(text)) <= plan.model.context:
+            return text
+        kept.pop()
 
 
 def _history(plan: Plan, results: Sequence[admm.Result]) -> list[dict]:

@@ -115,7 +115,8 @@ class BodySketch:
             for name, layer in layers.items():
                 hooks.callback(layer.register_forward_hook(_recorder(name, inputs, outputs)).remove)
             embeds = model.embed(ids).detach().requires_grad_(True)
-            hidden = model.body(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
+            given = embeds.clone()  # some families scale in place what they are given (CTRL)
+            hidden = model.body(inputs_embeds=given, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
             loss = cross_entropy(
                 model.logits_of(hidden, tokens.labels) - self.preference.to(hidden.device), labels, reduction="sum"
             )
@@ -154,7 +155,8 @@ def linear_maps(model: Model) -> dict[str, torch.nn.Module]:
 
 def _recorder(name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]):
     def record(layer, given, output) -> None:
-        inputs[name], outputs[name] = given[0].detach(), output
+        if isinstance(output, Tensor):  # a router may be a map and give several
+            inputs[name], outputs[name] = given[0].detach(), output
 
     return record
 

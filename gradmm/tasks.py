@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from gradmm import files
-from gradmm.errors import COUNT, Rule, UserError, check_settings, one_of, require, require_type, short_repr
+from gradmm.errors import COUNT, Rule, UserError, check_settings, first_line, one_of, require, require_type, short_repr
 from gradmm.markup import check_name, plain_name
 from gradmm.readability import BROKEN, CLOSERS, SENTENCE_ENDS, WIDE_ENDS
 from gradmm.rows import SPLITS, Row, read_label_names, read_rows
+from gradmm.vocabulary import tokens_of
 
 SLOT = "{text}"
 PROBE = "some words"
@@ -278,8 +279,17 @@ class TaskTokens:
         # Without thinking where a template knows the word (Qwen3): the text is wanted, not the way to it; and on every
         # day the same.
         template = FIXED_DATE + self.tokenizer.get_chat_template()
-        found = self.tokenizer.apply_chat_template(
-            turns, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        mend = "set prompt_style: plain in task.yaml"
+        try:
+            found = self.tokenizer.apply_chat_template(
+                turns, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except Exception as error:  # a template may raise anything
+            cause = f"the chat template of this model's tokenizer fails ({first_line(error)})"
+            raise UserError(f"{cause}: {mend}") from error
+        require(
+            instruction.strip() in found,
+            f"the chat template of this model's tokenizer leaves out the prompt {short_repr(instruction)}: {mend}",
         )
         return next((found.rstrip() + said for end, said in ANSWERS.items() if found.rstrip().endswith(end)), found)
 
@@ -410,7 +420,7 @@ def _single(tokenizer, pieces: list[int] | None) -> int | None:
 def _better(task: Task, tokenizer, tokens: Iterable[int | None], faulty: Sequence[int]) -> dict[int, list[str]]:
     """For each verbalizer that fails up to three words that would do in its place, none given twice."""
     prompt = task.template.replace(SLOT, PROBE)
-    known = {tokenizer.decode([token]).strip() for token in range(min(len(tokenizer), 300_000))}
+    known = {tokenizer.decode([token]).strip() for token in range(min(tokens_of(tokenizer), 300_000))}
     known_words = sorted(filter(str.isalpha, known), key=lambda word: (word != word.lower(), len(word), word))
     words = {word.strip().casefold() for number, word in enumerate(task.verbalizers) if number not in faulty}
     taken = {*tokens}
@@ -438,7 +448,7 @@ def _forms(verbalizer: str, label: str, known: Sequence[str]) -> Iterator[str]:
     start = (parts or whole)[0].lower()
     near = sorted(known, key=lambda word: -len(os.path.commonprefix([word.lower(), start])))
     spaces = (" ", "") if verbalizer.startswith(" ") else ("", " ")
-    return (space + word for space in spaces for word in (*spellings, *near))
+    return (space + word for words in (spellings, near) for space in spaces for word in words)
 
 
 # ---------------------------------------------------------------- prompts

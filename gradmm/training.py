@@ -238,7 +238,8 @@ MAMBAS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # whose
 def add_lora(lm, rank: int, seed: int) -> None:
     """Put a pair of matrices A (r, inputs) and B (outputs, r) beside every linear layer but the head; only these learn.
 
-    In `MAMBAS` the maps out of a state have none: their kernels read the weights themselves, which peft refuses.
+    In `MAMBAS` the maps out of a state have none: their kernels read the weights themselves, which peft refuses. Nor
+    have maps that are more than a map, such as a mixture's router.
 
     Source: Hu et al. 2022, arXiv 2106.09685. The model's outputs stay as they were until B has learnt something.
 
@@ -251,10 +252,14 @@ def add_lora(lm, rank: int, seed: int) -> None:
         raise UserError(
             "adapter = 'lora' needs the package peft: install it with pip install 'gradmm[lora]'"
         ) from error
+    plain = torch.nn.Linear.forward
+    linear = [(name, layer) for name, layer in lm.named_modules() if isinstance(layer, torch.nn.Linear)]
+    routers = [name for name, layer in linear if type(layer).forward is not plain]
+    states = ["out_proj", "conv1d"] if lm.config.model_type in MAMBAS else []
     transposed = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's layers hold W the other way round
     config = LoraConfig(
         r=rank, lora_alpha=SCALE * rank, target_modules="all-linear", fan_in_fan_out=transposed,
-        exclude_modules=["out_proj", "conv1d"] if lm.config.model_type in MAMBAS else None,
+        exclude_modules=[*states, *routers] or None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; what counts is drawn below
         inject_adapter_in_model(config, lm)

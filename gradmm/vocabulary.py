@@ -50,7 +50,8 @@ class Vocabulary:
         begins: (2, V) bool, tokens that can be a text's first behind a word, and behind a space or nothing.
         spaces: (V,) bool, tokens behind which a word begins without a space.
         closes: (V,) bool, tokens that may end a sentence, see `readability.ends_sentence`.
-        closers: (V,) bool, closing quotes and brackets, which belong to the sentence before them.
+        closers: (V,) bool, what leaves open whether a sentence has ended: closing quotes and brackets, which belong to
+            it, and a space alone.
         stops: (V,) bool, tokens that end a text and are no part of it: end tokens and line breaks.
         left: (V,) int64, the token that a stop leaves in the text: of a mark with a line break, a token of Llama 3 and
             Qwen, the mark; -1 where nothing is left.
@@ -82,7 +83,10 @@ class Vocabulary:
             for token, piece in enumerate(pieces)
             if BROKEN in piece and token not in markup
         }
-        whole = torch.tensor([token not in markup and printable(piece) for token, piece in enumerate(pieces)])
+        # A space alone stands before numbers, and before words of many scripts.
+        whole = torch.tensor(
+            [token not in markup and (piece == " " or printable(piece)) for token, piece in enumerate(pieces)]
+        )
         follows = torch.full((len(STATES), len(pieces)), -1, dtype=torch.int8)
         follows[0, whole] = 0
         for token, some in raw.items():
@@ -99,7 +103,7 @@ class Vocabulary:
             begins,
             where(lambda token, piece: token in markup or piece[-1:].isspace()),
             where(lambda token, piece: _closes(piece.rstrip(), raw.get(token))),
-            where(lambda token, piece: piece and not piece.strip(CLOSERS)),
+            where(lambda token, piece: piece == " " or (piece and not piece.strip(CLOSERS))),
             where(lambda token, piece: token in ends or "\n" in piece),
             _left(pieces, whole),
         )
@@ -159,6 +163,11 @@ def _left(pieces: Sequence[str], whole: Tensor) -> Tensor:
     """For each piece with a line break the whole token of what stands before it, else -1: (V,)."""
     tokens = {pieces[token]: token for token in reversed(whole.nonzero().flatten().tolist())}
     return torch.tensor([tokens.get(piece.partition("\n")[0], -1) if "\n" in piece else -1 for piece in pieces])
+
+
+def tokens_of(tokenizer) -> int:
+    """One more than the largest token: their numbers may have holes."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def markup_tokens(tokenizer, pieces: Sequence[str]) -> frozenset[int]:

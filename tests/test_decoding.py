@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from conftest import KINDS, held_to, in_tiers
 from test_device import WAITS, Launches, as_on_a_gpu
 from test_generation import SAMPLING, TWO, room, shots_of, tell, writer_of
@@ -14,8 +15,10 @@ from test_models import FAMILIES, Widened, random_lm
 from test_projection import PROMPTS, every, projected, vectors
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gradmm
 from gradmm import decoding, device, generation
 from gradmm.decoding import EVERY, CachedDecoder, StaticDecoder, decoder_of, side_by_side, stands_still
+from gradmm.errors import UserError
 from gradmm.generation import generate_texts, nucleus
 from gradmm.models import wrap_model
 from gradmm.projection import PROJECTIONS, DecodingConfig
@@ -358,3 +361,36 @@ def test_a_cpu_reads_all_texts_at_once_and_a_gpu_what_a_share_of_it_holds(tiny_m
 def test_texts_written_side_by_side_follow_from_the_device_alone_unless_told():
     for some, cpu, gpu in ((generation.Sampling(), 64, 256), (generation.Sampling(batch_size=5), 5, 5)):
         assert some.together(torch.device("cpu")) == cpu and some.together(torch.device("cuda")) == gpu
+
+
+@pytest.mark.parametrize(
+    ("kind", "small", "words"),
+    [
+        ("openai-gpt", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}, r"\(KeyError: 'cache'\)"),
+        (
+            "minimax",
+            {
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "num_hidden_layers": 2,
+                "head_dim": 8,
+                "block_size": 8,
+                "num_key_value_heads": 4,
+                "intermediate_size": 64,
+                "num_local_experts": 2,
+                "layer_types": ["linear_attention", "full_attention"],
+            },
+            "",
+        ),
+    ],
+)
+def test_a_model_that_is_not_read_token_by_token_is_refused_where_it_writes(kind, small, words, toy_tokenizer):
+    config = transformers.AutoConfig.for_model(kind, vocab_size=97, **small)
+    lm = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = gradmm.wrap_model(lm, toy_tokenizer, kind)
+    task = gradmm.Task("two", ("negative", "positive"), (" bad", " great"), "{text} it was", ("a", "the"))
+    with pytest.raises(UserError, match=f"{kind} can't be read token by token, which writing texts needs {words}"):
+        generate_texts(model, task, 1, 0)
+    rows = [{"text": "good film", "label": 1}, {"text": "dull film", "label": 0}]
+    assert 0 <= gradmm.evaluate(model, task, rows).accuracy <= 1
+    assert gradmm.release(model, task, rows, space="head").targets

@@ -185,6 +185,8 @@ def test_cached_steps_equal_whole_passes(tiny_model, kind):
 
 def test_equal_prompts_are_read_once_and_no_pass_reads_a_text_that_has_ended(tiny_model, allowed, monkeypatch):
     model, sizes, read = held_to(tiny_model(), allowed), [], Model.read
+    with decoder_of(model, [[5]], 1):  # the first time it is tried whether the model can be read so
+        pass
     monkeypatch.setattr(
         Model, "read", lambda self, ids, *some: sizes.append(tuple(ids.shape)) or read(self, ids, *some)
     )
@@ -266,6 +268,17 @@ def test_a_text_is_cut_back_to_its_last_sentence_and_ends_at_stops(tiny_model, m
     vocabulary = model.vocabulary
     assert bool(vocabulary.stops[0])
     assert vocabulary.closes.nonzero().flatten().tolist() == [model.tokenizer.convert_tokens_to_ids(".")]
+
+
+def test_a_space_alone_belongs_to_what_follows_it(tiny_model, monkeypatch):
+    """As before a number, or a word of many scripts: `Ġ` and `z` here."""
+    model = tiny_model()
+    space = model.tokenizer.convert_tokens_to_ids("Ġ")
+    assert space in model.tokenizer(" the zz")["input_ids"] and bool(model.vocabulary.whole[space])
+    assert not model.vocabulary.begins[:, space].any()
+    assert written(model, TWO, monkeypatch, " the zz sat.") == "the zz sat."
+    assert written(model, TWO, monkeypatch, " the cat sat. zz it.") == "the cat sat."  # where a sentence ends is seen
+    assert written(model, TWO, monkeypatch, " dr. zz sat.") == "dr. zz sat."  # through it, and that it does not here
 
 
 def test_a_mark_with_a_line_break_ends_a_text_and_its_sentence(tiny_lm, monkeypatch):

@@ -14,6 +14,7 @@ import huggingface_hub.constants
 import numpy
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 from conftest import in_tiers, make_toy_tokenizer
@@ -784,3 +785,37 @@ def test_a_model_in_float16_is_checked_read_and_trained(tiny_lm, toy_tokenizer, 
     head.forward = lambda states: 30 * torch.tanh(forward(states) / 30)
     with pytest.raises(UserError, match="are not W h"):
         gradmm.wrap_model(capped.half(), toy_tokenizer)
+
+
+def test_the_context_of_mpt_is_known(toy_tokenizer):
+    config = AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=97)
+    assert wrap_model(AutoModelForCausalLM.from_config(config), toy_tokenizer, "mpt").context == 64
+
+
+def test_a_head_of_other_rows_than_the_embeddings_is_refused(tiny_lm, toy_tokenizer):
+    lm = tiny_lm("llama", tied=False)
+    lm.model.embed_tokens = torch.nn.Embedding(105, 32).double()
+    with pytest.raises(UserError, match="toy has 105 input embeddings and a head of 97 rows: give a model where both"):
+        wrap_model(lm, toy_tokenizer, "toy")
+
+
+def test_a_body_under_another_name_than_the_family_says_is_found(tiny_lm, toy_tokenizer):
+    lm = tiny_lm("llama")
+    expected = wrap_model(lm, toy_tokenizer, "toy").hidden_of(SEQUENCES)
+    lm.base_model_prefix = "language_model"  # as of Llama 4's text model
+    assert lm.base_model is lm
+    assert torch.equal(wrap_model(lm, toy_tokenizer, "toy").hidden_of(SEQUENCES), expected)
+
+
+def test_tokens_whose_numbers_have_holes_are_all_known(tiny_lm):
+    vocabulary = {"<|endoftext|>": 0, "<|unknown|>": 1, "Ġ": 2, "a": 3, "Ġgreat": 90, "Ġbad": 50, ".": 96}
+    held = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece(vocabulary, unk_token="<|unknown|>", continuing_subword_prefix="")
+    )
+    held.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    held.decoder = tokenizers.decoders.ByteLevel()
+    special = {"eos_token": "<|endoftext|>", "unk_token": "<|unknown|>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=held, **special)
+    model = wrap_model(tiny_lm("llama"), fast, "holes")
+    assert [model.pieces[token] for token in (50, 90, 96, 95)] == [" bad", " great", ".", ""]
+    assert model.vocabulary.whole.nonzero().flatten().tolist() == [2, 3, 50, 90, 96]

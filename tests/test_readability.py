@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradmm.readability import cut_to_sentence, ends_sentence
+from gradmm.readability import count_words, cut_to_sentence, ends_sentence
 
 ENDS = [
     ("I saw it.", " It"), ("I saw it.", ""), ("I saw it.", None), ("it was great .", " the film"),
@@ -59,3 +59,21 @@ def test_here_none_ends(before, after):
 )  # fmt: skip
 def test_a_text_goes_back_to_its_last_certain_end(text, complete, left):
     assert cut_to_sentence(text, complete) == left
+
+
+@pytest.mark.parametrize(
+    "text", ["བཟང་པོ་འདུག།", "ᱱᱚᱶᱟ ᱫᱚ ᱵᱮᱥ ᱜᱮᱭᱟ᱾", "ꯃꯁꯤ ꯐꯖꯩ꯫", "ᠰᠠᠶᠢᠨ᠃", "ꦱꦲꦺ꧉", "ጥሩ ነው፧", "この方法は有効である．"]
+)
+def test_sentences_end_in_scripts_with_marks_of_their_own(text):
+    assert cut_to_sentence(text, complete=True) == text
+
+
+@pytest.mark.parametrize("space", [" ", "\u00a0", "\u202f"])
+def test_a_french_quotation_keeps_its_closing_mark(space):
+    text = f"«{space}C'est un très bon film.{space}»"
+    assert cut_to_sentence(text, complete=True) == text
+    assert cut_to_sentence(f"{text} Il a", complete=False) == text
+
+
+def test_words_are_counted_by_spaces_or_by_characters_where_there_are_none():
+    assert [count_words(text) for text in ("a well-made film", "这部电影很好看。", "good 很好!", "")] == [3, 7, 3, 0]

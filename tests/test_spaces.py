@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from gradmm import spaces
 from gradmm.classification import label_logs, label_preference
 from gradmm.data import Example
 from gradmm.errors import UserError
 from gradmm.generation import prompted_texts
+from gradmm.models import wrap_model
 from gradmm.privacy import release
 from gradmm.tasks import Task, tokenize_task
 
@@ -134,3 +136,21 @@ def test_a_space_comes_back_from_its_tensors(tiny_model, name):
 def test_tensors_that_are_no_such_space_are_refused(name, tensors):
     with pytest.raises((KeyError, TypeError, ValueError)):  # what load_release calls no saved Release
         spaces.space_from(name, tensors, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "small"),
+    [
+        ("ctrl", {"n_embd": 32, "n_head": 4, "n_layer": 2, "dff": 64, "n_positions": 64}),
+        ("phimoe", {
+            "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2,
+            "intermediate_size": 64, "num_local_experts": 2, "max_position_embeddings": 64,
+        }),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:phimoe mixes experts")
+def test_the_body_s_gradients_are_read_of_routers_and_of_what_scales_in_place(kind, small, toy_tokenizer):
+    config = transformers.AutoConfig.for_model(kind, vocab_size=97, **small)
+    model = wrap_model(transformers.AutoModelForCausalLM.from_config(config).eval(), toy_tokenizer, kind)
+    rows = [Example("good film", 1), Example("dull film", 0)]
+    assert all(target.factors.hidden.norm() > 0 for target in release(model, TASK, rows, space="body").targets)

@@ -1,5 +1,6 @@
 """Tasks: one encoding of template, text and verbalizers, on byte-level and on SentencePiece-like tokenizers."""
 
+import copy
 import json
 import re
 import string
@@ -269,6 +270,28 @@ def test_a_template_that_can_think_is_asked_not_to():
     tokenizer = talking("$A", template)
     tokens = tokenize_task(Task("t", generation_prompts=("a", "b"), prompt_style="chat", **TWO), tokenizer)
     assert all(prompt[-1] == tokenizer.unk_token_id for prompt in tokens.prompts)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('a system message is needed') }}", r"fails \(TemplateError: a system message is needed\)"),
+        ("{{ foo.bar.baz }}", r"fails \(UndefinedError: 'foo' is undefined\)"),
+        ("{% if %}", r"fails \(TemplateSyntaxError: "),
+        ("{% for m in messages %}{% for c in m['content'] %}{{ c.text }}{% endfor %}{% endfor %}<turn>", "leaves out"),
+    ],
+)
+def test_a_chat_template_that_fails_or_drops_the_prompt_is_refused(template, words):
+    task = Task("t", generation_prompts=("a dull plot", "a fun story"), prompt_style="chat", **TWO)
+    with pytest.raises(UserError, match=f"the chat template of this model's tokenizer {words}.*prompt_style: plain"):
+        list(tokenize_task(task, talking("$A", template)).prompts)
+
+
+def test_a_label_s_own_word_is_advised_before_another_behind_a_space(toy_tokenizer):
+    tokenizer = copy.deepcopy(toy_tokenizer)
+    tokenizer.add_tokens(["正面"])
+    with pytest.raises(UserError, match='"verbalizers": \\["正面", " great"\\]'):
+        tokenize_task(Task("t", ("正面", "great"), (" 正面", " great"), "{text}:"), tokenizer)
 
 
 def test_a_chat_without_a_template_is_refused_where_texts_are_written_and_only_there(tokenizer):

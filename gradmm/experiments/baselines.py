@@ -21,6 +21,7 @@ from gradmm.mechanism import noised_sums, seeded_bits
 from gradmm.models import Model, require_model
 from gradmm.plan import Plan
 from gradmm.privacy import Release
+from gradmm.readability import count_words
 from gradmm.seeds import generator, stream
 from gradmm.selection import calibrate, label_probabilities
 from gradmm.tasks import Task, tokenize_task
@@ -149,7 +150,7 @@ def check_budget(task: Task, train: Sequence[Example], n_synthetic: int, methods
 
 
 def _long_enough(examples: Sequence[Example], task: Task) -> list[Example]:
-    return [example for example in examples if len(example.text.split()) >= task.min_words]
+    return [example for example in examples if count_words(example.text) >= task.min_words]
 
 
 # ---------------------------------------------------------------- methods

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not ask
     from gradmm.config import PRESETS, FinetuneConfig, ReleaseConfig, SynthesisConfig, preset
     from gradmm.data import Example, Splits, load_data, prompt_completion, sample_examples
     from gradmm.errors import DataWarning, UserError
-    from gradmm.finetuning import finetune
+    from gradmm.finetuning import finetune, fit
     from gradmm.mechanism import Ledger
     from gradmm.models import Model, load_model, wrap_model
     from gradmm.privacy import Release, load_release, release, release_once
@@ -39,7 +39,7 @@ _ROOMS = {
     "config": ("PRESETS", "FinetuneConfig", "ReleaseConfig", "SynthesisConfig", "preset"),
     "data": ("Example", "Splits", "load_data", "prompt_completion", "sample_examples"),
     "errors": ("DataWarning", "UserError"),
-    "finetuning": ("finetune",),
+    "finetuning": ("finetune", "fit"),
     "mechanism": ("Ledger",),
     "models": ("Model", "load_model", "wrap_model"),
     "privacy": ("Release", "load_release", "release", "release_once"),

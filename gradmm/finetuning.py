@@ -199,7 +199,7 @@ def fit(
     task: Task,
     train: Iterable,
     validation: Iterable,
-    config: FinetuneConfig,
+    config: FinetuneConfig | None = None,
     on_look: OnLook | None = None,
     saved: "Checkpoint | None" = None,
 ) -> Training:
@@ -216,7 +216,8 @@ def fit(
     Raises:
         UserError: as `finetune`.
     """
-    require_model(model)
+    _check(model, config, True, on_look)
+    config = config or FinetuneConfig()
     tokens = tokenize_task(task, model.tokenizer)
     train, validation = check_examples(train, task, "train example"), looked_at(validation, task, config)
     data = Encoded.of(model, task, tokens, train, "train")
@@ -344,7 +345,7 @@ class Checkpoint:
         held: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("weights", "best", "optimizer")}
         if self.path is None or not self.path.exists():
             return [], {}, held
-        tensors, metadata = files.read_tensors(self.path)
+        tensors, metadata = files.read_tensors(self.path, "remove it and run again")
         try:
             state = json.loads(metadata["training"])
             rows, best, self._before = state["rows"], state["best"], state["seconds"]

@@ -149,7 +149,9 @@ def test_the_quickstart_and_the_notebook_on_one_s_own_files_run_as_they_are_type
 
 def test_the_batches_of_the_documentation_can_be_planned(here):
     (here / "grid.yaml").write_text(
-        re.search(r"```yaml\n(rho: .*?)```", (ROOT / "book" / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+        re.search(
+            r"```yaml\n(n_real: .*?)```", (ROOT / "book" / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL
+        )[1]
     )
     planned = []
     for command in of_kind("python -m gradmm.experiments.batch"):

@@ -69,6 +69,11 @@ def tuned(**options):
     )
 
 
+def fitted(**options):
+    sets = {"train": PRIVATE, "validation": REAL}
+    return gradmm.fit(**{"model": HELD["model"], "task": TASK, "config": QUICK, **sets, **options})
+
+
 def judged(**options):
     return gradmm.evaluate(**{"model": HELD["model"], "task": TASK, "examples": PRIVATE, **options})
 
@@ -220,6 +225,9 @@ CASES = {
     "finetune: progress": (lambda: tuned(progress=print),
         "progress = <built-in function print>, it must be True or False"),
     "finetune: on_look": (lambda: tuned(on_look=True), "on_look is of type bool: give a function"),
+    "fit: config": (lambda: fitted(config=SMALL), "is of type SynthesisConfig: give a gradmm.FinetuneConfig"),
+    "fit: model": (lambda: fitted(model="demo"), "the model is of type str"),
+    "fit: on_look": (lambda: fitted(on_look=True), "on_look is of type bool: give a function"),
     "FinetuneConfig: steps": (lambda: replace(QUICK, steps=numpy.float64(3)),
         "it must be a whole number of at least 1"),
     "FinetuneConfig: numpy's false": (lambda: replace(QUICK, autocast=numpy.bool_(False)), "it must be True or False"),

@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: 0 all well, 2 the request cannot be met."""
+    """The command line: 0 all well, 2 the request cannot be met, 130 stopped by Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] not in COMMANDS:
         _parser().parse_args(arguments)  # ends here: help, the version, or what is wrong
@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("Stopped; what was finished is kept, and the same command continues.\n")
+        return 130
     return 0
 
 

@@ -10,10 +10,12 @@ the same command.
 
 import argparse
 import inspect
+import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -21,20 +23,38 @@ from typing import Any, get_args
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from gradmm import classification, finetuning, synthesis
+from gradmm import admm, classification, finetuning, privacy, synthesis
 from gradmm.classification import check_fit
 from gradmm.config import FinetuneConfig, ReleaseConfig, SynthesisConfig, preset
 from gradmm.data import Example, Splits, load_data, read_examples, sample_examples, without_overlap
-from gradmm.errors import DataWarning, require
-from gradmm.files import read_parameters
+from gradmm.errors import DataWarning, UserError, require
+from gradmm.files import as_path, lock, read_parameters
 from gradmm.models import Model, load_model
+from gradmm.plan import MIN_TOKENS, check_request
 from gradmm.privacy import Release, load_release, release_once
 from gradmm.progress import announced, shown, stage
+from gradmm.projection import PROJECTIONS
+from gradmm.rows import COLUMNS
 from gradmm.runs import output_folder, refuse_foreign
+from gradmm.selection import FILTERS
 from gradmm.sharding import launched
 from gradmm.tasks import Task, load_task
 
 KINDS = {int: "NUMBER", float: "NUMBER", str: "TEXT", string_to_bool: "yes|no"}
+# What the help of an option says where the setting's docstring points to code.
+PLAINER = {
+    ReleaseConfig: {"spaces.BodySketch, ": "", ", see spaces.own_texts": ""},
+    SynthesisConfig: {
+        "a name in projection.PROJECTIONS": "one of " + ", ".join(PROJECTIONS),
+        "a name in selection.FILTERS": "one of " + ", ".join(FILTERS),
+        "a name in RANKINGS: ": "",
+        ", see generation.Sampling": "",
+        "plan.MIN_TOKENS": str(MIN_TOKENS),
+        " (work_units)": "",
+        "names every random draw": "names every random draw; with --n-real it also chooses the examples, so that of a "
+        "private release another seed is another release",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -62,20 +82,31 @@ class Inputs:
     dtype: str | None = None
     quiet: bool = False
 
-    def load(self) -> tuple[Model, Task, Splits]:
-        """The model, the task and the examples, which fit one another.
+    @property
+    def show(self) -> bool:
+        """Whether this process shows what it does."""
+        return not self.quiet and launched()[0] == 0
+
+    def load_data(self) -> tuple[Task, Splits]:
+        """The task and the examples.
 
         Raises:
-            UserError: no data, or what `load_data`, `load_model` and `check_fit` refuse.
+            UserError: no data, or what `load_data` refuses.
         """
         require(self.data is not None, "no data is given: add --data with a folder or file, or demo")
-        show = not self.quiet and launched()[0] == 0
-        with shown(show), announced(f"reading the data {self.data}"):
-            task, splits = load_data(self.data, self.task, text=self.text, label=self.label)
+        with shown(self.show), announced(f"reading the data {self.data}"):
+            return load_data(self.data, self.task, text=self.text, label=self.label)
+
+    def load_fitting(self, task: Task, splits: Splits) -> Model:
+        """The model, which fits the task and the examples.
+
+        Raises:
+            UserError: what `load_model` and `check_fit` refuse.
+        """
         model = self.load_model()
-        with shown(show), announced("checking that the data fit the model"):
+        with shown(self.show), announced("checking that the data fit the model"):
             check_fit(model, task, splits)
-        return model, task, splits
+        return model
 
     def load_model(self) -> Model:
         """The model alone."""
@@ -92,9 +123,12 @@ class Synthesis:
         release: a file that Release.save wrote, instead of data; with --task.
         n_real: how many of the train rows are released, all classes together; without it all. With --epsilon the
             guarantee is about those drawn, and a file that differs in one row may give many others.
-        search: the preset that the settings start from: pool, admm, paper or official.
+        search: the preset that the settings start from: pool, whose settings are the defaults here, admm, paper or
+            official.
         settings: a YAML file of SynthesisConfig's settings, over the preset.
         output: a folder for results and unfinished work, seen by all processes; without it one in results/synthesize.
+        release_folder: with --epsilon, the folder that keeps the private release and counts what it cost; without it
+            one in results/releases. The same request reads the release there; another folder draws and pays another.
     """
 
     release: str | None = None
@@ -102,6 +136,7 @@ class Synthesis:
     search: str = "pool"
     settings: str | None = None
     output: str | None = None
+    release_folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,8 +144,8 @@ class Training:
     """Settings of `gradmm finetune` beside those of the fine-tuning.
 
     Attributes:
-        train: a folder or file of rows (text, label) to learn from, such as the output of a synthesis; without it the
-            data's train rows.
+        train: a folder or file of rows to learn from, such as the output of a synthesis, with the columns text and
+            label or those of the data; without it the data's train rows.
         output: a folder for unfinished work and the figures of finished work; without it nothing is kept.
     """
 
@@ -133,7 +168,7 @@ class _Parser(HfArgumentParser):
     """Options from dataclasses: help from their docstrings, and nothing in the result but what was given."""
 
     def __init__(self, kinds: Sequence[type], **options: Any) -> None:
-        self._help = {name: text for kind in reversed(kinds) for name, text in _attributes(kind).items()}
+        self._help = {name: text for kind in reversed(kinds) for name, text in _help(kind).items()}
         super().__init__(kinds, conflict_handler="resolve", **options)
 
     def add_argument(self, *names, **options):
@@ -153,6 +188,22 @@ def _attributes(kind: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for names, text in re.findall(r"^    ([\w, ]+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE):
         found |= dict.fromkeys(names.split(", "), " ".join(text.replace("`", "").split()))
+    return found
+
+
+def _help(kind: type) -> dict[str, str]:
+    """What the help of each of a dataclass's options says, in plain words and with the default."""
+    solver, found = _attributes(admm.Config), _attributes(kind)
+    for item in fields(kind):
+        text = found[item.name].replace("see admm.Config.", solver.get(item.name, ""))
+        for code, plain in PLAINER.get(kind, {}).items():
+            text = text.replace(code, plain)
+        default = item.default
+        if default is not None:
+            default = ("no", "yes")[default] if isinstance(default, bool) else default
+            several = default if isinstance(default, tuple) else (default,)
+            text = f"{text.removesuffix('.')} (default: {' '.join(map(str, several))})"
+        found[item.name] = text
     return found
 
 
@@ -181,13 +232,19 @@ def synthesize(arguments: Sequence[str]) -> None:
     inputs, given = Inputs(**first), Synthesis(**own)
     if given.release is not None:
         changes |= {name: private.pop(name) for name in ("length",) if name in private}
-        idle = [*private, *(name for name in ("data", "text", "label", "n_real") if name in first | own)]
+        unused = ("data", "text", "label", "n_real", "release_folder")
+        idle = [*private, *(name for name in unused if name in first | own)]
         require(
             not idle,
             f"--release holds a finished release, in which {' and '.join(idle)} "
             f"{'has' if len(idle) == 1 else 'have'} no part: leave out either the release or the rest",
         )
     config, settings = _config(given, changes), ReleaseConfig(**private)
+    require(
+        given.release_folder is None or settings.epsilon is not None,
+        "--release-folder without --epsilon, no release is kept: add --epsilon, or leave the folder out",
+    )
+    _check_output(given.output, inputs.data)
     made = _released if given.release is None else _loaded
     release, model, task, folder = made(inputs, given, settings, config)
     result = synthesis.synthesize(model, task, release, config, folder, progress=not inputs.quiet)
@@ -209,6 +266,7 @@ def _loaded(
     release = load_release(str(given.release))
     require(inputs.task is not None, "--release says nothing of the prompts: add --task with the release's own task")
     task = load_task(str(inputs.task))
+    check_request(task, release.space_name, config, private=bool(release.ledger))
     named = replace(inputs, data=Path(str(given.release)).name), replace(given, release=release.fingerprint)
     folder = _folder(*named, private, config, bool(release.ledger))
     return release, inputs.load_model(), task, folder
@@ -217,25 +275,62 @@ def _loaded(
 def _released(
     inputs: Inputs, given: Synthesis, private: ReleaseConfig, config: SynthesisConfig
 ) -> tuple[Release, Model, Task, Path]:
-    model, task, splits = inputs.load()
-    seed = config.seed
+    task, splits = inputs.load_data()
+    is_private, seed = private.epsilon is not None, config.seed
+    asked = private if is_private else replace(private, space=private.space or config.space)
+    check_request(task, asked.space_name, config, is_private)
     source = {"data": splits.source, "place": splits.place, "n_real": given.n_real}
     real = splits.train
     if given.n_real is not None:
         real, source = sample_examples(real, given.n_real, task, seed), {**source, "seed": seed}
-    folder = _folder(inputs, given, private, config, private.epsilon is not None)
-    space = private.space or (config.space if private.epsilon is None else None)
-    target = release_once(
-        None, model, task, real, private, source=source, output=folder, space=space, progress=not inputs.quiet
-    )
+    folder = _folder(inputs, given, private, config, is_private)
+    model = inputs.load_fitting(task, splits)
+    check_request(task, asked.space_name, config, is_private, model, asked.length)
+    where, show = given.release_folder, not inputs.quiet
+    with _telling(inputs.show):
+        target = release_once(where, model, task, real, asked, source=source, output=folder, progress=show)
     return target, model, task, folder
+
+
+@contextmanager
+def _telling(tell: bool) -> Iterator[None]:
+    """Within this, what `release_once` says of a private release goes to stderr, a line each."""
+    lines, level = logging.StreamHandler(), privacy.LOG.level
+    if tell:
+        privacy.LOG.addHandler(lines)
+        privacy.LOG.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        privacy.LOG.removeHandler(lines)
+        privacy.LOG.setLevel(level)
+
+
+def _check_output(output: str | None, data: str | None) -> None:
+    """Refuse, before anything is loaded, a folder for results in which they cannot lie.
+
+    Raises:
+        UserError: it is a file, holds the data or other work, or is in use.
+    """
+    if output is None:
+        return
+    folder = as_path(output, "the output folder")
+    require(not folder.exists() or folder.is_dir(), f"{folder} is a file: give a folder for the output")
+    if data not in (None, "demo"):  # demo is the package's own, whatever lies here
+        path = as_path(data, "the data")
+        held = path.parent if path.is_file() else path
+        require(held.resolve() != folder.resolve(), f"{folder} holds the data: choose another output folder")
+    refuse_foreign(folder)
+    if folder.exists() and launched()[0] == 0:
+        with lock(folder):
+            pass
 
 
 def _folder(inputs: Inputs, given: Synthesis, asked: ReleaseConfig, config: SynthesisConfig, private: bool) -> Path:
     """The folder of the results; one of the user's own is claimed before a private release is paid for.
 
     Raises:
-        UserError: it holds other results.
+        UserError: it holds results of other parameters.
     """
     every = {
         item.name: getattr(one, item.name)
@@ -243,10 +338,8 @@ def _folder(inputs: Inputs, given: Synthesis, asked: ReleaseConfig, config: Synt
         for item in fields(one)
         if item.name not in ("output", "quiet")
     }
-    if given.output:
-        refuse_foreign(Path(given.output))
-        if asked.epsilon is None:  # the synthesis itself says what differs there
-            return Path(given.output)
+    if given.output and asked.epsilon is None:  # the synthesis itself says what differs there
+        return Path(given.output)
     return output_folder("synthesize", given.output, private=private, **every)
 
 
@@ -259,8 +352,10 @@ def finetune(arguments: Sequence[str]) -> None:
     first, own, settings = _parse(finetune, (Inputs, Training, FinetuneConfig), arguments)
     inputs, given = Inputs(**first), Training(**own)
     config = FinetuneConfig(**settings)
-    model, task, splits = inputs.load()
-    train = splits.train if given.train is None else _unseen(read_examples(given.train, task), splits)
+    _check_output(given.output, inputs.data)
+    task, splits = inputs.load_data()
+    train = splits.train if given.train is None else _unseen(_to_learn(given.train, task, inputs), splits)
+    model = inputs.load_fitting(task, splits)
     found = finetuning.finetune(
         model, task, train, splits.validation, splits.test, config, given.output, progress=not inputs.quiet
     )
@@ -268,6 +363,19 @@ def finetune(arguments: Sequence[str]) -> None:
         f"test accuracy {found.accuracy:.4f}, calibrated {found.calibrated.accuracy:.4f}, on {len(splits.test)} texts "
         f"after {found.step} steps at rate {found.learning_rate:g}, learnt from {len(train)} examples"
     )
+
+
+def _to_learn(train: str, task: Task, inputs: Inputs) -> list[Example]:
+    """The rows to learn from, in the columns that a synthesis writes or else in the data's."""
+    try:
+        return read_examples(train, task)
+    except UserError as error:
+        if "has no" not in str(error) or (inputs.text, inputs.label) == COLUMNS:
+            raise
+        try:
+            return read_examples(train, task, text=inputs.text, label=inputs.label)
+        except UserError as other:
+            raise (error if "has no" in str(other) else other) from None
 
 
 def _unseen(written: list[Example], splits: Splits) -> list[Example]:
@@ -288,7 +396,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     first, own = _parse(evaluate, (Inputs, Split), arguments)
     inputs, split = Inputs(**first), Split(**own).split
     require(split in ("train", "validation", "test"), f"split = {split!r} is not known: use train, validation or test")
-    model, task, splits = inputs.load()
+    task, splits = inputs.load_data()
+    model = inputs.load_fitting(task, splits)
     examples = getattr(splits, split)
     with shown(not inputs.quiet), stage("reading", len(examples)):
         found = classification.evaluate(model, task, examples)

@@ -18,16 +18,17 @@ import torch
 from gradmm import files
 from gradmm.errors import DataWarning, UserError, first_line, is_whole, require, require_type, short_repr
 from gradmm.markup import plain_name
+from gradmm.readability import count_words
 from gradmm.rows import (
     COLUMNS,
-    ENDINGS,
-    NAMED,
     SPLITS,
     Row,
     check_row,
     class_name,
     class_names,
+    composed,
     is_reject,
+    label_names_file,
     names_by_label,
     read_file,
     read_label_names,
@@ -54,7 +55,7 @@ class Example:
     origin: str = field(default="", compare=False, repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Splits:
     """Disjoint train, validation and test examples.
 
@@ -73,6 +74,10 @@ class Splits:
     notes: tuple[str, ...] = ()
     place: str = ""
 
+    def __repr__(self) -> str:
+        """Without the texts, which may be private and are many."""
+        return f"Splits({self.source!r})"
+
 
 def content_hash(text: str) -> str:
     """A hash of the text's words, blind to case and spacing: the identity of a text in splits and overlap checks."""
@@ -90,6 +95,7 @@ class _Given:
         folder: where they lie, if in a folder.
         path: of the file or folder, whole.
         notes: what was left out.
+        names_file: where a file could name the labels; None where a data set's ClassLabel does.
     """
 
     rows: dict[str, list[Row]]
@@ -98,11 +104,12 @@ class _Given:
     folder: Path | None = None
     path: str = ""
     notes: tuple[str, ...] = ()
+    names_file: Path | None = None
 
     def task(self) -> Task:
         """The task that they imply."""
         written = None if self.folder is None else written_task(self.folder)
-        in_memory = self.folder is None
+        in_memory = self.names_file is None
         return written or implied_task(self.source.split("@")[0], lambda: self.rows["train"], self.names, in_memory)
 
 
@@ -113,8 +120,9 @@ def load_data(
 
     Args:
         data: a folder of files that are named after train, validation (or dev) and test, or one file, as JSON lines,
-            CSV or Parquet; a `datasets.Dataset` or `DatasetDict`; a data set's id on the hub or a `tasks.HubSource`; a
-            registered name with a hub source; or "demo". What is missing of validation and test is carved from train.
+            CSV or Parquet; a `datasets.Dataset` or `DatasetDict`, or the folder of its `save_to_disk`; a data set's id
+            on the hub or a `tasks.HubSource`; a registered name with a hub source; or "demo". What is missing of
+            validation and test is carved from train.
         task: whatever `load_task` takes; None takes the one that the data imply.
         text, label: the columns' names. Labels are names, or numbers from 0, or numbers that the data name themselves
             (`labels.json`, ClassLabel, the card of a synthesis).
@@ -135,8 +143,7 @@ def load_data(
         Traceback (most recent call last):
         gradmm.errors.UserError: there is no data 'nowhere': give a folder with train.jsonl, demo, or one of ...
     """
-    for name in (text, label):
-        require_type(name, str, "a column's name", "give text such as 'sentence'")
+    _check_columns(text, label)
     task = None if task is None else load_task(task)
     named, hub = _on_hub(data, task, (text, label))
     given = _given(data, hub, (text, label))
@@ -151,10 +158,16 @@ def load_data(
     return task, splits
 
 
-def read_examples(data: Any, task: Task) -> list[Example]:
+def read_examples(data: Any, task: Task, *, text: str = "text", label: str = "label") -> list[Example]:
     """All train rows of any data that `load_data` takes: nothing is carved or left out, as what is to be learnt."""
     require_task(task)
-    return _examples(_given(data, _on_hub(data, task, COLUMNS)[1], COLUMNS), task)["train"]
+    _check_columns(text, label)
+    return _examples(_given(data, _on_hub(data, task, (text, label))[1], (text, label)), task)["train"]
+
+
+def _check_columns(*columns: str) -> None:
+    for name in columns:
+        require_type(name, str, "a column's name", "give text such as 'sentence'")
 
 
 def _on_hub(data: Any, task: Task | None, columns: tuple[str, str]) -> tuple[Task | None, HubSource | None]:
@@ -163,10 +176,15 @@ def _on_hub(data: Any, task: Task | None, columns: tuple[str, str]) -> tuple[Tas
     if isinstance(data, str) and data != "demo" and not files.as_path(data, "the data").exists():
         tasks = (one for one in (task, *TASKS.values()) if one is not None and one.hub is not None)
         named = next((one for one in tasks if data in (one.name, one.hub and one.hub.path)), None)
-        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.startswith(".")
+        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.startswith(".") and not _is_local(data)
         source = named.hub if named is not None else HubSource(data) if is_id else None
     asked: dict[str, Any] = {name: column for name, column in zip(COLUMNS, columns, strict=True) if column != name}
     return named, None if source is None else replace(source, **asked)
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name that nothing here has is meant as a file's."""
+    return name.lower().endswith(files.ENDINGS) or Path(name).parent.is_dir()
 
 
 def _given(data: Any, hub: HubSource | None, columns: tuple[str, str]) -> _Given:
@@ -180,23 +198,43 @@ def _given(data: Any, hub: HubSource | None, columns: tuple[str, str]) -> _Given
     if hasattr(data, "column_names"):  # what `datasets` gives; streams have the same attribute
         return _of_tables(data, "the data set", HubSource("", *columns))
     if hub is not None:
-        return _of_hub(hub)
+        return _of_hub(hub, f"there is no file or folder {data} here, and " if data == hub.path else "")
     path = DEMO if isinstance(data, str) and data == "demo" else files.as_path(data, "the data")
     if path.is_dir():
-        names, called = read_label_names(path, columns[1]), plain_name(path.resolve().name)
-        return _Given(read_rows(path, columns), names, called, path, "" if path == DEMO else path.resolve().as_posix())
+        return _of_folder(path, columns)
     if path.is_file():
         require(
-            path.suffix.lower() in ENDINGS,
-            f"{path} is no file of rows: give JSON lines, CSV or Parquet ({', '.join(ENDINGS)})",
+            path.suffix.lower() in files.ENDINGS,
+            f"{path} is no file of rows: give JSON lines, CSV or Parquet ({', '.join(files.ENDINGS)})",
         )
-        names = read_label_names(path.parent, columns[1])
-        rows = {"train": read_file(path, columns)}
-        return _Given(rows, names, plain_name(path.stem), path.parent, path.resolve().as_posix())
+        names, names_file = read_label_names(path.parent, columns[1]), label_names_file(path.parent)
+        rows, whole = {"train": read_file(path, columns)}, path.resolve().as_posix()
+        return _Given(rows, names, plain_name(path.stem), path.parent, whole, names_file=names_file)
+    kind = "" if len(path.parts) == 1 else "file or folder"
+    kind = "file" if path.suffix.lower() in files.ENDINGS else kind
+    require(not kind, f"there is no {kind} {path} here: check the name and the folder that you are in")
     raise UserError(
         f"there is no data {short_repr(str(data))}: give a folder with train.jsonl, demo, or one of "
         f"{', '.join(TASKS)}; or a file, or an id on the hub such as stanfordnlp/imdb"
     )
+
+
+def _of_folder(path: Path, columns: tuple[str, str]) -> _Given:
+    """The rows of a folder: of files that are named after splits, or else of a data set that was saved to it."""
+    called, whole = plain_name(path.resolve().name), "" if path == DEMO else path.resolve().as_posix()
+    if any((path / name).is_file() for name in files.SAVED) and not any(map(files.split_meant, path.glob("*"))):
+        import datasets
+
+        try:
+            tables = datasets.load_from_disk(str(path))
+        except Exception as error:  # as many kinds as damages
+            raise UserError(
+                f"{path} is no data set that can be read ({first_line(error)}): write it again with save_to_disk, "
+                "or put a train.jsonl there"
+            ) from error
+        return replace(_of_tables(tables, called, HubSource("", *columns)), folder=path, path=whole)
+    names, names_file = read_label_names(path, columns[1]), label_names_file(path)
+    return _Given(read_rows(path, columns), names, called, path, whole, names_file=names_file)
 
 
 def _examples(given: _Given, task: Task) -> dict[str, list[Example]]:
@@ -205,18 +243,18 @@ def _examples(given: _Given, task: Task) -> dict[str, list[Example]]:
     if not names and all(label.isdecimal() for label in task.labels):
         names = names_by_label(task.labels)
     apart = not set(_as_called(names, task)) & set(task.labels)
-    if given.folder is None and len(names) == len(task.labels) and apart:
+    if given.names_file is None and len(names) == len(task.labels) and apart:
         names = dict(zip(names, task.labels, strict=True))  # a ClassLabel of other names: the same numbers
     names = dict(zip(names, _as_called(names.values(), task), strict=True))
     known, shared = set(names.values()) <= set(task.labels), set(names.values()) & set(task.labels)
-    where = given.source if given.folder is None else given.folder / "labels.json"
+    where = given.names_file or f"the ClassLabel of {given.source}" if given.names else f"task {task.name!r}"
     require(
         known or (not shared and list(names) == [str(number) for number in range(len(task.labels))]),
         f"{where} names {', '.join(map(repr, dict.fromkeys(names.values())))}, and task {task.name!r} knows "
         f"{', '.join(map(repr, task.labels))}: write the same names in both",
     )
     return {
-        split: [_of_task(_renamed(row, names) if known else row, task) for row in rows]
+        split: [_of_task(_renamed(row, names, where) if known else row, task) for row in rows]
         for split, rows in given.rows.items()
     }
 
@@ -324,7 +362,7 @@ def sample_examples(examples: Iterable, n: int, task: Task, seed: int) -> list[E
     require(n >= count, f"n_real = {n}, but {count} classes need at least {count}: ask for more examples")
     drawn = []
     for label, want in enumerate(equal_counts(n, count)):
-        pool = [e for e in examples if e.label == label and len(e.text.split()) >= task.min_words]
+        pool = [e for e in examples if e.label == label and count_words(e.text) >= task.min_words]
         require(
             want <= len(pool),
             f"n_real = {n} needs {want} examples of {task.labels[label]!r}, but {len(pool)} of at least "
@@ -384,9 +422,9 @@ def check_examples(rows: Iterable, task: Task, where: str = "row") -> list[Examp
 
 
 def _as_called(names: Iterable[str], task: Task) -> list[str]:
-    """Names as the task writes them, where case alone tells them apart."""
-    own = {label.casefold(): label for label in task.labels}
-    return [own.get(name.casefold(), name) if len(own) == len(task.labels) else name for name in names]
+    """Names as the task writes them, where case or Unicode's form alone tells them apart."""
+    own = {composed(label).casefold(): label for label in task.labels}
+    return [own.get(composed(name).casefold(), name) if len(own) == len(task.labels) else name for name in names]
 
 
 def prompt_completion(task: Task, rows: Iterable) -> Any:
@@ -420,23 +458,24 @@ def _example(row: Any, names: Sequence[str], task: Task, where: str) -> Example:
 def _of_task(row: Row, task: Task) -> Example:
     """A row as an example: its label by the task's names, or else as a number from 0."""
     label, names = row.label, ", ".join(task.labels)
-    if isinstance(label, str) and label in task.labels:
-        return Example(row.text, task.labels.index(label), row.origin)
+    own = [composed(name) for name in task.labels]
+    if isinstance(label, str) and composed(label) in own:
+        return Example(row.text, own.index(composed(label)), row.origin)
     if isinstance(label, int) and 0 <= label < len(task.labels):
         return Example(row.text, label, row.origin)
-    twins = [name for name in task.labels if isinstance(label, str) and name.casefold() == label.casefold()]
+    twins = [name for name in own if isinstance(label, str) and name.casefold() == composed(label).casefold()]
     mend = f": write {twins[0]!r}" if twins else ""
     known = f"task {task.name!r} knows 0 to {len(task.labels) - 1} or {names}"
     raise UserError(f"{row.origin} has the label {short_repr(label)}: {known}{mend}")
 
 
-def _renamed(row: Row, names: Mapping[str, str]) -> Row:
+def _renamed(row: Row, names: Mapping[str, str], where: str | Path) -> Row:
     named = names.get(str(row.label))
+    such = f', as in {{"labels": {{"{row.label}": "..."}}}}' if str(where).endswith("labels.json") else ""
     require(
         named is not None or not names or isinstance(row.label, str),
-        f"{row.origin} has the label {row.label}, and those with a name are {', '.join(names)}: name it in "
-        "labels.json too, as in "
-        f'{{"labels": {{"{row.label}": "..."}}}}',
+        f"{row.origin} has the label {row.label}, and those with a name are {', '.join(names)}: name it in {where} "
+        f"too{such}",
     )
     return row if named is None else row._replace(label=named)
 
@@ -456,7 +495,7 @@ def _of_tables(tables: Any, called: str, source: HubSource) -> _Given:
     )
     tables = {name: table.with_format(None) for name, table in tables.items()}  # numbers are Python's then
     # The first of two names of one split wins.
-    usual = {NAMED[name.lower()]: name for name in reversed([*map(str, tables)]) if name.lower() in NAMED}
+    usual = {files.NAMED[name.lower()]: name for name in reversed([*map(str, tables)]) if name.lower() in files.NAMED}
     theirs = source.splits or usual
     absent = [name for name in theirs.values() if name not in tables]
     require(not absent, f"{called} has no split {', '.join(map(repr, absent))}: it has {', '.join(tables)}")
@@ -477,8 +516,12 @@ def _of_tables(tables: Any, called: str, source: HubSource) -> _Given:
     return _Given(rows, {name: name for name in names}, called.removeprefix("the "), notes=tuple(notes))
 
 
-def _of_hub(hub: HubSource) -> _Given:
-    """Read a data set's snapshot with the hub's client: data files only, no loading script."""
+def _of_hub(hub: HubSource, absent: str) -> _Given:
+    """Read a data set's snapshot with the hub's client: data files only, no loading script.
+
+    Args:
+        absent: what an error says first of a name that may have been meant for a file.
+    """
     import datasets
     from huggingface_hub import snapshot_download
 
@@ -488,8 +531,8 @@ def _of_hub(hub: HubSource) -> _Given:
         tables = datasets.load_dataset(folder, hub.config)
     except Exception as error:  # the hub's client raises many kinds, all of them about reaching or reading the data
         raise UserError(
-            f"the hub's data set {hub.path!r} could not be loaded ({first_line(error)}): check the name and the "
-            "network, or give a folder or file that is here, such as a folder with train.jsonl"
+            f"{absent}the hub's data set {hub.path!r} could not be loaded ({first_line(error)}): check the name and "
+            "the network, or give a folder or file that is here, such as a folder with train.jsonl"
         ) from error
     return replace(_of_tables(tables, hub.path, hub), source=f"{hub.path}@{Path(folder).name}")
 

@@ -322,7 +322,7 @@ def _check_reading(model: Model) -> None:
         reader = CachedDecoder.of(model, begun)
         reader.read(torch.tensor(more, device=model.device))
         apart = (reader.state.float() - whole).norm() / whole.norm()
-        fault = "" if apart <= max(1e-3, 16 * torch.finfo(model.dtype).eps) else "its states are others then"
+        fault = "its states are others then" if apart > max(1e-3, 16 * torch.finfo(model.dtype).eps) else ""
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a family without a cache does

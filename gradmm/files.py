@@ -1,4 +1,7 @@
-"""Reading and writing JSON, JSON lines, YAML, safetensors: whole files or none, bounded sizes, clear errors; locks."""
+"""Reading and writing JSON, JSON lines, YAML, safetensors: whole files or none, bounded sizes, clear errors; locks.
+
+Also which files of a folder are data, by their names.
+"""
 
 import hashlib
 import json
@@ -115,9 +118,12 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str]) -> Path:
     return replace_file(path, lambda temporary: save_file(held, str(temporary), metadata))
 
 
-def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
+def read_tensors(path: Path, mend: str = "give a file that Release.save or a run wrote") -> tuple[dict, dict[str, str]]:
     """Read a safetensors file: (tensors, metadata); each tensor in memory of its own, so that no place in a file
     decides on last bits.
+
+    Args:
+        mend: what an error advises; only a run's own unfinished work may be removed.
 
     Raises:
         UserError: no such file, or not a whole safetensors file.
@@ -127,7 +133,7 @@ def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no whole safetensors file ({error}): remove it and run again") from error
+        raise UserError(f"{path} is no whole safetensors file ({error}): {mend}") from error
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
@@ -240,6 +246,29 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
         f"{path} holds no parameters: write lines such as `seed: 1`",
     )
     return values
+
+
+# ---------------------------------------------------------------- which files are data
+
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+NAMED = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+NAMED |= dict.fromkeys(("validation", "validate", "valid", "val", "development", "devel", "dev", "eval"), "validation")
+FILLERS = {"of", "part", "shard", "data", "set", "split"}
+SAVED = ("state.json", "dataset_dict.json")  # of a Dataset and a DatasetDict, as their save_to_disk writes them
+
+
+def split_meant(path: Path) -> str | None:
+    """The split that a data file is named after, or None."""
+    if path.name.startswith(".") or path.suffix.lower() not in ENDINGS or not path.is_file():  # ._train of a Mac
+        return None
+    words = set(re.findall("[a-z]+", path.stem.lower())) - FILLERS
+    return NAMED.get(words.pop()) if len(words) == 1 else None
+
+
+def data_files(folder: Path) -> list[str]:
+    """The names of the files by which a folder is one of data."""
+    marks = ("task.yaml", "labels.json", *SAVED)
+    return sorted(path.name for path in folder.glob("*") if path.name in marks or split_meant(path))
 
 
 # ---------------------------------------------------------------- one run in a folder at a time

@@ -100,7 +100,7 @@ class ModelShape:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A causal language model with its tokenizer; its parameters are frozen and it is in evaluation mode.
 
@@ -117,6 +117,10 @@ class Model:
     name: str
     revision: str | None
     fingerprint: str
+
+    def __repr__(self) -> str:
+        """Without the layers."""
+        return f"Model({self.name!r}, {self.dtype}, {self.device})"
 
     @property
     def device(self) -> torch.device:

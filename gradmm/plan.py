@@ -13,14 +13,14 @@ from gradmm import admm, sharding
 from gradmm.config import SynthesisConfig
 from gradmm.data import equal_counts
 from gradmm.device import COMPILED_FROM
-from gradmm.errors import require
+from gradmm.errors import check_values, one_of, require
 from gradmm.generation import TOGETHER
 from gradmm.matching import Matching
 from gradmm.models import Model, kind_of
 from gradmm.privacy import Release, check_context
 from gradmm.projection import DecodingConfig, TokenTables
 from gradmm.selection import Selector
-from gradmm.spaces import BodySketch
+from gradmm.spaces import SPACES
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 # By the kind of device: rows of a projection. More of them share what a step costs whatever its size, the reading of
@@ -62,28 +62,17 @@ class Plan:
         """Derive it.
 
         Raises:
-            UserError: fewer texts than classes, a length beyond the model's context, or no end token where one is
-                needed.
+            UserError: what `check_request` refuses.
         """
-        tokens = tokenize_task(task, model.tokenizer)
-        count = len(task.labels)
-        require(
-            config.n_synthetic >= count,
-            f"n_synthetic = {config.n_synthetic}, but {count} classes need one text each: ask for {count} or more",
-        )
+        tokens, count = tokenize_task(task, model.tokenizer), len(task.labels)
+        check_request(task, release.space_name, config, private=bool(release.ledger))
         per_class = tuple(equal_counts(config.n_synthetic, count))
         classes = tuple(
             label
             for label in range(count)
             for _ in range(math.ceil(per_class[label] * config.oversample / config.group_size))
         )
-        _check_release(release, config)
-        # Texts that are moved have in them what their prompts begin them with.
-        opened = max(map(len, tokens.openings)) if config.search == "admm" else 0
-        length = opened + (config.length or release.length)
-        check_context(model, tokens, length, opened)
-        end = _end_token(model, config)
-        top_k = config.top_k if config.search == "admm" else 1  # a pool projects nothing
+        length, decoding = _decoding(model, tokens, config, release.length)
         batch, together = work_units(model, config, len(classes))
         return Plan(
             model=model,
@@ -91,8 +80,8 @@ class Plan:
             tokens=tokens,
             release=release,
             config=config,
-            matching=Matching(model, tokens, release.targets, release.space, config.distance, end),
-            decoding=DecodingConfig(config.projection, top_k, model.vocabulary, end, min(MIN_TOKENS, length)),
+            matching=Matching(model, tokens, release.targets, release.space, config.distance, decoding.end),
+            decoding=decoding,
             length=length,
             classes=classes,
             per_class=per_class,
@@ -173,17 +162,62 @@ def _known(release: Release) -> dict[str, str]:
     return {"examples": release.examples} if release.examples else {"fingerprint": release.fingerprint}
 
 
-def _check_release(release: Release, config: SynthesisConfig) -> None:
+def check_request(
+    task: Task,
+    space_name: str,
+    config: SynthesisConfig,
+    private: bool,
+    model: Model | None = None,
+    length: int | None = None,
+) -> None:
+    """Refuse a synthesis that no targets could make possible: to call before a private release is paid for.
+
+    Args:
+        task: the task.
+        space_name: the release's space.
+        config: the settings.
+        private: whether the release has a ledger.
+        model: None leaves out what depends on the model.
+        length: the release's, tokens of a text; None where it is not known yet.
+
+    Raises:
+        UserError: an unknown space, or one that the search cannot match; fewer texts than classes; a distance that says
+            nothing of a private release; with a model a length beyond its context, more candidates than it has tokens,
+            or no end token where one is needed.
+    """
+    check_values({"space": space_name}, {"space": one_of(SPACES)})
+    count = len(task.labels)
     require(
-        config.search == "pool" or not isinstance(release.space, BodySketch),
-        f"targets in the space {release.space_name!r} are matched by choosing texts: set search = 'pool', or "
+        config.n_synthetic >= count,
+        f"n_synthetic = {config.n_synthetic}, but {count} classes need one text each: ask for {count} or more",
+    )
+    require(
+        config.search == "pool" or space_name != "body",
+        f"targets in the space {space_name!r} are matched by choosing texts: set search = 'pool', or "
         "release in another space",
     )
     require(
-        config.distance == "cosine" or not release.ledger,
+        config.distance == "cosine" or not private,
         f"distance = {config.distance!r} compares lengths, and those of a private release, noised sums of clipped "
         "gradients, say nothing: set distance = 'cosine'",
     )
+    if model is not None:
+        _decoding(model, tokenize_task(task, model.tokenizer), config, length or 1)
+
+
+def _decoding(model: Model, tokens: TaskTokens, config: SynthesisConfig, length: int) -> tuple[int, DecodingConfig]:
+    """The tokens of a text, those that its prompt begins it with included, and what may be written of it.
+
+    Args:
+        length: the release's.
+    """
+    # Texts that are moved have in them what their prompts begin them with.
+    opened = max(map(len, tokens.openings)) if config.search == "admm" else 0
+    length = opened + (config.length or length)
+    check_context(model, tokens, length, opened)
+    top_k = config.top_k if config.search == "admm" else 1  # a pool projects nothing
+    end = _end_token(model, config)
+    return length, DecodingConfig(config.projection, top_k, model.vocabulary, end, min(MIN_TOKENS, length))
 
 
 def _end_token(model: Model, config: SynthesisConfig) -> int | None:

@@ -21,9 +21,10 @@ the head, R rows and r directions of the release space, D hidden width.
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,13 @@ from gradmm.sharding import launched
 from gradmm.spaces import BodySketch, coordinates, release_space, space_from, tensors_of
 from gradmm.tasks import Task, TaskTokens, require_task, tokenize_task
 
+LOG = logging.getLogger(__name__)
 FORMAT = "gradmm release 1"
 SPACE = "space."  # before the names of the space's tensors in a file
 RELEASE_FILE, LEDGER_FILE = "release.safetensors", "ledger.json"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Release:
     """All that is known of the real examples after `release`.
 
@@ -92,6 +94,10 @@ class Release:
     task: str
     length: int
     examples: str = ""
+
+    def __repr__(self) -> str:
+        """Without the numbers."""
+        return f"Release({self.space_name!r}, labels={self.labels}, length={self.length}: {self.statement})"
 
     @property
     def fingerprint(self) -> str:
@@ -226,8 +232,9 @@ def release_once(
     `release`, and nothing is kept.
 
     Of the examples nothing is stored, not even a hash: that other texts stand behind the same `source` cannot be seen
-    here. Nor does a folder know of other folders. Noise that was drawn cannot be drawn back: deleting a folder deletes
-    the count and gives no budget back, and the release that replaces it costs as much again.
+    here. Nor does a folder count what others cost. Noise that was drawn cannot be drawn back: deleting a folder deletes
+    the count and gives no budget back, and the release that replaces it costs as much again. Whether noise was drawn,
+    and how many other releases of the same data lie near it, goes to the logger "gradmm.privacy" at INFO.
 
     Args:
         folder: of the Release; None: one in results/releases that follows from all arguments, so that no change of
@@ -263,15 +270,47 @@ def release_once(
         ledger = _FolderLedger.open(folder / LEDGER_FILE, arguments)
         kept = folder / RELEASE_FILE
         if kept.exists():
-            require(
-                bool(ledger.entries), f"{kept} has no {LEDGER_FILE} beside it that counts it: choose another folder"
-            )
-            return load_release(kept)
+            return _read_kept(kept, ledger)
         _check_output(output, folder)
         _check_lock(alone, folder)
         drawn = release(model, task, examples, config, **place, ledger=ledger)
         drawn.save(kept)
+        kind = "private release" if drawn.private else "release"
+        LOG.info("a new %s was drawn and is kept in %s%s", kind, folder, _others(folder, arguments))
         return drawn
+
+
+def _read_kept(kept: Path, ledger: Ledger) -> Release:
+    """The release of a folder whose ledger counts it."""
+    require(bool(ledger.entries), f"{kept} has no {LEDGER_FILE} beside it that counts it: choose another folder")
+    found = load_release(kept)
+    LOG.info(
+        "the release in %s was read: nothing was spent, and the data were not looked at; if they have changed, another "
+        "folder is a further release, which costs as much again",
+        kept.parent,
+    )
+    return found
+
+
+def _others(folder: Path, arguments: Mapping[str, Any]) -> str:
+    """How many other releases of the same data there are, by the public facts of the ledgers beside it and at home."""
+    home: Path = RESULTS / "releases"
+    found: set[Path] = set()
+    for place in (folder.parent, home):
+        with suppress(OSError, RuntimeError):  # a folder that can't be listed has nothing to say
+            found |= {path.resolve() for path in place.glob(f"*/{LEDGER_FILE}")}
+    number = sum(_same_data(path, arguments) for path in found - {(folder / LEDGER_FILE).resolve()})
+    where = "beside it" if folder.parent.resolve() == home.resolve() else f"beside it or in {home}"
+    return f"; {number} other(s) of the same data lie {where}: what they cost adds up" if number else ""
+
+
+def _same_data(ledger: Path, arguments: Mapping[str, Any]) -> bool:
+    """Whether a file is a ledger of these data; a file that can't be read or is no ledger is not."""
+    try:
+        held = files.read_json(ledger)["release"]
+        return "data" in arguments and all(held.get(name) == arguments.get(name) for name in ("data", "place"))
+    except Exception:  # whatever else lies there: the release is drawn and must be returned
+        return False
 
 
 def _check_source(source: Mapping[str, Any]) -> None:

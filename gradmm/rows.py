@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral
@@ -22,19 +23,18 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
-ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COLUMNS = ("text", "label")
-NAMED = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-NAMED |= dict.fromkeys(("validation", "validate", "valid", "val", "development", "devel", "dev", "eval"), "validation")
-FILLERS = {"of", "part", "shard", "data", "set", "split"}
 LINE = '{"text": "...", "label": 0}'
 HEADING = re.compile(r"(?:[a-z]\w{0,30}|unnamed: \d+)?", re.ASCII | re.IGNORECASE)  # what no text is: a word, or none
-WHICH = "which holds the texts and which the labels, as in load_data(..., text='sentence', label='sentiment')"
+WHICH = (
+    "which holds the texts and which the labels, as in load_data(..., text='sentence', label='sentiment') (--text and "
+    "--label on the command line)"
+)
 LONGEST_LABEL = 100
 
 
 class Row(NamedTuple):
-    """A text without outer spaces, its label as it was given (a number or a name), and where it stands."""
+    """A text without outer spaces, its label as it was given (a number or a `composed` name), and where it stands."""
 
     text: str
     label: int | str
@@ -89,7 +89,12 @@ def _check_label(label: Any, where: str) -> int | str:
         f"{where} has the label {label!r}, with spaces around the name: write {label.strip()!r}, as in every row of "
         "its class",
     )
-    return str(label)
+    return composed(label)
+
+
+def composed(name: str) -> str:
+    """A name in Unicode's composed form: one that was typed on a Mac may write é as e and an accent."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _meant(label: Any) -> int | str:
@@ -156,7 +161,7 @@ def is_reject(row: Any) -> bool:
 def class_names(table: Any, column: str = "label") -> list[str]:
     """The names that a data set's ClassLabel gives its label numbers; none where it has no such column."""
     feature = (getattr(table, "features", None) or {}).get(column)
-    return list(getattr(feature, "names", None) or [])
+    return [composed(name) for name in getattr(feature, "names", None) or []]
 
 
 def class_name(label: Any, names: Sequence[str]) -> Any:
@@ -234,13 +239,19 @@ def read_rows(folder: Path, columns: Sequence[str] = COLUMNS) -> dict[str, list[
     """The rows of each split, from all files that are named after it: `train.jsonl`, `dev.csv`, `test-00000.parquet`.
 
     Raises:
-        UserError: no train file, an empty file, or a broken row.
+        UserError: no train file, an empty file, a broken row, or other train files beside those of a run.
     """
+    given = {path: split for path in sorted(folder.glob("*")) if (split := files.split_meant(path))}
+    train = [path.name for path, split in given.items() if split == "train"]
+    others = [name for name in train if name != "train.jsonl"]
+    require(
+        len(others) in (0, len(train)) or not (folder / "manifest.json").is_file(),
+        f"{folder} holds a run (manifest.json), whose train.jsonl is synthetic, beside {', '.join(others[:3])}: move "
+        "one of them to another folder",
+    )
     parts: dict[str, list[Row]] = {}
-    for path in sorted(folder.glob("*")):
-        split = _split_meant(path)
-        if split is not None:
-            parts[split] = [*parts.get(split, ()), *read_file(path, columns)]
+    for path, split in given.items():
+        parts[split] = [*parts.get(split, ()), *read_file(path, columns)]
     require(
         "train" in parts,
         f"{folder} has no train.jsonl: put rows such as {LINE} there, one a line, or a train.csv or train.parquet",
@@ -248,12 +259,10 @@ def read_rows(folder: Path, columns: Sequence[str] = COLUMNS) -> dict[str, list[
     return {split: parts[split] for split in SPLITS if split in parts}
 
 
-def _split_meant(path: Path) -> str | None:
-    """The split that a data file is named after, or None."""
-    if path.name.startswith(".") or path.suffix.lower() not in ENDINGS or not path.is_file():  # ._train of a Mac
-        return None
-    words = set(re.findall("[a-z]+", path.stem.lower())) - FILLERS
-    return NAMED.get(words.pop()) if len(words) == 1 else None
+def label_names_file(folder: Path) -> Path:
+    """The file that `read_label_names` reads."""
+    path = folder / "labels.json"
+    return path if path.is_file() else folder / "README.md"
 
 
 def read_label_names(folder: Path, column: str = "label") -> dict[str, str]:
@@ -267,9 +276,9 @@ def read_label_names(folder: Path, column: str = "label") -> dict[str, str]:
     Raises:
         UserError: neither of these forms.
     """
-    path = folder / "labels.json"
-    if not path.is_file():
-        return dict(_card_names(folder / "README.md", column))
+    path = label_names_file(folder)
+    if path.name == "README.md":
+        return _card_names(path, column)
     value = files.read_json(path)
     names: Any = value.get("labels") if isinstance(value, Mapping) else value
     known: Any = list(names.values()) if isinstance(names, Mapping) else names
@@ -278,7 +287,8 @@ def read_label_names(folder: Path, column: str = "label") -> dict[str, str]:
         f'{path} holds no list of label names: write {{"labels": ["negative", "positive"]}}, or '
         '{"labels": {"1": "negative", "2": "positive"}} for rows with the labels 1 and 2',
     )
-    return dict(names) if isinstance(names, Mapping) else names_by_label(known)
+    named = names if isinstance(names, Mapping) else names_by_label(known)
+    return {composed(label): composed(name) for label, name in named.items()}
 
 
 def _card_names(card: Path, column: str) -> dict[str, str]:
@@ -288,7 +298,7 @@ def _card_names(card: Path, column: str) -> dict[str, str]:
         infos = (metadata_load(card) or {})["dataset_info"]
         features = (infos[0] if isinstance(infos, list) else infos)["features"]
         names = next(one["dtype"]["class_label"]["names"] for one in features if one["name"] == column)
-        return {str(number): name for number, name in names.items() if isinstance(name, str)}
+        return {str(number): composed(name) for number, name in names.items() if isinstance(name, str)}
     return {}
 
 

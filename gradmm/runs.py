@@ -89,7 +89,8 @@ def output_folder(notebook: str, output: str | Path | None, *, private: bool = F
         parameters: every parameter of the notebook that a result depends on, `model` and `data` among them.
 
     Raises:
-        UserError: the folder holds results of other parameters (each that differs is named), or cannot be written.
+        UserError: the folder holds data or results of other parameters (each that differs is named), or cannot be
+            written.
     """
     named = {f"{name} {i}": value for name, given in parameters.items() for i, value in enumerate(_listed(given))}
     claim = {
@@ -111,6 +112,8 @@ def output_folder(notebook: str, output: str | Path | None, *, private: bool = F
     if any(path != place for path in folder.glob("*")) and place.exists():
         said = f"{folder} holds results of other parameters"
         refuse_other(claim, files.read_json(place), said, "leave output out, or give another folder")
+    elif not place.exists():
+        refuse_foreign(folder)
     files.write_json(place, claim)
     return folder
 
@@ -138,9 +141,11 @@ def _content(value: Any, private: bool) -> str | None:
     """
     try:
         path = Path(value) if value and isinstance(value, str | Path) else None
-        held = beside(path) if path and path.is_file() else sorted(path.iterdir()) if path and path.is_dir() else []
+        held = beside(path) if path and path.is_file() else []
+        if path and path.is_dir():
+            held = sorted([*path.iterdir(), *path.glob("*/state.json")])  # which holds the state of a saved split
         public = [one for one in held if not private or one.suffix == ".yaml" or one.name == "labels.json"]
-        states = [(one.name, _state(one)) for one in public if one.is_file()]
+        states = [(one.relative_to(path.parent).as_posix(), _state(one)) for one in public if path and one.is_file()]
     except (OSError, ValueError):  # what cannot be looked at is refused where it is read
         return None
     return files.digest(states) if states else None
@@ -231,7 +236,7 @@ class RunFolder:
         place = self.place(batch)
         if place is None or not place.exists():
             return None
-        tensors, metadata = files.read_tensors(place)
+        tensors, metadata = files.read_tensors(place, "remove it and run again")
         tensors = {name: tensor if name == "active" else tensor.to(device) for name, tensor in tensors.items()}
         try:
             rest = json.loads(metadata["result"])
@@ -305,13 +310,16 @@ class RunFolder:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise where a folder holds files of the names that a run writes, and no run."""
+    """Raise where a folder holds data, or files of the names that a run writes, and no run."""
     held = {path.name for path in folder.glob("*")}
+    if "manifest.json" in held:
+        return
     clash = sorted(name for name in held if name in (*RUN_FILES, FITTED) or UNIT.fullmatch(name))
     require(
-        not clash or "manifest.json" in held,
-        f"{folder} holds {', '.join(clash)} but no manifest: choose another output folder or empty this one",
+        not clash, f"{folder} holds {', '.join(clash)} but no manifest: choose another output folder or empty this one"
     )
+    data = files.data_files(folder)
+    require(not data, f"{folder} holds data ({', '.join(data[:3])}): choose another output folder")
 
 
 def write_results(folder: Path, rows: list[dict], history: pandas.DataFrame, manifest: dict, card: str) -> None:

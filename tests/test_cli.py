@@ -13,7 +13,8 @@ import datasets
 import pytest
 
 import gradmm
-from gradmm import cli, commands
+from gradmm import cli, commands, files, plan, privacy
+from gradmm.errors import UserError
 
 WORDS = {"good": ("lovely", "great", "fine", "superb"), "bad": ("dull", "awful", "poor", "weak")}
 SMALL = ["--n-synthetic", "4", "--oversample", "3", "--device", "cpu", "--quiet"]
@@ -126,6 +127,14 @@ WRONG = {
     "a split": (["evaluate", "--data", "demo", "--split", "dev"], "split = 'dev' is not known"),
     "a release": (["synthesize", "--release", "none.safetensors"], "none.safetensors does not exist"),
     "privacy of a release": (["synthesize", "--release", "r", "--epsilon", "1"], "in which epsilon has no part"),
+    "a folder for a release": (
+        ["synthesize", "--release", "r", "--release-folder", "x"],
+        "which release_folder has no",
+    ),
+    "a folder for no release": (
+        ["synthesize", *COLUMNS, "--release-folder", "x"],
+        "--release-folder without --epsilon",
+    ),
     "a draw of a release": (["synthesize", "--release", "r", "--n-real", "20"], "in which n_real has no part"),
     "data of a release": (["synthesize", "--release", "r", *COLUMNS], "in which data and text and label have no part"),
 }
@@ -176,3 +185,116 @@ def test_the_module_is_the_command_and_imports_nothing_slow_for_its_version():
     assert done.stdout.split() == [gradmm.__version__, "False"]
     done = subprocess.run([sys.executable, "-m", "gradmm", "--help"], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in ("synthesize", "finetune", "evaluate", "batch"))
+
+
+PRIVATE = ["--epsilon", "2", "--delta", "1e-3", "--length", "15"]
+IMPOSSIBLE = {
+    "a space": (["--space", "heads"], "the space 'heads' is not known: use one of head, "),
+    "a search": (["--space", "body", "--search", "admm"], "targets in the space 'body' are matched by choosing texts"),
+    "a count": (["--n-synthetic", "1"], "n_synthetic = 1, but 2 classes need one text each"),
+    "a distance": (["--distance", "l2"], "distance = 'l2' compares lengths"),
+    "a draw": (["--n-real", "999"], "n_real = 999 needs 500 examples of 'bad'"),
+    "the data's folder": (["--output", "."], ". holds the data: choose another output folder"),
+    "a file": (["--output", "reviews.csv"], "reviews.csv is a file: give a folder for the output"),
+    "a folder in use": (["--output", "busy"], "busy is in use by another run"),
+}
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Commands that must not load a model."""
+    monkeypatch.setattr(commands, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+
+
+@pytest.mark.parametrize("kind", IMPOSSIBLE)
+def test_what_no_model_could_make_possible_is_refused_before_one_is_loaded(reviews, capsys, no_model, kind):
+    more, message = IMPOSSIBLE[kind]
+    Path("busy").mkdir()
+    with files.lock("busy"):
+        assert cli.main(["synthesize", *COLUMNS, *PRIVATE, *more, "--quiet"]) == 2
+    assert message in capsys.readouterr().err and not list(Path().rglob("ledger.json"))
+
+
+def test_results_never_lie_where_the_data_do(reviews, capsys, no_model):
+    for data, output in (("reviews.csv", reviews), ("../" + reviews.name, "."), ("me/reviews", "me/reviews")):
+        for command in ("synthesize", "finetune"):
+            assert cli.main([command, "--data", str(data), "--output", str(output)]) == 2
+            assert f"{output} holds the data: choose another output folder" in capsys.readouterr().err
+    Path("demo").mkdir()  # the package's own data lie elsewhere
+    assert cli.main(["synthesize", "--data", "demo", "--output", "demo", "--n-synthetic", "1"]) == 2
+    assert "n_synthetic = 1" in capsys.readouterr().err
+
+
+def test_a_synthesis_is_checked_without_a_release(tiny_model, toy_tokenizer):
+    model, task = tiny_model("llama"), gradmm.Task("toy", ("no", "yes"), (" bad", " great"), "{text} it was")
+    admm = gradmm.preset("admm", n_synthetic=2, top_k=5)
+    for private in (True, False):
+        plan.check_request(task, "head", admm, private, model, 5)
+        plan.check_request(task, "head", admm, private, model)
+    for changes, message in (({"top_k": 10**6}, "top_k = 1000000"), ({"length": 999}, "take a length of at most")):
+        with pytest.raises(UserError, match=message):
+            plan.check_request(task, "head", gradmm.preset("admm", **changes), True, model, 5)
+        plan.check_request(task, "head", gradmm.preset("admm", **changes), True)
+    with pytest.raises(UserError, match="take a length of at most"):
+        plan.check_request(task, "head", admm, True, model, 999)
+
+
+def test_the_command_says_whether_a_private_release_was_drawn_or_read(reviews, capsys, monkeypatch):
+    monkeypatch.setattr(commands.synthesis, "synthesize", lambda *_, **__: (_ for _ in ()).throw(UserError("enough")))
+    asked = ["synthesize", *COLUMNS, *PRIVATE, "--device", "cpu", "--release-folder"]
+    drawn = "a new private release was drawn and is kept in {}"
+    adds = "; 1 other(s) of the same data lie beside it or in results/releases: what they cost adds up"
+    for folder, said in (
+        ("one", drawn),
+        ("one", "the release in {} was read: nothing was spent"),
+        ("two", drawn + adds),
+    ):
+        assert cli.main([*asked, folder]) == 2
+        assert said.format(folder) in capsys.readouterr().err and Path(folder, "ledger.json").is_file()
+    assert cli.main([*asked, "three", "--quiet"]) == 2 and capsys.readouterr().err == "enough\n"
+    assert not privacy.LOG.handlers and not privacy.LOG.level
+
+
+def test_rows_to_learn_from_are_read_before_the_model_in_their_own_columns_or_the_data_s(reviews, capsys, monkeypatch):
+    found = []
+
+    def finetune(model, task, train, *_, **__):
+        found.append([(example.text, example.label) for example in train])
+        raise UserError("enough")
+
+    Path("own.csv").write_text("text,label\nlovely,good\n", encoding="utf-8")
+    Path("same.csv").write_text("review,verdict\nlovely,good\n", encoding="utf-8")
+    Path("other.csv").write_text("words,verdict\nlovely,good\n", encoding="utf-8")
+    Path("broken.csv").write_text("review,verdict\nlovely,splendid\n", encoding="utf-8")
+    with monkeypatch.context() as free:
+        free.setattr(commands, "load_model", lambda *_, **__: None)
+        free.setattr(commands, "check_fit", lambda *_: None)
+        free.setattr(commands.finetuning, "finetune", finetune)
+        for name in ("own.csv", "same.csv"):
+            assert cli.main(["finetune", *COLUMNS, "--train", name]) == 2
+    assert found == [[("lovely", 1)]] * 2
+    monkeypatch.setattr(commands, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    capsys.readouterr()
+    for name, said in (("other.csv", "no column 'text' and no column 'label'"), ("broken.csv", "splendid")):
+        assert cli.main(["finetune", *COLUMNS, "--train", name]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_stop_from_the_keyboard_is_one_sentence(capsys, monkeypatch):
+    monkeypatch.setattr(commands, "evaluate", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["evaluate", "--quiet"]) == 130
+    assert capsys.readouterr().err == "Stopped; what was finished is kept, and the same command continues.\n"
+
+
+def test_help_names_defaults_and_no_code(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    pages = {}
+    for name in ("synthesize", "finetune"):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        pages[name] = capsys.readouterr().out
+    for default in ("pool)", "20.0)", "replace-one)", "no)"):
+        assert f"(default: {default}" in pages["synthesize"]
+    assert "(default: 5e-05 0.0002)" in pages["finetune"] and "(default: None" not in "".join(pages.values())
+    assert not re.search(r"\b(admm|generation|projection|selection|spaces|plan)\.[A-Z_a-z]", pages["synthesize"])
+    assert "so that of a private release another seed is another release" in pages["synthesize"]

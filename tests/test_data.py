@@ -553,3 +553,43 @@ def test_data_in_memory_have_no_place_and_a_mac_s_hidden_file_is_no_data(tmp_pat
     expected = load_data(tmp_path)[1]
     (tmp_path / "._train.jsonl").write_bytes(b"\x00\x05\x16\xb7")
     assert load_data(tmp_path)[1].train == expected.train and expected.place
+
+
+def test_a_file_that_is_missing_is_no_id_on_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for name, kind in (
+        ("data/nope.csv", "file"), ("other/nope.jsonl", "file"), ("nope.csv", "file"), ("data/nope", "file or folder"),
+        ("a/b/c", "file or folder"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"^there is no {kind} {name} here: check the name"):
+            load_data(name)
+    with pytest.raises(UserError, match="^there is no file or folder some/one here, and the hub's data set 'some/one'"):
+        load_data("some/one")
+    with pytest.raises(UserError, match="^the hub's data set 'stanfordnlp/sst2' could"):
+        load_data("sst2")
+
+
+# ---------------------------------------------------------------- save_to_disk
+
+
+def test_a_data_set_that_was_saved_to_disk_is_read_as_in_memory(tmp_path):
+    names = datasets.ClassLabel(names=["low", "high"])
+    table = datasets.Dataset.from_list(rows_of(40)).cast_column("label", names)
+    parts = datasets.DatasetDict(train=table, dev=datasets.Dataset.from_list(rows_of(4, start=90)).cast(table.features))
+    for name, saved in (("one", table), ("several", parts)):
+        saved.save_to_disk(tmp_path / name)
+        (task, splits), (expected, held) = load_data(tmp_path / name), load_data(saved)
+        assert task.labels == expected.labels == ("low", "high") and task.name == splits.source == name
+        assert (splits.train, splits.validation, splits.test) == (held.train, held.validation, held.test)
+        assert len(splits.place) == 8 and splits.train[0].origin.startswith(f"{name}, train, row ")
+        assert all(one.label == int(one.text.split()[2]) % 2 for one in load_data(tmp_path / name, TWO)[1].train)
+    (tmp_path / "one" / "task.yaml").write_text('labels: [low, high]\nverbalizers: [" bad", " great"]\n')
+    assert load_data(tmp_path / "one")[0].verbalizers == (" bad", " great")
+    with pytest.raises(UserError, match="one, train has no column 'words': it has 'text', 'label'; say which"):
+        load_data(tmp_path / "one", text="words")
+    (tmp_path / "one" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="one is no data set that can be read .*: write it again with save_to_disk"):
+        load_data(tmp_path / "one")
+    write_rows(tmp_path / "one" / "train.jsonl", rows_of(40))
+    assert load_data(tmp_path / "one")[0].labels == ("low", "high")

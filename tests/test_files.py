@@ -112,6 +112,14 @@ def test_a_cut_tensor_file_is_refused_by_name(tmp_path, length):
         files.read_tensors(path)
 
 
+def test_only_unfinished_work_may_be_removed(tmp_path):
+    (tmp_path / "tickets.csv").write_text("mine")
+    with pytest.raises(UserError, match=r"\): give a file that Release.save or a run wrote$"):
+        files.read_tensors(tmp_path / "tickets.csv")
+    with pytest.raises(UserError, match=r"\): remove it and run again$"):
+        files.read_tensors(tmp_path / "tickets.csv", "remove it and run again")
+
+
 def test_an_absent_tensor_file_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="absent.safetensors"):
         files.read_tensors(tmp_path / "absent.safetensors")

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import errno
 import json
+import logging
 import os
 import re
 import time
@@ -660,3 +661,28 @@ def test_exact_gradients_are_known_by_their_texts_labels_and_type(model):
     assert len({digest(EXAMPLES), digest(other), digest(EXAMPLES[:4])}) == 3
     half = dataclasses.replace(model, lm=copy.deepcopy(model.lm).float())
     assert privacy.release(half, TASK, EXAMPLES, space="label_rows").examples != digest(EXAMPLES)
+
+
+def test_who_asks_for_a_private_release_hears_whether_it_was_drawn(model, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, "gradmm.privacy")
+
+    def heard(*given, **options) -> str:
+        caplog.clear()
+        once(*given, model, **options)
+        return caplog.messages[-1]
+
+    home = tmp_path / "results" / "releases"
+    assert heard(home / "one") == f"a new private release was drawn and is kept in {home / 'one'}"
+    assert heard(home / "one").startswith(f"the release in {home / 'one'} was read: nothing was spent, and the data")
+    for name, text in (("broken", "{"), ("foreign", "[1]"), ("older", '{"release": []}')):
+        (home / name).mkdir()
+        (home / name / "ledger.json").write_text(text)
+    assert "of the same data" not in heard(home / "other", source=SOURCE | {"place": "elsewhere"})
+    assert heard(home / "two", epsilon=2.0).endswith(
+        "; 1 other(s) of the same data lie beside it: what they cost adds up"
+    )
+    far = heard(tmp_path / "far" / "three", source=SOURCE | {"n_real": 3})
+    assert f"; 2 other(s) of the same data lie beside it or in {Path('results', 'releases')}: what" in far
+    assert heard(home / "fixed", noise_seed=1).startswith("a new release was drawn")
+    assert "of the same data" not in heard(home / "unnamed", source={"made": "here"})

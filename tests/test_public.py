@@ -446,3 +446,11 @@ def test_kept_texts_are_taken_without_a_bar(capfd):
     result = written()
     assert len(result.kept) == sum(result.candidates["kept"]) > 0
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_shown_of_data_a_release_and_a_model_holds_no_text_and_no_number():
+    splits = gradmm.Splits(toy(TWO, 4, 0), toy(TWO, 4, 1), toy(TWO, 4, 2), "reviews")
+    assert repr(splits) == "Splits('reviews')"
+    assert repr(HELD["model"]) == "Model('tiny-llama', torch.float32, cpu)"
+    shown = repr(HELD["release"])
+    assert shown.startswith("Release('") and "tensor" not in shown and HELD["release"].statement in shown

@@ -14,7 +14,7 @@ import torch
 
 from gradmm.data import Example, check_examples, load_data, read_examples
 from gradmm.errors import DataWarning, UserError
-from gradmm.rows import check_row, read_label_names, read_rows
+from gradmm.rows import check_row, composed, read_label_names, read_rows
 from gradmm.tasks import Task, load_task
 
 TWO = Task("two", ("negative", "positive"), (" bad", " great"))
@@ -161,6 +161,16 @@ def test_a_file_of_another_usual_name_is_its_split_or_a_part_of_it(tmp_path, nam
 )
 def test_other_files_may_stand_beside_the_splits(tmp_path, name):
     assert list(read_rows(folder_of(tmp_path, GOOD, **{name: "[]"}))) == ["train"]
+
+
+def test_a_run_is_data_by_itself_and_not_beside_other_train_files(tmp_path):
+    folder = folder_of(tmp_path, GOOD, **{"manifest.json": "{}", "synthetic.jsonl": GOOD, "dev.jsonl": GOOD[:4]})
+    assert len(read_rows(folder)["train"]) == len(GOOD)
+    (folder / "train.csv").write_text(csv_text(GOOD))
+    message = refused(lambda: load_data(folder))
+    assert "holds a run (manifest.json), whose train.jsonl is synthetic, beside train.csv: move" in message
+    (folder / "train.jsonl").unlink()
+    assert len(read_rows(folder)["train"]) == len(GOOD)
 
 
 # ---------------------------------------------------------------- labels.json
@@ -587,3 +597,51 @@ def test_the_card_of_a_folder_names_its_numbers(tmp_path, names):
 )
 def test_a_readme_of_another_kind_names_nothing(tmp_path, card):
     assert load_data(folder_of(tmp_path, GOOD, **{"README.md": card}))[0].labels == ("0", "1")
+
+
+def test_an_error_on_names_says_which_file_they_are_from(tmp_path):
+    card = card_of({"names": {"0": "low", "1": "high"}})
+    folder = folder_of(tmp_path, [*GOOD, labelled(7)], **{"README.md": card})
+    assert refused(lambda: load_data(folder)).endswith(f"name are 0, 1: name it in {folder / 'README.md'} too")
+    folder_of(tmp_path, GOOD, **{"README.md": card_of({"names": {"0": "low", "1": "negative"}})})
+    assert refused(lambda: load_data(folder, TWO)).startswith(f"{folder / 'README.md'} names 'low', 'negative', and")
+    folder_of(tmp_path, [*GOOD, labelled(7)], **{"labels.json": '["low", "high"]'})
+    assert f'in {folder / "labels.json"} too, as in {{"labels": {{"7": "..."}}}}' in refused(lambda: load_data(folder))
+    (folder / "labels.json").unlink(), (folder / "README.md").unlink()
+    digits = Task("digits", ("0", "1"), (" bad", " great"))
+    assert "name it in task 'digits' too" in refused(lambda: load_data(folder, digits))
+
+
+# ---------------------------------------------------------------- Unicode and columns
+
+CAFE = ("caf\u00e9", "cafe\u0301")  # composed, and decomposed as a Mac writes it
+
+
+@pytest.mark.parametrize("forms", [CAFE, CAFE[::-1]])
+def test_a_label_is_the_same_in_both_forms_of_unicode_and_a_text_stays(tmp_path, forms):
+    theirs, own = forms
+    rows = [{"text": f"{theirs} {n}", "label": (theirs, "bar")[n % 2]} for n in range(40)]
+    numbered = [{**row, "label": n % 2} for n, row in enumerate(rows)]
+    task = Task("places", (own, "bar"), (" bad", " great"))
+    folder = folder_of(tmp_path, rows)
+    found = [load_data(folder, task), load_data(folder), load_data(as_dataset([theirs, "bar"], numbered), task)]
+    folder_of(tmp_path, numbered, **{"labels.json": json.dumps([theirs, "bar"])})
+    found += [load_data(folder, task), load_data(folder)]
+    for known, splits in found:
+        assert {composed(label) for label in known.labels} == {CAFE[0], "bar"}
+        for text, label in texts_of(splits):
+            assert text.startswith(theirs) and (known.labels[label] != "bar") == (int(text.split()[1]) % 2 == 0)
+    mixed = folder_of(tmp_path, [*rows, {"text": "one more", "label": own}])
+    (mixed / "labels.json").unlink()
+    assert load_data(mixed)[0].labels == ("bar", CAFE[0])
+    assert [one.label for one in check_examples(rows[:2], task)] == [0, 1]
+
+
+def test_examples_may_have_other_columns_and_the_advice_says_how(tmp_path):
+    rows = [{"sentence": f"number {n}", "verdict": n % 2} for n in range(6)]
+    (tmp_path / "mine.csv").write_text(csv_text(rows, columns=("sentence", "verdict")))
+    found = read_examples(tmp_path / "mine.csv", TWO, text="sentence", label="verdict")
+    assert [one.label for one in found] == [0, 1] * 3
+    message = refused(lambda: read_examples(tmp_path / "mine.csv", TWO))
+    assert "label='sentiment') (--text and --label on the command line)" in message
+    assert "a column's name is of type int" in refused(lambda: read_examples(tmp_path, TWO, text=3))

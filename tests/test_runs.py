@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pandas
 import pytest
 import torch
@@ -237,3 +238,25 @@ def test_a_default_folder_follows_each_file_of_a_list(here, monkeypatch):
     before = runs.output_folder("a", None, **GIVEN, other_models=["demo", "other"])
     (here / "other" / "weights.bin").write_bytes(b"two")
     assert runs.output_folder("a", None, **GIVEN, other_models=["demo", "other"]) != before
+
+
+@pytest.mark.parametrize(
+    "name", ["train.csv", "dev.jsonl", "task.yaml", "labels.json", "state.json", "dataset_dict.json"]
+)
+def test_a_folder_of_data_is_no_output_folder(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    for claim in (lambda: runs.RunFolder.open(tmp_path, IDENTITY), lambda: runs.output_folder("a", tmp_path, **GIVEN)):
+        with pytest.raises(UserError, match=rf"holds data \({name}\): choose another output folder"):
+            claim()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / "manifest.json").write_text("{}")
+    runs.refuse_foreign(tmp_path)
+
+
+def test_a_default_folder_follows_the_splits_that_datasets_saved(here):
+    def folder(text):
+        rows = datasets.Dataset.from_dict({"text": [text, "dull"], "label": [1, 0]})
+        datasets.DatasetDict(train=rows).save_to_disk(here / "saved")
+        return runs.output_folder("a", None, **GIVEN | {"data": "saved"})
+
+    assert folder("fine") != folder("good")

@@ -145,7 +145,7 @@ def test_every_ranking_honours_the_weight_of_perplexity(setting, ranking):
 def test_the_history_of_a_choice_is_in_the_order_in_which_its_texts_were_taken(setting, monkeypatch, choice):
     model, task, release = setting
     monkeypatch.setitem(FILTERS, "label", lambda _, classes: [1 - c if n % 4 else None for n, c in enumerate(classes)])
-    config = replace(SMALL, search="pool", n_synthetic=8, oversample=2.0, length=12)
+    config = replace(SMALL, search="pool", n_synthetic=8, oversample=2.0, length=24)
     result = synthesize(model, task, release, replace(config, **{"ranking": "group", **choice}), progress=False)
     matching = Matching(model, tokenize_task(task, model.tokenizer), release.targets, release.space)
 
@@ -166,7 +166,7 @@ def test_the_history_of_a_choice_is_in_the_order_in_which_its_texts_were_taken(s
 def test_a_pool_holds_finished_texts_and_the_target_chooses(setting, tmp_path, space):
     model, task, _ = setting
     release = gradmm.release(model, task, REAL, space=space)
-    config = replace(SMALL, search="pool", ranking="group", oversample=4.0, length=12)
+    config = replace(SMALL, search="pool", ranking="group", oversample=4.0, length=24)
     result = synthesize(model, task, release, config, tmp_path / "a", progress=False)
     assert len(result.candidates) == 16 and len(result.kept) == 4 and result.kept["label"].count(0) == 2
     assert all(row["text"][-1] in ".!?" and row["group"] == row["label"] for row in result.candidates)
@@ -242,7 +242,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(setting, tmp_path, monke
 
 def test_an_interrupted_pool_continues_to_the_same_bytes(setting, tmp_path, monkeypatch):
     model, task, release = setting
-    pool = replace(SMALL, search="pool", ranking="group", oversample=4.0, length=12)
+    pool = replace(SMALL, search="pool", ranking="group", oversample=4.0, length=24)
     written, write = [], Writer.write
 
     def interrupt(writer, *given):

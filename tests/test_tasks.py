@@ -650,7 +650,7 @@ def test_a_folder_without_rows_is_refused(tmp_path):
         load_task(folder_of(tmp_path, "none", []))
 
 
-TWINS = [["Positive", "positive"], ["sci  tech", "Sci Tech"], ["caf\u00e9", "cafe\u0301"], ["STRASSE", "stra\u00dfe"]]
+TWINS = [["Positive", "positive"], ["sci  tech", "Sci Tech"], ["STRASSE", "stra\u00dfe"]]
 
 
 @pytest.mark.parametrize("labels", TWINS)

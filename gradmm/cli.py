@@ -36,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("Stopped; what was finished is kept, and the same command continues.\n")
+        sys.stderr.write(
+            "Stopped. What an output folder holds is kept, and the same command goes on from there; a private release "
+            "that was charged and not finished is charged again.\n"
+        )
         return 130
     return 0
 

@@ -184,7 +184,7 @@ def _on_hub(data: Any, task: Task | None, columns: tuple[str, str]) -> tuple[Tas
 
 def _is_local(name: str) -> bool:
     """Whether a name that nothing here has is meant as a file's."""
-    return name.lower().endswith(files.ENDINGS) or Path(name).parent.is_dir()
+    return name.lower().endswith(files.ENDINGS)
 
 
 def _given(data: Any, hub: HubSource | None, columns: tuple[str, str]) -> _Given:

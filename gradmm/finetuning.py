@@ -264,6 +264,8 @@ def train_at_rates(
         if number == len(rows) - 1:
             trained.lm.load_state_dict(held["weights"], strict=False)
             restore_optimizer(optimizer, held["optimizer"])
+            if saved.tokens is not None:
+                optimizer.param_groups[0]["held"] = saved.tokens
         else:
             rows.append([])
         start = rows[0][0] if rows[0] else None
@@ -330,6 +332,7 @@ class Checkpoint:
         self.path = None if folder is None else folder / STATE
         self._begun = self._saved = time.monotonic()
         self._before = self._cost = 0.0
+        self.tokens: int | None = None  # of a pass, where the memory held no more
 
     @property
     def seconds(self) -> float:
@@ -349,6 +352,7 @@ class Checkpoint:
         try:
             state = json.loads(metadata["training"])
             rows, best, self._before = state["rows"], state["best"], state["seconds"]
+            self.tokens = state.get("tokens")
             for name, tensor in tensors.items():
                 kind, rest = name.split("/", 1)
                 held[kind][rest] = tensor
@@ -376,6 +380,7 @@ class Checkpoint:
             "rows": [[finite_row(row) for row in some] for some in rows],
             "best": finite_row(best),
             "seconds": self.seconds,
+            "tokens": optimizer.param_groups[0].get("held"),
         }
         files.write_tensors(self.path, tensors, {"training": json.dumps(state)})
         self._saved = time.monotonic()

@@ -515,7 +515,9 @@ class Writer:
             while first and pieces[tokens[row][first - 1]] == " ":
                 first -= 1
             after = " " * (place - first) + pieces[tokens[row][place]]
-            if first < ends[row] and ends_sentence(self.tokens.decode(tokens[row][:first]), after):
+            if self.sampling.min_tokens <= first < ends[row] and ends_sentence(
+                self.tokens.decode(tokens[row][:first]), after
+            ):
                 ends[row] = first
         asked.zero_()
         end = torch.tensor(ends, device=ids.device)

@@ -276,7 +276,8 @@ def release_once(
         drawn = release(model, task, examples, config, **place, ledger=ledger)
         drawn.save(kept)
         kind = "private release" if drawn.private else "release"
-        LOG.info("a new %s was drawn and is kept in %s%s", kind, folder, _others(folder, arguments))
+        others = _others(folder, arguments) if drawn.private else ""
+        LOG.info("a new %s was drawn and is kept in %s%s", kind, folder, others)
         return drawn
 
 
@@ -308,7 +309,8 @@ def _same_data(ledger: Path, arguments: Mapping[str, Any]) -> bool:
     """Whether a file is a ledger of these data; a file that can't be read or is no ledger is not."""
     try:
         held = files.read_json(ledger)["release"]
-        return "data" in arguments and all(held.get(name) == arguments.get(name) for name in ("data", "place"))
+        same = "data" in arguments and all(held.get(name) == arguments.get(name) for name in ("data", "place"))
+        return same and held.get("noise_seed") is None  # with one it has no guarantee, and adds up to nothing
     except Exception:  # whatever else lies there: the release is drawn and must be returned
         return False
 

@@ -160,7 +160,7 @@ UNMARKED = re.compile(r"[\u0e00-\u0eff]")  # Thai and Lao end a sentence by a sp
 CLOSERS = "\"'”’)]»」』）】》"
 PAIRED = {"“": "„", "«": "»"}  # what closes a quotation that the other opened, as in German, and else opens one
 # In French a space stands before the mark that closes a quotation.
-END = re.compile(rf"([{re.escape(SENTENCE_ENDS)}]+)(?:[{re.escape(CLOSERS)}]|[ \u00a0\u202f]»)*")
+END = re.compile(rf"([{re.escape(SENTENCE_ENDS)}]+)(?:[{re.escape(CLOSERS)}]|[ \u00a0\u202f]»(?!\w))*")
 WORD_BEFORE = re.compile(r"\S*$")
 OPENERS = "\"'“‘«(["
 # Lower-cased and without the last stop. Words that also stand at a sentence's end ("no", "in", "art", "sat") are left
@@ -192,6 +192,8 @@ def ends_sentence(before: str, after: str | None) -> bool:
     >>> ends_sentence("I saw Dr.", " Who"), ends_sentence("It cost $10.", "5"), ends_sentence("I saw it.", " It")
     (False, False, True)
     """
+    if before[-1:] == "»" and before[-2:-1].isspace() and "«" not in before:
+        return False  # in German it opens a quotation
     opened = PAIRED.get(before[-1:])
     if opened and opened in before:
         before = before[:-1]
@@ -220,7 +222,8 @@ def cut_to_sentence(text: str, complete: bool) -> str:
     """
     if complete and ends_sentence(text, ""):
         return text
-    for place in reversed([some.end() for some in END.finditer(text)]):
+    ends = {place for some in END.finditer(text) for place in (some.end(1), some.end())}
+    for place in sorted(ends, reverse=True):
         after = text[place:] or ("" if complete else None)
         if ends_sentence(text[:place], after):
             return text[:place]

@@ -244,8 +244,9 @@ def read_rows(folder: Path, columns: Sequence[str] = COLUMNS) -> dict[str, list[
     given = {path: split for path in sorted(folder.glob("*")) if (split := files.split_meant(path))}
     train = [path.name for path, split in given.items() if split == "train"]
     others = [name for name in train if name != "train.jsonl"]
+    is_run = all((folder / name).is_file() for name in ("manifest.json", "synthetic.jsonl"))
     require(
-        len(others) in (0, len(train)) or not (folder / "manifest.json").is_file(),
+        len(others) in (0, len(train)) or not is_run,
         f"{folder} holds a run (manifest.json), whose train.jsonl is synthetic, beside {', '.join(others[:3])}: move "
         "one of them to another folder",
     )

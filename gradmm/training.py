@@ -252,9 +252,7 @@ def add_lora(lm, rank: int, seed: int) -> None:
         raise UserError(
             "adapter = 'lora' needs the package peft: install it with pip install 'gradmm[lora]'"
         ) from error
-    plain = torch.nn.Linear.forward
-    linear = [(name, layer) for name, layer in lm.named_modules() if isinstance(layer, torch.nn.Linear)]
-    routers = [name for name, layer in linear if type(layer).forward is not plain]
+    routers = [name for name, layer in lm.named_modules() if isinstance(layer, torch.nn.Linear) and not _is_map(layer)]
     states = ["out_proj", "conv1d"] if lm.config.model_type in MAMBAS else []
     transposed = any(isinstance(module, Conv1D) for module in lm.modules())  # GPT-2's layers hold W the other way round
     config = LoraConfig(
@@ -264,6 +262,18 @@ def add_lora(lm, rank: int, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; what counts is drawn below
         inject_adapter_in_model(config, lm)
     start_lora(lm, seed)
+
+
+@torch.no_grad()
+def _is_map(layer: torch.nn.Linear) -> bool:
+    """Whether a kind of linear layer gives one output a row, as the plain one does; a router gives several."""
+    if type(layer).forward is torch.nn.Linear.forward:
+        return True
+    try:
+        found = layer(layer.weight.new_zeros(2, layer.in_features))
+    except Exception:  # it wants other inputs
+        return False
+    return isinstance(found, Tensor) and found.shape == (2, layer.out_features)
 
 
 @torch.no_grad()

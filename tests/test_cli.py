@@ -283,7 +283,8 @@ def test_rows_to_learn_from_are_read_before_the_model_in_their_own_columns_or_th
 def test_a_stop_from_the_keyboard_is_one_sentence(capsys, monkeypatch):
     monkeypatch.setattr(commands, "evaluate", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["evaluate", "--quiet"]) == 130
-    assert capsys.readouterr().err == "Stopped; what was finished is kept, and the same command continues.\n"
+    said = "Stopped. What an output folder holds is kept, and the same command goes on from there; a private release"
+    assert capsys.readouterr().err == f"{said} that was charged and not finished is charged again.\n"
 
 
 def test_help_names_defaults_and_no_code(capsys, monkeypatch):

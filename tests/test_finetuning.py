@@ -396,3 +396,19 @@ def test_a_long_training_is_shown(tiny_model, monkeypatch, capfd, progress):
     run(tiny_model("llama"), TWO, progress=progress)
     shown = capfd.readouterr().err
     assert ("fine-tuning: 100%" in shown and "24/24" in shown) if progress else shown == ""
+
+
+def test_what_the_memory_held_is_known_to_who_goes_on(tiny_model, tmp_path, monkeypatch):
+    """So that the pieces of later steps, and with them the last bits, are those of a run without interruption."""
+    monkeypatch.setattr(finetuning, "SNAPSHOT_SECONDS", 0)
+    model = tiny_model("llama", dtype=torch.float32)
+    trained = trainable_copy(model, QUICK)
+    optimizer = adamw(trained, 1e-3, QUICK)
+    optimizer.param_groups[0]["held"] = 40
+    saved = finetuning.Checkpoint(tmp_path)
+    row = {"learning_rate": 1e-3, "step": 0, "validation_loss": 1.0}
+    saved.snapshot([[row]], row, {}, trained, optimizer)
+    later = finetuning.Checkpoint(tmp_path)
+    assert later.tokens is None
+    later.load()
+    assert later.tokens == 40

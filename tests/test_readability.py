@@ -75,5 +75,10 @@ def test_a_french_quotation_keeps_its_closing_mark(space):
     assert cut_to_sentence(f"{text} Il a", complete=False) == text
 
 
+def test_a_german_quotation_that_opens_is_no_part_of_the_sentence_before_it():
+    assert cut_to_sentence("Er kam herein. »Wer ist da?« fragte sie", complete=False) == "Er kam herein."
+    assert cut_to_sentence("Er kam. »", complete=True) == "Er kam."
+
+
 def test_words_are_counted_by_spaces_or_by_characters_where_there_are_none():
     assert [count_words(text) for text in ("a well-made film", "这部电影很好看。", "good 很好!", "")] == [3, 7, 3, 0]

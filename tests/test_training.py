@@ -190,3 +190,15 @@ def test_what_learns_in_a_llama_by_name(tiny_model):
 def test_layers_that_cannot_learn_are_refused(tiny_model, settings, message):
     with pytest.raises(UserError, match=message):
         fit(tiny_model("llama"), TASK, TRAIN, TRAIN, replace(CONFIG, **settings))
+
+
+def test_maps_of_a_kind_of_their_own_learn_too_and_routers_do_not(toy_tokenizer):
+    pytest.importorskip("peft", reason="the extra lora is not installed", exc_type=ImportError)
+    small = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    moe = {"num_key_value_heads": 4, "intermediate_size": 64, "num_local_experts": 2}
+    for kind, more in (("falcon", {}), ("phimoe", moe)):
+        config = transformers.AutoConfig.for_model(kind, **small, **more)
+        lm = transformers.AutoModelForCausalLM.from_config(config).eval()
+        copy = trainable_copy(wrap_model(lm, toy_tokenizer, kind), replace(CONFIG, adapter="lora"))
+        names = [name for name, weights in copy.lm.named_parameters() if weights.requires_grad]
+        assert names and not [name for name in names if ".router." in name or ".gate." in name]

@@ -27,7 +27,7 @@ from gradmm import admm, classification, finetuning, privacy, synthesis
 from gradmm.classification import check_fit
 from gradmm.config import FinetuneConfig, ReleaseConfig, SynthesisConfig, preset
 from gradmm.data import Example, Splits, load_data, read_examples, sample_examples, without_overlap
-from gradmm.errors import DataWarning, UserError, require
+from gradmm.errors import DataWarning, UserError, check_values, one_of, require
 from gradmm.files import as_path, lock, read_parameters
 from gradmm.models import Model, load_model
 from gradmm.plan import MIN_TOKENS, check_request
@@ -38,6 +38,7 @@ from gradmm.rows import COLUMNS
 from gradmm.runs import output_folder, refuse_foreign
 from gradmm.selection import FILTERS
 from gradmm.sharding import launched
+from gradmm.spaces import SPACES
 from gradmm.tasks import Task, load_task
 
 KINDS = {int: "NUMBER", float: "NUMBER", str: "TEXT", string_to_bool: "yes|no"}
@@ -278,6 +279,7 @@ def _released(
     task, splits = inputs.load_data()
     is_private, seed = private.epsilon is not None, config.seed
     asked = private if is_private else replace(private, space=private.space or config.space)
+    check_values({"space": asked.space_name}, {"space": one_of(SPACES)})
     check_request(task, asked.space_name, config, is_private)
     source = {"data": splits.source, "place": splits.place, "n_real": given.n_real}
     real = splits.train

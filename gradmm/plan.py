@@ -13,14 +13,13 @@ from gradmm import admm, sharding
 from gradmm.config import SynthesisConfig
 from gradmm.data import equal_counts
 from gradmm.device import COMPILED_FROM
-from gradmm.errors import check_values, one_of, require
+from gradmm.errors import require
 from gradmm.generation import TOGETHER
 from gradmm.matching import Matching
 from gradmm.models import Model, kind_of
 from gradmm.privacy import Release, check_context
 from gradmm.projection import DecodingConfig, TokenTables
 from gradmm.selection import Selector
-from gradmm.spaces import SPACES
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 # By the kind of device: rows of a projection. More of them share what a step costs whatever its size, the reading of
@@ -181,11 +180,10 @@ def check_request(
         length: the release's, tokens of a text; None where it is not known yet.
 
     Raises:
-        UserError: an unknown space, or one that the search cannot match; fewer texts than classes; a distance that says
+        UserError: a space that the search cannot match; fewer texts than classes; a distance that says
             nothing of a private release; with a model a length beyond its context, more candidates than it has tokens,
             or no end token where one is needed.
     """
-    check_values({"space": space_name}, {"space": one_of(SPACES)})
     count = len(task.labels)
     require(
         config.n_synthetic >= count,

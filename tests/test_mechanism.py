@@ -320,3 +320,8 @@ def test_a_fixed_seed_s_bits_stay_what_they_were():
         "0x7a6a4a3e4c70c946",
         "0xd3b59489c72e9737",
     ]
+
+
+@pytest.mark.parametrize(("relation", "times"), [("replace-one", 2), ("add-remove", 1)])
+def test_the_sensitivity_grows_with_the_clip(relation, times):
+    assert entry(relation=relation, clip=3.0).sensitivity == 3.0 * times

@@ -686,3 +686,37 @@ def test_who_asks_for_a_private_release_hears_whether_it_was_drawn(model, tmp_pa
     assert f"; 2 other(s) of the same data lie beside it or in {Path('results', 'releases')}: what" in far
     assert heard(home / "fixed", noise_seed=1).startswith("a new release was drawn")
     assert "of the same data" not in heard(home / "unnamed", source={"made": "here"})
+
+
+def test_the_longest_length_that_is_advised_is_the_longest_that_is_taken(model):
+    with pytest.raises(UserError) as caught:
+        privacy.release(model, TASK, EXAMPLES, **PRIVATE | {"length": 1000})
+    said = re.fullmatch(
+        r"length = 1000 with a template or prompt of (\d+) tokens, tiny-phi reads 64: take a length of at most (\d+)",
+        str(caught.value),
+    )
+    around, most = map(int, said.groups())
+    assert around + most == 64
+    assert privacy.release(model, TASK, EXAMPLES, **PRIVATE | {"length": most}).length == most
+    with pytest.raises(UserError, match=f"length = {most + 1} with"):
+        privacy.release(model, TASK, EXAMPLES, **PRIVATE | {"length": most + 1})
+    assert privacy.release(model, TASK, EXAMPLES, space="head", length=1000).length == 1000  # refused where it is used
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ledger": "mine"}, "the ledger .* give a gradmm.Ledger such as Ledger\\(epsilon=1.0, delta=1e-5\\)"),
+        ({"config": {"epsilon": 1.0}}, "the config .* give a gradmm.ReleaseConfig, or its settings by name"),
+        ({"cache": 7}, "the cache is 7: give a path"),
+        ({"progress": "no"}, "progress = 'no', it must be True or False"),
+    ],
+)
+def test_what_a_release_cannot_take_is_named(model, options, words):
+    with pytest.raises(UserError, match=f"^{words}"):
+        privacy.release(model, TASK, EXAMPLES, **options)
+
+
+def test_the_model_s_own_texts_are_kept_where_a_cache_is_named(model, tmp_path):
+    privacy.release(model, TASK, EXAMPLES, space="body", cache=tmp_path, progress=False)
+    assert list(tmp_path.iterdir())

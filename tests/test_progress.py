@@ -107,7 +107,7 @@ def test_the_command_says_on_a_terminal_that_libraries_load(monkeypatch, capsys,
 def test_every_long_step_of_a_run_has_a_bar_or_none(tiny_model, at_once, capsys, show):
     model = tiny_model("llama", dtype=torch.float32)
     release = gradmm.release(model, TASK, REAL, progress=show)
-    config = gradmm.SynthesisConfig(n_synthetic=4, oversample=2.0, length=5)
+    config = gradmm.SynthesisConfig(n_synthetic=4, oversample=2.0, length=12)
     gradmm.synthesize(model, TASK, release, config, progress=show)
     gradmm.finetune(model, TWO, toy(TWO, 0, 2), toy(TWO, 20, 2), toy(TWO, 30, 2), QUICK, progress=show)
     said = capsys.readouterr().err

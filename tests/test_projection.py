@@ -9,6 +9,7 @@ from conftest import ORACLE_KINDS
 from gradmm import decoding, models, projection
 from gradmm.errors import UserError
 from gradmm.experiments import reference
+from gradmm.models import Model
 from gradmm.projection import PROJECTIONS, DecodingConfig, TokenTables, project, text_mask
 from gradmm.vocabulary import Vocabulary
 
@@ -115,15 +116,23 @@ def sizes(monkeypatch) -> list[int]:
     return counted
 
 
+def read_once(model) -> Model:
+    """The first time it is tried whether the model can be read token by token."""
+    with decoding.decoder_of(model, PROMPTS, 1):
+        return model
+
+
 def test_the_last_token_is_not_read(tiny_model, sizes):
-    model = tiny_model("llama")
+    model = read_once(tiny_model("llama"))
+    sizes.clear()
     reading = DecodingConfig("lm_then_nearest", 4, every(model))
     projected(model, vectors(model, 2, 5), PROMPTS, torch.tensor([0, 1]), reading)
     assert len(sizes) == 4
 
 
 def test_no_pass_reads_a_text_that_has_ended(tiny_model, sizes):
-    model, rows = tiny_model("llama"), torch.zeros(9, dtype=torch.long)
+    model, rows = read_once(tiny_model("llama")), torch.zeros(9, dtype=torch.long)
+    sizes.clear()
     reading = DecodingConfig("lm_then_nearest", 20, every(model), end=9, min_tokens=2)
     ids = projected(model, vectors(model, 9, 8), PROMPTS, rows, reading)
     lengths = text_mask(ids, 9).sum(1)
@@ -298,3 +307,16 @@ def test_every_projection_is_whole_characters_that_begin_with_a_word(demo_model,
         assert state == 0 and all(mask[token] for mask, token in zip(masks, row, strict=True))
         text = model.tokenizer.decode([*ids[-1:], *row], clean_up_tokenization_spaces=False)
         assert "\ufffd" not in text and model.pieces[row[0]].lstrip()[:1].isprintable()
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_projected_text_begins_with_a_word_and_may_end_from_its_least_length_on(tiny_model, step):
+    """Of the first vectors and the end token alone every token could be had: the masks decide."""
+    model = tiny_model("llama")
+    end, least = 0, 2
+    first = model.vocabulary.first(torch.tensor([7]))[0]
+    decoding = DecodingConfig("nearest_then_lm", 1, model.vocabulary, end, least)
+    v = model.embedding[end].repeat(1, 3, 1)  # nothing is nearer than the end itself
+    v = v.masked_fill(torch.arange(3)[None, :, None] < step, 0.0)
+    ids = projected(model, v, [(5, 7)], torch.zeros(1, dtype=torch.long), decoding)[0]
+    assert bool(first[ids[0]]) and end not in ids[:least].tolist()

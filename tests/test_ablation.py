@@ -44,7 +44,7 @@ def test_one_factor_changes_at_a_time_and_the_base_is_run_once(tiny_model, tmp_p
 @pytest.mark.slow
 def test_a_pool_is_written_once_and_chosen_from_as_if_it_were_written_again(tiny_model, tmp_path, monkeypatch):
     model, written = tiny_model("llama", dtype=torch.float32), []
-    base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, oversample=2.0, length=5))
+    base = replace(CONFIG, synthesis=SynthesisConfig(n_synthetic=4, oversample=2.0, length=12))
     factors = {"space": ["label_rows"], "ranking": ["text"], "oversample": [1.5]}
     apart = vary(model, TWO, splits_of(TWO), base, factors, (0,), progress=False)
     monkeypatch.setattr(

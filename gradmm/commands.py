@@ -317,7 +317,6 @@ def _check_output(output: str | None, data: str | None) -> None:
     if output is None:
         return
     folder = as_path(output, "the output folder")
-    require(not folder.exists() or folder.is_dir(), f"{folder} is a file: give a folder for the output")
     if data not in (None, "demo"):  # demo is the package's own, whatever lies here
         path = as_path(data, "the data")
         held = path.parent if path.is_file() else path

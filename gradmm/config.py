@@ -210,8 +210,7 @@ class ReleaseConfig:
             sketch of every linear map's gradient: what fine-tuning follows). None takes "body" without epsilon and
             "label_rows" with it: the smaller the space, the less noise, and of the two that need no public text it
             keeps by far the more of what sets the classes apart (notebook 04 measures it). Give public texts and
-            "label_rows_centred" to keep more. The paper matches "head"; ADMM takes any
-            but "body".
+            "label_rows_centred" to keep more. The paper matches "head"; ADMM takes any but "body".
         relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
             "add-remove" (one example comes or goes).
         calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.

@@ -58,6 +58,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of what a file holds."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, then rename it: readers see the old file or the new one.
 

@@ -5,7 +5,6 @@ alone, so that every other file is a function of the settings. A notebook's fold
 (`output_folder`).
 """
 
-import hashlib
 import json
 import math
 import platform
@@ -45,9 +44,7 @@ def package_digest() -> str:
     """A digest of the package's code and data."""
     data = [path for path in (PACKAGE / "data").rglob("*") if path.is_file()]
     paths = sorted([*PACKAGE.rglob("*.py"), *data])
-    return files.digest(
-        [(path.relative_to(PACKAGE).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]
-    )
+    return files.digest([(path.relative_to(PACKAGE).as_posix(), files.file_digest(path)) for path in paths])
 
 
 def versions() -> dict[str, str]:
@@ -107,7 +104,6 @@ def output_folder(notebook: str, output: str | Path | None, *, private: bool = F
         )
         return RESULTS / notebook / "-".join([*filter(None, names), files.digest(claim)[:8]])
     folder = files.as_path(output, "the output folder")
-    require(not folder.exists() or folder.is_dir(), f"{folder} is a file: give a folder for the output")
     place = folder / "parameters.json"
     if any(path != place for path in folder.glob("*")) and place.exists():
         said = f"{folder} holds results of other parameters"
@@ -155,7 +151,7 @@ def _state(path: Path) -> Any:
     status = path.stat()
     if status.st_size > LARGE_BYTES:
         return status.st_size, status.st_mtime_ns
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return files.file_digest(path)
 
 
 def write_not_for_release(folder: str | Path, name: str, results: Mapping[str, Any]) -> Path:
@@ -219,7 +215,6 @@ class RunFolder:
 
     def _claim(self, path: Path) -> None:
         place = path / "manifest.json"
-        require(not path.exists() or path.is_dir(), f"{path} is a file: give a folder for the output")
         if place.exists():
             mend = "choose another output folder, or the same settings to continue it"
             refuse_other(self.manifest, _held(path), f"{path} holds a run with other settings", mend)
@@ -310,7 +305,8 @@ class RunFolder:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise where a folder holds data, or files of the names that a run writes, and no run."""
+    """Raise where a folder holds data, or files of the names that a run writes, and no run; or is a file."""
+    require(not folder.exists() or folder.is_dir(), f"{folder} is a file: give a folder for the output")
     held = {path.name for path in folder.glob("*")}
     if "manifest.json" in held:
         return

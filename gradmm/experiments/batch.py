@@ -11,7 +11,6 @@ package, the versions), how it ended and how long it took.
 import argparse
 import ast
 import glob
-import hashlib
 import importlib
 import itertools
 import json
@@ -239,10 +238,6 @@ def _apart(path: Path) -> bool:
     return any(part.startswith(".") or part == runs.RESULTS.name for part in path.parts)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 @cache
 def _versions() -> dict[str, str]:
     """Of what computes and of what runs and draws."""
@@ -252,7 +247,7 @@ def _versions() -> dict[str, str]:
 def changes(job: Job) -> list[str] | None:
     """What differs from the job's last execution: names of parts, or None where there is no whole one."""
     stamp = _read_stamp(job) if job.target.is_file() else {}
-    if stamp.get("state") != "executed" or stamp.get("executed") != _digest(job.target):
+    if stamp.get("state") != "executed" or stamp.get("executed") != files.file_digest(job.target):
         return None
     return [name for name, digest in job.parts.items() if stamp.get("parts", {}).get(name) != digest]
 
@@ -308,7 +303,7 @@ def _write_stamp(job: Job, outcome: Outcome) -> None:
         "seconds": round(outcome.seconds, 3),
         "versions": _versions(),
         "parts": job.parts,
-        "executed": _digest(job.target) if job.target.is_file() else None,
+        "executed": files.file_digest(job.target) if job.target.is_file() else None,
     }
     files.write_json(job.stamp, json.loads(json.dumps(stamp, default=str)))
 

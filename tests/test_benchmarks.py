@@ -167,10 +167,10 @@ def test_the_published_search_stands_beside_the_others_and_in_the_settings(bench
     common = "--model demo --data demo --task demo --seeds 1 --steps 2 --written 2 --n-synthetic 4 --n-real 6".split()
     few = "--eval-every 2 --max-test 20 --max-validation 10 --outer-steps 1 --inner-steps 2 --run again".split()
     some = [*common, *few, "--folder", str(work), "--output", path]
-    benchmark("real_models").main([*some, "--methods", "gradmm", "admm", "second_round"])
+    benchmark("real_models").main([*some, "--methods", "gradmm", "admm", "second_round", "warm_up"])
     record = records.read_record(path)
     assert record["settings"]["inner_steps"] == 2 and record["settings"]["run"] == "again"
-    assert record["results"]["methods"]["second_round"]["n"] == 4
+    assert all(record["results"]["methods"][name]["n"] == 4 for name in ("second_round", "warm_up"))
     assert 0 < record["results"]["methods"]["admm"]["n"] <= 4 and set(record["results"]["texts"]) == {"admm", "gradmm"}
     (manifest,) = work.rglob("admm-seed0/manifest.json")
     expected = gradmm.preset("paper", n_synthetic=4, outer_steps=1, inner_steps=2, init_candidates=4)

@@ -37,6 +37,7 @@ METHODS = {
     "zero_shot": "zero-shot texts of the same model",
     "few_shot": "few-shot texts, real ones in the prompt",
     "second_round": "gradmm's texts, a second pool among them",
+    "warm_up": "gradmm's texts, by gradients behind a warm-up",
     "gradmm": "gradmm's texts",
     "real": "the real texts that gradmm saw",
     "random": "real texts drawn at random",

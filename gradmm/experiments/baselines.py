@@ -156,7 +156,9 @@ def _long_enough(examples: Sequence[Example], task: Task) -> list[Example]:
 # ---------------------------------------------------------------- methods
 
 
-GENERATED = 4.0  # baselines' texts for each that is kept, at most: the label filter alone chooses among them
+# Baselines' texts for each that is kept, at most: the label filter alone chooses among them, or nothing but what makes
+# a text unreadable.
+FILTERED, UNFILTERED = 4.0, 1.25
 UNMATCHED: dict[str, Any] = {
     "distance": "cosine",
     "ranking": "text",
@@ -238,8 +240,9 @@ def fitting_shots(seed_run: SeedRun) -> Sampling:
 
 
 def _generated(seed_run: SeedRun, sampling: Sampling, shots: Sequence[Example]) -> list[Example]:
-    experiment, oversample = seed_run.experiment, min(seed_run.synthesis.oversample, GENERATED)
-    config = replace(seed_run.synthesis, search="pool", oversample=oversample, **UNMATCHED)
+    experiment, config = seed_run.experiment, seed_run.synthesis
+    oversample = min(config.oversample, UNFILTERED if config.filter == "none" else FILTERED)
+    config = replace(config, search="pool", oversample=oversample, **UNMATCHED)
     plan = Plan.of(experiment.model, experiment.task, seed_run.blank, config)
     texts = generate_counts(experiment.model, experiment.task, plan.written_per_class, seed_run.seed, sampling, shots)
     return plan.selector.keep(texts)

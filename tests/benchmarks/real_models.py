@@ -9,7 +9,8 @@ changes a result but by rounding (a test compares with `FinetuneConfig.layers`).
 that have it, texts are written and gradients read in bfloat16, and float32 weights learn under autocast. Interrupted
 runs go on. With `--learners` the texts of the first model train others, too, as in 06-transfer. The method `admm` is
 the published search with as many steps and starts as the options say, `second_round` a pool written after the first
-choice. For models with `embed_tokens`, `layers` and `norm`, such as Llama, Qwen and Gemma.
+choice, `warm_up` the choice by the gradients of a model that has learnt a little. For models with `embed_tokens`,
+`layers` and `norm`, such as Llama, Qwen and Gemma.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from gradmm.tasks import Task, tokenize_task
 from gradmm.training import learnt_weights
 
 METHODS = ("none", "real", "random", "few_shot", "prompt_only", "surest", "random_target", "gradmm")
+WARM_UP = 30  # steps on unchosen texts
 SHOWN = 20  # texts of each class and method that a record keeps
 
 
@@ -122,7 +124,7 @@ def gradients_read_once() -> Iterator[None]:
     read = BodySketch.factors
 
     def factors(self, model, tokens, sequences: Sequence[Sequence[int]], classes: Sequence[int]) -> Factors:
-        keys = [(model.name, tuple(ids), label) for ids, label in zip(sequences, classes, strict=True)]
+        keys = [(model.fingerprint, tuple(ids), label) for ids, label in zip(sequences, classes, strict=True)]
         new = list(dict.fromkeys(key for key in keys if key not in held))
         if new:
             found = read(self, model, tokens, [ids for _, ids, _ in new], [label for *_, label in new])
@@ -172,6 +174,17 @@ def second_round(run: SeedRun) -> list[Example]:
     sampling = replace(run.sampling, shots=3)
     more = generate_counts(one.model, one.task, counts, stream(run.seed, "second round"), sampling, first)
     return run.choose([*run.pool, *more], run.synthesis)
+
+
+def warm_up(run: SeedRun) -> list[Example]:
+    """gradmm's choice by the gradients of a model that has learnt from unchosen texts for a while, as training sees."""
+    one, few = run.experiment, replace(run.experiment.config.finetuning, steps=WARM_UP, eval_every=WARM_UP, layers=None)
+    learnt = gradmm.fit(one.model, one.task, run.pool, one.splits.validation, replace(few, seed=run.seed)).model
+    model = replace(learnt, lm=learnt.lm.to(one.model.dtype))
+    return SeedRun(replace(one, model=model, folder=None), run.seed).matched
+
+
+OWN = {"admm": published, "second_round": second_round, "warm_up": warm_up}  # beside those of the package
 
 
 def shown(run: SeedRun, methods: Sequence[str]) -> dict[str, dict[str, list[str]]]:
@@ -266,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def finetune(model: Model, *rest, **named) -> FinetuneResult:
         return uppers[model.name].finetune(model, *rest, **named)
 
-    own = mock.patch.dict(protocol.METHODS, {"admm": published, "second_round": second_round})
+    own = mock.patch.dict(protocol.METHODS, OWN)
     with gradients_read_once(), mock.patch.object(protocol, "finetune", finetune), own:
         found = protocol.compare(model, task, splits, config, options.methods, seeds, folder / task.name)
         as_it_came = (

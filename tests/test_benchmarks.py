@@ -167,10 +167,10 @@ def test_the_published_search_stands_beside_the_others_and_in_the_settings(bench
     common = "--model demo --data demo --task demo --seeds 1 --steps 2 --written 2 --n-synthetic 4 --n-real 6".split()
     few = "--eval-every 2 --max-test 20 --max-validation 10 --outer-steps 1 --inner-steps 2 --run again".split()
     some = [*common, *few, "--folder", str(work), "--output", path]
-    benchmark("real_models").main([*some, "--methods", "gradmm", "admm", "second_round", "warm_up"])
+    benchmark("real_models").main([*some, "--methods", "gradmm", *benchmark("real_models").OWN])
     record = records.read_record(path)
     assert record["settings"]["inner_steps"] == 2 and record["settings"]["run"] == "again"
-    assert all(record["results"]["methods"][name]["n"] == 4 for name in ("second_round", "warm_up"))
+    assert all(record["results"]["methods"][name]["n"] == 4 for name in ("second_round", "warm_up", "oracle"))
     assert 0 < record["results"]["methods"]["admm"]["n"] <= 4 and set(record["results"]["texts"]) == {"admm", "gradmm"}
     (manifest,) = work.rglob("admm-seed0/manifest.json")
     expected = gradmm.preset("paper", n_synthetic=4, outer_steps=1, inner_steps=2, init_candidates=4)
@@ -272,7 +272,7 @@ def test_a_metagradient_is_what_a_weight_does_to_a_whole_training(benchmark, mon
 def seen(script, *vectors: tuple[float, float]):
     """Two texts a class, whose gradients and states are these vectors."""
     values = torch.tensor(vectors, dtype=torch.float64)
-    return script.Seen(torch.tensor([0, 0, 1, 1]), values, values, values.log_softmax(-1), values[:, 0])
+    return script.Seen(torch.tensor([0, 0, 1, 1]), values, values, values.log_softmax(-1), values, values[:, 0])
 
 
 def test_a_measure_is_what_its_name_says(benchmark):
@@ -281,7 +281,9 @@ def test_a_measure_is_what_its_name_says(benchmark):
     public = seen(script, (4.0, 0.0), (-4.0, 0.0), (0.0, 1.0), (0.0, -1.0))
     own = seen(script, (2.0, 2.0), (2.0, 0.0), (0.0, 2.0), (0.0, 2.0))
     found = {name: measure(own, real, public) for name, measure in script.MEASURES.items()}
-    assert found["by_class"] == pytest.approx((2 / 5**0.5 + 1) / 2)  # the means are (2, 1) and (0, 2) to (2, 0), (0, 1)
+    assert (
+        found["by_class"] == found["behind_warm_up"] == pytest.approx((2 / 5**0.5 + 1) / 2)
+    )  # the means are (2, 1) and (0, 2) to (2, 0), (0, 1)
     assert found["all_classes"] == pytest.approx((2 * 2 + 3 * 1) / (13 * 5) ** 0.5)
     assert found["round_robin"] == found["states"] == pytest.approx(1)
     assert found["interaction"] == pytest.approx((4 + 2) / 2 - (5 + 4) / 4)

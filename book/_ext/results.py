@@ -38,6 +38,7 @@ METHODS = {
     "few_shot": "few-shot texts, real ones in the prompt",
     "second_round": "gradmm's texts, a second pool among them",
     "warm_up": "gradmm's texts, by gradients behind a warm-up",
+    "oracle": "gradmm's choice for 1,000 real texts",
     "gradmm": "gradmm's texts",
     "real": "the real texts that gradmm saw",
     "random": "real texts drawn at random",
@@ -503,6 +504,7 @@ def limits(records: Records) -> str:
 
 MEASURES = {
     "by_class": "cosine of the mean gradients, class by class: what gradmm matches",
+    "behind_warm_up": "cosine class by class, of the gradients behind a short public warm-up",
     "all_classes": "cosine of the mean gradients of all classes together",
     "as_adam_steps": "cosine class by class, the texts' gradients as Adam scales them (LESS)",
     "whitened": "cosine class by class, in whitened directions (TAROT)",

@@ -5,9 +5,9 @@
 
 A set is drawn at random, as many texts of each class, from what the model wrote (the pools that `real_models.py` leaves
 in the folder) or from real training texts. A measure sees the set, `--n-real` other real examples and public texts, all
-at the untrained model but for the metagradient, which sees a training on the texts of all sets. The outcome is the
-accuracy after a few steps on the whole set, on validation texts that no measure sees. Interrupted runs go on. Letters:
-N texts, D coordinates, C classes.
+at the untrained model; but one looks at the model behind a warm-up, and the metagradient at a training on the texts of
+all sets. The outcome is the accuracy after a few steps on the whole set, on validation texts that no measure sees.
+Interrupted runs go on. Letters: N texts, D coordinates, C classes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from metagradient import metagradients
-from real_models import Upper, pools_of, settings_of
+from real_models import Upper, pools_of, settings_of, warmed_up
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -37,35 +37,36 @@ from gradmm.spaces import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 from gradmm.training import adamw, batches, train_at_rate
 
+WARM_UP_RATE = 5e-5
 DIRECTIONS = 64  # of public gradients, in which "whitened" compares
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
     """What measures know of N texts: labels (N,), gradients (N, D) in the body's sketch, last hidden states (N, W), and
-    the log-probabilities of the labels (N, C); of a set also what their weight adds to the loss (N,), see `influence`.
+    the log-probabilities of the labels (N, C); the gradients behind a warm-up (N, D); of a set also what their weight
+    adds to the loss (N,), see `influences`.
     """
 
     labels: Tensor
     gradients: Tensor
     states: Tensor
     logs: Tensor
-    influence: Tensor | None = None
+    later: Tensor
+    influence: Tensor
 
     @staticmethod
     def of(
-        model: Model,
-        tokens: TaskTokens,
-        space: BodySketch,
-        examples: Sequence[Example],
-        influence: Tensor | None = None,
-    ) -> "Seen":
-        """Read once."""
+        models: Sequence[tuple[Model, BodySketch]], tokens: TaskTokens, examples: Sequence[Example],
+        influence: dict[Example, float] | None = None,
+    ) -> "Seen":  # fmt: skip
+        """Read once, at the model as it came and behind a warm-up, each with its space."""
         texts, labels = [example.text for example in examples], [example.label for example in examples]
         sequences = [tokens.sequence(text) for text in texts]
-        gradients = space.factors(model, tokens, sequences, labels).hidden
-        states, logs = model.hidden_of(sequences).float(), label_logs(model, tokens, texts)
-        return Seen(torch.tensor(labels), gradients, states, logs, influence)
+        now, later = (space.factors(model, tokens, sequences, labels).hidden for model, space in models)
+        states, logs = models[0][0].hidden_of(sequences).float(), label_logs(models[0][0], tokens, texts)
+        weights = torch.tensor([(influence or {}).get(example, math.nan) for example in examples])
+        return Seen(torch.tensor(labels), now, states, logs, later, weights)
 
     def mean(self, name: str = "gradients") -> Tensor:
         """The mean of each class: (C, D)."""
@@ -89,6 +90,11 @@ def nearest(own: Tensor, theirs: Tensor, labels: Tensor, their_labels: Tensor) -
 def by_class(own: Seen, real: Seen, public: Seen) -> float:
     """gradmm's own: the cosine of the mean gradients, class by class."""
     return float(cosine_similarity(own.mean(), real.mean(), dim=-1).mean())
+
+
+def behind_warm_up(own: Seen, real: Seen, public: Seen) -> float:
+    """As `by_class`, of the gradients that the model has after a few steps on public texts."""
+    return float(cosine_similarity(own.mean("later"), real.mean("later"), dim=-1).mean())
 
 
 def all_classes(own: Seen, real: Seen, public: Seen) -> float:
@@ -148,6 +154,7 @@ def small_gradients(own: Seen, real: Seen, public: Seen) -> float:
 
 MEASURES: dict[str, Callable[[Seen, Seen, Seen], float]] = {
     "by_class": by_class,
+    "behind_warm_up": behind_warm_up,
     "all_classes": all_classes,
     "as_adam_steps": as_adam_steps,
     "whitened": whitened,
@@ -223,8 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=bool(config.autocast)):
         asked, seen = (upper.encoded(Encoded.of(wide, task, tokens, some, "a")) for some in ([*tested, *real], looks))
     written = [example for name, some in sets.items() if name.startswith("written") for example in some]
-    space = BodySketch.of(model, tokens, [example.text for example in written])
-    public, target = (Seen.of(model, tokens, space, some) for some in (written, real))
+    warm = warmed_up(model, task, written, splits.validation, replace(config, learning_rates=(WARM_UP_RATE,), warmup=5))
+    models = [(one, BodySketch.of(one, tokens, [example.text for example in written])) for one in (model, warm)]
+    public, target = (Seen.of(models, tokens, some) for some in (written, real))
     settings = settings_of(options, wide, splits.source)
     depends = {name: value for name, value in settings.items() if name not in ("real", "threads")}  # real sets are last
     place = Path(options.folder) / f"measured-{files.digest([wide.fingerprint, depends])[:8]}.jsonl"
@@ -233,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = files.digest([wide.fingerprint, settings])[:8]
     influence = influences(upper, task, everything, real, config, Path(options.folder) / f"influence-{name}.json")
     for name, examples in list(sets.items())[len(rows) :]:
-        own = Seen.of(model, tokens, space, examples, torch.tensor([influence[example] for example in examples]))
+        own = Seen.of(models, tokens, examples, influence)
         found = {measure: value(own, target, public) for measure, value in MEASURES.items()}
         for kind, result in zip(
             ("", "calibrated_"), trained_on(examples, upper, task, asked, seen, config), strict=True

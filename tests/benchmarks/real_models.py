@@ -9,8 +9,8 @@ changes a result but by rounding (a test compares with `FinetuneConfig.layers`).
 that have it, texts are written and gradients read in bfloat16, and float32 weights learn under autocast. Interrupted
 runs go on. With `--learners` the texts of the first model train others, too, as in 06-transfer. The method `admm` is
 the published search with as many steps and starts as the options say, `second_round` a pool written after the first
-choice, `warm_up` the choice by the gradients of a model that has learnt a little. For models with `embed_tokens`,
-`layers` and `norm`, such as Llama, Qwen and Gemma.
+choice, `warm_up` the choice by the gradients of a model that has learnt a little, `oracle` the choice for a thousand
+real examples. For models with `embed_tokens`, `layers` and `norm`, such as Llama, Qwen and Gemma.
 """
 
 import argparse
@@ -46,6 +46,7 @@ from gradmm.training import learnt_weights
 
 METHODS = ("none", "real", "random", "few_shot", "prompt_only", "surest", "random_target", "gradmm")
 WARM_UP = 30  # steps on unchosen texts
+MANY = 1000  # real examples of the oracle
 SHOWN = 20  # texts of each class and method that a record keeps
 
 
@@ -176,15 +177,35 @@ def second_round(run: SeedRun) -> list[Example]:
     return run.choose([*run.pool, *more], run.synthesis)
 
 
+def oracle(run: SeedRun) -> list[Example]:
+    """gradmm's choice from the same pool for the target of many more real examples than it is given."""
+    one = run.experiment
+    many = gradmm.sample_examples(one.splits.train, min(MANY, len(one.splits.train)), one.task, run.seed)
+    space = one.config.release_space
+    target = gradmm.release(one.model, one.task, many, space=space, cache=one.folder, progress=False)
+    return run.write("oracle", target, run.synthesis)
+
+
 def warm_up(run: SeedRun) -> list[Example]:
     """gradmm's choice by the gradients of a model that has learnt from unchosen texts for a while, as training sees."""
-    one, few = run.experiment, replace(run.experiment.config.finetuning, steps=WARM_UP, eval_every=WARM_UP, layers=None)
-    learnt = gradmm.fit(one.model, one.task, run.pool, one.splits.validation, replace(few, seed=run.seed)).model
-    model = replace(learnt, lm=learnt.lm.to(one.model.dtype))
+    one, tuning = run.experiment, replace(run.experiment.config.finetuning, seed=run.seed)
+    model = warmed_up(one.model, one.task, run.pool, one.splits.validation, tuning)
     return SeedRun(replace(one, model=model, folder=None), run.seed).matched
 
 
-OWN = {"admm": published, "second_round": second_round, "warm_up": warm_up}  # beside those of the package
+def warmed_up(model: Model, task: Task, pool: Sequence[Example], validation: Sequence[Example], config) -> Model:
+    """The model after a few steps on texts of a pool, in its own type."""
+    config = replace(config, steps=WARM_UP, eval_every=WARM_UP, batch_size=4, layers=None)
+    learnt = gradmm.fit(model, task, pool, validation, config).model
+    return replace(learnt, lm=learnt.lm.to(model.dtype))
+
+
+OWN = {
+    "admm": published,
+    "second_round": second_round,
+    "warm_up": warm_up,
+    "oracle": oracle,
+}  # beside those of the package
 
 
 def shown(run: SeedRun, methods: Sequence[str]) -> dict[str, dict[str, list[str]]]:

@@ -132,6 +132,29 @@ def test_a_record_that_knows_the_accuracy_calibrated_shows_it(page):
     assert "| calibrated |" not in page.full_table(record())
 
 
+def test_what_the_trained_models_reach_calibrated_is_a_table_of_its_own(page):
+    def both(name: str, mean: float, gap: tuple[float, float] | None) -> dict:
+        return METHODS[name] | {"calibrated": figures(mean, gap)}
+
+    first = record(
+        {
+            **without("herding", "none"),
+            "gradmm": both("gradmm", 0.8, None),
+            "zero_shot": both("zero_shot", 0.79, (-0.03, 0.01)),
+        }
+    )
+    second = record({"none": both("none", 0.4, (-0.5, -0.3)), "herding": both("herding", 0.82, (0.01, 0.03))})
+    second["settings"]["run"] = "a second run"
+    shown = page.once_calibrated({"b": second, "a": first, "c": record(data="other")})
+    head, _, *rows = shown.split("\n\n")[0].splitlines()
+    assert head.count("|") == 3 and "Small-LM on SST-2" in head  # a record without calibrated figures has no column
+    found = {row.split("|")[1].strip(" *"): row.split("|")[2] for row in rows}
+    assert list(found) == [page.words(name) for name in ("herding", "gradmm", "zero_shot", "none")]
+    assert "▲ †" in found[page.words("herding")] and "▼" not in found[page.words("zero_shot")]
+    assert "3 sets of texts give 0.650 to 0.750, and 0.790 to 0.820 calibrated." in shown
+    assert page.once_calibrated({"c": record()}) == "No trained model of a record is calibrated."
+
+
 def small_sets(count: int, **columns) -> dict:
     """A record of measures: `columns` says of each what its value is in set number `i`."""
     rows = [{"set": f"written-{i}", **{name: float(value(i)) for name, value in columns.items()}} for i in range(count)]

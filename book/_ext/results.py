@@ -185,6 +185,41 @@ def brief_table(held: Sequence[Record]) -> str:
     return markdown(["trained on", "texts", *map(title, held)], rows)
 
 
+def once_calibrated(records: Records) -> str:
+    """What the trained models reach once their preference among labels is taken out, and how far they lie apart."""
+    held = [record for record in map(first_run_of, groups_by_data(records)) if calibrated_of(record)]
+    if not held:
+        return "No trained model of a record is calibrated."
+    parts = [calibrated_table(held[first : first + SIDE_BY_SIDE]) for first in range(0, len(held), SIDE_BY_SIDE)]
+    return "\n\n".join([*parts, "\n".join(f"- {reach(record)}" for record in held)])
+
+
+def calibrated_table(held: Sequence[Record]) -> str:
+    """One of its tables."""
+    found = list(map(calibrated_of, held))
+    rows = []
+    for name in (name for name in ranked(held) if any(name in one for one in found)):
+        cells = ["" if name not in one else accuracy(one[name]) + " †" * ("again" in one[name]) for one in found]
+        rows.append([f"**{cell}**" if name == "gradmm" and cell else cell for cell in (words(name), *cells)])
+    return markdown(["trained on", *map(title, held)], rows)
+
+
+def calibrated_of(record: Record) -> Record:
+    """What each method reaches calibrated, where a record has it."""
+    methods = record["results"]["methods"]
+    marks = {name: {"again": True} if "again" in one else {} for name, one in methods.items()}
+    return {name: one["calibrated"] | marks[name] for name, one in methods.items() if "calibrated" in one}
+
+
+def reach(record: Record) -> str:
+    """From where to where the trained models' means reach, as they are and calibrated."""
+    methods, after = record["results"]["methods"], calibrated_of(record)
+    names = [name for name in after if methods[name]["n"]]
+    plain, then = ([one[name]["accuracy"]["mean"] for name in names] for one in (methods, after))
+    said = [f"{min(values):.3f} to {max(values):.3f}" for values in (plain, then)]
+    return f"{title(record)}: {counted(len(names), 'set')} of texts give {said[0]}, and {said[1]} calibrated."
+
+
 def legend(records: Sequence[Record]) -> str:
     """What the figures of a table are and what its marks mean."""
     gaps = [one["minus_gradmm"] for record in records for one in record["results"]["methods"].values()]
@@ -587,7 +622,13 @@ def directive(made: Callable[[Records], str], prefix: str = PREFIX) -> type[Sphi
 
 def setup(app):
     """Make the directives known."""
-    for name, made in {"-table": brief, "-figure": figure, "": report, "-limits": limits}.items():
+    for name, made in {
+        "-table": brief,
+        "-figure": figure,
+        "": report,
+        "-limits": limits,
+        "-calibrated": once_calibrated,
+    }.items():
         app.add_directive(f"results{name}", directive(made))
     app.add_directive("results-measures", directive(of_measures, "measures-"))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

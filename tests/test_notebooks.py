@@ -23,6 +23,7 @@ import gradmm
 from gradmm import files, runs
 from gradmm.experiments import batch, plots, records
 from gradmm.experiments import performance as performance_room
+from gradmm.experiments.ablation import against_base
 from gradmm.experiments.metrics import summarise_runs
 from gradmm.experiments.results import outcome
 from gradmm.experiments.seed_run import ComparisonConfig
@@ -405,6 +406,22 @@ def test_a_private_gain_is_judged_by_a_spread_that_is_known(seeds, said):
 def test_of_a_record_without_trained_models_no_table_is_announced():
     recorded = {"one": {"results": {"trained": []}}}
     assert run_cells("04-privacy", "privacy-25-4 privacy-25-5", {"recorded": recorded})[1] == []
+
+
+def test_what_a_release_chooses_is_laid_beside_noise_alone_seed_by_seed():
+    kinds = ("accuracy", "calibrated", "validation_accuracy")
+    reached = {"500:10": (0.7, 0.8, 0.9), "noise only": (0.6, 0.8, 0.7)}
+    rows = [
+        {"name": name, "seed": seed, **dict.fromkeys(kinds, value)}
+        for name, values in reached.items()
+        for seed, value in enumerate(values)
+    ]
+    tables: list = []
+    own = {"recorded": {"one": {"results": {"trained": rows}}}, "pandas": pandas, "against_base": against_base}
+    run_cells("04-privacy", "privacy-25-4 privacy-25-5", own | {"plots": SimpleNamespace(table=tables.append)})
+    (table,) = tables
+    assert list(table["chosen by"]) == ["a release of 500 examples, epsilon 10", "noise only"]
+    assert list(table.iloc[:, -1]) == ["+0.100 (-0.148 to +0.348)", ""]  # 0.1 -+ 4.303 x 0.1 / sqrt(3)
 
 
 def test_a_set_that_lacks_a_class_is_left_out_where_its_match_would_be_shown():

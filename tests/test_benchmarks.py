@@ -203,7 +203,7 @@ def test_a_private_choice_is_measured_beside_noise_alone(benchmark, tmp_path):
     script = benchmark("private_release")
     script.main([*common, *more.split(), "--points", "20:1", "--output", path])
     found = records.read_record(path)["results"]
-    assert [row["name"] for row in found["trained"]] == ["20:1", "noise only"]
+    assert [row["name"] for row in found["trained"]] == ["20:1", "noise only", "prompts only"]
     assert all(0 <= row[name] <= 1 for row in found["trained"] for name in ("accuracy", "calibrated"))
     assert {row["space"]: row["coordinates"] for row in found["fidelity"]}["label_rows_centred, 1 directions"] == 2
     assert len(found["fidelity"]) == 2 * 5 and all(-1 <= row["useful"] <= 1 for row in found["fidelity"])

@@ -408,9 +408,9 @@ def test_of_a_record_without_trained_models_no_table_is_announced():
     assert run_cells("04-privacy", "privacy-25-4 privacy-25-5", {"recorded": recorded})[1] == []
 
 
-def test_what_a_release_chooses_is_laid_beside_noise_alone_seed_by_seed():
+def test_what_a_release_chooses_is_laid_beside_its_controls_seed_by_seed():
     kinds = ("accuracy", "calibrated", "validation_accuracy")
-    reached = {"500:10": (0.7, 0.8, 0.9), "noise only": (0.6, 0.8, 0.7)}
+    reached = {"500:10": (0.7, 0.8, 0.9), "noise only": (0.6, 0.8, 0.7), "prompts only": (0.5, 0.6, 0.7)}
     rows = [
         {"name": name, "seed": seed, **dict.fromkeys(kinds, value)}
         for name, values in reached.items()
@@ -420,8 +420,10 @@ def test_what_a_release_chooses_is_laid_beside_noise_alone_seed_by_seed():
     own = {"recorded": {"one": {"results": {"trained": rows}}}, "pandas": pandas, "against_base": against_base}
     run_cells("04-privacy", "privacy-25-4 privacy-25-5", own | {"plots": SimpleNamespace(table=tables.append)})
     (table,) = tables
-    assert list(table["chosen by"]) == ["a release of 500 examples, epsilon 10", "noise only"]
-    assert list(table.iloc[:, -1]) == ["+0.100 (-0.148 to +0.348)", ""]  # 0.1 -+ 4.303 x 0.1 / sqrt(3)
+    assert list(table["chosen by"]) == ["a release of 500 examples, epsilon 10", "noise only", "prompts only"]
+    first, last = (list(table[f"over {control} (95%)"]) for control in ("noise only", "prompts only"))
+    assert first[:2] == ["+0.100 (-0.148 to +0.348)", ""]  # 0.1 -+ 4.303 x 0.1 / sqrt(3)
+    assert last[0] == "+0.200 (+0.200 to +0.200)" and last[2] == ""
 
 
 def test_a_set_that_lacks_a_class_is_left_out_where_its_match_would_be_shown():

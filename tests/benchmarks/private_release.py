@@ -5,8 +5,8 @@
 
 First, by arithmetic, the cosine of the noised contrast to the exact one for every size, epsilon and space. Then, for
 each point `n:epsilon`, n private examples are released with that epsilon, the release chooses from the pool that
-`real_models.py` leaves in the folder, and the model learns the choice; beside them the choice of noise alone. Noise
-seeds are fixed, so nothing here is private. Interrupted runs go on.
+`real_models.py` leaves in the folder, and the model learns the choice; beside them the choice of noise alone, and the
+first texts of the pool, which nothing chose. Noise seeds are fixed, so nothing here is private. Interrupted runs go on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from real_models import loaded, options_of, settings_of, tuning_of, written
 
 import gradmm
 from gradmm import files
-from gradmm.data import Example, Splits
+from gradmm.data import Example, Splits, equal_counts
 from gradmm.experiments import audit
 from gradmm.experiments.baselines import noise_only
 from gradmm.experiments.metrics import subsample
@@ -29,7 +29,7 @@ from gradmm.spaces import release_space
 from gradmm.tasks import Task, tokenize_task
 
 DELTA, CLIP, SPACE = 1e-5, 1.0, "label_rows_centred"
-NOISE = "noise only"
+NOISE, PROMPTS = "noise only", "prompts only"
 
 
 def fidelity(model: Model, task: Task, splits: Splits, public: Sequence[str], options) -> list[dict]:
@@ -46,10 +46,16 @@ def fidelity(model: Model, task: Task, splits: Splits, public: Sequence[str], op
 def choices(
     model: Model, task: Task, splits: Splits, pool: Sequence[Example], seed: int, options, names: Sequence[str]
 ) -> Iterator[tuple[str, list[Example]]]:
-    """What the releases of these names choose from the pool: `n:epsilon`, or noise alone as at the last point."""
+    """What the releases of these names choose from the pool: `n:epsilon`, or noise alone as at the last point; or what
+    stands first in it.
+    """
     config = gradmm.SynthesisConfig(n_synthetic=options.n_synthetic, temperature=options.temperature, seed=seed)
     public = [example.text for example in pool]
     for name in names:
+        if name == PROMPTS:
+            counts = enumerate(equal_counts(options.n_synthetic, len(task.labels)))
+            yield name, [one for label, count in counts for one in [own for own in pool if own.label == label][:count]]
+            continue
         n, epsilon = (name if name != NOISE else options.points[-1]).split(":")
         n = len(task.labels) if name == NOISE else int(n)  # noise does not depend on how many examples it is added to
         target = gradmm.release(
@@ -82,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in range(options.seed, options.seed + options.seeds):
         pool = written(model, task, seed, options)
         done = {row["name"] for row in rows if row["seed"] == seed}
-        missing = [name for name in ([*options.points, NOISE] if options.points else []) if name not in done]
+        missing = [name for name in ([*options.points, NOISE, PROMPTS] if options.points else []) if name not in done]
         for name, examples in choices(model, task, splits, pool, seed, options, missing):
             found = upper.finetune(upper.model, task, examples, splits.validation, tested, replace(tuning, seed=seed))
             one = {"name": name, "seed": seed, "accuracy": found.accuracy, "calibrated": found.calibrated.accuracy}

@@ -254,6 +254,7 @@ def test_recorded_comparisons_answer_the_claims_by_their_intervals(tmp_path):
         return {name: {"minus_gradmm": {"low": low, "high": high}} for name, (low, high) in gaps.items()}
 
     alone = against(real=(0.01, 0.02), zero_shot=(-0.02, -0.01), few_shot=(-0.01, 0.01), none=(-0.2, -0.1))
+    alone |= against(admm=(-0.2, -0.1))
     both = {"writer": "a", "methods": {"a": alone, "b": against(none=(-0.2, -0.1), prompt_only=(-0.02, -0.01))}}
     records.write_record(
         tmp_path / "03-finetuning-one.json", {"methods": alone | {"gradmm": {"minus_gradmm": None}}}, {}
@@ -266,8 +267,8 @@ def test_recorded_comparisons_answer_the_claims_by_their_intervals(tmp_path):
     for name in ("paper-10-d", "paper-10-e"):
         exec(cells[name].source, own)
     answers = {row["gradmm's texts are"]: row for row in own["sayings"]}
-    assert [row["one"] for row in answers.values()] == ["no, worse", "yes", "not shown", "–", "–"]
-    assert [row["two, learnt by b"] for row in answers.values()] == ["–", "–", "–", "yes", "yes"]
+    assert [row["one"] for row in answers.values()] == ["no, worse", "yes", "not shown", "–", "–", "yes"]
+    assert [row["two, learnt by b"] for row in answers.values()] == ["–", "–", "–", "yes", "yes", "–"]
     assert "not shown" in shown[0].to_html()
 
 
@@ -405,7 +406,7 @@ def test_a_private_gain_is_judged_by_a_spread_that_is_known(seeds, said):
 
 def test_of_a_record_without_trained_models_no_table_is_announced():
     recorded = {"one": {"results": {"trained": []}}}
-    assert run_cells("04-privacy", "privacy-25-4 privacy-25-5", {"recorded": recorded})[1] == []
+    assert run_cells("04-privacy", "privacy-25-4 privacy-25-4-a privacy-25-5", {"recorded": recorded})[1] == []
 
 
 def test_what_a_release_chooses_is_laid_beside_its_controls_seed_by_seed():
@@ -418,7 +419,9 @@ def test_what_a_release_chooses_is_laid_beside_its_controls_seed_by_seed():
     ]
     tables: list = []
     own = {"recorded": {"one": {"results": {"trained": rows}}}, "pandas": pandas, "against_base": against_base}
-    run_cells("04-privacy", "privacy-25-4 privacy-25-5", own | {"plots": SimpleNamespace(table=tables.append)})
+    run_cells(
+        "04-privacy", "privacy-25-4 privacy-25-4-a privacy-25-5", own | {"plots": SimpleNamespace(table=tables.append)}
+    )
     (table,) = tables
     assert list(table["chosen by"]) == ["a release of 500 examples, epsilon 10", "noise only", "prompts only"]
     first, last = (list(table[f"over {control} (95%)"]) for control in ("noise only", "prompts only"))

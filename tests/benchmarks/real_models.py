@@ -246,7 +246,7 @@ def loaded(name: str, options: argparse.Namespace) -> tuple[Model, Upper]:
     wide = gradmm.load_model(name, device="cpu", dtype="float32")
     narrow = options.dtype != "float32"
     model = gradmm.load_model(name, device="cpu", dtype=options.dtype) if narrow else wide
-    if narrow:  # the backward pass of the usual attention takes a third of a step in bfloat16
+    if narrow:  # the backward pass of the usual attention takes a fifth of a step in bfloat16
         wide.lm.set_attn_implementation("eager")
     return model, Upper(wide, options.layers or len(model.lm.base_model.layers))
 

@@ -136,6 +136,11 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
+def emphasised(method: str, cells: Sequence[str]) -> list[str]:
+    """A method's row; gradmm's is bold."""
+    return [f"**{cell}**" if method == "gradmm" and cell else cell for cell in cells]
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
@@ -179,7 +184,7 @@ def brief_table(held: Sequence[Record]) -> str:
         counts = sorted({figures["n"] for figures in of if figures})
         cells = ["" if figures is None else accuracy(figures) + " †" * ("again" in figures) for figures in of]
         row = [words(name), " / ".join(map(whole, counts)), *cells]
-        rows.append([f"**{cell}**" if name == "gradmm" and cell else cell for cell in row])
+        rows.append(emphasised(name, row))
     calibrated = ["{:.3f}".format(record["results"]["calibrated"]) for record in held]
     rows.append(["nothing, but calibrated", "0", *calibrated])
     return markdown(["trained on", "texts", *map(title, held)], rows)
@@ -200,7 +205,7 @@ def calibrated_table(held: Sequence[Record]) -> str:
     rows = []
     for name in (name for name in ranked(held) if any(name in one for one in found)):
         cells = ["" if name not in one else accuracy(one[name]) + " †" * ("again" in one[name]) for one in found]
-        rows.append([f"**{cell}**" if name == "gradmm" and cell else cell for cell in (words(name), *cells)])
+        rows.append(emphasised(name, [words(name), *cells]))
     return markdown(["trained on", *map(title, held)], rows)
 
 
@@ -377,7 +382,7 @@ def full_table(record: Record) -> str:
         plain = f"{METHODS[name]} (`{name}`)" if name in METHODS else words(name)
         row = [plain, whole(figures["n"]), accuracy(figures), apart]
         row += [accuracy(figures["calibrated"]) if "calibrated" in figures else ""] if calibrated else []
-        rows.append([f"**{cell}**" if name == "gradmm" and cell else cell for cell in row])
+        rows.append(emphasised(name, row))
     head = ["trained on", "texts", "test accuracy", "minus gradmm (interval)", *["calibrated"] * calibrated]
     return f"{markdown(head, rows)}\n\n{legend([record])}"
 

@@ -18,7 +18,7 @@ from gradmm.device import in_batches
 from gradmm.errors import COUNT, Rule, above_zero, check_settings, is_number, require, require_type, require_whole
 from gradmm.models import Model, kind_of, require_model
 from gradmm.progress import advance
-from gradmm.readability import SENTENCE_ENDS, cut_to_sentence, ends_sentence, flaw
+from gradmm.readability import SENTENCE_ENDS, cut_to_sentence, ends_sentence, flaw, unquoted
 from gradmm.seeds import generator
 from gradmm.tasks import Task, TaskTokens, tokenize_task, warn_of_equal_prompts
 from gradmm.vocabulary import NEVER, Vocabulary
@@ -540,12 +540,12 @@ class Writer:
         )  # a product may round up to the whole
 
     def _finish(self, label: int, row: list[int]) -> str:
-        """The text of a row of tokens behind its class's opening, back to its last certain sentence end.
+        """The text of a row of tokens behind its class's opening, back to its last certain sentence end and `unquoted`.
 
         Empty if that leaves no word or too few tokens.
         """
         written = [token for token in row if token >= 0]
         text = " ".join(self.tokens.decode([*self.tokens.openings[label], *written]).split())
-        text = cut_to_sentence(text, complete=len(written) < len(row))
+        text = unquoted(cut_to_sentence(text, complete=len(written) < len(row)))
         long_enough = len(self.tokens.encode(text)) >= self.sampling.min_tokens
         return text if long_enough and any(letter.isalnum() for letter in text) else ""

@@ -230,6 +230,56 @@ def cut_to_sentence(text: str, complete: bool) -> str:
     return ""
 
 
+# What closes a quotation that a mark opens; straight marks do both, and so do German, Danish and Swedish ones.
+QUOTES = dict(zip("\"'“‘”’«»‹「『《", "\"'”’”’»«›」』》", strict=True)) | {"„": "“”", "‚": "‘’"}
+APOSTROPHES = "'’"  # of these one that nothing closes may belong to its word, as in 'tis
+WITHIN = re.compile(rf"(?<=\w)[{APOSTROPHES}](?=\w)")
+SHUT = re.compile(rf"(.*[{re.escape(SENTENCE_ENDS)}])\s?([^\w\s])", re.DOTALL)
+
+
+def unquoted(text: str) -> str:
+    """A text without the quotation marks around it, and without one at either end whose other is missing.
+
+    A model that is asked for a sentence often quotes it, and stops within the quotation.
+
+    >>> unquoted('"A fine film."'), unquoted("“A fine film. It"), unquoted('"Fine," he said.')
+    ('A fine film.', 'A fine film. It', '"Fine," he said.')
+    """
+    closes = _partner(text)
+    if closes is None:
+        if text[:1] in QUOTES and text[0] not in APOSTROPHES:
+            return unquoted(text[1:].lstrip())
+        shut = SHUT.fullmatch(text)
+        return shut.group(1) if shut and _lone(shut.group(2), shut.group(1)) else text
+    inside, behind = text[1:closes].strip(), text[closes + 1 :]
+    if behind.strip(SENTENCE_ENDS):  # the quotation is a part of the text
+        return text
+    return unquoted(inside if inside[-1:] in SENTENCE_ENDS else inside + behind)
+
+
+def _partner(text: str) -> int | None:
+    """Where the quotation that a text begins with is closed; None where it is not, or the text begins with none."""
+    opens, within = text[:1], {found.start() for found in WITHIN.finditer(text)}
+    depth = 1
+    for place in range(1, len(text) if opens in QUOTES else 0):
+        mark, begins = text[place], text[place - 1].isspace() and text[place + 1 : place + 2].isalnum()
+        if mark == opens and (begins or mark not in QUOTES[opens]):
+            depth += 1
+        elif mark in QUOTES[opens] and place not in within:
+            depth -= 1
+        if not depth:
+            return place
+    return None
+
+
+def _lone(mark: str, before: str) -> bool:
+    """Whether a mark closes a quotation that nothing before it opens."""
+    before = WITHIN.sub("", before)
+    openers = [opens for opens, closing in QUOTES.items() if mark in closing]
+    opened, closed = sum(before.count(opens) for opens in openers if opens != mark), before.count(mark)
+    return bool(openers) and (opened <= closed if opened else closed % 2 == 0)
+
+
 def _stands_within(word: str, alone: bool, after: str | None) -> bool:
     """Whether a full stop behind a word does not end the sentence; `alone`: the word is all that stands before it."""
     if not word or not word[-1].isalnum():

@@ -281,6 +281,11 @@ def test_a_space_alone_belongs_to_what_follows_it(tiny_model, monkeypatch):
     assert written(model, TWO, monkeypatch, " dr. zz sat.") == "dr. zz sat."  # through it, and that it does not here
 
 
+def test_a_text_is_not_quoted(tiny_model, monkeypatch):
+    model = tiny_model()
+    assert written(model, TWO, monkeypatch, "' the cat sat on.'") == "the cat sat on."
+
+
 def test_a_mark_with_a_line_break_ends_a_text_and_its_sentence(tiny_lm, monkeypatch):
     """As tokens of Llama 3 and Qwen do."""
     tokenizer = make_toy_tokenizer()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gradmm.readability import count_words, cut_to_sentence, ends_sentence
+from gradmm.readability import count_words, cut_to_sentence, ends_sentence, unquoted
 
 ENDS = [
     ("I saw it.", " It"), ("I saw it.", ""), ("I saw it.", None), ("it was great .", " the film"),
@@ -78,6 +78,50 @@ def test_a_french_quotation_keeps_its_closing_mark(space):
 def test_a_german_quotation_that_opens_is_no_part_of_the_sentence_before_it():
     assert cut_to_sentence("Er kam herein. »Wer ist da?« fragte sie", complete=False) == "Er kam herein."
     assert cut_to_sentence("Er kam. »", complete=True) == "Er kam."
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ('"A fine film."', "A fine film."), ("'A fine film.'", "A fine film."),
+        ("“It's so worth it”.", "It's so worth it."),
+        ("“‘A fine film.’”", "A fine film."), ("“Wow!”.", "Wow!"), ("„Ein guter Film.“", "Ein guter Film."),
+        ("«\u202fIl est bon.\u202f»", "Il est bon."), ("»Ein guter Film.«", "Ein guter Film."),
+        ("”En bra film.”", "En bra film."), ("「很好。」", "很好。"),
+        ('"The film "Jaws" is good."', 'The film "Jaws" is good.'),
+        ("‘I don’t think I’ll see ‘Jaws’ again.’", "I don’t think I’ll see ‘Jaws’ again."),
+    ],
+)  # fmt: skip
+def test_marks_around_a_whole_text_go(text, left):
+    assert unquoted(text) == left
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("“It is a wonderful film.", "It is a wonderful film."), ('"Oh the irony!', "Oh the irony!"),
+        ("‘I don’t like it.", "I don’t like it."), ("« Il est bon.", "Il est bon."), ("It was good.”", "It was good."),
+        ('It was good."', "It was good."), ("He isn’t good.’", "He isn’t good."), ("Il est bon. »", "Il est bon."),
+        ('The film "Jaws" is good."', 'The film "Jaws" is good.'),
+        ('"The film "Jaws" is good.', 'The film "Jaws" is good.'),
+        ("A “fine” film.”", "A “fine” film."), ("“", ""), ('""', ""), ("", ""),
+    ],
+)  # fmt: skip
+def test_a_mark_at_an_end_whose_other_is_missing_goes(text, left):
+    assert unquoted(text) == left
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"Fine," he said, "is good."', '"Jaws" is good.', 'It was "good."', "He said: “Good.”", "»Wer?« fragte sie.",
+        "'Tis a film.", "the dogs'.", "Rock 'n' roll.", "”Bra”, sade han.", "Han sa: ”Bra.”", "A film.",
+        "It fell 5'10\".",
+        "Er sagte: „Gut.“", "(A film.)", "“The film” is “good.”", "他说：「很好。」",
+    ],
+)  # fmt: skip
+def test_quotations_within_a_text_stay(text):
+    assert unquoted(text) == text
 
 
 def test_words_are_counted_by_spaces_or_by_characters_where_there_are_none():

@@ -20,6 +20,7 @@ from gradmm.models import Model, kind_of
 from gradmm.privacy import Release, check_context
 from gradmm.projection import DecodingConfig, TokenTables
 from gradmm.selection import Selector
+from gradmm.spaces import BODY_SPACES
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 # By the kind of device: rows of a projection. More of them share what a step costs whatever its size, the reading of
@@ -190,7 +191,7 @@ def check_request(
         f"n_synthetic = {config.n_synthetic}, but {count} classes need one text each: ask for {count} or more",
     )
     require(
-        config.search == "pool" or space_name != "body",
+        config.search == "pool" or space_name not in BODY_SPACES,
         f"targets in the space {space_name!r} are matched by choosing texts: set search = 'pool', or "
         "release in another space",
     )

@@ -205,8 +205,9 @@ def test_a_private_choice_is_measured_beside_noise_alone(benchmark, tmp_path):
     found = records.read_record(path)["results"]
     assert [row["name"] for row in found["trained"]] == ["20:1", "noise only", "prompts only"]
     assert all(0 <= row[name] <= 1 for row in found["trained"] for name in ("accuracy", "calibrated"))
-    assert {row["space"]: row["coordinates"] for row in found["fidelity"]}["label_rows_centred, 1 directions"] == 2
-    assert len(found["fidelity"]) == 2 * 5 and all(-1 <= row["useful"] <= 1 for row in found["fidelity"])
+    counts = {row["space"]: row["coordinates"] for row in found["fidelity"]}
+    assert (counts["label_rows_centred, 1 directions"], counts["body_subspace, 2 directions"]) == (2, 2)
+    assert len(found["fidelity"]) == 2 * 7 and all(-1 <= row["useful"] <= 1 for row in found["fidelity"])
     script.main([*common, *more.split(), "--points", "20:1", "--output", path])  # trains nothing anew
     assert records.read_record(path)["results"] == found
 

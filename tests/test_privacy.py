@@ -117,17 +117,11 @@ def in_space(space: Space, weight: torch.Tensor, bias: list[torch.Tensor]) -> li
 
 def explicit_in(model, space, example: Example) -> list[torch.Tensor]:
     """One example's gradient in the coordinates of any space: weight, and bias if the head has one."""
-    tokens = tokenize_task(TASK, model.tokenizer)
     if isinstance(space, BodySketch):
-        return [literal(model, tokens, space, example.text, example.label)[None]]
-    if isinstance(space, Space):
-        weight, *bias = explicit_gradients(model, example)
-        return in_space(space, weight, bias)
-    hidden = model.hidden_of([tokens.sequence(example.text)])
-    delta = (model.logits_of(hidden, tokens.labels) - space.preference).softmax(-1)[0]
-    delta[example.label] -= 1
-    state = hidden[0] if space.basis is None else (hidden[0] - space.mean) @ space.basis
-    return [torch.outer(delta, state), *([] if model.head_bias is None else [delta])]
+        sketch = literal(model, tokenize_task(TASK, model.tokenizer), space, example.text, example.label)[None]
+        return [sketch if space.basis is None else sketch @ space.basis.to(sketch)]
+    weight, *bias = explicit_gradients(model, example)
+    return in_space(space, weight, bias)
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])

@@ -107,6 +107,39 @@ def test_writing_them_is_shown_where_it_takes_long(tiny_model, monkeypatch, capf
         assert ("measuring the model's preference" in capfd.readouterr().err) == shown
 
 
+def test_directions_of_the_body_are_those_of_public_sketches_of_length_one(tiny_model):
+    """The eigenvectors of their second moments, literally; of two classes either label gives the same."""
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens = tokenize_task(TASK, model.tokenizer)
+    whole = spaces.release_space(model, tokens, "body", PUBLIC)
+    few = spaces.release_space(model, tokens, "body_subspace", PUBLIC, 3)
+    sequences = [tokens.sequence(text) for text in PUBLIC]
+    for labels in ([0, 1, 0, 1, 0], [1, 1, 0, 0, 0]):
+        rows = whole.factors(model, tokens, sequences, labels).hidden
+        rows = rows / rows.norm(dim=1, keepdim=True)
+        _, vectors = torch.linalg.eigh(rows.mT @ rows)
+        torch.testing.assert_close(few.basis @ few.basis.mT, vectors[:, -3:] @ vectors[:, -3:].mT)
+    torch.testing.assert_close(few.basis.mT @ few.basis, torch.eye(3, dtype=torch.float64))
+    own = few.factors(model, tokens, sequences, [0, 1, 0, 1, 0])
+    torch.testing.assert_close(own.hidden, whole.factors(model, tokens, sequences, [0, 1, 0, 1, 0]).hidden @ few.basis)
+    assert own.delta.tolist() == [[1.0]] * 5 and spaces.coordinates(model, few) == 3
+
+
+def test_what_the_body_s_directions_cannot_be_made_of_is_refused(tiny_model):
+    model = tiny_model("llama")
+    tokens = tokenize_task(TASK, model.tokenizer)
+    for texts, count, said in (
+        (None, None, "the space body_subspace needs public texts"),
+        (PUBLIC, 6, "directions = 6, but the 5 public texts span 5"),
+        (PUBLIC, 0, "directions = 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            spaces.release_space(model, tokens, "body_subspace", texts, count)
+    assert spaces.coordinates(model, spaces.release_space(model, tokens, "body_subspace", PUBLIC)) == 5
+    with pytest.raises(UserError, match="public_texts and directions have no use in the space 'body'"):
+        spaces.release_space(model, tokens, "body", PUBLIC, 2)
+
+
 @pytest.mark.parametrize("name", spaces.SPACES)
 def test_a_space_comes_back_from_its_tensors(tiny_model, name):
     model = tiny_model("llama")
@@ -130,6 +163,9 @@ def test_a_space_comes_back_from_its_tensors(tiny_model, name):
         ("body", {"preference": torch.zeros(2), "rank": torch.tensor([2, 2])}),
         ("body", {"preference": torch.zeros(2), "rank": torch.tensor([2]), "prompts": torch.tensor([2])}),
         ("body", {"rank": torch.tensor([2])}),
+        ("body", {"preference": torch.zeros(2), "rank": torch.tensor([2]), "basis": torch.zeros(8, 1)}),
+        ("body_subspace", {"preference": torch.zeros(2), "rank": torch.tensor([2])}),
+        ("body_subspace", {"preference": torch.zeros(2), "rank": torch.tensor([2]), "basis": torch.zeros(8)}),
         ("lora", {"preference": torch.zeros(2), "rank": torch.tensor([2])}),
     ],
 )

@@ -18,7 +18,8 @@ publish these figures for public data alone. With S the clean sum of clipped gra
 sigma^2) on each, the cosine of S + noise to S is about |S| / sqrt(|S|^2 + d sigma^2) (close for d of ten or more). The
 class sums are mostly the bias between the labels times the mean hidden state, which all texts share; what sets the
 classes apart, and what balanced training follows, is the *contrast*: the sum over classes with hidden states taken from
-their mean, sum_i w_i delta_i (h_i - mean h)^T with w_i the clip's factor.
+their mean, sum_i w_i delta_i (h_i - mean h)^T with w_i the clip's factor. In a sketch of every layer the preference for
+some label is taken out already, and the contrast is the sum over classes as it stands.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from numbers import Integral
 
 import numpy
@@ -46,11 +47,12 @@ from gradmm.models import Model, require_model
 from gradmm.progress import shown, stage
 from gradmm.readability import words
 from gradmm.seeds import generator, stream
+from gradmm.spaces import BodySketch
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 LARGEST_EPSILON = 100.0
 ROWS_AT_ONCE = 256  # texts whose (V,) deltas are held at once
-_EXACT = "label rows, unclipped"
+_EXACT = "unclipped, whole:"
 CANARY_NORM = 10.0  # in units of the clip, so that clipping is put to the test
 
 
@@ -268,7 +270,7 @@ def signal_to_noise(
     task: Task,
     examples: Iterable,
     sizes: Sequence[int],
-    spaces: Mapping[str, Space],
+    spaces: Mapping[str, Space | BodySketch],
     epsilons: Sequence[float],
     delta: float,
     clip: float = 1.0,
@@ -278,14 +280,14 @@ def signal_to_noise(
     Args:
         examples: the first sizes[i] / C of each class are used for sizes[i].
         sizes: n, ascending.
-        spaces: name -> coordinates of the gradient of the loss over all tokens, `spaces.release_space` of HEAD_SPACES.
+        spaces: name -> coordinates, see `spaces.release_space`.
         epsilons, delta, clip: as for `privacy.release`, exact calibration under "replace-one".
 
     Returns:
         One row for each space, size and epsilon: coordinates (of one class), sigma, signal (length of a class's clean
         sum), noise (expected length of its noise), target (expected cosine of a class's noised sum to the clean one,
         mean over classes), contrast (the same of the contrast), kept (cosine of the space's clean contrast to that of
-        unclipped gradients on the label rows) and useful (contrast times kept).
+        unclipped gradients on the label rows, or of unclipped whole sketches) and useful (contrast times kept).
 
     Raises:
         UserError: sizes that do not ascend or exceed the examples of a class.
@@ -300,22 +302,25 @@ def signal_to_noise(
     require(fitting, f"{few}: give ascending sizes that the classes allow")
     tokens = tokenize_task(task, model.tokenizer)
     rows = torch.tensor(tokens.labels, device=model.device)
-    measured = {**{name: (space, clip) for name, space in spaces.items()}, _EXACT: (Space(rows), math.inf)}
+    measured: dict[str, tuple[Space | BodySketch, float]] = {name: (space, clip) for name, space in spaces.items()}
+    exact = {name: _whole(space, rows) for name, space in spaces.items()}
+    measured |= {f"{_EXACT} {name}": (space, math.inf) for name, space in exact.items()}
     sums: dict[str, dict[int, _Sums]] = {name: {} for name in measured}
     found = []
     for begin, count, size in zip([0, *counts], counts, sizes, strict=False):
         for label, texts in enumerate(classes):
-            for factors in _gradients(model, tokens, texts[begin:count], label):
+            for some in _blocks([tokens.sequence(text) for text in texts[begin:count]]):
+                read = _Read(model, tokens, some, label)
                 for name, (space, most) in measured.items():
-                    more = _Sums.of(space.restrict(factors), most)
+                    more = _Sums.of(read.factors(space), most)
                     sums[name][label] = sums[name][label] + more if label in sums[name] else more
-        exact = _contrast(sums[_EXACT])
         for name, space in spaces.items():
-            kept = _cosine(_on_label_rows(_contrast(sums[name]), space, rows), exact)
+            clean = _contrast(sums[name], space)
+            kept = _cosine(_in_whole(clean, space, rows), _contrast(sums[f"{_EXACT} {name}"], exact[name]))
             for epsilon in epsilons:
                 flat = len(sums[name][0].flat)
                 entry = plan_entry("sums", name, epsilon, delta, "replace-one", clip, "exact", flat)
-                found.append({"space": name, "n": size, **_figures(sums[name], entry, kept)})
+                found.append({"space": name, "n": size, **_figures(sums[name], clean, entry, kept)})
     return found
 
 
@@ -345,23 +350,49 @@ class _Sums:
         return torch.cat([self.weight.flatten(), self.delta]) if self.bias else self.weight.flatten()
 
 
-def _contrast(sums: Mapping[int, _Sums]) -> Tensor:
-    """The sum over classes with hidden states taken from their mean: (R, r)."""
+def _contrast(sums: Mapping[int, _Sums], space: Space | BodySketch) -> Tensor:
+    """The sum over classes, of the head with hidden states taken from their mean: (R, r)."""
     whole = reduce(_Sums.__add__, sums.values())
+    if isinstance(space, BodySketch):
+        return whole.weight
     return whole.weight - torch.outer(whole.delta, whole.hidden / whole.count)
 
 
-def _gradients(model: Model, tokens: TaskTokens, texts: Sequence[str], label: int) -> Iterator[Factors]:
-    """The texts' gradients of the whole head, block by block."""
-    head = Head(model.head_weight, model.head_bias)
-    for begin in range(0, len(texts), ROWS_AT_ONCE):
-        hidden = model.hidden_of([tokens.sequence(text) for text in texts[begin : begin + ROWS_AT_ONCE]])
-        yield head_factors(hidden, torch.full((len(hidden),), tokens.labels[label], device=hidden.device), head)
+@dataclass(frozen=True)
+class _Read:
+    """The gradients of some texts of a class in any space; the head's are read once."""
+
+    model: Model
+    tokens: TaskTokens
+    sequences: Sequence[Sequence[int]]
+    label: int
+
+    def factors(self, space: Space | BodySketch) -> Factors:
+        """In this space."""
+        if isinstance(space, BodySketch):
+            return space.factors(self.model, self.tokens, self.sequences, [self.label] * len(self.sequences))
+        return space.restrict(self._head)
+
+    @cached_property
+    def _head(self) -> Factors:
+        hidden = self.model.hidden_of(self.sequences)
+        labels = torch.full((len(hidden),), self.tokens.labels[self.label], device=hidden.device)
+        return head_factors(hidden, labels, Head(self.model.head_weight, self.model.head_bias))
 
 
-def _on_label_rows(value: Tensor, space: Space, rows: Tensor) -> Tensor:
-    """A matrix of a space in the coordinates of the label rows: (R, r) -> (C, D)."""
-    value = value[rows] if space.rows is None else value
+def _blocks(sequences: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
+    for begin in range(0, len(sequences), ROWS_AT_ONCE):
+        yield sequences[begin : begin + ROWS_AT_ONCE]
+
+
+def _whole(space: Space | BodySketch, rows: Tensor) -> Space | BodySketch:
+    """What a space is a part of: the label rows, or the whole sketch."""
+    return dataclasses.replace(space, basis=None) if isinstance(space, BodySketch) else Space(rows)
+
+
+def _in_whole(value: Tensor, space: Space | BodySketch, rows: Tensor) -> Tensor:
+    """A matrix of a space in the coordinates of what it is a part of: (R, r) -> (C, D), or (1, k) -> (1, M r^2)."""
+    value = value[rows] if isinstance(space, Space) and space.rows is None else value
     return value if space.basis is None else value @ space.basis.to(value).mT
 
 
@@ -369,8 +400,8 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float((a * b).sum() / (a.norm() * b.norm()).clamp_min(torch.finfo(a.dtype).tiny))
 
 
-def _figures(sums: Mapping[int, _Sums], entry: LedgerEntry, kept: float) -> dict:
-    size, sigma, clean = entry.coordinates, entry.sigma, _contrast(sums)
+def _figures(sums: Mapping[int, _Sums], clean: Tensor, entry: LedgerEntry, kept: float) -> dict:
+    size, sigma = entry.coordinates, entry.sigma
     signals = [float(part.flat.norm()) for part in sums.values()]
     contrast = expected_cosine(float(clean.norm()), clean.numel(), sigma * math.sqrt(len(sums)))
     return {

@@ -4,9 +4,10 @@
         --folder results/real --output book/records/04-privacy-smollm2-sst2.json --points 500:8 5000:1
 
 First, by arithmetic, the cosine of the noised contrast to the exact one for every size, epsilon and space. Then, for
-each point `n:epsilon`, n private examples are released with that epsilon, the release chooses from the pool that
-`real_models.py` leaves in the folder, and the model learns the choice; beside them the choice of noise alone, and the
-first texts of the pool, which nothing chose. Noise seeds are fixed, so nothing here is private. Interrupted runs go on.
+each point `n:epsilon`, n private examples are released with that epsilon in the space that is named, the release
+chooses from the pool that `real_models.py` leaves in the folder, and the model learns the choice; beside them the
+choice of noise alone, and the first texts of the pool, which nothing chose. Noise seeds are fixed, so nothing here is
+private. Interrupted runs go on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from real_models import loaded, options_of, settings_of, tuning_of, written
+from real_models import gradients_read_once, loaded, options_of, settings_of, tuning_of, written
 
 import gradmm
 from gradmm import files
@@ -25,10 +26,10 @@ from gradmm.experiments.metrics import subsample
 from gradmm.experiments.records import write_record
 from gradmm.models import Model
 from gradmm.plan import Plan
-from gradmm.spaces import release_space
+from gradmm.spaces import PUBLIC_SPACES, release_space
 from gradmm.tasks import Task, tokenize_task
 
-DELTA, CLIP, SPACE = 1e-5, 1.0, "label_rows_centred"
+DELTA, CLIP = 1e-5, 1.0
 NOISE, PROMPTS = "noise only", "prompts only"
 
 
@@ -37,7 +38,7 @@ def fidelity(model: Model, task: Task, splits: Splits, public: Sequence[str], op
     tokens = tokenize_task(task, model.tokenizer)
     spaces = {"label_rows": release_space(model, tokens, "label_rows")} | {
         f"{name}, {count} directions": release_space(model, tokens, name, public, count)
-        for name in ("label_rows_subspace", SPACE) for count in options.directions
+        for name in PUBLIC_SPACES for count in options.directions
     }  # fmt: skip
     many = gradmm.sample_examples(splits.train, max(options.sizes), task, options.seed)
     return audit.signal_to_noise(model, task, many, options.sizes, spaces, options.epsilons, DELTA, CLIP)
@@ -60,8 +61,8 @@ def choices(
         n = len(task.labels) if name == NOISE else int(n)  # noise does not depend on how many examples it is added to
         target = gradmm.release(
             model, task, gradmm.sample_examples(splits.train, n, task, seed), epsilon=float(epsilon), delta=DELTA,
-            clip=CLIP, length=options.length, space=SPACE, public_texts=public, directions=max(options.directions),
-            noise_seed=seed, progress=False,
+            clip=CLIP, length=options.length, space=options.space, public_texts=public, noise_seed=seed,
+            directions=options.directions[-1], progress=False,
         )  # fmt: skip
         target = noise_only(target, seed + 1000) if name == NOISE else target
         yield name, Plan.of(model, task, target, config).selector.keep(pool)
@@ -73,14 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--points", nargs="*", default=[], help="n:epsilon, trained on")
     parser.add_argument("--sizes", nargs="+", type=int, default=[50, 500, 5000])
     parser.add_argument("--epsilons", nargs="+", type=float, default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
-    parser.add_argument("--directions", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--directions", nargs="+", type=int, default=[1, 4, 16], help="the last one is trained with")
+    parser.add_argument("--space", choices=PUBLIC_SPACES, default="body_subspace")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     task, splits = gradmm.load_data(options.data, options.task)
     model, upper = loaded(options.model, options)
     tuning = tuning_of(options, upper)
     tested, folder = subsample(splits.test, 0, options.max_test), Path(options.folder)
-    settings = settings_of(options, model, splits.source) | {"delta": DELTA, "clip": CLIP, "space": SPACE}
+    settings = settings_of(options, model, splits.source) | {"delta": DELTA, "clip": CLIP}
     free = ("points", "sizes", "epsilons", "seed", "seeds", "threads")  # a row of the file depends on none of them
     depends = {name: value for name, value in settings.items() if name not in free}
     place = folder / f"private-{files.digest([model.fingerprint, depends])[:8]}.jsonl"
@@ -89,13 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pool = written(model, task, seed, options)
         done = {row["name"] for row in rows if row["seed"] == seed}
         missing = [name for name in ([*options.points, NOISE, PROMPTS] if options.points else []) if name not in done]
-        for name, examples in choices(model, task, splits, pool, seed, options, missing):
+        with gradients_read_once():
+            chosen = list(choices(model, task, splits, pool, seed, options, missing))
+        for name, examples in chosen:
             found = upper.finetune(upper.model, task, examples, splits.validation, tested, replace(tuning, seed=seed))
             one = {"name": name, "seed": seed, "accuracy": found.accuracy, "calibrated": found.calibrated.accuracy}
-            rows.append(one | {"validation_accuracy": found.validation_accuracy})
+            rows.append(one | {"validation_accuracy": found.validation_accuracy, "step": found.step})
             files.write_json_lines(place, rows)
     public = [example.text for example in written(model, task, options.seed, options)]
-    found = {"fidelity": fidelity(model, task, splits, public, options), "trained": rows, "n_test": len(tested)}
+    with gradients_read_once():
+        told = fidelity(model, task, splits, public, options)
+    found = {"fidelity": told, "trained": rows, "n_test": len(tested)}
     write_record(options.output, found, settings)
 
 

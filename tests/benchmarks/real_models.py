@@ -36,7 +36,6 @@ from gradmm.experiments.results import Comparison
 from gradmm.experiments.seed_run import ComparisonConfig, Experiment, SeedRun
 from gradmm.finetuning import FinetuneResult, looked_at, train_at_rates
 from gradmm.generation import Sampling, generate_counts
-from gradmm.gradients import Factors
 from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.plan import MIN_TOKENS
 from gradmm.seeds import generator, stream
@@ -122,18 +121,18 @@ def _part(body: torch.nn.Module, which: slice, norm: torch.nn.Module) -> torch.n
 def gradients_read_once() -> Iterator[None]:
     """Within this the gradient of a text in the body's space is read once."""
     held: dict[tuple, Tensor] = {}
-    read = BodySketch.factors
+    read = BodySketch.sketches
 
-    def factors(self, model, tokens, sequences: Sequence[Sequence[int]], classes: Sequence[int]) -> Factors:
-        keys = [(model.fingerprint, tuple(ids), label) for ids, label in zip(sequences, classes, strict=True)]
+    def sketches(self, model, tokens, sequences: Sequence[Sequence[int]], classes: Sequence[int]) -> Tensor:
+        of = (model.fingerprint, *self.preference.tolist())
+        keys = [(of, tuple(ids), label) for ids, label in zip(sequences, classes, strict=True)]
         new = list(dict.fromkeys(key for key in keys if key not in held))
         if new:
             found = read(self, model, tokens, [ids for _, ids, _ in new], [label for *_, label in new])
-            held.update(zip(new, found.hidden, strict=True))
-        rows = torch.stack([held[key] for key in keys])
-        return Factors(rows.new_ones(len(rows), 1), rows)
+            held.update(zip(new, found, strict=True))
+        return torch.stack([held[key] for key in keys])
 
-    with mock.patch.object(BodySketch, "factors", factors):
+    with mock.patch.object(BodySketch, "sketches", sketches):
         yield
 
 

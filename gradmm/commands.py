@@ -278,7 +278,7 @@ def _released(
 ) -> tuple[Release, Model, Task, Path]:
     task, splits = inputs.load_data()
     is_private, seed = private.epsilon is not None, config.seed
-    asked = private if is_private else replace(private, space=private.space or config.space)
+    asked = replace(private, space=private.space or (config.private_space if is_private else config.space))
     check_values({"space": asked.space_name}, {"space": one_of(SPACES)})
     check_request(task, asked.space_name, config, is_private)
     source = {"data": splits.source, "place": splits.place, "n_real": given.n_real}

@@ -66,8 +66,8 @@ class SynthesisConfig:
         projection, top_k: the order (a name in `projection.PROJECTIONS`) and its number of candidates.
         search: a name in SEARCHES: "pool" has the model write `oversample` times as many finished texts from the public
             prompts and leaves the rest to filter and ranking. "admm" moves texts towards the target, as published (all
-            settings of groups, the solver, the projection and the start are its own); it needs a Release of any space
-            but "body", and `PRESETS` has the ranking and the oversample that suit it.
+            settings of groups, the solver, the projection and the start are its own); it needs a Release of a space of
+            the head, and `PRESETS` has the ranking and the oversample that suit it.
         length: L, tokens of a text behind the words that its prompt begins it with, of a pool at most twice as
             many; None takes the Release's.
         temperature: of the texts that a pool writes or that ADMM starts from, see `generation.Sampling`; 1 samples from
@@ -122,6 +122,11 @@ class SynthesisConfig:
     def space(self) -> str:
         """The release space that suits the search: "body", which training follows, for a pool; "head" for ADMM."""
         return "body" if self.search == "pool" else "head"
+
+    @property
+    def private_space(self) -> str:
+        """The same with epsilon: one of few coordinates, so that there is little room for noise."""
+        return "body_subspace" if self.search == "pool" else "label_rows"
 
 
 # ---------------------------------------------------------------- named settings
@@ -202,24 +207,25 @@ class ReleaseConfig:
             1 / number of examples: who hands out each example as it is with the chance delta keeps to it.
         clip: the largest L2 norm of one example's gradient in the release space (clip, relation and calibration act
             with epsilon alone).
-        space: "head" (V x D), "label_rows" (the C labels' rows, C x D), "label_rows_subspace" (C x r: those rows times
-            the first r principal directions of the hidden states of `public_texts`) or "label_rows_centred" (C x r: the
-            same without the first direction, which nearly all texts share: it takes most of the clip and says little of
-            what sets the classes apart). Under the loss that fine-tuning uses, over the label tokens alone, with the
-            model's preference among them taken out, and for `search = "pool"` alone: "body" (`spaces.BodySketch`, a
-            sketch of every linear map's gradient: what fine-tuning follows). None takes "body" without epsilon and
-            "label_rows" with it: the smaller the space, the less noise, and of the two that need no public text it
-            keeps by far the more of what sets the classes apart (notebook 04 measures it). Give public texts and
-            "label_rows_centred" to keep more. The paper matches "head"; ADMM takes any but "body".
+        space: of the head's gradient under the loss over all tokens: "head" (V x D), "label_rows" (the C labels' rows,
+            C x D), "label_rows_subspace" (C x r: those rows times the first r principal directions of the hidden states
+            of `public_texts`) or "label_rows_centred" (C x r: the same without the first direction, which nearly all
+            texts share: it takes most of the clip and says little of what sets the classes apart). Under the loss that
+            fine-tuning uses, over the label tokens alone, with the model's preference among them taken out, and for
+            `search = "pool"` alone: "body" (`spaces.BodySketch`, a sketch of every linear map's gradient: what
+            fine-tuning follows) or "body_subspace" (r numbers: the sketch along the first r principal directions of
+            public texts' sketches). None takes "body" without epsilon and "body_subspace" with it: the smaller the
+            space, the less noise, and of the small ones it keeps by far the most of what sets the classes apart
+            (notebook 04 measures it). The paper matches "head"; ADMM takes what is of the head.
         relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
             "add-remove" (one example comes or goes).
         calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.
         length: L, tokens of a synthetic text; public, hence needed with epsilon; None takes the real texts' mean
             without.
-        public_texts: texts that are not private: needed for the two subspaces; for "body" what the model's preference
-            is measured on (None: texts that the model writes from the public prompts, as many as the estimate needs,
-            see `spaces.own_texts`).
-        directions: r; None takes 16, or as many as the texts span if fewer.
+        public_texts: texts that are not private: needed for the two subspaces of the label rows; for "body" what the
+            model's preference is measured on, for "body_subspace" that and where its directions come from (None: texts
+            that the model writes from the public prompts, as many as the estimate needs, see `spaces.own_texts`).
+        directions: r; None takes 16, of the body 8, or as many as the texts span if fewer.
         noise_seed: fixes the noise for a repeatable experiment; the Release is then marked as not private.
     """
 
@@ -256,7 +262,7 @@ class ReleaseConfig:
     @property
     def space_name(self) -> str:
         """The release space by name, chosen where none is given."""
-        return self.space or ("body" if self.epsilon is None else "label_rows")
+        return self.space or ("body" if self.epsilon is None else "body_subspace")
 
 
 # ---------------------------------------------------------------- fine-tuning

@@ -34,8 +34,8 @@ LOG = logging.getLogger(__name__)
 # Of the gradient of the loss over all tokens.
 HEAD_SPACES = ("head", "label_rows", "label_rows_subspace", "label_rows_centred")
 BODY_SPACES = ("body", "body_subspace")  # of the loss that fine-tuning uses; matched by choosing texts
-# Made from public texts, which must be given.
-PUBLIC_SPACES = ("label_rows_subspace", "label_rows_centred", "body_subspace")
+PUBLIC_SPACES = ("label_rows_subspace", "label_rows_centred")  # made from public texts, which must be given
+DIRECTED_SPACES = (*PUBLIC_SPACES, "body_subspace")  # along a few directions
 SPACES = (*HEAD_SPACES, *BODY_SPACES)
 # Where a space that measures the model's preference is given no public texts, the model writes some: of each class so
 # many at first, and then as many as bring the preference's standard error down to the bound, at most so many in all. An
@@ -46,8 +46,9 @@ PREFERENCE_ERROR = 0.15
 # On SmolLM2 and SST-2 16 keep 0.79 of what sets the classes apart and 4 keep 0.50; where n and epsilon let anything
 # through, their room for noise costs less than that, on small models too. Notebook 04 measures it.
 DEFAULT_DIRECTIONS = 16
-# On Gemma-3-270M and SST-2 4 of the sketch hold 0.9 of each class's target, 8 little more.
-BODY_DIRECTIONS = 8
+# On Gemma-3-270M and SST-2 4 of the sketch hold 0.9 of each class's target, 8 little more, if made from 64 texts or
+# more, and 0.85 if made from 16. Where none are given the model writes so many, beside those of its preference.
+BODY_DIRECTIONS, DIRECTION_TEXTS = 8, 48
 RANK_TOLERANCE = 1e-6
 RANK = 16  # r of the body's sketch
 
@@ -190,8 +191,8 @@ def release_space(
     """
     require(name in SPACES, f"the release space {name!r} is not known: use one of {', '.join(SPACES)}")
     require(
-        name in PUBLIC_SPACES or (directions is None and (texts is None or name not in HEAD_SPACES)),
-        f"public_texts and directions have no use in the space {name!r}: use {' or '.join(map(repr, PUBLIC_SPACES))} "
+        name in DIRECTED_SPACES or (directions is None and (texts is None or name not in HEAD_SPACES)),
+        f"public_texts and directions have no use in the space {name!r}: use {' or '.join(map(repr, DIRECTED_SPACES))} "
         "or leave them out",
     )
     weights = text_body(model.lm).named_parameters() if name in BODY_SPACES else ()
@@ -206,13 +207,16 @@ def release_space(
     rows = torch.tensor(tokens.labels, device=model.device)
     if name == "label_rows":
         return Space(rows)
-    if name in PUBLIC_SPACES and name in HEAD_SPACES:
+    if name in PUBLIC_SPACES:
         return Space(
             rows, principal_directions(model, tokens, texts, directions, skip=int(name == "label_rows_centred"))
         )
-    own = texts is None and name == "body"
-    found = BodySketch.of(model, tokens, own_texts(model, tokens, cache, progress) if own else _public(texts, name))
-    return found if name == "body" else replace(found, basis=body_directions(model, tokens, found, texts, directions))
+    given = None if texts is None else _public(texts, name)
+    whole = BodySketch.of(model, tokens, given or own_texts(model, tokens, cache, progress))
+    if name == "body":
+        return whole
+    given = given or [*own_texts(model, tokens, cache, progress), *_more_texts(model, tokens, progress)]
+    return replace(whole, basis=body_directions(model, tokens, whole, given, directions))
 
 
 # Every release asks for the texts that the model writes by itself; they go with the model that wrote them.
@@ -260,6 +264,13 @@ def _write(model: Model, tokens: TaskTokens, progress: bool) -> list[str]:
     return texts
 
 
+def _more_texts(model: Model, tokens: TaskTokens, progress: bool) -> list[str]:
+    """Texts that the model writes beside `own_texts`, to know in what directions gradients differ."""
+    each = math.ceil(DIRECTION_TEXTS / len(tokens.labels))
+    with shown(progress), stage("writing public texts", each * len(tokens.labels)):
+        return prompted_texts(model, tokens, each, seed=2)
+
+
 def _kept(model: Model, tokens: TaskTokens, cache: str | Path | None) -> list[str] | None:
     place = None if cache is None else files.as_path(cache, "the cache") / CACHED
     held = files.read_json(place) if place is not None and place.is_file() else None
@@ -294,7 +305,7 @@ def principal_directions(
 
 
 def body_directions(
-    model: Model, tokens: TaskTokens, sketch: BodySketch, texts: Sequence[str] | None, directions: int | None
+    model: Model, tokens: TaskTokens, sketch: BodySketch, texts: Sequence[str], directions: int | None
 ) -> Tensor:
     """The directions that hold most of public texts' sketches, each of length 1: clipped examples weigh the same, too.
 
@@ -305,9 +316,8 @@ def body_directions(
         (M r^2, k), as `_directions`.
 
     Raises:
-        UserError: no texts, or texts that span fewer than `directions` directions.
+        UserError: the texts span fewer than `directions` directions, or a sketch is not finite.
     """
-    texts = _public(texts, "body_subspace")
     classes = [place % len(tokens.labels) for place in range(len(texts))]
     found = sketch.sketches(model, tokens, [tokens.sequence(text) for text in texts], classes).double()
     lengths = found.norm(dim=1, keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
@@ -323,6 +333,7 @@ def _directions(rows: Tensor, directions: int | None, usual: int, skip: int = 0)
     Returns:
         (D, r), float64, orthonormal columns, most important first; each column's largest entry is positive.
     """
+    require(bool(rows.isfinite().all()), "what the model computes of a public text is not finite: use another dtype")
     _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
     rank = int((sizes > RANK_TOLERANCE * sizes[0]).sum()) - skip
     count = max(1, min(usual, rank)) if directions is None else require_whole(directions, "directions", 1)

@@ -76,7 +76,7 @@ def test_release_synthesize_and_fine_tune(model, folder, epsilon, choices):
     assert task.labels == LABELS and {e.label for e in data.test} == {0, 1, 2, 3}
     real = gradmm.sample_examples(data.train, 12, task, 0)
     config = replace(SYNTHESIS, **choices)
-    noised = {"epsilon": epsilon, "delta": 1e-5, "length": 6, "noise_seed": 0}
+    noised = {"epsilon": epsilon, "delta": 1e-5, "length": 6, "noise_seed": 0, "space": config.private_space}
     private = {"space": config.space} if epsilon is None else noised
     target = gradmm.release(model, task, real, **private)
     assert len(target.targets) == 4

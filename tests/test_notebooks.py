@@ -418,7 +418,12 @@ def test_what_a_release_chooses_is_laid_beside_its_controls_seed_by_seed():
         for seed, value in enumerate(values)
     ]
     tables: list = []
-    own = {"recorded": {"one": {"results": {"trained": rows}}}, "pandas": pandas, "against_base": against_base}
+    settings = {"model": "m", "space": "body_subspace"}
+    own = {
+        "recorded": {"one": {"settings": settings, "results": {"trained": rows}}},
+        "pandas": pandas,
+        "against_base": against_base,
+    }
     run_cells(
         "04-privacy", "privacy-25-4 privacy-25-4-a privacy-25-5", own | {"plots": SimpleNamespace(table=tables.append)}
     )

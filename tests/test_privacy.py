@@ -171,7 +171,7 @@ def test_the_ledger_says_how_the_noise_was_found(model, calibration):
     found = privacy.release(model, TASK, EXAMPLES, **PRIVATE, calibration=calibration)
     (entry,) = found.ledger
     assert entry.calibration == calibration and calibration in found.statement
-    assert (entry.what, entry.space) == ("sums of clipped gradients per class", "label_rows")
+    assert (entry.what, entry.space) == ("sums of clipped gradients per class", "body_subspace")
     assert entry.sigma == pytest.approx(2 * mechanism.CALIBRATIONS[calibration](1.0, 1e-5))
 
 
@@ -186,7 +186,7 @@ def test_releases_on_one_ledger_add_up_and_the_last_one_says_so(model):
     )
     alone = privacy.release(model, TASK, EXAMPLES, **PRIVATE)
     assert alone.statement.startswith("(1, 1e-05)-differential privacy for")
-    assert alone.statement.endswith(" in the space label_rows")
+    assert alone.statement.endswith(" in the space body_subspace")
     with pytest.raises(UserError, match="budget"):
         privacy.release(model, TASK, EXAMPLES, epsilon=0.9, **options)
     assert ledger.entries == second.ledger
@@ -234,11 +234,17 @@ def test_a_private_release_runs_every_text_alone(model, monkeypatch):
     sizes = []
     run = type(model).hidden_of
     monkeypatch.setattr(type(model), "hidden_of", lambda self, part: sizes.append(len(part)) or run(self, part))
-    privacy.release(model, TASK, EXAMPLES, **PRIVATE)
+    privacy.release(model, TASK, EXAMPLES, **PRIVATE, space="label_rows")
     assert sizes == [1] * len(EXAMPLES)
     sizes.clear()
     privacy.release(model, TASK, EXAMPLES, space="head")
     assert sizes == [sum(example.label == label for example in EXAMPLES) for label in (0, 1)]
+    sizes.clear()
+    monkeypatch.undo()
+    read = BodySketch.sketches
+    monkeypatch.setattr(BodySketch, "sketches", lambda self, *some: sizes.append(len(some[2])) or read(self, *some))
+    privacy.release(model, TASK, EXAMPLES, **PRIVATE, public_texts=PUBLIC)
+    assert sizes == [len(PUBLIC)] + [1] * len(EXAMPLES)
 
 
 def test_the_subspace_is_public_orthonormal_and_holds_the_public_states(model):
@@ -261,7 +267,7 @@ def test_the_subspace_is_public_orthonormal_and_holds_the_public_states(model):
 WRONG = {
     "epsilon zero": ({"epsilon": 0.0}, "epsilon"),
     "no public texts": ({"space": "label_rows_subspace"}, "public texts"),
-    "public texts unused": ({"public_texts": PUBLIC}, "no use"),
+    "public texts unused": ({"space": "label_rows", "public_texts": PUBLIC}, "no use"),
     "too many directions": ({"space": "label_rows_subspace", "public_texts": PUBLIC, "directions": 6}, "span 5"),
     "no directions": ({"space": "label_rows_subspace", "public_texts": PUBLIC, "directions": 0}, "directions = 0"),
     "an empty class": ({"examples": [e for e in EXAMPLES if e.label == 0]}, "'positive'"),
@@ -374,7 +380,7 @@ def test_the_fields_of_a_file_are_written_in_one_way(model, tmp_path):
     fields = (
         f'{{"format": "gradmm release 1", "label_tokens": {json.dumps(list(found.label_tokens))}, '
         '"labels": ["schön", "übel"], '
-        f'"ledger": [{charged}], "length": 5, "model": "m", "private": false, "space_name": "label_rows", '
+        f'"ledger": [{charged}], "length": 5, "model": "m", "private": false, "space_name": "body_subspace", '
         '"statement": "s", "task": "t"}'
     )
     assert read_tensors(plain.save(tmp_path / "release"))[1] == {
@@ -385,7 +391,8 @@ def test_the_fields_of_a_file_are_written_in_one_way(model, tmp_path):
 
 
 def test_a_file_that_was_changed_is_refused(model, tmp_path):
-    path = privacy.release(model, TASK, EXAMPLES, **PRIVATE, noise_seed=1).save(tmp_path / "release.safetensors")
+    found = privacy.release(model, TASK, EXAMPLES, **PRIVATE, space="label_rows", noise_seed=1)
+    path = found.save(tmp_path / "release.safetensors")
     tensors, metadata = read_tensors(path)
     claims = metadata["release"].replace('"private": false', '"private": true')
     assert claims != metadata["release"]
@@ -420,9 +427,11 @@ def test_a_file_that_was_changed_is_refused(model, tmp_path):
         assert str(tmp_path / name) in str(caught.value)
 
 
-def test_the_default_space_is_the_body_without_noise_and_the_label_rows_with_it(model):
+def test_the_default_space_is_the_body_s_sketch_and_with_noise_a_few_directions_of_it(model):
     assert privacy.release(model, TASK, EXAMPLES).space_name == "body"
-    assert privacy.release(model, TASK, EXAMPLES, epsilon=1.0, delta=1e-5, length=5).space_name == "label_rows"
+    found = privacy.release(model, TASK, EXAMPLES, epsilon=1.0, delta=1e-5, length=5)
+    assert found.space_name == "body_subspace" and [target.weight.shape for target in found.targets] == [(1, 8)] * 2
+    assert found.ledger[0].coordinates == 16
 
 
 # ---------------------------------------------------------------- drawn once and kept
@@ -459,7 +468,7 @@ def test_without_a_folder_the_same_release_is_found_whatever_comes_after_it(mode
     assert {path.name for path in folder.iterdir()} == {"release.safetensors", "ledger.json"}
     monkeypatch.setattr(privacy, "noised_sums", lambda *_: pytest.fail("noise was drawn again"))
     assert once(None, model).fingerprint == first.fingerprint == once(folder, model).fingerprint
-    same = {"epsilon": 1, "clip": 1, "space": "label_rows"}
+    same = {"epsilon": 1, "clip": 1, "space": "body_subspace"}
     assert once(None, model, **same).fingerprint == first.fingerprint
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -505,7 +514,7 @@ def test_nothing_of_the_examples_is_kept_beside_the_release(model, tmp_path):
         ),
         ({"delta": 1e-6, "clip": 0.5}, r"delta \(1e-05 there, 1e-06 now\); clip \(1.0 there, 0.5 now\)"),
         ({"source": SOURCE | {"n_real": 6}}, r"n_real \(5 there, 6 now\)"),
-        ({"space": "head"}, r"space \(\"label_rows\" there, \"head\" now\)"),
+        ({"space": "head"}, r"space \(\"body_subspace\" there, \"head\" now\)"),
         ({"length": 7, "relation": "add-remove"}, r"relation .*length \(6 there, 7 now\)"),
     ],
 )

@@ -129,13 +129,17 @@ def test_what_the_body_s_directions_cannot_be_made_of_is_refused(tiny_model):
     model = tiny_model("llama")
     tokens = tokenize_task(TASK, model.tokenizer)
     for texts, count, said in (
-        (None, None, "the space body_subspace needs public texts"),
+        ([" "], None, "the space body_subspace needs public texts"),
         (PUBLIC, 6, "directions = 6, but the 5 public texts span 5"),
         (PUBLIC, 0, "directions = 0"),
     ):
         with pytest.raises(UserError, match=said):
             spaces.release_space(model, tokens, "body_subspace", texts, count)
     assert spaces.coordinates(model, spaces.release_space(model, tokens, "body_subspace", PUBLIC)) == 5
+    assert spaces.coordinates(model, spaces.release_space(model, tokens, "body_subspace", PUBLIC, 2)) == 2
+    own = spaces.release_space(model, tokens, "body_subspace")  # of texts that the model writes itself
+    assert own.basis.shape[1] == spaces.BODY_DIRECTIONS
+    assert torch.equal(own.preference, spaces.release_space(model, tokens, "body").preference)
     with pytest.raises(UserError, match="public_texts and directions have no use in the space 'body'"):
         spaces.release_space(model, tokens, "body", PUBLIC, 2)
 

@@ -98,7 +98,7 @@ def test_ranking_by_group_keeps_what_matches_best_together(setting):
 
 def test_of_a_private_release_only_the_directions_count(setting):
     model, task, _ = setting
-    private = gradmm.release(model, task, REAL, epsilon=1.0, delta=1e-5, length=5)
+    private = gradmm.release(model, task, REAL, epsilon=1.0, delta=1e-5, length=5, space="label_rows")
     with pytest.raises(UserError, match="'l2' compares lengths, and"):
         Plan.of(model, task, private, replace(SMALL, distance="l2"))
 

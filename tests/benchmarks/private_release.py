@@ -26,7 +26,7 @@ from gradmm.experiments.metrics import subsample
 from gradmm.experiments.records import write_record
 from gradmm.models import Model
 from gradmm.plan import Plan
-from gradmm.spaces import PUBLIC_SPACES, release_space
+from gradmm.spaces import DIRECTED_SPACES, release_space
 from gradmm.tasks import Task, tokenize_task
 
 DELTA, CLIP = 1e-5, 1.0
@@ -38,7 +38,7 @@ def fidelity(model: Model, task: Task, splits: Splits, public: Sequence[str], op
     tokens = tokenize_task(task, model.tokenizer)
     spaces = {"label_rows": release_space(model, tokens, "label_rows")} | {
         f"{name}, {count} directions": release_space(model, tokens, name, public, count)
-        for name in PUBLIC_SPACES for count in options.directions
+        for name in DIRECTED_SPACES for count in options.directions
     }  # fmt: skip
     many = gradmm.sample_examples(splits.train, max(options.sizes), task, options.seed)
     return audit.signal_to_noise(model, task, many, options.sizes, spaces, options.epsilons, DELTA, CLIP)
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[50, 500, 5000])
     parser.add_argument("--epsilons", nargs="+", type=float, default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
     parser.add_argument("--directions", nargs="+", type=int, default=[1, 4, 16], help="the last one is trained with")
-    parser.add_argument("--space", choices=PUBLIC_SPACES, default="body_subspace")
+    parser.add_argument("--space", choices=DIRECTED_SPACES, default="body_subspace")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     task, splits = gradmm.load_data(options.data, options.task)

@@ -47,7 +47,7 @@ PREFERENCE_ERROR = 0.15
 # through, their room for noise costs less than that, on small models too. Notebook 04 measures it.
 DEFAULT_DIRECTIONS = 16
 # On Gemma-3-270M and SST-2 4 of the sketch hold 0.9 of each class's target, 8 little more, if made from 64 texts or
-# more, and 0.85 if made from 16. Where none are given the model writes so many, beside those of its preference.
+# more, and 0.85 if made from 16. Where none are given the model writes 48 beside those of its preference, 16 or more.
 BODY_DIRECTIONS, DIRECTION_TEXTS = 8, 48
 RANK_TOLERANCE = 1e-6
 RANK = 16  # r of the body's sketch

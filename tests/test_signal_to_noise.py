@@ -114,3 +114,17 @@ def test_the_contrast_is_the_balanced_gradient_of_centred_hidden_states(model):
     assert row["contrast"] == pytest.approx(
         expected_cosine(clean.norm().item(), clean.numel(), row["sigma"] * 2**0.5), rel=1e-5
     )
+
+
+def test_the_contrast_of_a_sketch_is_the_sum_over_classes_beside_the_whole_and_unclipped_one(model):
+    tokens = tokenize_task(TASK, model.tokenizer)
+    few = privacy.release_space(model, tokens, "body_subspace", PUBLIC, 2)
+    (row,) = signal_to_noise(model, TASK, EXAMPLES, [60], {"body_subspace": few}, [1.0], 1e-5, clip=0.01)
+    sequences, labels = [tokens.sequence(e.text) for e in EXAMPLES], [e.label for e in EXAMPLES]
+    whole = few.sketches(model, tokens, sequences, labels).double()
+    own = whole @ few.basis
+    clean = (own * (0.01 / own.norm(dim=1, keepdim=True)).clamp(max=1)).sum(0)
+    kept = torch.nn.functional.cosine_similarity(few.basis @ clean, whole.sum(0), dim=0)
+    assert row["kept"] == pytest.approx(kept.item(), rel=1e-4)
+    assert row["contrast"] == pytest.approx(expected_cosine(clean.norm().item(), 2, row["sigma"] * 2**0.5), rel=1e-4)
+    assert row["coordinates"] == 2

@@ -58,7 +58,7 @@ def test_a_zero_target_leaves_every_text_as_far_as_it_is_and_the_run_ends_as_any
 
 
 def test_a_noised_target_that_came_out_zero_is_the_same(model):
-    release = gradmm.release(model, TASK, REAL, epsilon=1.0, delta=1e-5, length=5)
+    release = gradmm.release(model, TASK, REAL, epsilon=1.0, delta=1e-5, length=5, space="label_rows")
     nothing = replace(release, targets=tuple(DenseTarget(target.weight * 0, None) for target in release.targets))
     result = gradmm.synthesize(model, TASK, nothing, SMALL, progress=False)
     assert {row["match_loss"] for row in result.candidates if row["text"]} == {1.0}

@@ -214,9 +214,10 @@ class ReleaseConfig:
             fine-tuning uses, over the label tokens alone, with the model's preference among them taken out, and for
             `search = "pool"` alone: "body" (`spaces.BodySketch`, a sketch of every linear map's gradient: what
             fine-tuning follows) or "body_subspace" (r numbers: the sketch along the first r principal directions of
-            public texts' sketches). None takes "body" without epsilon and "body_subspace" with it: the smaller the
-            space, the less noise, and of the small ones it keeps by far the most of what sets the classes apart
-            (notebook 04 measures it). The paper matches "head"; ADMM takes what is of the head.
+            public texts' sketches, in units of these texts' median length). None takes "body" without epsilon and
+            "body_subspace" with it: the smaller the space, the less noise, and of the small ones it keeps the most of
+            what sets the classes apart (notebook 04 measures it). The paper matches "head"; ADMM takes what is of the
+            head.
         relation: which data sets are neighbours: "replace-one" (one example, label included, becomes another) or
             "add-remove" (one example comes or goes).
         calibration: "exact"; "classic" and "zhao2019" use more noise and serve to reproduce published figures.

@@ -76,7 +76,8 @@ class BodySketch:
     Attributes:
         preference: (C,) mean log-probability of each label token over public texts, taken from the logits.
         rank: r.
-        basis: (M r^2, k) with orthonormal columns, the directions of sketches that count, or None for all.
+        basis: (M r^2, k) with orthogonal columns of one length, the directions of sketches that count (see
+            `body_directions`), or None for all.
     """
 
     preference: Tensor
@@ -307,21 +308,24 @@ def principal_directions(
 def body_directions(
     model: Model, tokens: TaskTokens, sketch: BodySketch, texts: Sequence[str], directions: int | None
 ) -> Tensor:
-    """The directions that hold most of public texts' sketches, each of length 1: clipped examples weigh the same, too.
+    """The directions that hold most of public texts' sketches, each of length 1, in units of the texts' median length.
 
-    A public text has no label: the texts are read as of each class in turn. With two classes the other label's sketch
-    is a negative multiple, and the directions are the same.
+    So a clip of 1 shortens about every second gradient. A smaller one makes all of the same length, and their sum over
+    classes another: on Gemma-3-270M and SST-2 its cosine to the unclipped one was 0.1, and here it is 0.9. A public
+    text has no label: the texts are read as of each class in turn. With two classes the other label's sketch is a
+    negative multiple, and the directions are the same.
 
     Returns:
-        (M r^2, k), as `_directions`.
+        (M r^2, k), as `_directions`, divided by the median length along them.
 
     Raises:
         UserError: the texts span fewer than `directions` directions, or a sketch is not finite.
     """
     classes = [place % len(tokens.labels) for place in range(len(texts))]
     found = sketch.sketches(model, tokens, [tokens.sequence(text) for text in texts], classes).double()
-    lengths = found.norm(dim=1, keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
-    return _directions(found / lengths, directions, BODY_DIRECTIONS)
+    tiny = torch.finfo(found.dtype).tiny
+    basis = _directions(found / found.norm(dim=1, keepdim=True).clamp_min(tiny), directions, BODY_DIRECTIONS)
+    return basis / (found @ basis).norm(dim=1).median().clamp_min(tiny)
 
 
 def _directions(rows: Tensor, directions: int | None, usual: int, skip: int = 0) -> Tensor:

@@ -116,10 +116,14 @@ def test_directions_of_the_body_are_those_of_public_sketches_of_length_one(tiny_
     sequences = [tokens.sequence(text) for text in PUBLIC]
     for labels in ([0, 1, 0, 1, 0], [1, 1, 0, 0, 0]):
         rows = whole.factors(model, tokens, sequences, labels).hidden
-        rows = rows / rows.norm(dim=1, keepdim=True)
-        _, vectors = torch.linalg.eigh(rows.mT @ rows)
-        torch.testing.assert_close(few.basis @ few.basis.mT, vectors[:, -3:] @ vectors[:, -3:].mT)
-    torch.testing.assert_close(few.basis.mT @ few.basis, torch.eye(3, dtype=torch.float64))
+        alike = rows / rows.norm(dim=1, keepdim=True)
+        _, vectors = torch.linalg.eigh(alike.mT @ alike)
+        projector = vectors[:, -3:] @ vectors[:, -3:].mT
+        length = few.basis.norm(dim=0)[0]
+        torch.testing.assert_close(few.basis @ few.basis.mT / length**2, projector)
+        if labels == [0, 1, 0, 1, 0]:  # in turn: the texts' median length is 1
+            assert (rows @ projector).norm(dim=1).median().item() == pytest.approx(1 / length.item())
+    torch.testing.assert_close(few.basis.mT @ few.basis, length**2 * torch.eye(3, dtype=torch.float64))
     own = few.factors(model, tokens, sequences, [0, 1, 0, 1, 0])
     torch.testing.assert_close(own.hidden, whole.factors(model, tokens, sequences, [0, 1, 0, 1, 0]).hidden @ few.basis)
     assert own.delta.tolist() == [[1.0]] * 5 and spaces.coordinates(model, few) == 3

@@ -97,8 +97,12 @@ class BodySketch:
         self, model: Model, tokens: TaskTokens, sequences: Sequence[Sequence[int]], classes: Sequence[int]
     ) -> Factors:
         """Each text's sketch as the factor pair of 1 and itself: delta (N, 1), hidden (N, `size`); as `sketches`."""
-        found = self.sketches(model, tokens, sequences, classes)
-        return Factors(found.new_ones(len(found), 1), found if self.basis is None else found @ self.basis.to(found))
+        return self.along(self.sketches(model, tokens, sequences, classes))
+
+    def along(self, sketches: Tensor) -> Factors:
+        """Whole sketches (N, M r^2) in the directions that count, as `factors`."""
+        kept = sketches if self.basis is None else sketches @ self.basis.to(sketches)
+        return Factors(sketches.new_ones(len(sketches), 1), kept)
 
     def sketches(
         self, model: Model, tokens: TaskTokens, sequences: Sequence[Sequence[int]], classes: Sequence[int]
@@ -212,12 +216,12 @@ def release_space(
         return Space(
             rows, principal_directions(model, tokens, texts, directions, skip=int(name == "label_rows_centred"))
         )
-    given = None if texts is None else _public(texts, name)
-    whole = BodySketch.of(model, tokens, given or own_texts(model, tokens, cache, progress))
+    public = own_texts(model, tokens, cache, progress) if texts is None else _public(texts, name)
+    whole = BodySketch.of(model, tokens, public)
     if name == "body":
         return whole
-    given = given or [*own_texts(model, tokens, cache, progress), *_more_texts(model, tokens, progress)]
-    return replace(whole, basis=body_directions(model, tokens, whole, given, directions))
+    public = [*public, *_more_texts(model, tokens, progress)] if texts is None else public
+    return replace(whole, basis=body_directions(model, tokens, whole, public, directions))
 
 
 # Every release asks for the texts that the model writes by itself; they go with the model that wrote them.

@@ -26,7 +26,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from numbers import Integral
 
@@ -303,8 +303,8 @@ def signal_to_noise(
     tokens = tokenize_task(task, model.tokenizer)
     rows = torch.tensor(tokens.labels, device=model.device)
     measured: dict[str, tuple[Space | BodySketch, float]] = {name: (space, clip) for name, space in spaces.items()}
-    exact = {name: _whole(space, rows) for name, space in spaces.items()}
-    measured |= {f"{_EXACT} {name}": (space, math.inf) for name, space in exact.items()}
+    wholes, exact = _wholes(spaces, rows)
+    measured |= {name: (space, math.inf) for name, space in exact.items()}
     sums: dict[str, dict[int, _Sums]] = {name: {} for name in measured}
     found = []
     for begin, count, size in zip([0, *counts], counts, sizes, strict=False):
@@ -316,7 +316,7 @@ def signal_to_noise(
                     sums[name][label] = sums[name][label] + more if label in sums[name] else more
         for name, space in spaces.items():
             clean = _contrast(sums[name], space)
-            kept = _cosine(_in_whole(clean, space, rows), _contrast(sums[f"{_EXACT} {name}"], exact[name]))
+            kept = _cosine(_in_whole(clean, space, rows), _contrast(sums[wholes[name]], exact[wholes[name]]))
             for epsilon in epsilons:
                 flat = len(sums[name][0].flat)
                 entry = plan_entry("sums", name, epsilon, delta, "replace-one", clip, "exact", flat)
@@ -360,18 +360,27 @@ def _contrast(sums: Mapping[int, _Sums], space: Space | BodySketch) -> Tensor:
 
 @dataclass(frozen=True)
 class _Read:
-    """The gradients of some texts of a class in any space; the head's are read once."""
+    """The gradients of some texts of a class in any space; the head's, and a sketch and its directions, are read once.
+
+    Attributes:
+        sketches: those that were read, by the preference that was taken out.
+    """
 
     model: Model
     tokens: TaskTokens
     sequences: Sequence[Sequence[int]]
     label: int
+    sketches: dict[tuple[float, ...], Tensor] = field(default_factory=dict)
 
     def factors(self, space: Space | BodySketch) -> Factors:
         """In this space."""
-        if isinstance(space, BodySketch):
-            return space.factors(self.model, self.tokens, self.sequences, [self.label] * len(self.sequences))
-        return space.restrict(self._head)
+        if not isinstance(space, BodySketch):
+            return space.restrict(self._head)
+        key = tuple(space.preference.tolist())
+        if key not in self.sketches:
+            labels = [self.label] * len(self.sequences)
+            self.sketches[key] = space.sketches(self.model, self.tokens, self.sequences, labels)
+        return space.along(self.sketches[key])
 
     @cached_property
     def _head(self) -> Factors:
@@ -383,6 +392,16 @@ class _Read:
 def _blocks(sequences: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
     for begin in range(0, len(sequences), ROWS_AT_ONCE):
         yield sequences[begin : begin + ROWS_AT_ONCE]
+
+
+def _wholes(
+    spaces: Mapping[str, Space | BodySketch], rows: Tensor
+) -> tuple[dict[str, str], dict[str, Space | BodySketch]]:
+    """Of each space the name of what it is a part of, one for all of the head, and these by name."""
+    names = {
+        name: f"{_EXACT} {name if isinstance(space, BodySketch) else 'label rows'}" for name, space in spaces.items()
+    }
+    return names, {names[name]: _whole(space, rows) for name, space in spaces.items()}
 
 
 def _whole(space: Space | BodySketch, rows: Tensor) -> Space | BodySketch:

@@ -284,7 +284,9 @@ def test_make_real_runs_the_quickstart_on_its_model_with_the_reader_s_data(tmp_p
     assert "gradmm[gguf]" in recipe and "gradmm[notebooks]" in recipe
 
 
-@pytest.mark.parametrize(("file", "registered"), [("reviews", "demo"), ("film-chat", "sst2"), ("film", "sst2")])
+@pytest.mark.parametrize(
+    ("file", "registered"), [("reviews", "demo"), ("film-chat", "sst2"), ("film", "sst2"), ("film-example", "sst2")]
+)
 def test_a_task_file_is_a_registered_task_with_other_prompts(file, registered):
     asked, known = (gradmm.load_task(task) for task in (ROOT / "notebooks" / "tasks" / f"{file}.yaml", registered))
     assert asked.fingerprint == known.fingerprint and asked.generation_prompts != known.generation_prompts

@@ -75,6 +75,24 @@ def test_a_further_run_is_named_in_its_title_and_adds_marked_rows_to_the_column_
     assert "†" not in alone and "0.990" in alone
 
 
+def test_other_prompts_are_a_column_of_their_own_beside_the_first(page):
+    first, other = record(), record({**METHODS, "zero_shot": figures(0.99, (0.2, 0.3))})
+    other["settings"] |= {"task": "other-prompts.yaml", "run": "other prompts"}
+    head, *rows = page.brief({"a": first, "b": other, "c": record(data="demo")}).splitlines()
+    titles = ["Small-LM on SST-2", "Small-LM on SST-2, other prompts", "Small-LM on the embedded reviews"]
+    assert [cell.strip() for cell in head.strip("|").split("|")][2:] == titles
+    assert any("0.650" in row and "0.990" in row for row in rows) and "†" not in "".join(rows)
+
+
+def test_each_model_has_tables_of_its_own_that_fit_a_page(page):
+    names = [f"data{number}" for number in range(page.SIDE_BY_SIDE + 1)]
+    held = {name: record(data=name) for name in names} | {"z": record()}
+    held["z"]["settings"]["model"] = "Other-LM"
+    parts = page.by_table(list(held.values()))
+    assert [[one["settings"]["data"] for one in part] for part in parts] == [names[:-1], names[-1:], ["sst2"]]
+    assert page.brief(held).count("| trained on |") == len(parts)
+
+
 @pytest.mark.parametrize("left_out", [(), ("herding",), ("zero_shot", "none"), ("gradmm",)])
 def test_every_method_of_a_record_is_in_figure_table_and_sentences(page, left_out):
     methods = without(*left_out)

@@ -154,18 +154,26 @@ def brief(records: Records) -> str:
     if not records:
         return "No comparison is recorded."
     held = list(map(first_run_of, groups_by_data(records)))
-    parts = [held[first : first + SIDE_BY_SIDE] for first in range(0, len(held), SIDE_BY_SIDE)]
     added = any("again" in figures for record in held for figures in record["results"]["methods"].values())
     models = f"The models: {'; '.join(dict.fromkeys(record['settings']['model'] for record in held))}."
-    return "\n\n".join([*map(brief_table, parts), legend(held) + f" {AGAIN}" * added, models])
+    return "\n\n".join([*map(brief_table, by_table(held)), legend(held) + f" {AGAIN}" * added, models])
 
 
 def groups_by_data(records: Records) -> list[list[Record]]:
-    """The records of one model and its data together, the first run before further ones."""
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in sorted(records.values(), key=lambda record: "run" in record["settings"]):  # a stable sort
-        groups.setdefault((record["settings"]["model"], record["settings"]["data"]), []).append(record)
-    return list(groups.values())
+    """The records of one model, its data and its prompts together, the first run before further ones."""
+    groups: dict[tuple[str | None, ...], list[Record]] = {}
+    for record in records.values():
+        of = tuple(record["settings"].get(name) for name in ("model", "data", "task"))
+        groups.setdefault(of, []).append(record)
+    return [sorted(group, key=lambda record: "run" in record["settings"]) for group in groups.values()]  # a stable sort
+
+
+def by_table(held: Sequence[Record]) -> list[list[Record]]:
+    """The records table by table: those of one model, as many as a page holds."""
+    models: dict[str, list[Record]] = {}
+    for record in held:
+        models.setdefault(record["settings"]["model"], []).append(record)
+    return [own[at : at + SIDE_BY_SIDE] for own in models.values() for at in range(0, len(own), SIDE_BY_SIDE)]
 
 
 def first_run_of(group: Sequence[Record]) -> Record:
@@ -177,7 +185,7 @@ def first_run_of(group: Sequence[Record]) -> Record:
 
 
 def brief_table(held: Sequence[Record]) -> str:
-    """One of its tables, of as many records as a page holds."""
+    """One of its tables."""
     rows = []
     for name in (name for name in ranked(held) if name in BRIEF):
         of = [record["results"]["methods"].get(name) for record in held]
@@ -195,8 +203,7 @@ def once_calibrated(records: Records) -> str:
     held = [record for record in map(first_run_of, groups_by_data(records)) if calibrated_of(record)]
     if not held:
         return "No trained model of a record is calibrated."
-    parts = [calibrated_table(held[first : first + SIDE_BY_SIDE]) for first in range(0, len(held), SIDE_BY_SIDE)]
-    return "\n\n".join([*parts, "\n".join(f"- {reach(record)}" for record in held)])
+    return "\n\n".join([*map(calibrated_table, by_table(held)), "\n".join(f"- {reach(record)}" for record in held)])
 
 
 def calibrated_table(held: Sequence[Record]) -> str:

@@ -39,6 +39,9 @@ ANSWERS = {  # what a template ends with that leaves more to say before the answ
 }
 PROMPT_STYLES = ("plain", "chat")
 NAMED_PROMPT = "Here is an example of a {} text:"
+REVIEW_PROMPT = "One sentence from a {} review:"  # to a language model "a negative text" is no complaint
+SENTIMENTS = {"neg": "negative", "pos": "positive"} | {name: name for name in ("negative", "neutral", "positive")}
+SENTIMENT_VERBALIZERS = {"negative": " bad", "positive": " great"}
 DEMO = Path(__file__).parent / "data" / "demo"
 
 
@@ -468,7 +471,7 @@ def warn_of_equal_prompts(task: Task) -> None:
     warnings.warn(
         f"task {task.name!r} has the same generation prompt for the labels {', '.join(map(short_repr, alike))}, so a "
         "model writes them the same kind of text: write into task.yaml such as generation_prompts: "
-        f"{json.dumps([NAMED_PROMPT.format(word) for word in words], ensure_ascii=False)}",
+        f"{json.dumps(_prompts_of(words), ensure_ascii=False)}",
         stacklevel=2,
     )
 
@@ -476,7 +479,19 @@ def warn_of_equal_prompts(task: Task) -> None:
 def _named_prompts(labels: Sequence[str]) -> tuple[str, ...]:
     """Public prompts from labels that are names; none where one is a mere number."""
     names = [_name_of(label) for label in labels]
-    return tuple(NAMED_PROMPT.format(name) for name in names) if all(names) else ()
+    return _prompts_of(names) if all(names) else ()
+
+
+def _prompts_of(names: Sequence[str]) -> tuple[str, ...]:
+    """Prompts that name each class; sentiments are asked for as reviews."""
+    felt = _sentiments(names)
+    return tuple(REVIEW_PROMPT.format(name) for name in felt) or tuple(NAMED_PROMPT.format(name) for name in names)
+
+
+def _sentiments(names: Sequence[str]) -> tuple[str, ...]:
+    """What names of classes mean if all are sentiments of their own, such as neg and pos; else nothing."""
+    found = tuple(SENTIMENTS.get(name.lower(), "") for name in names)
+    return found if all(found) and len(set(found)) == len(found) else ()
 
 
 def _name_of(label: str) -> str:
@@ -644,9 +659,11 @@ def implied_task(
         return _with_labels(namesake, labels)
     if namesake is not None and labels == tuple(str(number) for number in range(len(namesake.labels))):
         return replace(namesake, hub=None)
-    if labels == ("negative", "positive"):
-        return Task(plain_name(name), labels, (" bad", " great"), generation_prompts=_named_prompts(labels))
-    words = labels
+    felt = _sentiments(labels)
+    if set(felt) == set(SENTIMENT_VERBALIZERS):
+        verbalizers = tuple(SENTIMENT_VERBALIZERS[sentiment] for sentiment in felt)
+        return Task(plain_name(name), labels, verbalizers, generation_prompts=_named_prompts(labels))
+    words = felt or labels
     if all(label.isdecimal() for label in labels) and len(labels) <= len(LETTERS):
         words = LETTERS  # a number is seldom one token behind a space
     verbalizers = tuple(f" {word}" for word in words[: len(labels)])

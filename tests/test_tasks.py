@@ -578,6 +578,22 @@ FOLDERS = {
     "numbers": ("mine", [0, 1, 3, 2], None, ("0", "1", "2", "3"), (" A", " B", " C", " D")),
     "names": ("mine", ["tea", "ale", "tea"], None, ("ale", "tea"), (" ale", " tea")),
     "sentiment by name": ("mine", ["positive", "negative"], None, SENTIMENT, (" bad", " great")),
+    "sentiment by short name": ("mine", ["pos", "neg"], None, ("neg", "pos"), (" bad", " great")),
+    "sentiment in other order": (
+        "mine",
+        [1, 0],
+        ["Positive", "Negative"],
+        ("Positive", "Negative"),
+        (" great", " bad"),
+    ),
+    "three sentiments": (
+        "mine",
+        [0, 1, 2],
+        ["neg", "neutral", "pos"],
+        ("neg", "neutral", "pos"),
+        (" negative", " neutral", " positive"),
+    ),
+    "a sentiment twice": ("mine", ["neg", "negative"], None, ("neg", "negative"), (" neg", " negative")),
     "many numbers": ("mine", list(range(27)), None, tuple(map(str, range(27))), tuple(f" {n}" for n in range(27))),
     "numbers from 1": ("mine", [2, 1], {"labels": {"1": "low", "2": "high"}}, ("low", "high"), (" low", " high")),
     "numbers for names": ("mine", [2, 1], {"labels": ["1", "2"]}, ("1", "2"), (" A", " B")),
@@ -611,7 +627,16 @@ def test_the_task_of_a_folder(tmp_path, case):
     [
         (
             ["positive", "negative"], None,
-            ("Here is an example of a negative text:", "Here is an example of a positive text:"),
+            ("One sentence from a negative review:", "One sentence from a positive review:"),
+        ),
+        (
+            ["neutral", "pos", "neg"], None,
+            ("One sentence from a negative review:", "One sentence from a neutral review:",
+             "One sentence from a positive review:"),
+        ),
+        (
+            ["negative", "ironic"], None,
+            ("Here is an example of a ironic text:", "Here is an example of a negative text:"),
         ),
         (
             [0, 1], ["low_cost", "high"],

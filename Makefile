@@ -49,12 +49,14 @@ endef
 quickstart: $(VENV)/.installed-notebooks
 	$(call run-quickstart,00-quickstart)
 
-# The same on a pretrained model, within 15 minutes on two cores: with the reader's own data (DATA=my.csv) and perhaps task
-# (TASK=my-task.yaml), else the embedded reviews.
+# The same on a pretrained model, within 15 minutes on two cores: with the reader's own data (DATA=my.csv, perhaps of other
+# columns than text and label: TEXT=review LABEL=verdict) and perhaps task (TASK=my-task.yaml), else the embedded reviews.
 DATA :=
+TEXT :=
+LABEL :=
 TASK = $(if $(DATA),,notebooks/tasks/reviews.yaml)
 real: $(VENV)/.installed-notebooks $(VENV)/.installed-gguf $(REAL)
-	$(call run-quickstart,real,-f notebooks/params/real/00-quickstart.yaml $(if $(DATA),-r data "$(DATA)") $(if $(TASK),-r task "$(TASK)"))
+	$(call run-quickstart,real,-f notebooks/params/real/00-quickstart.yaml $(if $(DATA),-r data "$(DATA)") $(if $(TEXT),-r text_column "$(TEXT)") $(if $(LABEL),-r label_column "$(LABEL)") $(if $(TASK),-r task "$(TASK)"))
 
 # Read as it is: widening takes half a minute a run, a widened copy would be 540 MB more, or rounded. Moved last, so that it is whole.
 $(REAL): | $(BIN)/python

@@ -28,7 +28,7 @@ LINE = '{"text": "...", "label": 0}'
 HEADING = re.compile(r"(?:[a-z]\w{0,30}|unnamed: \d+)?", re.ASCII | re.IGNORECASE)  # what no text is: a word, or none
 WHICH = (
     "which holds the texts and which the labels, as in load_data(..., text='sentence', label='sentiment') (--text and "
-    "--label on the command line)"
+    "--label on the command line, text_column and label_column of a notebook, TEXT= and LABEL= of make real)"
 )
 LONGEST_LABEL = 100
 

@@ -457,11 +457,24 @@ def test_a_budget_is_run_once_and_only_for_what_is_shown():
     assert len(runs) == 1
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_type_of_a_model_s_weights_is_a_parameter(path):
+def calls_of(path: Path, function: str) -> list[ast.Call]:
+    """The calls of a function in a notebook."""
     trees = [ast.parse(cell.source) for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    loads = [node for node in calls if ast.unparse(node.func) == "gradmm.load_model"]
+    return [node for node in calls if ast.unparse(node.func) == function]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_columns_of_a_reader_s_data_are_parameters(path):
+    known = batch.parameters_of(path)
+    assert (known["text_column"], known["label_column"]) == ("text", "label")
+    (load,) = calls_of(path, "gradmm.load_data")
+    assert ast.unparse(load) == "gradmm.load_data(data, task, text=text_column, label=label_column)"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_type_of_a_model_s_weights_is_a_parameter(path):
+    loads = calls_of(path, "gradmm.load_model")
     assert "dtype" in batch.parameters_of(path) and loads
     assert {"device", "dtype"} <= set.intersection(*({word.arg for word in load.keywords} for load in loads))
 

@@ -267,6 +267,10 @@ def test_a_registry_without_the_model_is_named_in_one_sentence(tmp_path, said):
         (["DATA=my.csv"], {"data": "my.csv"}),
         (["DATA=my data/all reviews"], {"data": "my data/all reviews"}),
         (["DATA=my.csv", "TASK=my task.yaml"], {"data": "my.csv", "task": "my task.yaml"}),
+        (
+            ["DATA=my.csv", "TEXT=my review", "LABEL=verdict"],
+            {"data": "my.csv", "text_column": "my review", "label_column": "verdict"},
+        ),
     ],
 )
 def test_make_real_runs_the_quickstart_on_its_model_with_the_reader_s_data(tmp_path, given, told):

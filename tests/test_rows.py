@@ -643,5 +643,5 @@ def test_examples_may_have_other_columns_and_the_advice_says_how(tmp_path):
     found = read_examples(tmp_path / "mine.csv", TWO, text="sentence", label="verdict")
     assert [one.label for one in found] == [0, 1] * 3
     message = refused(lambda: read_examples(tmp_path / "mine.csv", TWO))
-    assert "label='sentiment') (--text and --label on the command line)" in message
+    assert "label='sentiment') (--text and --label on the command line, text_column and label_column of a" in message
     assert "a column's name is of type int" in refused(lambda: read_examples(tmp_path, TWO, text=3))

@@ -4,6 +4,7 @@ Every figure, and every sentence that depends on one, is computed at the build f
 that none can go stale. Run as a program this file writes the short table into README.md.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -65,7 +66,7 @@ BRIEF = (
     "all_real",
 )
 WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")
-SIDE_BY_SIDE = 4  # records whose columns fit a page
+SIDE_BY_SIDE = 3  # records whose columns fit a page
 AT_ONCE = 4  # texts of each label that are seen without a click
 AGAIN = "† by a second run of the same settings, against its own gradmm."
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -87,10 +88,19 @@ def recorded(folder: Path = BOOK / "records", prefix: str = PREFIX) -> dict[str,
 
 
 def title(record: Record) -> str:
-    """`SmolLM2-135M on SST-2`: the model without its owner and its description, the data, and which run it is."""
-    settings = record["settings"]
-    data, run = Path(str(settings["data"])).name, settings.get("run")
-    return f"{Path(str(settings['model']).split(',')[0]).name} on {DATA.get(data, data)}{f', {run}' if run else ''}"
+    """`SmolLM2-135M on SST-2`: which model and what it learnt."""
+    return f"{model_of(record)} on {data_of(record)}"
+
+
+def model_of(record: Record) -> str:
+    """The model without its owner and its description."""
+    return Path(str(record["settings"]["model"]).split(",")[0]).name
+
+
+def data_of(record: Record) -> str:
+    """The data in words, and which run of them it is."""
+    data, run = Path(str(record["settings"]["data"])).name, record["settings"].get("run")
+    return DATA.get(data, data) + (f", {run}" if run else "")
 
 
 def words(method: str) -> str:
@@ -169,11 +179,16 @@ def groups_by_data(records: Records) -> list[list[Record]]:
 
 
 def by_table(held: Sequence[Record]) -> list[list[Record]]:
-    """The records table by table: those of one model, as many as a page holds."""
+    """The records table by table: those of one model, no more than a page holds, shared out evenly."""
     models: dict[str, list[Record]] = {}
     for record in held:
         models.setdefault(record["settings"]["model"], []).append(record)
-    return [own[at : at + SIDE_BY_SIDE] for own in models.values() for at in range(0, len(own), SIDE_BY_SIDE)]
+    tables = []
+    for own in models.values():
+        count = math.ceil(len(own) / SIDE_BY_SIDE)
+        each = math.ceil(len(own) / count)
+        tables += [own[at : at + each] for at in range(0, len(own), each)]
+    return tables
 
 
 def first_run_of(group: Sequence[Record]) -> Record:
@@ -195,7 +210,7 @@ def brief_table(held: Sequence[Record]) -> str:
         rows.append(emphasised(name, row))
     calibrated = ["{:.3f}".format(record["results"]["calibrated"]) for record in held]
     rows.append(["nothing, but calibrated", "0", *calibrated])
-    return markdown(["trained on", "texts", *map(title, held)], rows)
+    return markdown([f"{model_of(held[0])}, trained on", "texts", *map(data_of, held)], rows)
 
 
 def once_calibrated(records: Records) -> str:
@@ -213,7 +228,7 @@ def calibrated_table(held: Sequence[Record]) -> str:
     for name in (name for name in ranked(held) if any(name in one for one in found)):
         cells = ["" if name not in one else accuracy(one[name]) + " †" * ("again" in one[name]) for one in found]
         rows.append(emphasised(name, [words(name), *cells]))
-    return markdown(["trained on", *map(title, held)], rows)
+    return markdown([f"{model_of(held[0])}, trained on", *map(data_of, held)], rows)
 
 
 def calibrated_of(record: Record) -> Record:

@@ -5,6 +5,7 @@ drop 5. A phrase that was cut out of a sentence, as most train rows of SST-2, ma
 dropped for it.
 """
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -233,6 +234,9 @@ def cut_to_sentence(text: str, complete: bool) -> str:
 # What closes a quotation that a mark opens; straight marks do both, and so do German, Danish and Swedish ones.
 QUOTES = dict(zip("\"'“‘”’«»‹「『《", "\"'”’”’»«›」』》", strict=True)) | {"„": "“”", "‚": "‘’"}
 APOSTROPHES = "'’"  # of these one that nothing closes may belong to its word, as in 'tis
+ELIDED = frozenset(
+    ("bout", "cause", "cos", "em", "ere", "neath", "nuff", "round", "til", "till", "tis", "twas", "twere", "twill")
+)
 WITHIN = re.compile(rf"(?<=\w)[{APOSTROPHES}](?=\w)")
 SHUT = re.compile(rf"(.*[{re.escape(SENTENCE_ENDS)}])\s?([^\w\s])", re.DOTALL)
 
@@ -247,7 +251,7 @@ def unquoted(text: str) -> str:
     """
     closes = _partner(text)
     if closes is None:
-        if text[:1] in QUOTES and text[0] not in APOSTROPHES:
+        if text[:1] in QUOTES and not _elided(text):
             return unquoted(text[1:].lstrip())
         shut = SHUT.fullmatch(text)
         return shut.group(1) if shut and _lone(shut.group(2), shut.group(1)) else text
@@ -255,6 +259,13 @@ def unquoted(text: str) -> str:
     if behind.strip(SENTENCE_ENDS):  # the quotation is a part of the text
         return text
     return unquoted(inside if inside[-1:] in SENTENCE_ENDS else inside + behind)
+
+
+def _elided(text: str) -> bool:
+    """Whether the mark at the start of a text stands for letters that are left out, as in 'Tis and '90s."""
+    behind = text[1:].lstrip()
+    word = "".join(itertools.takewhile(str.isalpha, behind))
+    return text[0] in APOSTROPHES and (not behind[:1].isupper() or word.casefold() in ELIDED)
 
 
 def _partner(text: str) -> int | None:

@@ -104,6 +104,7 @@ def test_marks_around_a_whole_text_go(text, left):
         ('It was good."', "It was good."), ("He isn’t good.’", "He isn’t good."), ("Il est bon. »", "Il est bon."),
         ('The film "Jaws" is good."', 'The film "Jaws" is good.'),
         ('"The film "Jaws" is good.', 'The film "Jaws" is good.'),
+        ("'The music is awful.", "The music is awful."), ("' I'm tired.", "I'm tired."),
         ("A “fine” film.”", "A “fine” film."), ("“", ""), ('""', ""), ("", ""),
     ],
 )  # fmt: skip
@@ -115,7 +116,8 @@ def test_a_mark_at_an_end_whose_other_is_missing_goes(text, left):
     "text",
     [
         '"Fine," he said, "is good."', '"Jaws" is good.', 'It was "good."', "He said: “Good.”", "»Wer?« fragte sie.",
-        "'Tis a film.", "the dogs'.", "Rock 'n' roll.", "”Bra”, sade han.", "Han sa: ”Bra.”", "A film.",
+        "'Tis a film.", "'twas good.", "'90s films.", "'Cause it's good.", "'s Ochtends.", "the dogs'.",
+        "Rock 'n' roll.", "”Bra”, sade han.", "Han sa: ”Bra.”", "A film.",
         "It fell 5'10\".",
         "Er sagte: „Gut.“", "(A film.)", "“The film” is “good.”", "他说：「很好。」",
     ],

@@ -78,7 +78,7 @@ def test_a_further_run_is_named_in_its_title_and_adds_marked_rows_to_the_column_
 def test_other_prompts_are_a_column_of_their_own_beside_the_first(page):
     first, other = record(), record({**METHODS, "zero_shot": figures(0.99, (0.2, 0.3))})
     other["settings"] |= {"task": "other-prompts.yaml", "run": "other prompts"}
-    head, *rows = page.brief({"a": first, "b": other, "c": record(data="demo")}).splitlines()
+    head, *rows = page.brief({"a": first, "b": other, "c": record(data="demo")}).split("\n\n")[2].splitlines()
     columns = ["Small-LM, trained on", "texts", "SST-2", "SST-2, other prompts", "the embedded reviews"]
     assert [cell.strip() for cell in head.strip("|").split("|")] == columns
     assert any("0.650" in row and "0.990" in row for row in rows) and "†" not in "".join(rows)
@@ -92,6 +92,39 @@ def test_each_model_has_tables_of_its_own_that_fit_a_page(page):
     assert [[one["settings"]["data"] for one in part] for part in parts] == [names[:2], names[2:], ["sst2"]]
     short = page.brief(held)
     assert [short.count(f"| {model}, trained on |") for model in ("Small-LM", "Other-LM")] == [2, 1]
+
+
+def test_what_lies_above_and_below_gradmm_over_all_comparisons_comes_first(page):
+    gaps = {
+        "real": (0.01, 0.03, -0.01),
+        "herding": (0.02, 0.03, 0.04),
+        "zero_shot": (-0.02, -0.05, -0.08),
+        "mixed_up": (0.0, 0.1, 0.2),
+    }
+    held = {
+        str(number): record(
+            {
+                "gradmm": METHODS["gradmm"],
+                **{name: figures(0.7, (gap[number], gap[number])) for name, gap in gaps.items()},
+            },
+            data=f"data{number}",
+        )
+        for number in range(3)
+    }
+    said, table, *_ = page.brief(held).split("\n\n")
+    assert said == page.OVER and "data0" in page.brief(held).split(table)[1]
+    rows = [[cell.strip(" *") for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == [page.words(name) for name in ("herding", "real", "gradmm", "zero_shot")]
+    assert [row[1] for row in rows] == ["3", "3", "", "3"]
+    # 3 +- t(0.975, 2) 1 / sqrt(3), by a table of Student's t
+    assert rows[0][2] == "+3.0 (+0.5 to +5.5)\N{NO-BREAK SPACE}▲" and rows[2][2] == "0"
+    assert rows[1][2].endswith("to +6.0)") and rows[3][2] == "-5.0 (-12.5 to +2.5)"
+    assert page.over([0.01, 0.04, 0.07]) == pytest.approx(
+        (0.04, 0.04 - 4.302653 * 0.03 / 3**0.5, 0.04 + 4.302653 * 0.03 / 3**0.5)
+    )
+    assert page.OVER not in page.brief({key: held[key] for key in "01"})  # two comparisons are too few
+    again = {**held, "again": {**held["2"], "settings": held["2"]["settings"] | {"run": "a second run"}}}
+    assert page.brief(again).split("\n\n")[1] == table  # a further run of the same is no further comparison
 
 
 @pytest.mark.parametrize("left_out", [(), ("herding",), ("zero_shot", "none"), ("gradmm",)])

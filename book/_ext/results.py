@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 from docutils import nodes
-from scipy.stats import rankdata
+from scipy.stats import rankdata, t
 from sphinx.util.docutils import SphinxDirective
 
 from gradmm.experiments.baselines import OF_REAL_TEXT
@@ -54,6 +54,7 @@ DATA = {
 }  # fmt: skip
 BRIEF = (
     "none",
+    "random_target",
     "prompt_only",
     "surest",
     "zero_shot",
@@ -66,10 +67,15 @@ BRIEF = (
     "all_real",
 )
 WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")
+FEWEST = 3  # comparisons that an interval over comparisons is taken of
 SIDE_BY_SIDE = 3  # records whose columns fit a page
 AT_ONCE = 4  # texts of each label that are seen without a click
 AGAIN = "† by a second run of the same settings, against its own gradmm."
 NO_BREAK = "\N{NO-BREAK SPACE}"
+OVER = (
+    "Over all comparisons, each of a model, data and prompts (the interval is Student's t over comparisons, of which "
+    "some share the model or the data):"
+)
 MARKS = {"beats": "▲", "is beaten by": "▼", "cannot be told from": ""}
 
 WIDTH, ROW, LEFT, RIGHT, TRACK = 340, 38, 6, 326, 25  # of a panel and of a row in it, in pixels
@@ -166,7 +172,41 @@ def brief(records: Records) -> str:
     held = list(map(first_run_of, groups_by_data(records)))
     added = any("again" in figures for record in held for figures in record["results"]["methods"].values())
     models = f"The models: {'; '.join(dict.fromkeys(record['settings']['model'] for record in held))}."
-    return "\n\n".join([*map(brief_table, by_table(held)), legend(held) + f" {AGAIN}" * added, models])
+    tables = [
+        across([one["results"]["methods"] for one in held]),
+        *map(brief_table, by_table(held)),
+        legend(held) + f" {AGAIN}" * added,
+        models,
+    ]
+    return "\n\n".join(filter(None, tables))
+
+
+def across(held: Sequence[Mapping[str, Record]]) -> str:
+    """How far each method lies from gradmm in all comparisons that have it; a comparison is its methods' figures."""
+    apart: dict[str, list[float]] = {}
+    for methods in held:
+        for name, figures in methods.items():
+            if figures["minus_gradmm"]:
+                apart.setdefault(name, []).append(100 * figures["minus_gradmm"]["mean"])
+    found = {name: over(values) for name, values in apart.items() if name in BRIEF and len(values) >= FEWEST}
+    if not found:
+        return ""
+    rows = []
+    for name in sorted([*found, "gradmm"], key=lambda name: -found.get(name, [0.0])[0]):
+        cells = ["", "0"]
+        if name in found:
+            middle, low, high = found[name]
+            mark = MARKS[outcome({"low": low, "high": high})]
+            cells = [str(len(apart[name])), f"{middle:+.1f} ({low:+.1f} to {high:+.1f}){NO_BREAK}{mark}".rstrip()]
+        rows.append(emphasised(name, [words(name), *cells]))
+    head = ["trained on", "comparisons", "points above gradmm, mean and 95% interval"]
+    return f"{OVER}\n\n{markdown(head, rows)}"
+
+
+def over(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of a few values and its 95% interval by Student's t."""
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.fmean(values), statistics.fmean(values) - half, statistics.fmean(values) + half
 
 
 def groups_by_data(records: Records) -> list[list[Record]]:
@@ -218,7 +258,8 @@ def once_calibrated(records: Records) -> str:
     held = [record for record in map(first_run_of, groups_by_data(records)) if calibrated_of(record)]
     if not held:
         return "No trained model of a record is calibrated."
-    return "\n\n".join([*map(calibrated_table, by_table(held)), "\n".join(f"- {reach(record)}" for record in held)])
+    tables = [across(list(map(calibrated_of, held))), *map(calibrated_table, by_table(held))]
+    return "\n\n".join(filter(None, [*tables, "\n".join(f"- {reach(record)}" for record in held)]))
 
 
 def calibrated_table(held: Sequence[Record]) -> str:

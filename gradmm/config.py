@@ -214,7 +214,8 @@ class ReleaseConfig:
             fine-tuning uses, over the label tokens alone, with the model's preference among them taken out, and for
             `search = "pool"` alone: "body" (`spaces.BodySketch`, a sketch of every linear map's gradient: what
             fine-tuning follows) or "body_subspace" (r numbers: the sketch along the first r principal directions of
-            public texts' sketches, in units of these texts' median length). None takes "body" without epsilon and
+            public texts' sketches, without what texts of a class share whatever they say, in units of these texts'
+            median length; texts are compared with it in the whole sketch). None takes "body" without epsilon and
             "body_subspace" with it: the smaller the space, the less noise, and of the small ones it keeps the most of
             what sets the classes apart (notebook 04 measures it). The paper matches "head"; ADMM takes what is of the
             head.
@@ -226,7 +227,7 @@ class ReleaseConfig:
         public_texts: texts that are not private: needed for the two subspaces of the label rows; for "body" what the
             model's preference is measured on, for "body_subspace" that and where its directions come from (None: texts
             that the model writes from the public prompts, as many as the estimate needs, see `spaces.own_texts`).
-        directions: r; None takes 16, of the body 8, or as many as the texts span if fewer.
+        directions: r; None takes 16, or as many as the texts span if fewer.
         noise_seed: fixes the noise for a repeatable experiment; the Release is then marked as not private.
     """
 

@@ -20,7 +20,7 @@ from gradmm.models import Model, kind_of
 from gradmm.privacy import Release, check_context
 from gradmm.projection import DecodingConfig, TokenTables
 from gradmm.selection import Selector
-from gradmm.spaces import BODY_SPACES
+from gradmm.spaces import BODY_SPACES, to_match
 from gradmm.tasks import Task, TaskTokens, tokenize_task
 
 # By the kind of device: rows of a projection. More of them share what a step costs whatever its size, the reading of
@@ -74,13 +74,14 @@ class Plan:
         )
         length, decoding = _decoding(model, tokens, config, release.length)
         batch, together = work_units(model, config, len(classes))
+        targets, space = to_match(release.space, release.targets)
         return Plan(
             model=model,
             task=task,
             tokens=tokens,
             release=release,
             config=config,
-            matching=Matching(model, tokens, release.targets, release.space, config.distance, decoding.end),
+            matching=Matching(model, tokens, targets, space, config.distance, decoding.end),
             decoding=decoding,
             length=length,
             classes=classes,

@@ -24,7 +24,7 @@ from gradmm.classification import label_logs, label_preference
 from gradmm.device import in_batches, text_body
 from gradmm.errors import require, require_texts, require_whole
 from gradmm.generation import prompted_texts
-from gradmm.gradients import Factors, Space
+from gradmm.gradients import DenseTarget, Factors, FactorTarget, Space, Target
 from gradmm.models import Model, batches_by_length, pad_left
 from gradmm.progress import advance, expect, shown, stage
 from gradmm.seeds import generator
@@ -43,13 +43,13 @@ SPACES = (*HEAD_SPACES, *BODY_SPACES)
 # class was then 0.996 or more, while another draw of real examples moves it much further.
 FIRST_TEXTS, CALIBRATION_TEXTS = 8, 64
 PREFERENCE_ERROR = 0.15
-# On SmolLM2 and SST-2 16 keep 0.79 of what sets the classes apart and 4 keep 0.50; where n and epsilon let anything
-# through, their room for noise costs less than that, on small models too. Notebook 04 measures it.
+# On SmolLM2 and SST-2 16 of hidden states keep 0.79 of what sets the classes apart and 4 keep 0.50; where n and epsilon
+# let anything through, their room for noise costs less than that, on small models too. Notebook 04 measures it. Of the
+# body's sketch 16 and 8 choose alike where they are made of 64 texts, and 16 better where they are made of 500.
 DEFAULT_DIRECTIONS = 16
-# On Gemma-3-270M and SST-2 4 of the sketch hold 0.9 of each class's target, 8 little more, if made from 64 texts or
-# more, and 0.85 if made from 16. Where none are given the model writes 48 beside those of its preference, 16 or more.
-BODY_DIRECTIONS, DIRECTION_TEXTS = 8, 48
+DIRECTION_TEXTS = 48  # that the model writes for the body's, beside those of its preference, 16 or more
 RANK_TOLERANCE = 1e-6
+NOT_FINITE = "what the model computes of a public text is not finite: use another dtype"
 RANK = 16  # r of the body's sketch
 
 
@@ -78,11 +78,14 @@ class BodySketch:
         rank: r.
         basis: (M r^2, k) with orthogonal columns of one length, the directions of sketches that count (see
             `body_directions`), or None for all.
+        shared: (M r^2, at most C - 1), orthonormal: directions that texts of a class share whatever they say, which are
+            taken out of every sketch (see `shared_directions`), or None for none. The basis is orthogonal to them.
     """
 
     preference: Tensor
     rank: int = RANK
     basis: Tensor | None = None
+    shared: Tensor | None = None
 
     @staticmethod
     def of(model: Model, tokens: TaskTokens, texts: Sequence[str], rank: int = RANK) -> "BodySketch":
@@ -101,8 +104,24 @@ class BodySketch:
 
     def along(self, sketches: Tensor) -> Factors:
         """Whole sketches (N, M r^2) in the directions that count, as `factors`."""
-        kept = sketches if self.basis is None else sketches @ self.basis.to(sketches)
+        kept = sketches
+        if self.basis is not None:
+            kept = sketches @ self.basis.to(sketches)
+        elif self.shared is not None:
+            shared = self.shared.to(sketches)
+            kept = sketches - (sketches @ shared) @ shared.mT
         return Factors(sketches.new_ones(len(sketches), 1), kept)
+
+    def lifted(self, target: Target) -> Target:
+        """A target along the basis as the whole sketch, (1, M r^2), that has nothing beside these directions."""
+        basis = self.basis
+        if basis is None:
+            return target
+        back = (basis / basis.square().sum(0)).mT  # of orthogonal columns the pseudoinverse
+        if isinstance(target, DenseTarget):
+            return DenseTarget(target.weight @ back.to(target.weight))
+        hidden = target.factors.hidden
+        return FactorTarget(Factors(target.factors.delta, hidden @ back.to(hidden)))
 
     def sketches(
         self, model: Model, tokens: TaskTokens, sequences: Sequence[Sequence[int]], classes: Sequence[int]
@@ -221,7 +240,18 @@ def release_space(
     if name == "body":
         return whole
     public = [*public, *_more_texts(model, tokens, progress)] if texts is None else public
-    return replace(whole, basis=body_directions(model, tokens, whole, public, directions))
+    return body_directions(model, tokens, whole, public, directions)
+
+
+def to_match(space: Space | BodySketch, targets: Sequence[Target]) -> tuple[tuple[Target, ...], Space | BodySketch]:
+    """The targets of a release and the space in which texts are compared with them; of few directions the whole sketch.
+
+    Along a few directions a few hundred texts match any target, and which of them are taken is chance. In the whole
+    sketch what a text's gradient has beside these directions counts against it. Nothing but the release is used.
+    """
+    if not isinstance(space, BodySketch) or space.basis is None:
+        return tuple(targets), space
+    return tuple(map(space.lifted, targets)), replace(space, basis=None)
 
 
 # Every release asks for the texts that the model writes by itself; they go with the model that wrote them.
@@ -306,45 +336,66 @@ def principal_directions(
     """
     texts = _public(texts, " and ".join(PUBLIC_SPACES))
     hidden = model.hidden_of([tokens.sequence(text) for text in texts]).double()
-    return _directions(hidden, directions, DEFAULT_DIRECTIONS, skip)
+    return _directions(hidden, directions, skip)
 
 
 def body_directions(
     model: Model, tokens: TaskTokens, sketch: BodySketch, texts: Sequence[str], directions: int | None
-) -> Tensor:
-    """The directions that hold most of public texts' sketches, each of length 1, in units of the texts' median length.
+) -> BodySketch:
+    """The sketch along the directions that hold most of public texts' sketches once what they share is taken out.
 
-    So a clip of 1 shortens about every second gradient. A smaller one makes all of the same length, and their sum over
-    classes another: on Gemma-3-270M and SST-2 its cosine to the unclipped one was 0.1, and here it is 0.9. A public
-    text has no label: the texts are read as of each class in turn. With two classes the other label's sketch is a
-    negative multiple, and the directions are the same.
+    Each text counts alike, and the unit is the texts' median length, so a clip of 1 shortens about every second
+    gradient. A smaller one makes all of the same length, and their sum over classes another: on Gemma-3-270M and SST-2
+    its cosine to the unclipped one was 0.1. A public text has no label: the texts are read as of each class in turn.
 
     Returns:
-        (M r^2, k), as `_directions`, divided by the median length along them.
+        `sketch` with its `shared_directions` and, as basis, k principal directions divided by the median length along
+        them.
 
     Raises:
         UserError: the texts span fewer than `directions` directions, or a sketch is not finite.
     """
     classes = [place % len(tokens.labels) for place in range(len(texts))]
     found = sketch.sketches(model, tokens, [tokens.sequence(text) for text in texts], classes).double()
+    require(bool(found.isfinite().all()), NOT_FINITE)
     tiny = torch.finfo(found.dtype).tiny
-    basis = _directions(found / found.norm(dim=1, keepdim=True).clamp_min(tiny), directions, BODY_DIRECTIONS)
-    return basis / (found @ basis).norm(dim=1).median().clamp_min(tiny)
+    alike = found / found.norm(dim=1, keepdim=True).clamp_min(tiny)
+    shared = shared_directions(alike, classes)
+    basis = _directions(alike - (alike @ shared) @ shared.mT, directions)
+    return replace(sketch, basis=basis / (found @ basis).norm(dim=1).median().clamp_min(tiny), shared=shared)
 
 
-def _directions(rows: Tensor, directions: int | None, usual: int, skip: int = 0) -> Tensor:
+def shared_directions(rows: Tensor, classes: Sequence[int]) -> Tensor:
+    """What texts read as of a class have in common whatever they say: the slope of the model's bias for that label.
+
+    It takes most of a gradient's length, hence of the clip, and training on as many texts of each class cancels it. Of
+    any one text the gradients of C labels, weighted by their probabilities, add up to nothing: C - 1 directions.
+
+    Args:
+        rows: (N, D) gradients of public texts.
+        classes: N class numbers that they were read as.
+
+    Returns:
+        (D, C - 1), orthonormal, or fewer columns where fewer classes have a text.
+    """
+    labels = torch.tensor(list(classes))
+    means = torch.stack([rows[labels == number].mean(0) for number in labels.unique().tolist()])
+    return torch.linalg.svd(means, full_matrices=False)[2][: len(means) - 1].mT
+
+
+def _directions(rows: Tensor, directions: int | None, skip: int = 0) -> Tensor:
     """The principal directions of public texts' rows (N, D), mean included, after the first `skip`.
 
     Args:
-        directions: how many, or None for the `usual` number, or as many as there are.
+        directions: how many, or None for the usual number, or as many as there are.
 
     Returns:
         (D, r), float64, orthonormal columns, most important first; each column's largest entry is positive.
     """
-    require(bool(rows.isfinite().all()), "what the model computes of a public text is not finite: use another dtype")
+    require(bool(rows.isfinite().all()), NOT_FINITE)
     _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
     rank = int((sizes > RANK_TOLERANCE * sizes[0]).sum()) - skip
-    count = max(1, min(usual, rank)) if directions is None else require_whole(directions, "directions", 1)
+    count = max(1, min(DEFAULT_DIRECTIONS, rank)) if directions is None else require_whole(directions, "directions", 1)
     require(
         count <= rank,
         f"directions = {count}, but the {len(rows)} public texts span {rank}: give more texts or fewer directions",
@@ -402,6 +453,10 @@ def space_from(name: str, tensors: dict[str, Tensor], classes: int) -> Space | B
     space = BodySketch(**others)
     if space.rank < 1:
         raise ValueError(f"a sketch of rank {space.rank}")
-    if (space.basis is not None) != (name == "body_subspace") or (space.basis is not None and space.basis.ndim != 2):
+    if (space.basis is not None) != (name == "body_subspace") or (space.basis is None and space.shared is not None):
         raise ValueError(f"{name} with a basis of shape {None if space.basis is None else tuple(space.basis.shape)}")
+    if any(part is not None and part.ndim != 2 for part in (space.basis, space.shared)):
+        raise ValueError(f"{name} with directions that are no matrix")
+    if space.shared is not None and space.basis is not None and len(space.shared) != len(space.basis):
+        raise ValueError(f"{name} with directions of {len(space.basis)} and of {len(space.shared)} numbers")
     return space

@@ -430,8 +430,8 @@ def test_a_file_that_was_changed_is_refused(model, tmp_path):
 def test_the_default_space_is_the_body_s_sketch_and_with_noise_a_few_directions_of_it(model):
     assert privacy.release(model, TASK, EXAMPLES).space_name == "body"
     found = privacy.release(model, TASK, EXAMPLES, epsilon=1.0, delta=1e-5, length=5)
-    assert found.space_name == "body_subspace" and [target.weight.shape for target in found.targets] == [(1, 8)] * 2
-    assert found.ledger[0].coordinates == 16
+    assert found.space_name == "body_subspace" and [target.weight.shape for target in found.targets] == [(1, 16)] * 2
+    assert found.ledger[0].coordinates == 32
 
 
 # ---------------------------------------------------------------- drawn once and kept

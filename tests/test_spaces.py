@@ -9,10 +9,13 @@ import transformers
 
 from gradmm import spaces
 from gradmm.classification import label_logs, label_preference
+from gradmm.config import SynthesisConfig
 from gradmm.data import Example
 from gradmm.errors import UserError
 from gradmm.generation import prompted_texts
+from gradmm.matching import Matching
 from gradmm.models import wrap_model
+from gradmm.plan import Plan
 from gradmm.privacy import release
 from gradmm.tasks import Task, tokenize_task
 
@@ -107,26 +110,81 @@ def test_writing_them_is_shown_where_it_takes_long(tiny_model, monkeypatch, capf
         assert ("measuring the model's preference" in capfd.readouterr().err) == shown
 
 
-def test_directions_of_the_body_are_those_of_public_sketches_of_length_one(tiny_model):
-    """The eigenvectors of their second moments, literally; of two classes either label gives the same."""
+THREE = replace(
+    TASK, labels=("bad", "good", "odd"), verbalizers=TASK.verbalizers + (" film",), generation_prompts=("a", "b", "c")
+)
+
+
+@pytest.mark.parametrize("task", [TASK, THREE])
+def test_directions_of_the_body_are_those_of_public_sketches_of_length_one_without_what_they_share(tiny_model, task):
+    """The eigenvectors of their second moments, literally."""
+    model = tiny_model("llama", dtype=torch.float64)
+    tokens = tokenize_task(task, model.tokenizer)
+    classes = len(task.labels)
+    whole = spaces.BodySketch.of(model, tokens, PUBLIC, rank=4)
+    few = spaces.body_directions(model, tokens, whole, PUBLIC, 2)
+    labels = [0, 1, 2, 0, 1] if classes == 3 else [0, 1, 0, 1, 0]
+    sketches = whole.factors(model, tokens, [tokens.sequence(text) for text in PUBLIC], labels).hidden
+    alike = sketches / sketches.norm(dim=1, keepdim=True)
+    means = torch.stack([alike[label::classes].mean(0) for label in range(classes)])
+    vectors = torch.linalg.eigh(means.mT @ means)[1][:, -(classes - 1) :]
+    torch.testing.assert_close(few.shared @ few.shared.mT, vectors @ vectors.mT)
+    rest = alike - alike @ vectors @ vectors.mT
+    vectors = torch.linalg.eigh(rest.mT @ rest)[1][:, -2:]
+    projector, length = vectors @ vectors.mT, few.basis.norm(dim=0)[0]
+    torch.testing.assert_close(few.basis @ few.basis.mT / length**2, projector)
+    assert (sketches @ projector).norm(dim=1).median().item() == pytest.approx(1 / length.item())  # the unit
+    torch.testing.assert_close(few.basis.mT @ few.basis, length**2 * torch.eye(2, dtype=torch.float64))
+    assert (few.shared.mT @ few.basis).abs().max() < 1e-9 * length
+    own = few.factors(model, tokens, [tokens.sequence(text) for text in PUBLIC], labels)
+    torch.testing.assert_close(own.hidden, sketches @ few.basis)
+    assert own.delta.tolist() == [[1.0]] * 5 and spaces.coordinates(model, few) == 2
+
+
+@pytest.mark.parametrize("task", [TASK, THREE])
+def test_gradients_of_one_text_for_all_labels_add_up_to_nothing_weighted_by_their_probabilities(tiny_model, task):
+    """Why texts share one direction less than there are classes."""
+    model = tiny_model("gpt2", dtype=torch.float64)  # a llama takes its norms in float32
+    tokens = tokenize_task(task, model.tokenizer)
+    whole, count = spaces.release_space(model, tokens, "body", PUBLIC), len(task.labels)
+    sequence = tokens.sequence("a film that is dull")
+    sketches = whole.factors(model, tokens, [sequence] * count, range(count)).hidden
+    hidden = model.hidden_of([sequence])
+    shares = (model.logits_of(hidden, tokens.labels) - whole.preference).softmax(-1)
+    assert (shares @ sketches).abs().max() < 1e-9 * sketches.abs().max()
+    assert torch.linalg.matrix_rank(sketches).item() == count - 1
+
+
+def test_texts_are_compared_with_a_target_of_few_directions_in_the_whole_sketch(tiny_model):
     model = tiny_model("llama", dtype=torch.float64)
     tokens = tokenize_task(TASK, model.tokenizer)
-    whole = spaces.release_space(model, tokens, "body", PUBLIC)
-    few = spaces.release_space(model, tokens, "body_subspace", PUBLIC, 3)
-    sequences = [tokens.sequence(text) for text in PUBLIC]
-    for labels in ([0, 1, 0, 1, 0], [1, 1, 0, 0, 0]):
-        rows = whole.factors(model, tokens, sequences, labels).hidden
-        alike = rows / rows.norm(dim=1, keepdim=True)
-        _, vectors = torch.linalg.eigh(alike.mT @ alike)
-        projector = vectors[:, -3:] @ vectors[:, -3:].mT
-        length = few.basis.norm(dim=0)[0]
-        torch.testing.assert_close(few.basis @ few.basis.mT / length**2, projector)
-        if labels == [0, 1, 0, 1, 0]:  # in turn: the texts' median length is 1
-            assert (rows @ projector).norm(dim=1).median().item() == pytest.approx(1 / length.item())
-    torch.testing.assert_close(few.basis.mT @ few.basis, length**2 * torch.eye(3, dtype=torch.float64))
-    own = few.factors(model, tokens, sequences, [0, 1, 0, 1, 0])
-    torch.testing.assert_close(own.hidden, whole.factors(model, tokens, sequences, [0, 1, 0, 1, 0]).hidden @ few.basis)
-    assert own.delta.tolist() == [[1.0]] * 5 and spaces.coordinates(model, few) == 3
+    plain = spaces.release_space(model, tokens, "body", PUBLIC)
+    options = {"public_texts": PUBLIC, "directions": 3}
+    few = release(model, TASK, REAL, space="body_subspace", **options)
+    noised = release(
+        model, TASK, REAL, space="body_subspace", epsilon=1.0, delta=1e-5, length=4, noise_seed=0, **options
+    )
+    basis, shared = few.space.basis, few.space.shared
+    for found in (few, noised):
+        targets, space = spaces.to_match(found.space, found.targets)
+        assert (
+            space.basis is None and torch.equal(space.shared, shared) and isinstance(targets[0], type(found.targets[0]))
+        )
+        sequences = [tokens.sequence(text) for text in PUBLIC]
+        sketches = plain.factors(model, tokens, sequences, [1] * 5).hidden
+        centred = sketches - sketches @ shared @ shared.mT
+        torch.testing.assert_close(space.factors(model, tokens, sequences, [1] * 5).hidden, centred)
+        held = found.targets[1]  # its coordinates are those of some sketch along the basis
+        along = held.weight[0] if hasattr(held, "weight") else held.factors.hidden.mean(0)
+        lifted = torch.linalg.pinv(basis.mT) @ along
+        torch.testing.assert_close(lifted @ basis, along)
+        for row, loss in enumerate(Matching(model, tokens, targets, space).of_texts(PUBLIC, [1] * 5).tolist()):
+            assert loss == pytest.approx(1 - torch.cosine_similarity(centred[row], lifted, dim=0).item(), abs=1e-9)
+    config = SynthesisConfig(n_synthetic=2)
+    assert Plan.of(model, TASK, noised, config).matching.space.basis is None
+    for other in ("body", "label_rows"):  # where nothing has to be lifted
+        found = release(model, TASK, REAL, space=other)
+        assert spaces.to_match(found.space, found.targets) == (found.targets, found.space)
 
 
 def test_what_the_body_s_directions_cannot_be_made_of_is_refused(tiny_model):
@@ -134,15 +192,15 @@ def test_what_the_body_s_directions_cannot_be_made_of_is_refused(tiny_model):
     tokens = tokenize_task(TASK, model.tokenizer)
     for texts, count, said in (
         ([" "], None, "the space body_subspace needs public texts"),
-        (PUBLIC, 6, "directions = 6, but the 5 public texts span 5"),
+        (PUBLIC, 5, "directions = 5, but the 5 public texts span 4"),
         (PUBLIC, 0, "directions = 0"),
     ):
         with pytest.raises(UserError, match=said):
             spaces.release_space(model, tokens, "body_subspace", texts, count)
-    assert spaces.coordinates(model, spaces.release_space(model, tokens, "body_subspace", PUBLIC)) == 5
+    assert spaces.coordinates(model, spaces.release_space(model, tokens, "body_subspace", PUBLIC)) == 4
     assert spaces.coordinates(model, spaces.release_space(model, tokens, "body_subspace", PUBLIC, 2)) == 2
     own = spaces.release_space(model, tokens, "body_subspace")  # of texts that the model writes itself
-    assert own.basis.shape[1] == spaces.BODY_DIRECTIONS
+    assert own.basis.shape[1] == spaces.DEFAULT_DIRECTIONS
     assert torch.equal(own.preference, spaces.release_space(model, tokens, "body").preference)
     with pytest.raises(UserError, match="public_texts and directions have no use in the space 'body'"):
         spaces.release_space(model, tokens, "body", PUBLIC, 2)
@@ -174,6 +232,25 @@ def test_a_space_comes_back_from_its_tensors(tiny_model, name):
         ("body", {"preference": torch.zeros(2), "rank": torch.tensor([2]), "basis": torch.zeros(8, 1)}),
         ("body_subspace", {"preference": torch.zeros(2), "rank": torch.tensor([2])}),
         ("body_subspace", {"preference": torch.zeros(2), "rank": torch.tensor([2]), "basis": torch.zeros(8)}),
+        ("body", {"preference": torch.zeros(2), "rank": torch.tensor([2]), "shared": torch.zeros(8, 1)}),
+        (
+            "body_subspace",
+            {
+                "preference": torch.zeros(2),
+                "rank": torch.tensor([2]),
+                "basis": torch.zeros(8, 1),
+                "shared": torch.zeros(8),
+            },
+        ),
+        (
+            "body_subspace",
+            {
+                "preference": torch.zeros(2),
+                "rank": torch.tensor([2]),
+                "basis": torch.zeros(8, 1),
+                "shared": torch.zeros(4, 1),
+            },
+        ),
         ("lora", {"preference": torch.zeros(2), "rank": torch.tensor([2])}),
     ],
 )

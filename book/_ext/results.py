@@ -60,6 +60,7 @@ BRIEF = (
     "zero_shot",
     "few_shot",
     "admm",
+    "oracle",
     "gradmm",
     "real",
     "random",

@@ -19,7 +19,8 @@ sigma^2) on each, the cosine of S + noise to S is about |S| / sqrt(|S|^2 + d sig
 class sums are mostly the bias between the labels times the mean hidden state, which all texts share; what sets the
 classes apart, and what balanced training follows, is the *contrast*: the sum over classes with hidden states taken from
 their mean, sum_i w_i delta_i (h_i - mean h)^T with w_i the clip's factor. In a sketch of every layer the preference for
-some label is taken out already, and the contrast is the sum over classes as it stands.
+some label is taken out already, along a few directions also what texts of a class share, and the contrast is the sum
+over classes of what is left.
 """
 
 import dataclasses
@@ -287,7 +288,8 @@ def signal_to_noise(
         One row for each space, size and epsilon: coordinates (of one class), sigma, signal (length of a class's clean
         sum), noise (expected length of its noise), target (expected cosine of a class's noised sum to the clean one,
         mean over classes), contrast (the same of the contrast), kept (cosine of the space's clean contrast to that of
-        unclipped gradients on the label rows, or of unclipped whole sketches) and useful (contrast times kept).
+        unclipped gradients on the label rows, or of unclipped whole sketches, also without what texts of a class share)
+        and useful (contrast times kept).
 
     Raises:
         UserError: sizes that do not ascend or exceed the examples of a class.

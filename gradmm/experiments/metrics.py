@@ -24,7 +24,7 @@ from gradmm.matching import Matching
 from gradmm.models import Model
 from gradmm.readability import ends_sentence, flaw, words
 from gradmm.seeds import generator, stream
-from gradmm.spaces import BodySketch, release_space
+from gradmm.spaces import BodySketch, release_space, to_match
 from gradmm.tasks import tokenize_task
 from gradmm.training import adamw, train_at_rate, trainable_copy
 
@@ -44,7 +44,7 @@ def measure(seed_run: SeedRun, examples: Sequence[Example]) -> dict:
         return dict.fromkeys(MEASURES)
     experiment, texts = seed_run.experiment, [example.text for example in examples]
     read, second = perplexity(experiment.model, texts), experiment.config.second
-    matching = _matching(seed_run, experiment.model, seed_run.release.targets)
+    matching = _matching(seed_run, experiment.model, to_match(seed_run.release.space, seed_run.release.targets)[0])
     sequences, real = ([words(example.text) for example in some] for some in (examples, seed_run.real))
     return {
         "perplexity": read.corpus,
@@ -72,9 +72,9 @@ def subsample(examples: Sequence[Example], seed: int, limit: int | None = METRIC
 def _matching(
     seed_run: SeedRun, model: Model, targets: Sequence[Target] = (), space: Space | BodySketch | None = None
 ) -> Matching:
-    """At another model than the Release's, in the Release's space or its own."""
+    """At another model than the Release's, where texts are compared in the Release's space or its own."""
     tokens = tokenize_task(seed_run.experiment.task, model.tokenizer)
-    return Matching(model, tokens, targets, seed_run.release.space if space is None else space)
+    return Matching(model, tokens, targets, to_match(seed_run.release.space if space is None else space, ())[1])
 
 
 def _match(matching: Matching, examples: Sequence[Example]) -> float:

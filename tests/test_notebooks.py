@@ -409,6 +409,27 @@ def test_of_a_record_without_trained_models_no_table_is_announced():
     assert run_cells("04-privacy", "privacy-25-4 privacy-25-4-a privacy-25-5", {"recorded": recorded})[1] == []
 
 
+def test_what_noise_leaves_is_shown_in_the_space_that_the_texts_were_chosen_in():
+    figures = {(50, 1.0): 0.2, (50, 10.0): 0.5, (500, 1.0): 0.6, (500, 10.0): 0.63}
+    rows = [
+        {"space": space, "n": n, "epsilon": epsilon, "useful": useful - less, "kept": 0.64 - less, "coordinates": 16}
+        for space, less in (("body_subspace, 16 directions", 0.0), ("body_subspace, 4 directions", 0.4))
+        for (n, epsilon), useful in figures.items()
+    ]
+    settings = {"space": "body_subspace", "directions": [4, 16]}
+    held = {"04-privacy-one": {"settings": settings, "results": {"fidelity": rows}}}
+    drawn: list = []
+    axes = SimpleNamespace(axes=[SimpleNamespace(set=lambda **_: None)])
+    own = {"read_records": lambda *_: held, "records": "", "origin": lambda _: "here"}
+    own |= {"plots": SimpleNamespace(lines=lambda series, *_: drawn.append(series) or axes)}
+    said = run_cells("04-privacy", "privacy-25-1 privacy-25-2 privacy-25-3", own)[1]
+    assert {name: list(values) for name, values in drawn[0].items()} == {"n = 50": [0.2, 0.5], "n = 500": [0.6, 0.63]}
+    assert said[0].startswith(
+        "**one** (here): `body_subspace`, 16 coordinates a class, without noise a cosine of 0.64."
+    )
+    assert said[0].endswith("One of 0.5 takes epsilon 10 with 50 examples, epsilon 1 with 500 examples.")
+
+
 def test_what_a_release_chooses_is_laid_beside_its_controls_seed_by_seed():
     kinds = ("accuracy", "calibrated", "validation_accuracy")
     reached = {"500:10": (0.7, 0.8, 0.9), "noise only": (0.6, 0.8, 0.7), "prompts only": (0.5, 0.6, 0.7)}

@@ -167,11 +167,16 @@ def test_the_published_search_stands_beside_the_others_and_in_the_settings(bench
     common = "--model demo --data demo --task demo --seeds 1 --steps 2 --written 2 --n-synthetic 4 --n-real 6".split()
     few = "--eval-every 2 --max-test 20 --max-validation 10 --outer-steps 1 --inner-steps 2 --run again".split()
     some = [*common, *few, "--folder", str(work), "--output", path]
-    benchmark("real_models").main([*some, "--methods", "gradmm", *benchmark("real_models").OWN])
+    methods = ["zero_shot", "gradmm", *benchmark("real_models").OWN]
+    some += ["--reader", "demo-b"]
+    benchmark("real_models").main([*some, "--methods", *methods])
     record = records.read_record(path)
     assert record["settings"]["inner_steps"] == 2 and record["settings"]["run"] == "again"
+    assert record["settings"]["reader"] == "demo-b"
+    assert all(record["results"]["methods"][name]["second_perplexity"] > 1 for name in methods)
     assert all(record["results"]["methods"][name]["n"] == 4 for name in ("second_round", "warm_up", "oracle"))
-    assert 0 < record["results"]["methods"]["admm"]["n"] <= 4 and set(record["results"]["texts"]) == {"admm", "gradmm"}
+    assert 0 < record["results"]["methods"]["admm"]["n"] <= 4
+    assert set(record["results"]["texts"]) == {"zero_shot", "admm", "gradmm"}
     (manifest,) = work.rglob("admm-seed0/manifest.json")
     expected = gradmm.preset("paper", n_synthetic=4, outer_steps=1, inner_steps=2, init_candidates=4)
     assert files.read_json(manifest)["config"] == asdict(expected)

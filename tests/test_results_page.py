@@ -244,6 +244,28 @@ def test_texts_stand_side_by_side_and_are_not_obeyed(page):
     assert first.count("text 3.") == 1 and "text 4." not in first and every.count("text 8.") == 1
 
 
+def test_how_texts_read_is_a_table_of_what_was_measured(page):
+    read = {
+        "distinct_2": 0.765,
+        "duplicates": 0.0,
+        "flawed": 0.02,
+        "second_perplexity": None,
+        "longest_shared_span": 3.2,
+    }
+    methods = {**METHODS, "none": figures(0.5, (-0.25, -0.15), 0.0) | {"perplexity": None}}
+    methods["gradmm"] = {**METHODS["gradmm"], **read}
+    shown = page.readings(record(methods))
+    head, _, *rows = [line for line in shown.splitlines() if line.startswith("|")]
+    measured = "| perplexity | distinct bigrams | duplicates | flawed | longest span shared with real texts, words |"
+    assert head.endswith(measured) and "of another model" not in head
+    assert "| **gradmm's texts** | **30.0** | **0.77** | **0%** | **2%** | **3** |" in rows
+    assert "| the real texts that gradmm saw | 30.0 |  |  |  |  |" in rows
+    assert not any("as it came" in row for row in rows) and len(rows) == len(methods) - 1
+    assert shown in page.report({"a": record(methods)})
+    unread = {name: one | {"perplexity": None} for name, one in METHODS.items()}
+    assert page.readings(record(unread)) == "" and "How the texts read" not in page.report({"a": record(unread)})
+
+
 @pytest.mark.parametrize("seconds, said", [(3.25, "3.2 s"), (600, "10 minutes"), (9000, "2.5 hours")])
 def test_what_it_cost_is_shown_where_it_is_known(page, seconds, said):
     assert f"| write the_texts | {said} |".replace("_", " ") in page.section(

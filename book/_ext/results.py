@@ -67,6 +67,16 @@ BRIEF = (
     "herding",
     "all_real",
 )
+READINGS = {  # measures of `gradmm.experiments.metrics`, each with its column and its form
+    "perplexity": ("perplexity", "{:.1f}"),
+    "second_perplexity": ("of another model", "{:.1f}"),
+    "distinct_2": ("distinct bigrams", "{:.2f}"),
+    "duplicates": ("duplicates", "{:.0%}"),
+    "flawed": ("flawed", "{:.0%}"),
+    "unfinished": ("unfinished", "{:.0%}"),
+    "longest_shared_span": ("longest span shared with real texts, words", "{:.0f}"),
+    "tokens": ("tokens", "{:.0f}"),
+}
 WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")
 FEWEST = 3  # comparisons that an interval over comparisons is taken of
 SIDE_BY_SIDE = 3  # records whose columns fit a page
@@ -409,7 +419,7 @@ def section(record: Record) -> str:
     parts = [f"## {title(record)}", summary(record), full_table(record)]
     methods = {name: results["methods"][name] for name in ranked([record])}
     parts.append(behind_a_click("Sentence by sentence", "\n".join(f"- {said}." for said in verdicts_of(methods))))
-    parts += [of_budgets(results), texts(results), seconds(results)]
+    parts += [of_budgets(results), readings(record), texts(results), seconds(results)]
     parts.append(behind_a_click("Where these figures come from", f"{origin(record)}."))
     return "\n\n".join(filter(None, parts))
 
@@ -462,6 +472,24 @@ def of_budgets(results: Mapping[str, Any]) -> str:
         for size in sorted(budgets)
     ]
     return "With fewer or more texts:\n\n" + markdown(["texts of each class", *map(words, names)], rows)
+
+
+def readings(record: Record) -> str:
+    """How each method's texts read, by the measures that the record has, behind a click."""
+    methods = record["results"]["methods"]
+    known = [key for key in READINGS if any(one.get(key) is not None for one in methods.values())]
+    rows = []
+    for name in ranked([record]):
+        found = [methods[name].get(key) for key in known]
+        cells = [
+            "" if value is None else READINGS[key][1].format(value) for key, value in zip(known, found, strict=True)
+        ]
+        rows += [emphasised(name, [words(name), *cells])] if any(cells) else []
+    if not rows:
+        return ""
+    head = ["texts", *(READINGS[key][0] for key in known)]
+    said = "Means over seeds. The glossary says what each column measures; real texts are held to the same."
+    return behind_a_click("How the texts read", f"{markdown(head, rows)}\n\n{said}")
 
 
 def texts(results: Mapping[str, Any]) -> str:

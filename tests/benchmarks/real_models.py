@@ -46,6 +46,7 @@ from gradmm.training import learnt_weights
 METHODS = ("none", "real", "random", "few_shot", "prompt_only", "surest", "random_target", "gradmm")
 WARM_UP = 30  # steps on unchosen texts
 MANY = 1000  # real examples of the oracle
+WRITING = ("zero_shot", "prompt_only", "admm", "gradmm")  # whose texts a record may show: they quote no real one
 SHOWN = 20  # texts of each class and method that a record keeps
 
 
@@ -274,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, default in (("--outer-steps", 5), ("--inner-steps", 8), ("--init-candidates", 4)):
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--learners", nargs="+", default=[])
+    parser.add_argument("--reader", default=None, help="a second model, whose perplexity of the texts is measured too")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     task, splits = gradmm.load_data(options.data, options.task)
@@ -295,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_test=options.max_test,
         similarity_steps=(),
         learners=learners,
+        second=None if options.reader is None else gradmm.load_model(options.reader, device="cpu", dtype=options.dtype),
         pools={seed: written(model, task, seed, options) for seed in seeds},
     )
 
@@ -310,11 +313,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else protocol.compare(model, task, splits, config, ["none"], seeds, folder / task.name)
         )
         run = SeedRun(Experiment(model, task, splits, config, {}, "", folder / task.name), options.seed)
-        texts = shown(run, [name for name in ("prompt_only", "admm", "gradmm") if name in options.methods])  # none real
-    without = ["methods", "seed", "seeds", "learners", *([] if options.run else ["run"])]
+        texts = shown(run, [name for name in WRITING if name in options.methods])
+    without = ["methods", "seed", "seeds", "learners", "reader", *([] if options.run else ["run"])]
     without += [] if "admm" in options.methods else ["outer_steps", "inner_steps", "init_candidates"]
     settings = settings_of(options, model, splits.source, without)
     settings |= {"layers": upper.layers, "device": "cpu"}
+    if config.second is not None:
+        settings["reader"] = config.second.name
     results = results_of(found, texts, as_it_came.methods["none"]["calibrated"]["accuracy"]["mean"])
     write_record(options.output, results | (transferred(found, model.name, learners) if learners else {}), settings)
 

@@ -266,6 +266,36 @@ def test_how_texts_read_is_a_table_of_what_was_measured(page):
     assert page.readings(record(unread)) == "" and "How the texts read" not in page.report({"a": record(unread)})
 
 
+def test_a_lean_to_easier_texts_is_judged_over_all_paired_trainings(page):
+    def varied(data: str, gaps: list[float]) -> dict:
+        rows = []
+        for seed, gap in enumerate(gaps):
+            plain = {
+                "seed": seed,
+                "factor": "filter",
+                "value": "none",
+                "base": True,
+                "accuracy": 0.7,
+                "perplexity": 20.0,
+            }
+            other = {"factor": "perplexity_weight", "value": 0.01, "base": False}
+            rows += [plain, plain | other | {"accuracy": 0.7 + gap, "perplexity": 15.0}]
+            rows.append(plain | {"factor": "filter", "value": "label", "base": False, "accuracy": 0.1})
+        return record(data=data) | {"results": {"choices": rows}}
+
+    both = {"a": varied("sst2", [0.01, -0.02]), "b": varied("demo", [0.03])}
+    middle, low, high = page.over([1.0, -2.0, 3.0])
+    said = page.leaning(both)
+    assert "`perplexity_weight=0.01`" in said and "0.75 times" in said and "over 3 paired" in said
+    assert f"{middle:+.1f} points ({low:+.1f} to {high:+.1f}" in said
+    assert said.endswith("trainings; Small-LM on SST-2 and Small-LM on the embedded reviews).")
+    assert page.leaning({"b": both["b"]}) == ""  # one training says nothing
+    methods = {**METHODS, "zero_shot": METHODS["zero_shot"] | {"perplexity": 24.0}}
+    shown = page.reading({"a": record(methods)}, both)
+    assert "| Small-LM on SST-2 | 30.0 | 24.0 | 1.25 |  |  |  |" in shown and shown.endswith(said)
+    assert page.reading({}, {}) == "No comparison is recorded."
+
+
 @pytest.mark.parametrize("seconds, said", [(3.25, "3.2 s"), (600, "10 minutes"), (9000, "2.5 hours")])
 def test_what_it_cost_is_shown_where_it_is_known(page, seconds, said):
     assert f"| write the_texts | {said} |".replace("_", " ") in page.section(

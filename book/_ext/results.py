@@ -1,4 +1,4 @@
-"""The directives `results-table`, `-figure`, `-limits`, `-measures` and `results`: what recorded comparisons found.
+"""The directives `results` and `results-table`, `-figure`, `-limits`, `-reading`, `-measures`: what records found.
 
 Every figure, and every sentence that depends on one, is computed at the build from the records beside this folder, so
 that none can go stale. Run as a program this file writes the short table into README.md.
@@ -77,6 +77,7 @@ READINGS = {  # measures of `gradmm.experiments.metrics`, each with its column a
     "longest_shared_span": ("longest span shared with real texts, words", "{:.0f}"),
     "tokens": ("tokens", "{:.0f}"),
 }
+FAULTS = ("flawed", "unfinished", "duplicates")
 WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")
 FEWEST = 3  # comparisons that an interval over comparisons is taken of
 SIDE_BY_SIDE = 3  # records whose columns fit a page
@@ -632,6 +633,56 @@ def limits(records: Records) -> str:
     return "\n".join(f"- {point(records)}" for point in points)
 
 
+# ---------------------------------------------------------------- how the texts read
+
+
+def reading(records: Records, ablated: Records | None = None) -> str:
+    """gradmm's texts beside those that the same model writes for no target; and what a lean to easier ones costs."""
+    rows = []
+    for record in map(first_run_of, groups_by_data(records)):
+        methods = record["results"]["methods"]
+        plain = next((methods[name] for name in ("zero_shot", "prompt_only") if name in methods), None)
+        if plain and "gradmm" in methods:
+            found = methods["gradmm"]
+            ratio = found["perplexity"] / plain["perplexity"]
+            faults = [f"{found[key]:.0%}" if found.get(key) is not None else "" for key in FAULTS]
+            rows.append(
+                [title(record), f"{found['perplexity']:.1f}", f"{plain['perplexity']:.1f}", f"{ratio:.2f}", *faults]
+            )
+    if not rows:
+        return "No comparison is recorded."
+    head = ["comparison", "gradmm's perplexity", "zero-shot's", "ratio", *FAULTS]
+    lean = leaning(recorded(prefix="05-ablations-") if ablated is None else ablated)
+    return "\n\n".join(filter(None, [markdown(head, rows), lean]))
+
+
+def leaning(ablated: Records) -> str:
+    """What `perplexity_weight` does to accuracy and perplexity over all paired trainings that vary it."""
+    gaps: dict[float, list[float]] = {}
+    eased: dict[float, list[float]] = {}
+    among: dict[float, set[str]] = {}
+    for record in ablated.values():
+        rows = record["results"]["choices"]
+        base = {row["seed"]: row for row in rows if row["base"]}  # one set of texts, whichever factor it stands beside
+        for row in rows:
+            if row["factor"] == "perplexity_weight" and not row["base"] and row["seed"] in base:
+                beside, weight = base[row["seed"]], row["value"]
+                gaps.setdefault(weight, []).append(100 * (row["accuracy"] - beside["accuracy"]))
+                eased.setdefault(weight, []).append(row["perplexity"] / beside["perplexity"])
+                among.setdefault(weight, set()).add(title(record))
+    said = []
+    for weight, values in gaps.items():
+        if len(values) >= FEWEST:
+            middle, low, high = over(values)
+            said.append(
+                f"With `perplexity_weight={weight:g}` the choice leans to texts that read more easily: they have "
+                f"{statistics.fmean(eased[weight]):.2f} times the perplexity of the default's, and the test accuracy "
+                f"changes by {middle:+.1f} points ({low:+.1f} to {high:+.1f}, Student's t over {len(values)} paired "
+                f"trainings; {listed(sorted(among[weight]))})."
+            )
+    return " ".join(said)
+
+
 # ---------------------------------------------------------------- what foretells the outcome of training
 
 MEASURES = {
@@ -725,6 +776,7 @@ def setup(app):
         "": report,
         "-limits": limits,
         "-calibrated": once_calibrated,
+        "-reading": reading,
     }.items():
         app.add_directive(f"results{name}", directive(made))
     app.add_directive("results-measures", directive(of_measures, "measures-"))

@@ -21,7 +21,7 @@ from gradmm.privacy import Release, check_context
 from gradmm.projection import DecodingConfig, TokenTables
 from gradmm.selection import Selector
 from gradmm.spaces import BODY_SPACES, to_match
-from gradmm.tasks import Task, TaskTokens, tokenize_task
+from gradmm.tasks import Task, TaskTokens, tokenize_task, warn_of_equal_prompts
 
 # By the kind of device: rows of a projection. More of them share what a step costs whatever its size, the reading of
 # the weights and the calls, but hold more of the solver's state and more keys and values.
@@ -173,6 +173,8 @@ def check_request(
 ) -> None:
     """Refuse a synthesis that no targets could make possible: to call before a private release is paid for.
 
+    Warns where a model is to write and classes have the same generation prompt: reading gradients may take an hour.
+
     Args:
         task: the task.
         space_name: the release's space.
@@ -201,6 +203,8 @@ def check_request(
         f"distance = {config.distance!r} compares lengths, and those of a private release, noised sums of clipped "
         "gradients, say nothing: set distance = 'cosine'",
     )
+    if config.search == "pool":
+        warn_of_equal_prompts(task)
     if model is not None:
         _decoding(model, tokenize_task(task, model.tokenizer), config, length or 1)
 

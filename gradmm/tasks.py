@@ -472,7 +472,7 @@ def warn_of_equal_prompts(task: Task) -> None:
         f"task {task.name!r} has the same generation prompt for the labels {', '.join(map(short_repr, alike))}, so a "
         "model writes them the same kind of text: write into task.yaml such as generation_prompts: "
         f"{json.dumps(_prompts_of(words), ensure_ascii=False)}",
-        stacklevel=2,
+        stacklevel=1,  # one place, so that it is said once, by whoever looks first
     )
 
 

@@ -215,6 +215,21 @@ def test_what_no_model_could_make_possible_is_refused_before_one_is_loaded(revie
     assert message in capsys.readouterr().err and not list(Path().rglob("ledger.json"))
 
 
+@pytest.mark.filterwarnings("default:task .* has the same generation prompt")
+def test_prompts_that_tell_no_classes_apart_are_spoken_of_once_and_before_a_model_is_loaded(
+    reviews, capsys, monkeypatch
+):
+    def unloaded(*_, **__):
+        raise UserError("there is no model")
+
+    monkeypatch.setattr(commands, "load_model", unloaded)
+    rows = (reviews / "reviews.csv").read_text("utf-8").replace(",bad\n", ",0\n").replace(",good\n", ",1\n")
+    (reviews / "reviews.csv").write_text(rows, encoding="utf-8")
+    assert cli.main(["synthesize", *COLUMNS, "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("has the same generation prompt for the labels '0', '1'") == 1 and "there is no model" in said
+
+
 def test_results_never_lie_where_the_data_do(reviews, capsys, no_model):
     for data, output in (("reviews.csv", reviews), ("../" + reviews.name, "."), ("me/reviews", "me/reviews")):
         for command in ("synthesize", "finetune"):

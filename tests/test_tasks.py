@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import string
+import warnings
 from dataclasses import asdict, replace
 
 import pytest
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from gradmm.config import SynthesisConfig
 from gradmm.data import load_data
 from gradmm.errors import UserError
+from gradmm.plan import check_request
 from gradmm.tasks import (
     TASKS,
     HubSource,
@@ -334,6 +337,16 @@ def test_equal_prompts_are_warned_of_with_a_line_that_works(case):
     assert line in copied
     mended = replace(task, **{key: tuple(value) for key, value in yaml.safe_load(copied).items()})
     warn_of_equal_prompts(mended)  # without a warning
+
+
+def test_equal_prompts_are_said_once_whoever_looks_first():
+    task = Task("mine", ("0", "1"), (" A", " B"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            check_request(task, "body", SynthesisConfig(), private=False)
+            warn_of_equal_prompts(task)
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -270,17 +270,10 @@ def test_a_lean_to_easier_texts_is_judged_over_all_paired_trainings(page):
     def varied(data: str, gaps: list[float]) -> dict:
         rows = []
         for seed, gap in enumerate(gaps):
-            plain = {
-                "seed": seed,
-                "factor": "filter",
-                "value": "none",
-                "base": True,
-                "accuracy": 0.7,
-                "perplexity": 20.0,
-            }
-            other = {"factor": "perplexity_weight", "value": 0.01, "base": False}
-            rows += [plain, plain | other | {"accuracy": 0.7 + gap, "perplexity": 15.0}]
-            rows.append(plain | {"factor": "filter", "value": "label", "base": False, "accuracy": 0.1})
+            plain = {"seed": seed, "factor": "perplexity_weight", "value": 0.0, "base": True}
+            plain |= {"accuracy": 0.7, "perplexity": 20.0}
+            rows += [plain, plain | {"value": 0.01, "base": False, "accuracy": 0.7 + gap, "perplexity": 15.0}]
+            rows.append(plain | {"factor": "filter", "value": "none", "accuracy": 0.1})  # another factor's own base
         return record(data=data) | {"results": {"choices": rows}}
 
     both = {"a": varied("sst2", [0.01, -0.02]), "b": varied("demo", [0.03])}

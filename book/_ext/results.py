@@ -662,10 +662,10 @@ def leaning(ablated: Records) -> str:
     eased: dict[float, list[float]] = {}
     among: dict[float, set[str]] = {}
     for record in ablated.values():
-        rows = record["results"]["choices"]
-        base = {row["seed"]: row for row in rows if row["base"]}  # one set of texts, whichever factor it stands beside
+        rows = [row for row in record["results"]["choices"] if row["factor"] == "perplexity_weight"]
+        base = {row["seed"]: row for row in rows if row["base"]}
         for row in rows:
-            if row["factor"] == "perplexity_weight" and not row["base"] and row["seed"] in base:
+            if not row["base"] and row["seed"] in base:
                 beside, weight = base[row["seed"]], row["value"]
                 gaps.setdefault(weight, []).append(100 * (row["accuracy"] - beside["accuracy"]))
                 eased.setdefault(weight, []).append(row["perplexity"] / beside["perplexity"])

@@ -641,13 +641,13 @@ def reading(records: Records, ablated: Records | None = None) -> str:
     rows = []
     for record in map(first_run_of, groups_by_data(records)):
         methods = record["results"]["methods"]
-        plain = next((methods[name] for name in ("zero_shot", "prompt_only") if name in methods), None)
+        plain = next((name for name in ("zero_shot", "prompt_only") if name in methods), None)
         if plain and "gradmm" in methods:
-            found = methods["gradmm"]
-            ratio = found["perplexity"] / plain["perplexity"]
+            found, beside = methods["gradmm"], methods[plain]["perplexity"]
             faults = [f"{found[key]:.0%}" if found.get(key) is not None else "" for key in FAULTS]
+            usual = f"{beside:.1f}" + " (unchosen)" * (plain == "prompt_only")
             rows.append(
-                [title(record), f"{found['perplexity']:.1f}", f"{plain['perplexity']:.1f}", f"{ratio:.2f}", *faults]
+                [title(record), f"{found['perplexity']:.1f}", usual, f"{found['perplexity'] / beside:.2f}", *faults]
             )
     if not rows:
         return "No comparison is recorded."

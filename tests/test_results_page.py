@@ -254,7 +254,7 @@ def test_how_texts_read_is_a_table_of_what_was_measured(page):
     }
     methods = {**METHODS, "none": figures(0.5, (-0.25, -0.15), 0.0) | {"perplexity": None}}
     methods["gradmm"] = {**METHODS["gradmm"], **read}
-    shown = page.readings(record(methods))
+    shown = page.qualities(record(methods))
     head, _, *rows = [line for line in shown.splitlines() if line.startswith("|")]
     measured = "| perplexity | distinct bigrams | duplicates | flawed | longest span shared with real texts, words |"
     assert head.endswith(measured) and "of another model" not in head
@@ -263,7 +263,7 @@ def test_how_texts_read_is_a_table_of_what_was_measured(page):
     assert not any("as it came" in row for row in rows) and len(rows) == len(methods) - 1
     assert shown in page.report({"a": record(methods)})
     unread = {name: one | {"perplexity": None} for name, one in METHODS.items()}
-    assert page.readings(record(unread)) == "" and "How the texts read" not in page.report({"a": record(unread)})
+    assert page.qualities(record(unread)) == "" and "How the texts read" not in page.report({"a": record(unread)})
 
 
 def test_a_lean_to_easier_texts_is_judged_over_all_paired_trainings(page):
@@ -284,9 +284,9 @@ def test_a_lean_to_easier_texts_is_judged_over_all_paired_trainings(page):
     assert said.endswith("trainings; Small-LM on SST-2 and Small-LM on the embedded reviews).")
     assert page.leaning({"b": both["b"]}) == ""  # one training says nothing
     methods = {**METHODS, "zero_shot": METHODS["zero_shot"] | {"perplexity": 24.0}}
-    shown = page.reading({"a": record(methods)}, both)
+    shown = page.ease({"a": record(methods)}, both)
     assert "| Small-LM on SST-2 | 30.0 | 24.0 | 1.25 |  |  |  |" in shown and shown.endswith(said)
-    assert page.reading({}, {}) == "No comparison is recorded."
+    assert page.ease({}, {}) == "No comparison is recorded."
 
 
 @pytest.mark.parametrize("seconds, said", [(3.25, "3.2 s"), (600, "10 minutes"), (9000, "2.5 hours")])

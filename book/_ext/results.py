@@ -67,7 +67,7 @@ BRIEF = (
     "herding",
     "all_real",
 )
-READINGS = {  # measures of `gradmm.experiments.metrics`, each with its column and its form
+QUALITIES = {  # measures of `gradmm.experiments.metrics`, each with its column and its form
     "perplexity": ("perplexity", "{:.1f}"),
     "second_perplexity": ("of another model", "{:.1f}"),
     "distinct_2": ("distinct bigrams", "{:.2f}"),
@@ -420,7 +420,7 @@ def section(record: Record) -> str:
     parts = [f"## {title(record)}", summary(record), full_table(record)]
     methods = {name: results["methods"][name] for name in ranked([record])}
     parts.append(behind_a_click("Sentence by sentence", "\n".join(f"- {said}." for said in verdicts_of(methods))))
-    parts += [of_budgets(results), readings(record), texts(results), seconds(results)]
+    parts += [of_budgets(results), qualities(record), texts(results), seconds(results)]
     parts.append(behind_a_click("Where these figures come from", f"{origin(record)}."))
     return "\n\n".join(filter(None, parts))
 
@@ -475,21 +475,21 @@ def of_budgets(results: Mapping[str, Any]) -> str:
     return "With fewer or more texts:\n\n" + markdown(["texts of each class", *map(words, names)], rows)
 
 
-def readings(record: Record) -> str:
+def qualities(record: Record) -> str:
     """How each method's texts read, by the measures that the record has, behind a click."""
     methods = record["results"]["methods"]
-    known = [key for key in READINGS if any(one.get(key) is not None for one in methods.values())]
+    known = [key for key in QUALITIES if any(one.get(key) is not None for one in methods.values())]
     rows = []
     for name in ranked([record]):
         found = [methods[name].get(key) for key in known]
         cells = [
-            "" if value is None else READINGS[key][1].format(value) for key, value in zip(known, found, strict=True)
+            "" if value is None else QUALITIES[key][1].format(value) for key, value in zip(known, found, strict=True)
         ]
         rows += [emphasised(name, [words(name), *cells])] if any(cells) else []
     if not rows:
         return ""
-    head = ["texts", *(READINGS[key][0] for key in known)]
-    said = "Means over seeds. The glossary says what each column measures; real texts are held to the same."
+    head = ["texts", *(QUALITIES[key][0] for key in known)]
+    said = "Means over seeds, unless the box below says otherwise; the glossary says what each column measures."
     return behind_a_click("How the texts read", f"{markdown(head, rows)}\n\n{said}")
 
 
@@ -636,7 +636,7 @@ def limits(records: Records) -> str:
 # ---------------------------------------------------------------- how the texts read
 
 
-def reading(records: Records, ablated: Records | None = None) -> str:
+def ease(records: Records, ablated: Records | None = None) -> str:
     """gradmm's texts beside those that the same model writes for no target; and what a lean to easier ones costs."""
     rows = []
     for record in map(first_run_of, groups_by_data(records)):
@@ -658,29 +658,25 @@ def reading(records: Records, ablated: Records | None = None) -> str:
 
 def leaning(ablated: Records) -> str:
     """What `perplexity_weight` does to accuracy and perplexity over all paired trainings that vary it."""
-    gaps: dict[float, list[float]] = {}
-    eased: dict[float, list[float]] = {}
-    among: dict[float, set[str]] = {}
+    pairs: dict[float, list[tuple[str, Record, Record]]] = {}
     for record in ablated.values():
         rows = [row for row in record["results"]["choices"] if row["factor"] == "perplexity_weight"]
         base = {row["seed"]: row for row in rows if row["base"]}
         for row in rows:
             if not row["base"] and row["seed"] in base:
-                beside, weight = base[row["seed"]], row["value"]
-                gaps.setdefault(weight, []).append(100 * (row["accuracy"] - beside["accuracy"]))
-                eased.setdefault(weight, []).append(row["perplexity"] / beside["perplexity"])
-                among.setdefault(weight, set()).add(title(record))
-    said = []
-    for weight, values in gaps.items():
-        if len(values) >= FEWEST:
-            middle, low, high = over(values)
-            said.append(
-                f"With `perplexity_weight={weight:g}` the choice leans to texts that read more easily: they have "
-                f"{statistics.fmean(eased[weight]):.2f} times the perplexity of the default's, and the test accuracy "
-                f"changes by {middle:+.1f} points ({low:+.1f} to {high:+.1f}, Student's t over {len(values)} paired "
-                f"trainings; {listed(sorted(among[weight]))})."
-            )
-    return " ".join(said)
+                pairs.setdefault(row["value"], []).append((title(record), base[row["seed"]], row))
+    return " ".join(leaned(weight, found) for weight, found in pairs.items() if len(found) >= FEWEST)
+
+
+def leaned(weight: float, pairs: Sequence[tuple[str, Record, Record]]) -> str:
+    """The same of one weight: trainings by title, with the default's texts and with those that read more easily."""
+    middle, low, high = over([100 * (eased["accuracy"] - plain["accuracy"]) for _, plain, eased in pairs])
+    ratio = statistics.fmean(eased["perplexity"] / plain["perplexity"] for _, plain, eased in pairs)
+    return (
+        f"With `perplexity_weight={weight:g}` the choice leans to texts that read more easily: they have {ratio:.2f} "
+        f"times the perplexity of the default's, and the test accuracy changes by {middle:+.1f} points ({low:+.1f} to "
+        f"{high:+.1f}, Student's t over {len(pairs)} paired trainings; {listed(sorted({one for one, *_ in pairs}))})."
+    )
 
 
 # ---------------------------------------------------------------- what foretells the outcome of training
@@ -776,7 +772,7 @@ def setup(app):
         "": report,
         "-limits": limits,
         "-calibrated": once_calibrated,
-        "-reading": reading,
+        "-reading": ease,
     }.items():
         app.add_directive(f"results{name}", directive(made))
     app.add_directive("results-measures", directive(of_measures, "measures-"))

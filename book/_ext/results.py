@@ -475,16 +475,19 @@ def of_budgets(results: Mapping[str, Any]) -> str:
     return "With fewer or more texts:\n\n" + markdown(["texts of each class", *map(words, names)], rows)
 
 
+def quality(figures: Record, key: str) -> str:
+    """One measure of a method's texts, in its form; nothing where the record lacks it."""
+    value = figures.get(key)
+    return "" if value is None else QUALITIES[key][1].format(value)
+
+
 def qualities(record: Record) -> str:
     """How each method's texts read, by the measures that the record has, behind a click."""
     methods = record["results"]["methods"]
     known = [key for key in QUALITIES if any(one.get(key) is not None for one in methods.values())]
     rows = []
     for name in ranked([record]):
-        found = [methods[name].get(key) for key in known]
-        cells = [
-            "" if value is None else QUALITIES[key][1].format(value) for key, value in zip(known, found, strict=True)
-        ]
+        cells = [quality(methods[name], key) for key in known]
         rows += [emphasised(name, [words(name), *cells])] if any(cells) else []
     if not rows:
         return ""
@@ -644,11 +647,9 @@ def ease(records: Records, ablated: Records | None = None) -> str:
         plain = next((name for name in ("zero_shot", "prompt_only") if name in methods), None)
         if plain and "gradmm" in methods:
             found, beside = methods["gradmm"], methods[plain]["perplexity"]
-            faults = [f"{found[key]:.0%}" if found.get(key) is not None else "" for key in FAULTS]
+            own, *faults = [quality(found, key) for key in ("perplexity", *FAULTS)]
             usual = f"{beside:.1f}" + " (unchosen)" * (plain == "prompt_only")
-            rows.append(
-                [title(record), f"{found['perplexity']:.1f}", usual, f"{found['perplexity'] / beside:.2f}", *faults]
-            )
+            rows.append([title(record), own, usual, f"{found['perplexity'] / beside:.2f}", *faults])
     if not rows:
         return "No comparison is recorded."
     head = ["comparison", "gradmm's perplexity", "zero-shot's", "ratio", *FAULTS]

@@ -44,11 +44,26 @@ def source_of(page: str) -> str:
     return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
 
 
+def labels_of_the_book() -> dict[str, str]:
+    """Each label that a `{ref}` can name, `(label)=` before a heading -> its page."""
+    found: dict[str, str] = {}
+    for page in executing.pages():
+        found |= dict.fromkeys(re.findall(r"^\(([\w-]+)\)=$", source_of(page), re.MULTILINE), page)
+    return found
+
+
+def test_a_link_into_a_page_names_a_label():
+    """A link to a heading by its words, `page.md#words`, fails only when the book is built; a label is found here."""
+    labels = labels_of_the_book()
+    for page in executing.pages():
+        text = source_of(page)
+        assert not re.findall(r"\]\((?!https?:)[^)\s]*#[^)\s]*\)", text), f"{page}: use {{ref}}`words <label>`"
+        assert set(re.findall(r"\{ref\}`[^`<]*<([\w-]+)>`", text)) <= labels.keys(), page
+
+
 def clicked(page: str) -> set[str]:
     """The pages to which links in a page's own text lead; the menu beside it is not counted."""
-    text, labels = source_of(page), {}
-    for other in executing.pages():
-        labels |= dict.fromkeys(re.findall(r"^\(([\w-]+)\)=$", source_of(other), re.MULTILINE), other)
+    text, labels = source_of(page), labels_of_the_book()
     links = {re.sub(r"\.(md|ipynb)$", "", link) for link in re.findall(r"\]\(([\w./-]+\.(?:md|ipynb))\)", text)}
     links = {(Path(page).parent / link).as_posix().replace("book/../", "") for link in links}
     return links | {labels[name] for name in re.findall(r"\{ref\}`[^`<]*<([\w-]+)>`", text)}

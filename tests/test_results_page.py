@@ -207,6 +207,30 @@ def test_what_the_trained_models_reach_calibrated_is_a_table_of_its_own(page):
     assert page.once_calibrated({"c": record()}) == "No trained model of a record is calibrated."
 
 
+def test_the_room_above_the_real_texts_is_measured_from_them(page):
+    """In points, comparison by comparison; a method counts where it and the real texts were both run."""
+    gaps = [(0.00, 0.03), (0.02, 0.06), (-0.01, 0.02)]  # of the real texts, of the chosen real ones, to gradmm
+    held = {
+        data: record({
+            "gradmm": figures(0.7, None),
+            "real": figures(0.7 + real, (real, real)),
+            "herding": figures(0.7 + more, (more, more)),
+            "none": figures(0.5, (-0.2, -0.2)),
+        }, data)
+        for data, (real, more) in zip("abc", gaps, strict=True)
+    }  # fmt: skip
+    alone = {"gradmm": figures(0.7, None), "herding": figures(0.9, (0.2, 0.2))}
+    _, head, _, *rows = page.headroom(held | {"d": record(alone, "d")}).replace("\n\n", "\n").splitlines()
+    assert head == f"| trained on | comparisons | points above {page.words('real')}, mean and 95% interval |"
+    found = [[cell.strip(" *") for cell in row.split("|")[1:-1]] for row in rows]
+    names, counts, shown = zip(*found, strict=True)
+    assert names == tuple(map(page.words, ("herding", "real", "gradmm"))) and counts == ("3", "", "3")
+    half = scipy.stats.t.ppf(0.975, 2) * numpy.std([3, 4, 3], ddof=1) / 3**0.5
+    assert shown[0] == f"+3.3 ({10 / 3 - half:+.1f} to {10 / 3 + half:+.1f})\N{NO-BREAK SPACE}▲" and shown[1] == "0"
+    assert shown[2].startswith("-0.3 (")
+    assert page.headroom({"d": record(alone)}).startswith("No record has enough real texts")
+
+
 def small_sets(count: int, **columns) -> dict:
     """A record of measures: `columns` says of each what its value is in set number `i`."""
     rows = [{"set": f"written-{i}", **{name: float(value(i)) for name, value in columns.items()}} for i in range(count)]

@@ -1,4 +1,4 @@
-"""The directives `results` and `results-table`, `-figure`, `-limits`, `-reading`, `-measures`: what records found.
+"""The directive `results`, and `results-table` and the others of `setup`: what records found.
 
 Every figure, and every sentence that depends on one, is computed at the build from the records beside this folder, so
 that none can go stale. Run as a program this file writes the short table into README.md.
@@ -67,6 +67,7 @@ BRIEF = (
     "herding",
     "all_real",
 )
+HEADROOM = ("gradmm", "real", "random", "herding", "oracle", "all_real")  # no choice of as many texts can promise more
 QUALITIES = {  # measures of `gradmm.experiments.metrics`, each with its column and its form
     "perplexity": ("perplexity", "{:.1f}"),
     "second_perplexity": ("of another model", "{:.1f}"),
@@ -193,26 +194,34 @@ def brief(records: Records) -> str:
     return "\n\n".join(filter(None, tables))
 
 
-def across(held: Sequence[Mapping[str, Record]]) -> str:
-    """How far each method lies from gradmm in all comparisons that have it; a comparison is its methods' figures."""
+def across(held: Sequence[Mapping[str, Record]], base: str = "gradmm", names: Sequence[str] = BRIEF) -> str:
+    """How far methods lie from one of them in all comparisons that have both; a comparison is its methods' figures."""
     apart: dict[str, list[float]] = {}
     for methods in held:
-        for name, figures in methods.items():
-            if figures["minus_gradmm"]:
-                apart.setdefault(name, []).append(100 * figures["minus_gradmm"]["mean"])
-    found = {name: over(values) for name, values in apart.items() if name in BRIEF and len(values) >= FEWEST}
+        own = {name: figures["minus_gradmm"] for name, figures in methods.items() if name in names}
+        gaps = {name: 100 * gap["mean"] if gap else 0.0 for name, gap in own.items() if gap or name == "gradmm"}
+        for name, gap in gaps.items():
+            if base in gaps and name != base:
+                apart.setdefault(name, []).append(gap - gaps[base])
+    found = {name: over(values) for name, values in apart.items() if len(values) >= FEWEST}
     if not found:
         return ""
     rows = []
-    for name in sorted([*found, "gradmm"], key=lambda name: -found.get(name, [0.0])[0]):
+    for name in sorted([*found, base], key=lambda name: -found.get(name, [0.0])[0]):
         cells = ["", "0"]
         if name in found:
             middle, low, high = found[name]
             mark = MARKS[outcome({"low": low, "high": high})]
             cells = [str(len(apart[name])), f"{middle:+.1f} ({low:+.1f} to {high:+.1f}){NO_BREAK}{mark}".rstrip()]
         rows.append(emphasised(name, [words(name), *cells]))
-    head = ["trained on", "comparisons", "points above gradmm, mean and 95% interval"]
+    head = ["trained on", "comparisons", f"points above {words(base)}, mean and 95% interval"]
     return f"{OVER}\n\n{markdown(head, rows)}"
+
+
+def headroom(records: Records) -> str:
+    """How far real texts, and a choice that knows more of them, lie above the real texts that gradmm saw."""
+    held = [record["results"]["methods"] for record in map(first_run_of, groups_by_data(records))]
+    return across(held, "real", HEADROOM) or "No record has enough real texts beside those that gradmm saw."
 
 
 def over(values: Sequence[float]) -> tuple[float, float, float]:
@@ -772,6 +781,7 @@ def setup(app):
         "-figure": figure,
         "": report,
         "-limits": limits,
+        "-headroom": headroom,
         "-calibrated": once_calibrated,
         "-reading": ease,
     }.items():

@@ -50,7 +50,7 @@ METHODS = {
 }
 DATA = {
     "sst2": "SST-2", "rotten_tomatoes": "Rotten Tomatoes", "demo": "the embedded reviews",
-    "reuters4": "four topics of Reuters",
+    "reuters4": "four topics of Reuters", "trec5": "five kinds of questions", "tweets": "tweets",
 }  # fmt: skip
 BRIEF = (
     "none",

@@ -176,6 +176,14 @@ def test_the_order_is_from_the_ceiling_to_the_floor(page):
     assert names == ["herding", "real", "gradmm", "mixed_up", "zero_shot", "none"]
 
 
+def test_no_number_of_the_axis_is_cut_off(page):
+    """The first and the last stand at the track's ends, each as wide as three figures of 13 pixels."""
+    for ends in ((0.3, 1.0), (0.45, 0.85)):
+        drawn = page.panel(record(), ends)
+        places = [float(x) for x in re.findall(r'<text x="([\d.]+)" y="\d+" text-anchor="middle"', drawn)]
+        assert len(places) > 3 and all(10 < x < page.WIDTH - 10 for x in places)
+
+
 def test_a_record_that_knows_the_accuracy_calibrated_shows_it(page):
     calibrated = {"calibrated": {key: figures(0.8, (0.01, 0.05))[key] for key in ("accuracy", "minus_gradmm")}}
     head, _, *rows = page.full_table(record({**METHODS, "herding": METHODS["herding"] | calibrated})).splitlines()

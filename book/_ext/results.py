@@ -91,7 +91,7 @@ OVER = (
 )
 MARKS = {"beats": "▲", "is beaten by": "▼", "cannot be told from": ""}
 
-WIDTH, ROW, LEFT, RIGHT, TRACK = 340, 38, 6, 326, 25  # of a panel and of a row in it, in pixels
+WIDTH, ROW, LEFT, RIGHT, TRACK = 340, 38, 12, 328, 25  # of a panel and of a row in it, in pixels
 COLOURS = {"beats": "#1fa67a", "is beaten by": "#3a8fd0", "cannot be told from": "currentColor"}
 GRADMM = "#e07b39"
 

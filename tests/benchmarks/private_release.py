@@ -59,10 +59,12 @@ def choices(
             continue
         n, epsilon = (name if name != NOISE else options.points[-1]).split(":")
         n = len(task.labels) if name == NOISE else int(n)  # noise does not depend on how many examples it is added to
+        examples = gradmm.sample_examples(splits.train, n, task, seed)
+        coordinates = {"space": options.space, "public_texts": public, "directions": options.directions[-1]}
+        gradmm.release(model, task, examples, **coordinates, progress=False)  # held; a private one reads one by one
         target = gradmm.release(
-            model, task, gradmm.sample_examples(splits.train, n, task, seed), epsilon=float(epsilon), delta=DELTA,
-            clip=CLIP, length=options.length, space=options.space, public_texts=public, noise_seed=seed,
-            directions=options.directions[-1], progress=False,
+            model, task, examples, epsilon=float(epsilon), delta=DELTA, clip=CLIP, length=options.length,
+            noise_seed=seed, progress=False, **coordinates,
         )  # fmt: skip
         target = noise_only(target, seed + 1000) if name == NOISE else target
         yield name, Plan.of(model, task, target, config).selector.keep(pool)

@@ -52,13 +52,18 @@ def labels_of_the_book() -> dict[str, str]:
     return found
 
 
+def references(text: str) -> set[str]:
+    """The labels that the `{ref}`s of a page name."""
+    return set(re.findall(r"\{ref\}`[^`<]*<([\w-]+)>`", text))
+
+
 def test_a_link_into_a_page_names_a_label():
     """A link to a heading by its words, `page.md#words`, fails only when the book is built; a label is found here."""
     labels = labels_of_the_book()
     for page in executing.pages():
         text = source_of(page)
         assert not re.findall(r"\]\((?!https?:)[^)\s]*#[^)\s]*\)", text), f"{page}: use {{ref}}`words <label>`"
-        assert set(re.findall(r"\{ref\}`[^`<]*<([\w-]+)>`", text)) <= labels.keys(), page
+        assert references(text) <= labels.keys(), page
 
 
 def clicked(page: str) -> set[str]:
@@ -66,7 +71,7 @@ def clicked(page: str) -> set[str]:
     text, labels = source_of(page), labels_of_the_book()
     links = {re.sub(r"\.(md|ipynb)$", "", link) for link in re.findall(r"\]\(([\w./-]+\.(?:md|ipynb))\)", text)}
     links = {(Path(page).parent / link).as_posix().replace("book/../", "") for link in links}
-    return links | {labels[name] for name in re.findall(r"\{ref\}`[^`<]*<([\w-]+)>`", text)}
+    return links | {labels[name] for name in references(text)}
 
 
 SOUGHT = {

@@ -67,7 +67,7 @@ BRIEF = (
     "herding",
     "all_real",
 )
-HEADROOM = ("gradmm", "real", "random", "herding", "oracle", "all_real")  # no choice of as many texts can promise more
+HEADROOM = ("gradmm", "real", "random", "herding", "oracle", "all_real")  # whose distance to the real texts is the room
 QUALITIES = {  # measures of `gradmm.experiments.metrics`, each with its column and its form
     "perplexity": ("perplexity", "{:.1f}"),
     "second_perplexity": ("of another model", "{:.1f}"),
@@ -198,8 +198,8 @@ def across(held: Sequence[Mapping[str, Record]], base: str = "gradmm", names: Se
     """How far methods lie from one of them in all comparisons that have both; a comparison is its methods' figures."""
     apart: dict[str, list[float]] = {}
     for methods in held:
-        own = {name: figures["minus_gradmm"] for name, figures in methods.items() if name in names}
-        gaps = {name: 100 * gap["mean"] if gap else 0.0 for name, gap in own.items() if gap or name == "gradmm"}
+        told = {name: methods[name]["minus_gradmm"] for name in methods if name in names}
+        gaps = {"gradmm": 0.0} | {name: 100 * gap["mean"] for name, gap in told.items() if gap}
         for name, gap in gaps.items():
             if base in gaps and name != base:
                 apart.setdefault(name, []).append(gap - gaps[base])

@@ -162,19 +162,21 @@ def test_a_real_model_is_compared_in_bfloat16(benchmark, tmp_path, monkeypatch):
     assert all(0 <= one["calibrated"]["accuracy"]["mean"] <= 1 for one in record["results"]["methods"].values())
 
 
-def test_the_published_search_stands_beside_the_others_and_in_the_settings(benchmark, tmp_path):
+def test_the_published_search_stands_beside_the_others_and_in_the_settings(benchmark, tmp_path, monkeypatch):
     path, work = str(tmp_path / "03-finetuning-demo.json"), tmp_path / "work"
     common = "--model demo --data demo --task demo --seeds 1 --steps 2 --written 2 --n-synthetic 4 --n-real 6".split()
     few = "--eval-every 2 --max-test 20 --max-validation 10 --outer-steps 1 --inner-steps 2 --run again".split()
     some = [*common, *few, "--folder", str(work), "--output", path]
     methods = ["zero_shot", "gradmm", *benchmark("real_models").OWN]
     some += ["--reader", "demo-b"]
+    monkeypatch.setattr(benchmark("real_models"), "MANY", 6)
     benchmark("real_models").main([*some, "--methods", *methods])
     record = records.read_record(path)
     assert record["settings"]["inner_steps"] == 2 and record["settings"]["run"] == "again"
     assert record["settings"]["reader"] == "demo-b"
     assert all(record["results"]["methods"][name]["second_perplexity"] > 1 for name in methods)
     assert all(record["results"]["methods"][name]["n"] == 4 for name in ("second_round", "warm_up", "oracle"))
+    assert record["results"]["methods"]["random_many"]["n"] == 6
     assert 0 < record["results"]["methods"]["admm"]["n"] <= 4
     assert set(record["results"]["texts"]) == {"zero_shot", "admm", "gradmm"}
     (manifest,) = work.rglob("admm-seed0/manifest.json")

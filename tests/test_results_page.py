@@ -54,7 +54,7 @@ def without(*names: str) -> dict:
 
 
 def test_every_method_of_the_package_has_plain_words(page):
-    of_the_benchmark = {"admm", "second_round", "warm_up", "oracle"}  # `real_models.OWN`
+    of_the_benchmark = {"admm", "second_round", "warm_up", "oracle", "random_many"}  # `real_models.OWN`
     assert set(page.METHODS) == {*baselines.METHODS, *of_the_benchmark}
     assert {*page.BRIEF, *page.OF_REAL_TEXT, *page.WRITTEN} <= set(page.METHODS)
 

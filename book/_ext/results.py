@@ -43,6 +43,7 @@ METHODS = {
     "gradmm": "gradmm's texts",
     "real": "the real texts that gradmm saw",
     "random": "real texts drawn at random",
+    "random_many": "1,000 real texts drawn at random",
     "herding": "real texts chosen by herding",
     "k_center": "real texts chosen by k-center",
     "matched_real": "real texts chosen as gradmm chooses",
@@ -64,10 +65,19 @@ BRIEF = (
     "gradmm",
     "real",
     "random",
+    "random_many",
     "herding",
     "all_real",
 )
-HEADROOM = ("gradmm", "real", "random", "herding", "oracle", "all_real")  # whose distance to the real texts is the room
+HEADROOM = (  # whose distance to the real texts is the room
+    "gradmm",
+    "real",
+    "random",
+    "random_many",
+    "herding",
+    "oracle",
+    "all_real",
+)
 QUALITIES = {  # measures of `gradmm.experiments.metrics`, each with its column and its form
     "perplexity": ("perplexity", "{:.1f}"),
     "second_perplexity": ("of another model", "{:.1f}"),

@@ -10,7 +10,8 @@ that have it, texts are written and gradients read in bfloat16, and float32 weig
 runs go on. With `--learners` the texts of the first model train others, too, as in 06-transfer. The method `admm` is
 the published search with as many steps and starts as the options say, `second_round` a pool written after the first
 choice, `warm_up` the choice by the gradients of a model that has learnt a little, `oracle` the choice for a thousand
-real examples. For models with `embed_tokens`, `layers` and `norm`, such as Llama, Qwen and Gemma.
+real examples, which are themselves what `random_many` trains on. For models with `embed_tokens`, `layers` and `norm`,
+such as Llama, Qwen and Gemma.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from gradmm.training import learnt_weights
 
 METHODS = ("none", "real", "random", "few_shot", "prompt_only", "surest", "random_target", "gradmm")
 WARM_UP = 30  # steps on unchosen texts
-MANY = 1000  # real examples of the oracle
+MANY = 1000  # real examples of the oracle and of random_many
 WRITING = ("zero_shot", "prompt_only", "admm", "gradmm")  # whose texts a record may show: they quote no real one
 SHOWN = 20  # texts of each class and method that a record keeps
 
@@ -177,11 +178,16 @@ def second_round(run: SeedRun) -> list[Example]:
     return run.choose([*run.pool, *more], run.synthesis)
 
 
+def random_many(run: SeedRun) -> list[Example]:
+    """Many more real examples than gradmm is given, those among them."""
+    one = run.experiment
+    return gradmm.sample_examples(one.splits.train, min(MANY, len(one.splits.train)), one.task, run.seed)
+
+
 def oracle(run: SeedRun) -> list[Example]:
     """gradmm's choice from the same pool for the target of many more real examples than it is given."""
     one = run.experiment
-    many = gradmm.sample_examples(one.splits.train, min(MANY, len(one.splits.train)), one.task, run.seed)
-    space = one.config.release_space
+    space, many = one.config.release_space, random_many(run)
     target = gradmm.release(one.model, one.task, many, space=space, cache=one.folder, progress=False)
     return run.write("oracle", target, run.synthesis)
 
@@ -205,6 +211,7 @@ OWN = {
     "second_round": second_round,
     "warm_up": warm_up,
     "oracle": oracle,
+    "random_many": random_many,
 }  # beside those of the package
 
 

@@ -406,7 +406,8 @@ def test_a_private_gain_is_judged_by_a_spread_that_is_known(seeds, said):
 
 def test_of_a_record_without_trained_models_no_table_is_announced():
     recorded = {"one": {"results": {"trained": []}}}
-    assert run_cells("04-privacy", "privacy-25-4 privacy-25-4-a privacy-25-5", {"recorded": recorded})[1] == []
+    cells = "privacy-25-4 privacy-25-4-a privacy-25-4-b privacy-25-5"
+    assert run_cells("04-privacy", cells, {"recorded": recorded})[1] == []
 
 
 def test_what_noise_leaves_is_shown_in_the_space_that_the_texts_were_chosen_in():
@@ -432,27 +433,31 @@ def test_what_noise_leaves_is_shown_in_the_space_that_the_texts_were_chosen_in()
 
 def test_what_a_release_chooses_is_laid_beside_its_controls_seed_by_seed():
     kinds = ("accuracy", "calibrated", "validation_accuracy")
-    reached = {"500:10": (0.7, 0.8, 0.9), "noise only": (0.6, 0.8, 0.7), "prompts only": (0.5, 0.6, 0.7)}
+    reached = {"50:10": (0.5, 0.5, 0.5), "500:1": (0.7, 0.8, 0.9), "500:3": (0.8, 1.0, 0.9), "500:10": (0.7, 0.9, 0.8)}
+    reached |= {"noise only": (0.6, 0.8, 0.7), "prompts only": (0.5, 0.6, 0.7)}
     rows = [
         {"name": name, "seed": seed, **dict.fromkeys(kinds, value)}
         for name, values in reached.items()
         for seed, value in enumerate(values)
     ]
     tables: list = []
+    drawn: list = []
     settings = {"model": "m", "space": "body_subspace"}
     own = {
         "recorded": {"one": {"settings": settings, "results": {"trained": rows}}},
         "pandas": pandas,
         "against_base": against_base,
     }
-    run_cells(
-        "04-privacy", "privacy-25-4 privacy-25-4-a privacy-25-5", own | {"plots": SimpleNamespace(table=tables.append)}
-    )
-    (table,) = tables
-    assert list(table["chosen by"]) == ["a release of 500 examples, epsilon 10", "noise only", "prompts only"]
+    own["plots"] = SimpleNamespace(table=tables.append, accuracies=drawn.append)
+    said = run_cells("04-privacy", "privacy-25-4 privacy-25-4-a privacy-25-4-b privacy-25-5", own)[1]
+    (table,), (runs,) = tables, drawn
+    assert list(table["chosen by"])[1] == "a release of 500 examples, epsilon 1" == list(runs)[1]
+    assert list(table["chosen by"])[-2:] == ["noise only", "prompts only"] and runs["noise only"] == [0.6, 0.8, 0.7]
     first, last = (list(table[f"over {control} (95%)"]) for control in ("noise only", "prompts only"))
-    assert first[:2] == ["+0.100 (-0.148 to +0.348)", ""]  # 0.1 -+ 4.303 x 0.1 / sqrt(3)
-    assert last[0] == "+0.200 (+0.200 to +0.200)" and last[2] == ""
+    assert first[1] == "+0.100 (-0.148 to +0.348)" and first[4] == ""  # 0.1 -+ 4.303 x 0.1 / sqrt(3)
+    assert last[1] == "+0.200 (+0.200 to +0.200)" and last[5] == ""
+    tried = "none with 50 examples (tried: 10); 3 with 500 examples (tried: 1, 3, 10)."
+    assert said[2].endswith(f"the interval above zero: {tried}")
 
 
 def test_a_set_that_lacks_a_class_is_left_out_where_its_match_would_be_shown():

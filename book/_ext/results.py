@@ -89,6 +89,7 @@ QUALITIES = {  # measures of `gradmm.experiments.metrics`, each with its column 
     "tokens": ("tokens", "{:.0f}"),
 }
 FAULTS = ("flawed", "unfinished", "duplicates")
+REAL = (*OF_REAL_TEXT, "random_many")
 WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")
 FEWEST = 3  # comparisons that an interval over comparisons is taken of
 SIDE_BY_SIDE = 3  # records whose columns fit a page
@@ -560,17 +561,24 @@ def duration(value: float) -> str:
 # ---------------------------------------------------------------- when not to use this
 
 
-def tally(records: Records, names: Sequence[str], listed_ones: Sequence[str]) -> str:
-    """How many comparisons with these methods gradmm wins, loses and leaves open, and where it does what is listed."""
-    found = outcomes(records, names)
-    won, lost, undecided = map(found.count, ("is beaten by", "beats", "cannot be told from"))
-    parts = []
-    for key, record in records.items():
-        held = [f"`{name}`" for name in names if set(outcomes({key: record}, [name])) & set(listed_ones)]
-        parts += [f"{listed(held)} on {title(record)}"] if held else []
-    where = "; ".join(parts)
-    said = f"Of {counted(len(found), 'comparison')} gradmm wins {won}, loses {lost}, and {undecided} are open"
-    return said + (f" (not won: {where})" if where and len(listed_ones) > 1 else f" (lost: {where})" if where else "")
+def tally(records: Records, names: Sequence[str]) -> str:
+    """How many comparisons with these methods gradmm wins, loses and leaves open."""
+    won, lost, undecided = score(records, names)
+    return (
+        f"Of {counted(won + lost + undecided, 'comparison')} gradmm wins {won}, loses {lost}, and {undecided} are open"
+    )
+
+
+def score(records: Records, names: Sequence[str]) -> list[int]:
+    """How many comparisons with these methods gradmm wins, loses and leaves open, as numbers."""
+    return list(map(outcomes(records, names).count, ("is beaten by", "beats", "cannot be told from")))
+
+
+def scores(records: Records) -> str:
+    """The same method by method, a table."""
+    each = {name: score(records, [name]) for name in (*REAL, *WRITTEN)}
+    held = [[f"{words(name)} (`{name}`)", *map(str, (sum(of), *of))] for name, of in each.items() if any(of)]
+    return markdown(["beside", "comparisons", "gradmm wins", "gradmm loses", "open"], held) if held else ""
 
 
 def outcomes(records: Records, names: Sequence[str]) -> list[str]:
@@ -584,40 +592,43 @@ def against_real(records: Records) -> str:
     """Whether a choice of real texts does better."""
     return (
         "**Where the real texts may be published.** Real texts, all of them or some, need no synthesis. "
-        f"{tally(records, OF_REAL_TEXT, ['beats'])}."
+        f"{tally(records, REAL)}."
     )
 
 
 def against_calibration(records: Records) -> str:
     """How much of the gain a calibration gives."""
+    shares = {title(record): share for record in records.values() if (share := of_the_gain(record)) is not None}
+    gives = (
+        f"it gives {spanned(shares, '{:.0%}')} of the gain that gradmm's texts give" if shares
+        else "gradmm's texts gain nothing here"
+    )  # fmt: skip
     return (
         "**Where the model is only out of balance.** A model may know the task and prefer one verbalizer whatever the "
         "text says. {py:func}`gradmm.classification.evaluate_calibrated` takes that out with unlabelled texts and no "
-        f"training: {'; '.join(filter(None, map(of_the_gain, records.values())))}."
+        f"training: {gives}."
     )
 
 
-def of_the_gain(record: Record) -> str:
-    """The share of gradmm's gain that a calibration gives."""
+def of_the_gain(record: Record) -> float | None:
+    """The share of gradmm's gain that a calibration gives, at most all; None where there is no gain."""
     methods, calibrated = record["results"]["methods"], record["results"]["calibrated"]
     if not {"none", "gradmm"} <= set(methods):
-        return ""
+        return None
     start, end = (methods[name]["accuracy"]["mean"] for name in ("none", "gradmm"))
-    share = max(0.0, (calibrated - start) / (end - start)) if end > start else None
-    said = (
-        "gradmm's texts gain nothing" if share is None
-        else "it gives all of the gain" if share >= 1
-        else f"it gives {share:.0%} of the gain"
-    )  # fmt: skip
-    return f"on {title(record)} {said} ({start:.3f} untrained, {calibrated:.3f} so, {end:.3f} with gradmm's texts)"
+    return min(1.0, max(0.0, (calibrated - start) / (end - start))) if end > start else None
+
+
+def spanned(values: Mapping[str, float], form: str) -> str:
+    """The median of what each comparison gives, and between which two all lie: `46% (12% on A to 95% on B)`."""
+    ends = (min(values, key=values.__getitem__), max(values, key=values.__getitem__))
+    middle, low, high = (form.format(value) for value in (statistics.median(values.values()), *map(values.get, ends)))
+    return f"{middle} ({low} on {ends[0]} to {high} on {ends[1]})" if len(values) > 1 else f"{middle} (on {ends[0]})"
 
 
 def against_writing(records: Records) -> str:
     """Whether texts that match nothing do as well."""
-    return (
-        "**Where texts that the model writes freely are enough.** A search costs time. "
-        f"{tally(records, WRITTEN, ['beats', 'cannot be told from'])}."
-    )
+    return f"**Where texts that the model writes freely are enough.** A search costs time. {tally(records, WRITTEN)}."
 
 
 def against_noise(records: Records) -> str:
@@ -635,16 +646,16 @@ def undecided(records: Records) -> str:
     """How many comparisons are open, and how small a difference the records can see."""
     everything = dict.fromkeys(name for one in records.values() for name in one["results"]["methods"])
     found = outcomes(records, list(everything))
-    widths = []
+    halves = {}
     for record in records.values():
         gaps = [one["minus_gradmm"] for one in record["results"]["methods"].values() if one["minus_gradmm"]]
-        half = statistics.median((gap["high"] - gap["low"]) / 2 for gap in gaps) if gaps else 0
-        widths.append(f"{half:.3f} on {title(record)}")
-    open_ones = found.count("cannot be told from")
-    return (
-        f"**Where a small difference decides.** {open_ones} of {len(found)} comparisons are open. "
-        f"Half an interval is, in the median, {listed(widths)}: much smaller differences are not seen here."
+        halves |= {title(record): statistics.median((gap["high"] - gap["low"]) / 2 for gap in gaps)} if gaps else {}
+    seen = (
+        f" Half an interval is, in the median, {spanned(halves, '{:.3f}')}: much smaller differences are not seen here."
     )
+    open_ones = found.count("cannot be told from")
+    said = f"**Where a small difference decides.** {open_ones} of {len(found)} comparisons are open."
+    return said + seen * bool(halves)
 
 
 def limits(records: Records) -> str:
@@ -652,7 +663,8 @@ def limits(records: Records) -> str:
     if not records:
         return brief(records)
     points = (against_real, against_calibration, against_writing, against_noise, undecided)
-    return "\n".join(f"- {point(records)}" for point in points)
+    said = "\n".join(f"- {point(records)}" for point in points)
+    return "\n\n".join(filter(None, [said, scores(records)]))
 
 
 # ---------------------------------------------------------------- how the texts read

@@ -94,7 +94,7 @@ WRITTEN = ("prompt_only", "zero_shot", "few_shot", "surest")
 FEWEST = 3  # comparisons that an interval over comparisons is taken of
 SIDE_BY_SIDE = 3  # records whose columns fit a page
 AT_ONCE = 4  # texts of each label that are seen without a click
-AGAIN = "† by a second run of the same settings, against its own gradmm."
+AGAIN = "† by a further run of the same settings, against its own gradmm."
 NO_BREAK = "\N{NO-BREAK SPACE}"
 OVER = (
     "Over all comparisons, each of a model, data and prompts (the interval is Student's t over comparisons, of which "

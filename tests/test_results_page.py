@@ -170,6 +170,17 @@ def test_a_record_of_one_seed_has_no_spread(page):
     assert "| 0.750 ▲ |" in page.full_table(record(alone)) and "±" not in page.full_table(record(alone))[:400]
 
 
+def test_further_runs_are_drawn_behind_a_click_on_the_same_axis(page):
+    first, second = record(), record({**METHODS, "herding": figures(0.95, (0.2, 0.3))})
+    second["settings"]["run"] = "a second run"
+    shown, behind = page.figure({"a": second, "b": first}).split(page.behind_a_click("Further runs", "")[:-4])
+    assert shown.strip() == page.panels([first], page.limits_of([first, second]))
+    assert "a second run" in behind and behind.count("<svg") == 1 and behind.endswith("\n:::")
+    other = record(data="demo")
+    other["settings"]["run"] = "other prompts"  # no run before it: it is none of the further ones
+    assert "Further runs" not in page.figure({"a": first, "b": other})
+
+
 def test_the_order_is_from_the_ceiling_to_the_floor(page):
     rows = page.full_table(record()).splitlines()[2:]
     names = [found[1] for row in rows if (found := re.search(r"`(\w+)`", row))]
@@ -372,7 +383,7 @@ def test_records_named_after_their_data_alone_come_last(page, tmp_path):
         records.write_record(tmp_path / f"03-finetuning-{name}.json", record()["results"], record()["settings"])
     assert list(page.recorded(tmp_path)) == [f"03-finetuning-{name}" for name in ("alm-sst2", "zlm-sst2", "sst2")]
     assert page.recorded(tmp_path / "absent") == {}
-    assert all(made({}) == "No comparison is recorded." for made in (page.brief, page.report, page.limits))
+    assert all(made({}) == "No comparison is recorded." for made in (page.brief, page.report, page.limits, page.figure))
 
 
 def test_the_records_of_the_book_can_be_shown(page):

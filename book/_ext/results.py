@@ -420,10 +420,19 @@ def spoken(record: Record) -> str:
 
 
 def figure(records: Records) -> str:
-    """All records side by side, on one axis."""
-    held = list(records.values())
-    panels = "".join(f"<div><p>{escape(title(one))}</p>{panel(one, limits_of(held))}</div>" for one in held)
-    return f'<figure class="results">{panels}</figure>'
+    """All records on one axis: the first run of each comparison side by side, further ones behind a click."""
+    if not records:
+        return brief(records)
+    ends, groups = limits_of(list(records.values())), groups_by_data(records)
+    first, further = [group[0] for group in groups], [one for group in groups for one in group[1:]]
+    again = [behind_a_click("Further runs", panels(further, ends))] if further else []
+    return "\n\n".join([panels(first, ends), *again])
+
+
+def panels(held: Sequence[Record], ends: tuple[float, float]) -> str:
+    """Records side by side."""
+    drawn = "".join(f"<div><p>{escape(title(one))}</p>{panel(one, ends)}</div>" for one in held)
+    return f'<figure class="results">{drawn}</figure>'
 
 
 # ---------------------------------------------------------------- record by record

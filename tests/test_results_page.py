@@ -346,7 +346,7 @@ def test_what_it_cost_is_shown_where_it_is_known(page, seconds, said):
         (0.5, 0.6, 0.7, "it gives 50% (on Small-LM on SST-2) of the gain that gradmm's texts give."),
         (0.5, 0.8, 0.7, "it gives 100% (on"),
         (0.5, 0.45, 0.7, "it gives 0% (on"),
-        (0.7, 0.75, 0.6, "gain nothing"),
+        (0.7, 0.75, 0.6, "no record here has a gain"),
     ],
 )
 def test_what_a_calibration_gives_follows_the_figures(page, start, calibrated, end, said):

@@ -610,7 +610,7 @@ def against_calibration(records: Records) -> str:
     shares = {title(record): share for record in records.values() if (share := of_the_gain(record)) is not None}
     gives = (
         f"it gives {spanned(shares, '{:.0%}')} of the gain that gradmm's texts give" if shares
-        else "gradmm's texts gain nothing here"
+        else "no record here has a gain of gradmm's texts to hold against it"
     )  # fmt: skip
     return (
         "**Where the model is only out of balance.** A model may know the task and prefer one verbalizer whatever the "

@@ -355,10 +355,16 @@ def test_what_a_calibration_gives_follows_the_figures(page, start, calibrated, e
 
 
 def test_many_records_are_told_by_their_middle_and_their_ends(page):
-    shares = {"A": 0.125, "B": 0.5, "C": 0.25, "D": 1.0}
+    shares = [(0.125, "A"), (0.5, "B"), (0.25, "C"), (1.0, "D")]
     assert page.spanned(shares, "{:.1%}") == "37.5% (12.5% on A to 100.0% on D)"
+    assert page.spanned([(0.5, "A"), (0.5, "A"), (0.8, "A")], "{:.1f}") == "0.5 (0.5 on A to 0.8 on A)"
     many = {str(n): record(METHODS, data) for n, data in enumerate(["sst2", "rotten_tomatoes", "demo"] * 9)}
     assert max(map(len, page.limits(many).split("\n"))) < max(map(len, page.limits({"a": record()}).split("\n"))) + 80
+
+
+def test_a_record_without_gradmm_has_limits_too(page):
+    said = page.limits({"a": record({"none": figures(0.5, None, 0.0), "real": figures(0.7, None)})})
+    assert "0 of 0 comparisons are open." in said and "Half an interval" not in said
 
 
 def test_what_gradmm_does_not_win_is_counted_method_by_method(page):

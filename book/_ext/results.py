@@ -607,7 +607,7 @@ def against_real(records: Records) -> str:
 
 def against_calibration(records: Records) -> str:
     """How much of the gain a calibration gives."""
-    shares = {title(record): share for record in records.values() if (share := of_the_gain(record)) is not None}
+    shares = [(share, title(record)) for record in records.values() if (share := of_the_gain(record)) is not None]
     gives = (
         f"it gives {spanned(shares, '{:.0%}')} of the gain that gradmm's texts give" if shares
         else "no record here has a gain of gradmm's texts to hold against it"
@@ -628,11 +628,13 @@ def of_the_gain(record: Record) -> float | None:
     return min(1.0, max(0.0, (calibrated - start) / (end - start))) if end > start else None
 
 
-def spanned(values: Mapping[str, float], form: str) -> str:
-    """The median of what each comparison gives, and between which two all lie: `46% (12% on A to 95% on B)`."""
-    ends = (min(values, key=values.__getitem__), max(values, key=values.__getitem__))
-    middle, low, high = (form.format(value) for value in (statistics.median(values.values()), *map(values.get, ends)))
-    return f"{middle} ({low} on {ends[0]} to {high} on {ends[1]})" if len(values) > 1 else f"{middle} (on {ends[0]})"
+def spanned(values: Sequence[tuple[float, str]], form: str) -> str:
+    """The median of what comparisons give, each with its title, and the ends: `46% (12% on A to 95% on B)`."""
+    (low, first), (high, last) = min(values), max(values)
+    middle = form.format(statistics.median(value for value, _ in values))
+    if len(values) == 1:
+        return f"{middle} (on {first})"
+    return f"{middle} ({form.format(low)} on {first} to {form.format(high)} on {last})"
 
 
 def against_writing(records: Records) -> str:
@@ -655,16 +657,16 @@ def undecided(records: Records) -> str:
     """How many comparisons are open, and how small a difference the records can see."""
     everything = dict.fromkeys(name for one in records.values() for name in one["results"]["methods"])
     found = outcomes(records, list(everything))
-    halves = {}
+    halves = []
     for record in records.values():
         gaps = [one["minus_gradmm"] for one in record["results"]["methods"].values() if one["minus_gradmm"]]
-        halves |= {title(record): statistics.median((gap["high"] - gap["low"]) / 2 for gap in gaps)} if gaps else {}
-    seen = (
-        f" Half an interval is, in the median, {spanned(halves, '{:.3f}')}: much smaller differences are not seen here."
-    )
+        halves += [(statistics.median((gap["high"] - gap["low"]) / 2 for gap in gaps), title(record))] if gaps else []
     open_ones = found.count("cannot be told from")
     said = f"**Where a small difference decides.** {open_ones} of {len(found)} comparisons are open."
-    return said + seen * bool(halves)
+    if not halves:
+        return said
+    half = f"Half an interval is, in the median, {spanned(halves, '{:.3f}')}"
+    return f"{said} {half}: much smaller differences are not seen here."
 
 
 def limits(records: Records) -> str:

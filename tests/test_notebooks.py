@@ -406,7 +406,7 @@ def test_a_private_gain_is_judged_by_a_spread_that_is_known(seeds, said):
 
 def test_of_a_record_without_trained_models_no_table_is_announced():
     recorded = {"one": {"results": {"trained": []}}}
-    cells = "privacy-25-4 privacy-25-4-a privacy-25-4-b privacy-25-5"
+    cells = "privacy-25-4 privacy-25-4-a privacy-25-4-b privacy-25-5 privacy-25-5-a"
     assert run_cells("04-privacy", cells, {"recorded": recorded})[1] == []
 
 
@@ -448,9 +448,10 @@ def test_what_a_release_chooses_is_laid_beside_its_controls_seed_by_seed():
         "pandas": pandas,
         "against_base": against_base,
     }
-    own["plots"] = SimpleNamespace(table=tables.append, accuracies=drawn.append)
-    said = run_cells("04-privacy", "privacy-25-4 privacy-25-4-a privacy-25-4-b privacy-25-5", own)[1]
-    (table,), (runs,) = tables, drawn
+    own["plots"] = SimpleNamespace(table=tables.append, by_panel=lambda panels, *_, **__: drawn.append(panels))
+    said = run_cells("04-privacy", "privacy-25-4 privacy-25-4-a privacy-25-4-b privacy-25-5 privacy-25-5-a", own)[1]
+    (table,), (panels,) = tables, drawn
+    runs = panels["one"]
     assert list(table["chosen by"])[1] == "a release of 500 examples, epsilon 1" == list(runs)[1]
     assert list(table["chosen by"])[-2:] == ["noise only", "prompts only"] and runs["noise only"] == [0.6, 0.8, 0.7]
     first, last = (list(table[f"over {control} (95%)"]) for control in ("noise only", "prompts only"))
